@@ -1,0 +1,35 @@
+# Each target makes what it needs, .venv included. `make` alone lists them.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check format bench parity gpu docs clean
+
+help:    ## this list
+	@sed -n 's/^\([a-z]*\): *## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+demo:    ## talk to a small language model on this machine
+	@scripts/demo
+
+test:    ## run the tests
+	@scripts/test
+
+check:   ## lint, types, import arrows, generated docs
+	@scripts/check
+
+format:  ## put the code into its one format
+	@scripts/format
+
+bench:   ## measure pentad, llama.cpp and transformers side by side
+	@scripts/bench
+
+parity:  ## compare with llama.cpp, which is compiled first
+	@scripts/parity
+
+gpu:     ## run the tests that need a GPU, with the packages at hand
+	@scripts/gpu
+
+docs:    ## write the generated docs
+	@scripts/docs
+
+clean:   ## remove what these targets made, .venv included
+	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,76 @@
+"""Writes docs/cli.md from the commands themselves; with ``--check``, fails where it is out of date."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pentad.cli import app
+
+TARGET = Path(__file__).with_name("cli.md")
+
+INTRODUCTION = """\
+# The command line
+
+*`scripts/docs` writes this page from the commands; their `--help` says the same.*
+
+Every command takes `--json`: one JSON object, or one a line, on standard output. Fields may be added,
+none is renamed. Logs, progress and errors go to standard error; progress only where that is a terminal.
+
+| exit code | |
+| --- | --- |
+| 0 | done |
+| 1 | it failed: a download, a disk, a device |
+| 2 | what was given is wrong: an option, a file, a text |
+| 130 | interrupted by Ctrl-C |
+
+An error is one line that says what is wrong and what to do. `--debug`, anywhere in a command, shows the
+traceback.
+"""
+
+
+def reference() -> str:
+    """The page."""
+    group: Any = typer.main.get_command(app)
+    return INTRODUCTION + "".join("\n" + "\n".join(section(c)) + "\n" for c in group.commands.values())
+
+
+def section(command: Any) -> Iterator[str]:
+    """The lines on one command."""
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+    usage = [f"pentad {command.name}"]
+    usage += [p.metavar if p.required else f"[{p.metavar}]" for p in arguments]
+    yield f"## pentad {command.name}"
+    yield ""
+    yield f"`{' '.join([*usage, '[OPTIONS]'])}`"
+    yield ""
+    yield inspect.cleandoc(command.help)
+    yield ""
+    yield "| | |"
+    yield "| --- | --- |"
+    for argument in arguments:
+        yield f"| `{argument.metavar}` | {argument.help} |"
+    for option in options:
+        names = ", ".join(option.opts)
+        value = "" if option.is_flag else f" {option.metavar}"
+        default = "" if option.default in (None, False) else f" Default: `{option.default}`."
+        yield f"| `{names}{value}` | {option.help}{default} |"
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    page = reference()
+    if "--check" not in sys.argv[1:]:
+        TARGET.write_text(page)
+    elif not TARGET.is_file() or TARGET.read_text() != page:
+        sys.exit(f"{TARGET.name} is out of date: scripts/docs writes it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""pentad runs, teaches and serves small open models.
+
+>>> import pentad
+>>> model = pentad.load("smollm2")
+>>> print(model.chat("What is the capital of France?", temperature=0).text)
+
+The names below are imported when first used, so that ``import pentad`` itself costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from pentad.errors import BadInput, PentadError
+
+if TYPE_CHECKING:
+    from pentad.generate import LanguageModel
+    from pentad.loading import load
+
+__version__ = "0.1.0"
+
+__all__ = ["BadInput", "LanguageModel", "PentadError", "__version__", "load"]
+
+_HOMES = {"LanguageModel": "pentad.generate", "load": "pentad.loading"}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from the module that defines it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

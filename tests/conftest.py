@@ -1,0 +1,45 @@
+"""What every test runs under: no hub, no telemetry, fixed seeds, two threads."""
+
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+_hub_home = tempfile.TemporaryDirectory(prefix="pentad-tests-")
+
+# Libraries read these when they are imported, so they are set before any test file is.
+os.environ |= {
+    "DO_NOT_TRACK": "1",
+    "HF_HOME": _hub_home.name,  # neither a user's models nor their token
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for name in ("FORCE_COLOR", "HF_TOKEN"):
+    os.environ.pop(name, None)
+
+hypothesis.settings.register_profile("pentad", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("pentad")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.add_cleanup(_hub_home.cleanup)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct, pulled into the user's own cache where it is missing."""
+    from pentad.weights.registry import locate
+
+    return locate("smollm2")

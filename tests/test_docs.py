@@ -1,0 +1,131 @@
+"""Docs can't rot: every example runs, every command exists, every link leads somewhere.
+
+A document's blocks run from top to bottom in one empty folder: ``python`` blocks share their names,
+and ``console`` blocks give the lines that start with ``$ `` to bash. Commands that would install or
+build are not run; that what they name exists is checked.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GENERATED = ROOT / "docs" / "cli.md"  # `make check` compares it with the commands
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EVERY_DOCUMENT = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    text: str
+    line: int
+
+
+def blocks(document: Path) -> list[Block]:
+    """The fenced blocks of a document, with the line that each one's text starts on."""
+    text = document.read_text()
+    return [
+        Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1)
+        for match in BLOCK.finditer(text)
+    ]
+
+
+def commands(block: Block) -> list[str]:
+    """The commands of a console block: the lines after ``$ ``, joined where they go on."""
+    joined = block.text.replace("\\\n", " ")
+    return [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
+
+
+def exists(command: str) -> bool:
+    """Whether a command is one that is only looked up, because running it installs or builds."""
+    words = shlex.split(command, comments=True)
+    match words:
+        case ["make", *targets]:
+            unknown = set(targets) - TARGETS
+        case ["git" | "cd" | "pip" | "source", *_]:
+            unknown = set()
+        case [path, *_] if path.startswith("scripts/"):
+            unknown = set() if (ROOT / path).is_file() else {path}
+        case ["python", path, *_] if path.endswith(".py"):
+            unknown = set() if (ROOT / path).is_file() else {path}
+        case _:
+            return False
+    assert not unknown, f"{command}: there is no {', '.join(sorted(unknown))}"
+    return True
+
+
+def run_command(command: str, folder: Path) -> None:
+    """Run a command as a reader of the docs would, with this environment's pentad first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def run_document(document: Path, folder: Path) -> int:
+    """Run a document's blocks in order and say how many ran."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    ran = 0
+    for block in blocks(document):
+        if block.language == "python":
+            # Blank lines before the block make a traceback name the document's own lines.
+            source = "\n" * (block.line - 1) + block.text
+            exec(compile(source, str(document), "exec"), names)
+            ran += 1
+        for command in commands(block) if block.language == "console" else []:
+            if not exists(command):
+                run_command(command, folder)
+                ran += 1
+    return ran
+
+
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path != GENERATED], ids=name_of)
+def test_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run_document(document, tmp_path)
+    assert ran > 0 or document.name != "README.md"
+
+
+@pytest.mark.parametrize("document", EVERY_DOCUMENT, ids=name_of)
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = [a or b for a, b in LINK.findall(BLOCK.sub("", document.read_text()))]
+    local = [target.split("#")[0] for target in targets if "://" not in target]
+    assert not [target for target in local if not (document.parent / target).exists()]
+
+
+@pytest.mark.parametrize("document", EVERY_DOCUMENT, ids=name_of)
+def test_blocks_say_what_they_are(document: Path) -> None:
+    known = {"python", "console", "text", "toml", "json"}
+    assert {block.language for block in blocks(document)} <= known
+
+
+def test_harness_sees_what_is_wrong(tmp_path: Path) -> None:
+    document = tmp_path / "rotten.md"
+    for block in ("python\nassert False", "console\n$ false", "console\n$ make nonsense"):
+        document.write_text(f"```{block}\n```\n")
+        with pytest.raises(AssertionError):
+            run_document(document, tmp_path)
+    document.write_text("```python\nx = 1\n```\n\n```console\n$ echo \\\n  hi\nhi\n```\n")
+    assert run_document(document, tmp_path) == 2

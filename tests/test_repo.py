@@ -1,0 +1,84 @@
+"""Promises that belong to no room: what an import costs, and what the repository holds."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pentad
+
+ROOT = Path(__file__).parents[1]
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a fresh interpreter holds after running ``code``."""
+    report = f"{code}\nimport sys; print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", report], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(done.stderr.split())
+
+
+def tracked_files() -> list[Path]:
+    """What git tracks or would track."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+HEAVY = {"gguf", "huggingface_hub", "jinja2", "numpy", "sentencepiece", "tokenizers", "torch"}
+
+
+def test_import_is_light() -> None:
+    modules = modules_after("import pentad")
+    assert "pentad.errors" in modules
+    assert not modules & (HEAVY | {"rich", "typer"})
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["chat", "--help"]])
+def test_help_is_light(arguments: list[str]) -> None:
+    modules = modules_after(
+        "import sys\n"
+        "from pentad.cli import main\n"
+        f"sys.argv = ['pentad', *{arguments!r}]\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code, end.code"
+    )
+    assert "pentad.cli" in modules
+    assert not modules & HEAVY
+
+
+def test_public_names_resolve() -> None:
+    for name in pentad.__all__:
+        assert getattr(pentad, name) is not None
+    assert set(pentad.__all__) <= set(dir(pentad))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        pentad.nonsense  # noqa: B018
+
+
+def test_bad_input_is_an_error_of_both_kinds() -> None:
+    assert issubclass(pentad.BadInput, pentad.PentadError)
+    assert issubclass(pentad.BadInput, ValueError)
+
+
+def test_changelog_has_the_version() -> None:
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == pentad.__version__
+
+
+def test_no_large_files() -> None:
+    large = [path for path in tracked_files() if path.stat().st_size > 1_000_000]
+    assert not large
+
+
+def test_scripts_are_executable() -> None:
+    scripts = [ROOT / ".ci" / "run", *(ROOT / "scripts").iterdir()]
+    assert not [path for path in scripts if not os.access(path, os.X_OK)]
