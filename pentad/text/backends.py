@@ -1,0 +1,233 @@
+"""What encodes: the `tokenizers` library and `sentencepiece`, behind one small interface."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pentad.errors import BadInput
+from pentad.text.control import ControlStrings, is_control
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+
+__all__ = ["Backend", "SentencePieceBackend", "TokenizersBackend"]
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+
+
+class Backend(Protocol):
+    """A vocabulary that can encode."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are: 0 … vocab_size - 1."""
+
+    @property
+    def control(self) -> ControlStrings:
+        """The control strings."""
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Ids of `text`; control strings become their ids only where `special`."""
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Ids of one text given as runs of plain text and control ids."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token in the middle of a text."""
+
+    def first_bytes(self, token: int) -> bytes:
+        """The bytes of a token that opens a text."""
+
+
+class TokenizersBackend:
+    """A pipeline of the `tokenizers` library: byte-level BPE, or whatever a tokenizer.json
+    describes.
+    """
+
+    def __init__(self, pipeline: Tokenizer) -> None:
+        """Takes the pipeline over. Raises `BadInput` where it can't say how tokens become bytes."""
+        pipeline.no_truncation()
+        pipeline.no_padding()
+        self._pipeline = pipeline
+        # `encode_special_tokens` is a setting of the pipeline, not of a call.
+        self._lock = threading.Lock()
+        added = pipeline.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
+        control = {i: t for i, t in added.items() if t.special or is_control(t.content)}
+        pipeline.add_special_tokens([token for token in control.values() if not token.special])
+        self.vocab_size = max(pipeline.get_vocab_size(), max(added, default=-1) + 1)
+        self.control = ControlStrings(
+            {token.content: i for i, token in control.items()},
+            {token.content: (token.lstrip, token.rstrip) for token in control.values()},
+        )
+        self._control_ids = frozenset(control)
+        steps = _steps(pipeline.decoder, "decoders")
+        kinds = {step["type"] for step in steps}
+        self._byte_level = "ByteLevel" in kinds
+        if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            named = ", ".join(sorted(kinds)) or "none"
+            raise BadInput(f"tokenizer.json: its decoder is {named}: pentad reads ByteLevel and Metaspace ones")
+        self._strips_first = any(
+            (step["type"] == "Strip" and step.get("start", 0) > 0)
+            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+            for step in steps
+        )
+        self._prefixes_first_only = any(
+            step["type"] == "Metaspace" and step.get("prepend_scheme") == "first"
+            for step in _steps(pipeline.pre_tokenizer, "pretokenizers")
+        )
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """See `Backend`."""
+        with self._lock:
+            self._pipeline.encode_special_tokens = not special
+            ids: list[int] = self._pipeline.encode(text, add_special_tokens=False).ids
+        if special or self._control_ids.isdisjoint(ids):
+            return ids
+        # A control token that is also a word of the model (ignore_merges, or by its merges).
+        spelled = (self._spelled(i) if i in self._control_ids else [i] for i in ids)
+        return [i for run in spelled for i in run]
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """See `Backend`."""
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+            elif number and self._prefixes_first_only:
+                opening = self.encode("\n", special=False)  # takes the prefix, so that the text gets none
+                ids += self.encode("\n" + part, special=False)[len(opening) :]
+            else:
+                ids += self.encode(part, special=False)
+        return ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """See `Backend`."""
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self._pipeline.id_to_token(token)
+        if piece is None:
+            return b""
+        if not self._byte_level:
+            return _piece_bytes(piece)
+        try:
+            return bytes(_BYTE_OF[character] for character in piece)
+        except KeyError:
+            return piece.encode()
+
+    def first_bytes(self, token: int) -> bytes:
+        """See `Backend`."""
+        data = self.token_bytes(token)
+        return data[1:] if self._strips_first and token not in self._added and data[:1] == b" " else data
+
+    def _spelled(self, token: int) -> list[int]:
+        pieces = (
+            (_CHARACTER_OF[byte] if self._byte_level else f"<0x{byte:02X}>") for byte in self._added[token].encode()
+        )
+        ids = (self._pipeline.token_to_id(piece) for piece in pieces)
+        return [i for i in ids if i is not None and i not in self._control_ids]
+
+
+class SentencePieceBackend:
+    """A SentencePiece model. Ids are the library's own.
+
+    A space is put in front of a text that follows a control token (`prefix_after_control`), as
+    llama.cpp and Hugging Face's converted tokenizer.json do and as these models were trained by
+    their original code; files that say `"legacy": false` want none.
+    """
+
+    def __init__(self, model: bytes, *, prefix_after_control: bool = True) -> None:
+        """`model`: a serialized ModelProto. Raises `BadInput` where sentencepiece refuses it."""
+        self._model = model
+        self._prefix_after_control = prefix_after_control
+        self._processor = _sentencepiece(model)
+        self.vocab_size: int = self._processor.vocab_size()
+        processor = self._processor
+        self.control = ControlStrings(
+            {
+                processor.id_to_piece(i): i
+                for i in range(self.vocab_size)
+                if processor.is_control(i) or processor.is_unknown(i)
+            }
+        )
+
+    @cached_property
+    def _bare(self) -> SentencePieceProcessor:
+        """The same model without the leading space. Concatenated protobufs merge, so this appends
+        `normalizer_spec { add_dummy_prefix: false }`."""
+        return _sentencepiece(self._model + b"\x1a\x02\x18\x00")
+
+    @cached_property
+    def _prefixes(self) -> bool:
+        return bool(self._processor.encode("a") != self._bare.encode("a"))
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """See `Backend`."""
+        return self.encode_parts(self.control.split(text) if special else [text])
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """See `Backend`."""
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                prefixed = self._prefix_after_control or number == 0
+                ids += (self._processor if prefixed else self._bare).encode(part)
+        return ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """See `Backend`."""
+        return _piece_bytes(self._processor.id_to_piece(token))
+
+    def first_bytes(self, token: int) -> bytes:
+        """See `Backend`."""
+        piece: str = self._processor.id_to_piece(token)
+        return _piece_bytes(piece.removeprefix(_SPACE) if self._prefixes else piece)
+
+
+def _sentencepiece(model: bytes) -> SentencePieceProcessor:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise BadInput(f"the SentencePiece vocabulary is broken: {' '.join(str(error).split())}") from None
+
+
+def _piece_bytes(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace(_SPACE, " ").encode()
+
+
+def _steps(part: Any, key: str) -> list[dict[str, Any]]:
+    """The steps of a decoder or pre-tokenizer, as tokenizer.json has them: its pickled state is
+    that JSON.
+    """
+    if part is None:
+        return []
+    state: dict[str, Any] = json.loads(part.__getstate__())
+    return state[key] if state["type"] == "Sequence" else [state]
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's table: each byte as a printable character, its own where it has one, else from U+0100
+    on.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+_CHARACTER_OF = _byte_characters()
+_BYTE_OF = {character: byte for byte, character in _CHARACTER_OF.items()}
