@@ -1,0 +1,230 @@
+"""Attention: one function for every network of the house, and the layer that decoder-only language models share.
+
+Legend: N rows of queries, M rows of keys, B sequences, H query heads, G key/value heads (H a multiple of G), D numbers
+a head; within one sequence Q queries and K keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pentad.nn.batch import Batch, Rows
+from pentad.nn.cache import Pages
+from pentad.nn.linear import project
+from pentad.nn.rope import Rope
+
+Bias = Callable[[Tensor, range, range], Tensor]
+"""(q_QHD, their positions, the keys' positions) -> [H, Q, K], added to one sequence's scores."""
+
+QUERY_BLOCK = 512  # rows of queries whose mask is held at once, so that no Q x K mask of a whole sequence ever is
+
+
+def attention(
+    q_NHD: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Rows,
+    keys: Rows | Pages,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    bias: Bias | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale + bias) v, each sequence's queries over its own keys.
+
+    Args:
+        q_NHD: rows of queries of all sequences.
+        k, v: rows of keys and values [M, G, D]; where `keys` is `Pages`, a layer's pools.
+        queries, keys: which rows belong to which sequence.
+        causal: a query sees no key after its own; the last query and the last key stand at the same position.
+        window: a query sees the last `window` keys only, its own included (needs `causal`).
+        scale: what scores are multiplied by; 1 / sqrt(D) if None.
+        bias: gives what is added to a sequence's scores.
+
+    Returns:
+        [N, H, D], of q's dtype.
+    """
+    if q_NHD.is_cuda and bias is None and _varlen_serves(q_NHD, isinstance(keys, Pages)):
+        return _varlen(q_NHD, k, v, queries, keys, causal, window, scale)
+    if isinstance(keys, Rows) and queries == keys and queries.uniform() and bias is None and not _cuts(window, keys):
+        q_BHLD, k_BGLD, v_BGLD = (x.view(len(queries), -1, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k, v))
+        gqa = q_BHLD.shape[1] != k_BGLD.shape[1]
+        y_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=causal, scale=scale, enable_gqa=gqa)
+        return y_BHLD.transpose(1, 2).flatten(0, 1)
+    heads, groups = q_NHD.shape[1], k.shape[1]
+    k_1GMD, v_1GMD = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    out: list[Tensor] = []
+    for rows, seen in zip(queries, keys.rows if isinstance(keys, Pages) else keys, strict=True):
+        q_QHD, k_1GKD, v_1GKD = q_NHD[rows], k_1GMD[:, :, seen], v_1GMD[:, :, seen]
+        if len(q_QHD) == 1 and bias is None:  # one query sees all keys: the heads of a group are as good as rows
+            if window:
+                k_1GKD, v_1GKD = k_1GKD[:, :, -window:], v_1GKD[:, :, -window:]
+            q_1GRD = q_QHD.view(1, groups, heads // groups, -1)
+            out.append(F.scaled_dot_product_attention(q_1GRD, k_1GKD, v_1GKD, scale=scale).view(1, heads, -1))
+        else:
+            out.append(_one_sequence(q_QHD, k_1GKD, v_1GKD, causal, window, scale, bias))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _cuts(window: int | None, keys: Rows) -> bool:
+    return window is not None and window < max(keys.lengths)
+
+
+def _one_sequence(
+    q_QHD: Tensor,
+    k_1GKD: Tensor,
+    v_1GKD: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    bias: Bias | None,
+) -> Tensor:
+    q_1HQD = q_QHD.transpose(0, 1)[None]
+    queries, keys = q_1HQD.shape[2], k_1GKD.shape[2]
+    gqa = q_1HQD.shape[1] != k_1GKD.shape[1]
+    past = keys - queries  # the first query's position, counted from the first key
+    if causal and not past and bias is None and not (window and window < keys):  # the one mask that SDPA has built in
+        y_1HQD = F.scaled_dot_product_attention(q_1HQD, k_1GKD, v_1GKD, is_causal=True, scale=scale, enable_gqa=gqa)
+        return y_1HQD[0].transpose(0, 1)
+    block = QUERY_BLOCK if causal else queries
+    out: list[Tensor] = []
+    for start in range(0, queries, block):
+        stop = min(start + block, queries)
+        at_q = range(past + start, past + stop)
+        at_k = range(max(0, at_q.start + 1 - window) if window else 0, at_q.stop if causal else keys)
+        mask = _mask(at_q, at_k, window, q_QHD.device) if causal else None
+        if bias is not None:
+            bias_HQK = bias(q_QHD[start:stop], at_q, at_k).to(q_QHD.dtype)
+            mask = bias_HQK if mask is None else bias_HQK.masked_fill(~mask, -torch.inf)
+        seen = slice(at_k.start, at_k.stop)
+        y_1HQD = F.scaled_dot_product_attention(
+            q_1HQD[:, :, start:stop],
+            k_1GKD[:, :, seen],
+            v_1GKD[:, :, seen],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=gqa,
+        )
+        out.append(y_1HQD[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def _mask(at_q: range, at_k: range, window: int | None, device: torch.device) -> Tensor:
+    """bool [Q, K]: which keys a query sees, by their positions."""
+    ago_QK = torch.arange(at_q.start, at_q.stop, device=device)[:, None] - torch.arange(
+        at_k.start, at_k.stop, device=device
+    )
+    return (ago_QK >= 0) & (ago_QK < window) if window else ago_QK >= 0
+
+
+@cache
+def _varlen_takes(parameter: str) -> bool:
+    """Whether this torch has `varlen_attn`, and it knows the parameter."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return parameter in inspect.signature(varlen_attn).parameters
+
+
+def _varlen_serves(q_NHD: Tensor, paged: bool) -> bool:
+    half = q_NHD.dtype in (torch.bfloat16, torch.float16)
+    return (
+        half and q_NHD.shape[-1] <= 256 and _varlen_takes("enable_gqa") and (not paged or _varlen_takes("block_table"))
+    )
+
+
+def _varlen(
+    q_NHD: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Rows,
+    keys: Rows | Pages,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """CUDA's kernel for ragged rows, which reads pages where they lie."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    device = q_NHD.device
+    if isinstance(keys, Pages):
+        k, v = (pool.view(-1, keys.page_size, *pool.shape[1:]) for pool in (k, v))
+    out = varlen_attn(
+        q_NHD,
+        k,
+        v,
+        queries.cu_seqlens(device),
+        None if isinstance(keys, Pages) else keys.cu_seqlens(device),
+        max(queries.lengths),
+        max(keys.lengths),
+        scale=scale,
+        window_size=(
+            (window or 0) - 1,
+            0 if causal else -1,
+        ),  # keys to the left of a query's own, and to the right
+        enable_gqa=q_NHD.shape[1] != k.shape[-2],
+        seqused_k=keys.used if isinstance(keys, Pages) else None,
+        block_table=keys.block_table if isinstance(keys, Pages) else None,
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245) and RoPE.
+
+    Args:
+        dim: width of the residual stream.
+        heads, kv_heads, head_dim: H, G and D.
+        rope: how queries and keys are rotated.
+        layer: which of the cache's pools is this layer's.
+        window: how many keys a query sees, its own included; None for all.
+        bias: whether q, k, v have a bias; `output_bias`: whether o has.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rope: Rope,
+        layer: int,
+        window: int | None = None,
+        bias: bool = False,
+        output_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.rope = rope
+        self.layer = layer
+        self.window = window
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, dim, bias=output_bias)
+
+    def forward(self, x_ND: Tensor, batch: Batch) -> Tensor:
+        """[N, dim] -> [N, dim]; the keys and values of the batch's tokens are written to its pages, if it has any."""
+        heads = project(x_ND, self.q_proj, self.k_proj, self.v_proj).view(len(x_ND), -1, self.head_dim)
+        rotated = self.rope(heads[:, : self.heads + self.kv_heads], batch)
+        q_NHD, k_NGD = rotated[:, : self.heads], rotated[:, self.heads :]
+        v_NGD = heads[:, self.heads + self.kv_heads :]
+        if batch.pages is None:
+            y_NHD = attention(q_NHD, k_NGD, v_NGD, batch.rows, batch.rows, causal=True, window=self.window)
+        else:
+            pool_k, pool_v = batch.pages.write(self.layer, k_NGD, v_NGD)
+            y_NHD = attention(q_NHD, pool_k, pool_v, batch.rows, batch.pages, causal=True, window=self.window)
+        out_ND: Tensor = self.o_proj(y_NHD.flatten(-2))
+        return out_ND

@@ -1,0 +1,248 @@
+"""The paged cache of keys and values.
+
+For each layer there is one pool of keys and one of values. A sequence owns a table of pages, in logical order; its keys
+are stored after RoPE at their absolute positions, so a page can be shared by sequences that begin alike, and dropped
+once no window reaches it (the rolling buffer of Mistral 7B, arXiv:2310.06825, section 2, in units of pages).
+
+Legend: N tokens in the batch, P pages, S tokens a page, G key/value heads, D numbers a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pentad.errors import PentadError
+from pentad.nn.batch import Batch, Rows
+
+
+@dataclass(eq=False)
+class CachedSequence:
+    """One sequence's place in a `PagedCache`.
+
+    Attributes:
+        pages: ids of its pages, in logical order.
+        length: tokens it has so far, dropped ones included; also the next token's position.
+        dropped: tokens before ``pages[0]``, which are outside every window (a multiple of the page size).
+        rope_length: the length its RoPE is scaled for, fixed when it is opened: cached keys can't be rotated anew.
+    """
+
+    rope_length: int = 0
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where the keys and values of one batch are: what a `Batch` shows of a `PagedCache`.
+
+    Attributes:
+        keys, values: for each layer a pool [P * S, G, D].
+        page_size: S.
+        tables: for each sequence its pages, in logical order.
+        lengths: for each sequence the tokens that its pages hold, this step's included.
+        slots: int64 [N], the place of each of the batch's tokens in a pool.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    page_size: int
+    tables: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
+    slots: Tensor
+
+    def write(self, layer: int, k_NGD: Tensor, v_NGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the batch's own keys and values; returns the layer's pools."""
+        k, v = self.keys[layer], self.values[layer]
+        k.index_copy_(0, self.slots, k_NGD.to(k.dtype))
+        v.index_copy_(0, self.slots, v_NGD.to(v.dtype))
+        return k, v
+
+    @cached_property
+    def rows(self) -> list[slice | Tensor]:
+        """Where each sequence's tokens are in a pool: a slice, read without a copy, where pages are neighbors."""
+        return [self._rows(table, length) for table, length in zip(self.tables, self.lengths, strict=True)]
+
+    def _rows(self, table: tuple[int, ...], length: int) -> slice | Tensor:
+        start = table[0] * self.page_size
+        if table == tuple(range(table[0], table[0] + len(table))):
+            return slice(start, start + length)
+        pages = torch.tensor(table)[:, None] * self.page_size + torch.arange(self.page_size)
+        return pages.flatten()[:length].to(self.slots.device)
+
+    @cached_property
+    def block_table(self) -> Tensor:
+        """int32 [B, most pages a sequence] on the pools' device, as CUDA's kernels take it."""
+        width = max(len(table) for table in self.tables)
+        rows = [[*table, *[0] * (width - len(table))] for table in self.tables]
+        return torch.tensor(rows, dtype=torch.int32).to(self.slots.device)
+
+    @cached_property
+    def used(self) -> Tensor:
+        """`lengths` as int32 [B] on the pools' device."""
+        return torch.tensor(self.lengths, dtype=torch.int32).to(self.slots.device)
+
+
+class PagedCache:
+    """Keys and values of many sequences, in pages that are counted.
+
+    Pages are reserved before a step, so the step itself never allocates: ``batch`` reserves, the network runs,
+    ``advance`` says how many of the reserved tokens are kept (fewer than were run, where drafts were rejected).
+
+    Args:
+        layers: number of layers, each with a pool of its own.
+        kv_heads, head_dim: G and D.
+        page_size: S.
+        pages: P to begin with; the pools grow (by copying) when more are needed.
+        window: the widest window of any layer, in tokens, or None where a layer sees everything.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        page_size: int = 256,
+        pages: int = 1,
+        window: int | None = None,
+    ) -> None:
+        self.page_size = page_size
+        self.window = window
+        # Memory that is not written yet costs nothing on a CPU: the system maps pages when they are touched.
+        self.keys = [
+            torch.empty(pages * page_size, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(layers)
+        ]
+        self.values = [torch.empty_like(k) for k in self.keys]
+        self._counts = [0] * pages  # how many sequences hold each page
+
+    @property
+    def nbytes(self) -> int:
+        return sum(pool.nbytes for pool in (*self.keys, *self.values))
+
+    def open(self, rope_length: int = 0) -> CachedSequence:
+        """A new, empty sequence."""
+        return CachedSequence(rope_length)
+
+    def fork(self, sequence: CachedSequence) -> CachedSequence:
+        """A second sequence that begins as `sequence` does, sharing its pages."""
+        for page in sequence.pages:
+            self._counts[page] += 1
+        return CachedSequence(sequence.rope_length, list(sequence.pages), sequence.length, sequence.dropped)
+
+    def close(self, sequence: CachedSequence) -> None:
+        """Give all pages back."""
+        self._release(sequence, len(sequence.pages))
+        sequence.length = sequence.dropped = 0
+
+    def can_truncate(self, sequence: CachedSequence, length: int) -> bool:
+        """Whether a window that ends at `length` tokens reaches only tokens whose pages are still there."""
+        return not sequence.dropped or sequence.dropped <= length - (self.window or 0) + 1
+
+    def truncate(self, sequence: CachedSequence, length: int) -> None:
+        """Forget all tokens from position `length` on.
+
+        Raises:
+            PentadError: `can_truncate` says no.
+        """
+        if not self.can_truncate(sequence, length):
+            raise PentadError(f"can't go back to token {length}: tokens before {sequence.dropped} have left the cache")
+        keep = -(-(length - sequence.dropped) // self.page_size)
+        for page in sequence.pages[keep:]:
+            self._counts[page] -= 1
+        del sequence.pages[keep:]
+        sequence.length = length
+
+    def reserve(self, sequence: CachedSequence, tokens: int) -> None:
+        """Make sure that `tokens` more fit, and that the page they begin in is this sequence's alone."""
+        filled = sequence.length - sequence.dropped
+        first = filled // self.page_size  # index of the page that the next token goes to
+        if first < len(sequence.pages) and self._counts[shared := sequence.pages[first]] > 1:
+            (own,) = self._take(1, after=None)
+            for pool in (*self.keys, *self.values):
+                pages = pool.unflatten(0, (-1, self.page_size))  # type: ignore[no-untyped-call]
+                pages[own] = pages[shared]
+            self._counts[shared] -= 1
+            sequence.pages[first] = own
+        missing = -(-(filled + tokens) // self.page_size) - len(sequence.pages)
+        if missing > 0:
+            sequence.pages += self._take(missing, after=sequence.pages[-1] if sequence.pages else None)
+
+    def batch(self, work: Sequence[tuple[CachedSequence, Sequence[int]]]) -> Batch:
+        """Reserve room for the next tokens of some sequences, and lay them end to end."""
+        size = self.page_size
+        slots: list[int] = []
+        positions: list[int] = []
+        for sequence, ids in work:
+            self.reserve(sequence, len(ids))
+            for position in range(sequence.length, sequence.length + len(ids)):
+                page, offset = divmod(position - sequence.dropped, size)
+                positions.append(position)
+                slots.append(sequence.pages[page] * size + offset)
+        device = self.keys[0].device
+        pages = Pages(
+            self.keys,
+            self.values,
+            size,
+            tuple(tuple(s.pages[: -(-(s.length - s.dropped + len(ids)) // size)]) for s, ids in work),
+            tuple(s.length - s.dropped + len(ids) for s, ids in work),
+            torch.tensor(slots, dtype=torch.int64).to(device),
+        )
+        return Batch(
+            torch.tensor([i for _, ids in work for i in ids], dtype=torch.int64).to(device),
+            torch.tensor(positions, dtype=torch.int64).to(device),
+            Rows.of([len(ids) for _, ids in work]),
+            pages,
+            tuple(s.rope_length for s, _ in work),
+        )
+
+    def advance(self, sequence: CachedSequence, tokens: int) -> None:
+        """Keep `tokens` more of what was written, and take back pages that no window reaches any more."""
+        sequence.length += tokens
+        if self.window is not None:
+            unreachable = (
+                sequence.length - self.window + 1 - sequence.dropped
+            )  # the next query sees `window` keys, itself one
+            count = max(0, unreachable) // self.page_size
+            self._release(sequence, count)
+            sequence.dropped += count * self.page_size
+
+    def _release(self, sequence: CachedSequence, count: int) -> None:
+        for page in sequence.pages[:count]:
+            self._counts[page] -= 1
+        del sequence.pages[:count]
+
+    def _take(self, count: int, after: int | None) -> list[int]:
+        """`count` free pages: those that follow page `after` if they are free, else neighbors, else any."""
+        runs = [after + 1] if after is not None else []
+        free = [page for page, holders in enumerate(self._counts) if not holders]
+        runs += [page for page in free if page == 0 or self._counts[page - 1]]  # where a run of free pages begins
+        for start in runs:
+            run = range(start, start + count)
+            if run.stop <= len(self._counts) and not any(self._counts[page] for page in run):
+                taken = list(run)
+                break
+        else:
+            if len(free) < count:
+                self._grow(count)
+                return self._take(count, after)
+            taken = free[:count]
+        for page in taken:
+            self._counts[page] = 1
+        return taken
+
+    def _grow(self, count: int) -> None:
+        """Add at least `count` pages, and half as many as there are, so that growing stays rare."""
+        more = max(count, len(self._counts) // 2)
+        for pools in (self.keys, self.values):
+            for i, pool in enumerate(pools):
+                pools[i] = pool.new_empty(len(pool) + more * self.page_size, *pool.shape[1:])
+                pools[i][: len(pool)] = pool
+        self._counts += [0] * more

@@ -1,0 +1,24 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pentad.nn.batch import Batch
+from pentad.nn.linear import project
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the gated linear unit of "GLU Variants Improve Transformer" (arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, None]:
+        """[N, dim] -> [N, dim], and no router's decisions, since there is no router."""
+        gate, up = project(x_ND, self.gate_proj, self.up_proj).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up), None

@@ -1,0 +1,103 @@
+"""Linear layers whose weight stays in its file's quantized blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pentad.weights.quantized import QuantizedTensor
+
+FEW_ROWS = 128  # up to here torch's 4-bit kernel beats dequantizing the weight for one large bfloat16 product
+
+
+class QuantizedLinear(nn.Module):
+    """x W^T + b with W of one scale and minimum a block of 32 (Q4_0, Q4_1, Q4_K), by torch's own operators on a CPU.
+
+    Args:
+        weight: [out, in], mapped blocks; what torch's 4-bit kernel needs is packed from them when it is first called.
+        bias: [out] or None.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.bias = bias
+        self._packed: tuple[Tensor, Tensor] | None = None
+        self._packed_from: tuple[QuantizedTensor, ...] = ()
+
+    @staticmethod
+    def takes(weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether torch has an operator for this weight that is fast: bfloat16 on a CPU, rows in tiles of 16."""
+        fits = len(weight.shape) == 2 and weight.shape[0] % 16 == 0 and weight.shape[1] % 32 == 0
+        return weight.is_affine4 and fits and dtype == torch.bfloat16 and device.type == "cpu"
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        if len(x_ND) > FEW_ROWS:
+            return F.linear(x_ND, self.weight.dequantize(x_ND.dtype), self.bias)
+        y = _matmul(x_ND, self.packed((self.weight,)))
+        return y if self.bias is None else y + self.bias
+
+    def packed(self, weights: tuple[QuantizedTensor, ...]) -> tuple[Tensor, Tensor]:
+        """This layer's weight, or those of several with it, as torch's 4-bit kernel takes them; packed once."""
+        if self._packed is None or self._packed_from != weights:
+            self._packed, self._packed_from = _pack(weights), weights
+        return self._packed
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.type}"
+
+
+def project(x_ND: Tensor, *linears: nn.Module) -> Tensor:
+    """The outputs of several linear layers side by side: [N, D] -> [N, sum of their widths].
+
+    One product where all are quantized and rows are few; then the first layer holds the packed weights of all.
+    """
+    first = linears[0]
+    if isinstance(first, QuantizedLinear) and len(x_ND) <= FEW_ROWS and all(map(_joins, linears)):
+        return _matmul(x_ND, first.packed(tuple(linear.weight for linear in linears)))  # type: ignore[misc]
+    return torch.cat([linear(x_ND) for linear in linears], -1)
+
+
+def _joins(linear: nn.Module) -> bool:
+    return type(linear) is QuantizedLinear and linear.bias is None and not linear._forward_hooks
+
+
+class RowwiseInt8Linear(nn.Module):
+    """A language model's head in bfloat16, and in int8 with one scale a row where one or two rows come.
+
+    Reading the head's weight is what a small model's step waits for. For heads that are quantized in their file; the
+    second rounding adds about 0.08 to the root mean square error of SmolLM2's logits (docs/benchmarks.md).
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight  # [out, in], most often the embedding's
+        self._int8: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        if len(x_ND) > 2:
+            return F.linear(x_ND, self.weight)
+        if self._int8 is None:
+            weight = self.weight.float()
+            scale = (weight.abs().amax(1) / 126.5).bfloat16()  # rounding it can't push a value past 127
+            self._int8 = (weight / scale.float()[:, None]).round().to(torch.int8), scale
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(x_ND, *self._int8)
+        return y
+
+
+def _matmul(x_ND: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_ND, packed[0], 32, packed[1])
+    return y
+
+
+def _pack(weights: Sequence[QuantizedTensor]) -> tuple[Tensor, Tensor]:
+    """The kernel's own order of nibbles, and [in / 32, out, 2] of (scale, the value of nibble 8)."""
+    nibbles, scale, minimum = (
+        torch.cat(parts) for parts in zip(*(weight.affine4() for weight in weights), strict=True)
+    )
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+    return packed, torch.stack((scale, minimum + 8 * scale), -1).transpose(0, 1).contiguous().bfloat16()

@@ -1,0 +1,46 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864), in its half-split form.
+
+Files that store the interleaved form (Meta's consolidated files, llama-type GGUF) are permuted by their key table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pentad.nn.batch import Batch
+from pentad.nn.rope_scaling import Unscaled
+
+
+class Rope:
+    """Rotates pairs of numbers (i, i + D/2) of each head by position * frequency_i.
+
+    Not a module: it has no weights and keeps no tensor, so a network can be built on the meta device and moved freely.
+
+    Args:
+        dim: D, numbers of a head that rotate.
+        theta: the base of the frequencies.
+        scaling: how they are stretched for long contexts.
+    """
+
+    def __init__(self, dim: int, theta: float = 10000.0, scaling: Unscaled | None = None) -> None:
+        self.dim = dim
+        self.theta = theta
+        self.scaling = scaling or Unscaled()
+
+    def __call__(self, x_NHD: Tensor, batch: Batch) -> Tensor:
+        """Rotate the heads of the batch's tokens: [N, heads, D] -> the same shape and dtype."""
+        cos_N1D, sin_N1D = batch.shared((self, x_NHD.dtype), lambda: self._cos_sin(batch, x_NHD.dtype))
+        return torch.addcmul(x_NHD * cos_N1D, x_NHD.roll(self.dim // 2, -1), sin_N1D)
+
+    def _cos_sin(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines, and sines with the sign of rotate-half in them, both [N, 1, D]."""
+        lengths = batch.rope_lengths
+        if len({self.scaling.regime(length) for length in lengths}) <= 1:
+            inv = self.scaling.frequencies(self.theta, self.dim, max(lengths, default=0))  # one for all: [D/2]
+        else:
+            each = torch.stack([self.scaling.frequencies(self.theta, self.dim, length) for length in lengths])
+            inv = each.repeat_interleave(torch.tensor(batch.rows.lengths), dim=0)  # [N, D/2]
+        angles = batch.positions[:, None].float() * inv.to(batch.positions.device)
+        cos, sin = angles.cos() * self.scaling.magnitude(), angles.sin() * self.scaling.magnitude()
+        return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)

@@ -1,0 +1,194 @@
+"""How RoPE's frequencies are stretched for contexts longer than a model was trained on.
+
+Each scaling is named and parameterized as published configs have it (``rope_scaling``, since transformers 5
+``rope_parameters``). Legend: D the numbers of a head that rotate; frequencies are float32 [D / 2], radians a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pentad.errors import BadInput
+
+
+def inverse_frequencies(theta: float, dim: int) -> Tensor:
+    """theta^(-2i / D), RoFormer (arXiv:2104.09864) section 3.2.2."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+@dataclass(frozen=True)
+class Unscaled:
+    """RoPE as it was published, and the interface of all scalings."""
+
+    def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
+        """The frequencies of a sequence that was admitted with `length` tokens."""
+        return inverse_frequencies(theta, dim)
+
+    def regime(self, length: int) -> int:
+        """Sequences of lengths with the same regime rotate alike, so that they may share cached keys."""
+        return 0
+
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by (published as ``attention_factor``)."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Linear(Unscaled):
+    """Position interpolation (arXiv:2306.15595)."""
+
+    factor: float
+
+    def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
+        return inverse_frequencies(theta, dim) / self.factor
+
+
+@dataclass(frozen=True)
+class Dynamic(Unscaled):
+    """Dynamic NTK: the base grows with the length, once that exceeds what the model was trained on."""
+
+    factor: float
+    max_position_embeddings: int
+
+    def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
+        stretch = self.factor * self.regime(length) / self.max_position_embeddings - (self.factor - 1)
+        return inverse_frequencies(theta * stretch ** (dim / (dim - 2)), dim)
+
+    def regime(self, length: int) -> int:
+        return max(length, self.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class Llama3(Unscaled):
+    """Llama 3.1: long wavelengths are interpolated, short ones kept, those between blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
+        inv = inverse_frequencies(theta, dim)
+        turns = self.original_max_position_embeddings * inv / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return torch.lerp(inv / self.factor, inv, kept.clamp(0, 1))
+
+
+@dataclass(frozen=True)
+class Yarn(Unscaled):
+    """YaRN (arXiv:2309.00071), section 3.2 (the ramp) and 3.4 (the attention factor)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:  # published only as a pair
+            return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
+        return self._temperature(1.0)
+
+    def _temperature(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
+        def dimension(
+            turns: float,
+        ) -> float:  # the one that turns so often within the original length
+            return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
+        inv = inverse_frequencies(theta, dim)
+        return torch.lerp(inv, inv / self.factor, ramp.clamp(0, 1))
+
+
+@dataclass(frozen=True)
+class LongRope(Unscaled):
+    """LongRoPE (arXiv:2402.13753): searched divisors, one set for short and one for long sequences."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    max_position_embeddings: int
+    factor: float | None = None
+    attention_factor: float | None = None
+
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        original = self.original_max_position_embeddings
+        factor = self.factor or self.max_position_embeddings / original
+        return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+    def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
+        divisors = self.long_factor if self.regime(length) else self.short_factor
+        return _divide(inverse_frequencies(theta, dim), divisors)
+
+    def regime(self, length: int) -> int:
+        return int(length > self.original_max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class Divisors(Unscaled):
+    """A divisor for each frequency, as GGUF files hold any fixed scaling in ``rope_freqs.weight``."""
+
+    divisors: tuple[float, ...]
+
+    def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
+        return _divide(inverse_frequencies(theta, dim), self.divisors)
+
+
+def _divide(inv: Tensor, divisors: tuple[float, ...]) -> Tensor:
+    if len(divisors) != len(inv):
+        raise BadInput(f"RoPE has {len(inv)} frequencies, but the checkpoint brings {len(divisors)} divisors for them")
+    return inv / torch.tensor(divisors, dtype=torch.float32)
+
+
+SCALINGS: dict[str, type[Unscaled]] = {
+    "default": Unscaled,
+    "linear": Linear,
+    "dynamic": Dynamic,
+    "llama3": Llama3,
+    "yarn": Yarn,
+    "longrope": LongRope,
+    "divisors": Divisors,
+}
+
+
+def scaling(parameters: Mapping[str, Any]) -> Unscaled:
+    """The scaling that a config's ``rope_parameters`` (or older ``rope_scaling``) ask for.
+
+    Raises:
+        BadInput: an unknown ``rope_type``, or a field that it needs is missing or isn't a positive number.
+    """
+    name = parameters.get("rope_type") or parameters.get("type") or "default"
+    if name not in SCALINGS:
+        raise BadInput(f"RoPE scaling {name!r} is not known; known are {', '.join(SCALINGS)}")
+    values: dict[str, Any] = {}
+    for field in fields(SCALINGS[name]):
+        value = parameters.get(field.name)
+        if value is None:
+            if field.default is MISSING:
+                raise BadInput(f"RoPE scaling {name!r} needs a value for {field.name!r}")
+            continue
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(n, int | float) and (n > 0 or isinstance(n, bool)) for n in numbers):
+            raise BadInput(f"RoPE scaling {name!r}: {field.name!r} is {str(value)[:60]}, not a positive number")
+        values[field.name] = tuple(value) if isinstance(value, list | tuple) else value
+    return SCALINGS[name](**values)
