@@ -1,0 +1,23 @@
+"""Decoding: the step, samplers, the engine that batches, and the runner of language models."""
+
+from pentad.generate.engine import TokenLogprobs
+from pentad.generate.language_model import (
+    Completion,
+    LanguageModel,
+    Message,
+    Options,
+    Score,
+    Stream,
+)
+from pentad.generate.sampling import Sampling
+
+__all__ = [
+    "Completion",
+    "LanguageModel",
+    "Message",
+    "Options",
+    "Sampling",
+    "Score",
+    "Stream",
+    "TokenLogprobs",
+]

@@ -1,0 +1,162 @@
+"""Decoding many sequences together: which tokens each step takes, and what becomes of its logits."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pentad.errors import PentadError
+from pentad.generate.sampling import Sampling, sample
+from pentad.generate.step import PlainStep
+from pentad.nn.cache import CachedSequence
+
+CHUNK = 512  # tokens of prompts that one step takes, so that sequences which decode don't wait for long
+LARGEST_BATCH = 32  # sequences decoded together; further ones wait
+HEADROOM = 256  # tokens reserved beyond the prompt at first, so that a sequence's pages are neighbors
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The model's own log-probabilities (natural, before temperature and filters) where one token was chosen."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens and their log-probabilities, likeliest first, as many as were asked for."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence on its way through the engine.
+
+    Attributes:
+        prompt: its ids, at least one.
+        sampling, generator: how tokens are chosen; the generator is the request's own, so that its text depends on
+            nothing else that is decoded with it.
+        max_tokens: how many to generate at most.
+        end_ids: tokens that end it, and are not part of it.
+        logprobs: None, or how many of the likeliest tokens to report with each token.
+        generated: what was generated so far.
+        finish_reason: "stop" or "length" once it is finished, or what `Engine.finish` was told.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    generator: torch.Generator
+    max_tokens: int
+    end_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    generated: list[int] = field(default_factory=list)
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    sequence: CachedSequence | None = None
+
+
+class Engine:
+    """Runs requests, all that are there in each step: prompts in chunks, then token by token.
+
+    The sequence that finished last keeps its pages, so that a request which continues it (the next turn of a chat)
+    only prefills what is new.
+    """
+
+    def __init__(self, step: PlainStep) -> None:
+        self.run = step
+        self._waiting: deque[Request] = deque()
+        self._active: list[Request] = []
+        self._kept: tuple[list[int], CachedSequence] | None = None
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its tokens come from `step`."""
+        self._waiting.append(request)
+
+    def step(self) -> list[Request]:
+        """Run one step; returns the requests that have one token more, or have finished.
+
+        Raises:
+            PentadError: the model's logits are not numbers.
+        """
+        while self._waiting and len(self._active) < LARGEST_BATCH:
+            self._active.append(self._admit(self._waiting.popleft()))
+        work: list[tuple[CachedSequence, list[int]]] = []
+        ready: list[tuple[Request, int]] = []  # requests whose last token is in this step, and its row
+        budget, row = CHUNK, 0
+        for request in sorted(self._active, key=lambda r: not r.generated):  # those that decode come first
+            sequence = request.sequence
+            assert sequence is not None
+            past = sequence.length - len(request.prompt)
+            pending = list(request.prompt[sequence.length :] if past < 0 else request.generated[past:])
+            tokens = pending if len(pending) == 1 else pending[: max(budget, 0)]
+            if not tokens:
+                continue
+            budget -= len(tokens)
+            row += len(tokens)
+            work.append((sequence, tokens))
+            if len(tokens) == len(pending):
+                ready.append((request, row - 1))
+        if not work:
+            return []
+        logits_MV = self.run(work, [row for _, row in ready])
+        for (request, _), logits_V in zip(ready, logits_MV, strict=True):
+            self._choose(request, logits_V)
+        return [request for request, _ in ready]
+
+    def finish(self, request: Request, reason: str) -> None:
+        """End a request, and give back what it holds."""
+        request.finish_reason = reason
+        if request in self._waiting:
+            self._waiting.remove(request)
+        if request.sequence is not None:
+            self._active.remove(request)
+            if self._kept is not None:
+                self.run.cache.close(self._kept[1])
+            ids = [*request.prompt, *request.generated][: request.sequence.length]
+            self._kept = (ids, request.sequence)
+            request.sequence = None
+
+    def _admit(self, request: Request) -> Request:
+        """Give a request its place in the cache: the kept sequence's where it begins alike."""
+        cache, prompt = self.run.cache, request.prompt
+        rope_length = len(prompt)
+        if self._kept is not None:
+            ids, kept = self._kept
+            common = 0
+            for ours, theirs in zip(ids, prompt[:-1], strict=False):  # the last token is run for its logits
+                if ours != theirs:
+                    break
+                common += 1
+            alike = self.run.rope_regime(kept.rope_length) == self.run.rope_regime(rope_length)
+            if common and alike and cache.can_truncate(kept, common):
+                cache.truncate(kept, common)
+                self._kept, request.sequence = None, kept
+        if request.sequence is None:
+            request.sequence = cache.open(rope_length)
+        if cache.window is None:
+            cache.reserve(
+                request.sequence,
+                len(prompt) - request.sequence.length + min(request.max_tokens, HEADROOM),
+            )
+        return request
+
+    def _choose(self, request: Request, logits_V: Tensor) -> None:
+        if not torch.isfinite(logits_V.max()):
+            self.finish(request, "error")
+            raise PentadError("the model's logits are not numbers (NaN or infinite): its weights are damaged")
+        token = sample(logits_V, request.sampling, request.generator, request.prompt, request.generated)
+        if token in request.end_ids:
+            return self.finish(request, "stop")
+        request.generated.append(token)
+        if request.logprobs is not None:
+            request.token_logprobs.append(_logprobs(logits_V, token, request.logprobs))
+        if len(request.generated) >= request.max_tokens:
+            self.finish(request, "length")
+
+
+def _logprobs(logits_V: Tensor, token: int, count: int) -> TokenLogprobs:
+    logprobs_V = logits_V.log_softmax(-1)
+    values, ids = logprobs_V.topk(min(count, len(logprobs_V)))
+    top = tuple((int(i), float(value)) for i, value in zip(ids, values, strict=True))
+    return TokenLogprobs(token, float(logprobs_V[token]), top)

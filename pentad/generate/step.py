@@ -1,0 +1,64 @@
+"""One step of a language model: tokens of some sequences in, the logits of the wanted rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pentad.nn.attention import Attention
+from pentad.nn.cache import CachedSequence, PagedCache
+
+Work = Sequence[tuple[CachedSequence, Sequence[int]]]
+"""Sequences and the tokens that each goes on by."""
+
+
+class PlainStep:
+    """Executes steps by calling the network, in plain torch, and owns the cache that they fill.
+
+    Args:
+        network: a decoder-only language model of `pentad.models`.
+        cache_dtype: what keys and values are kept in; the network's own dtype by default.
+        page_size: tokens a page.
+    """
+
+    def __init__(self, network: nn.Module, *, cache_dtype: torch.dtype | None = None, page_size: int = 256) -> None:
+        self.network = network
+        layers = [part for part in network.modules() if isinstance(part, Attention)]
+        self._rope = layers[0].rope
+        weight = network.get_parameter("norm.weight")
+        windows = [layer.window for layer in layers]
+        self.cache = PagedCache(
+            len(layers),
+            layers[0].kv_heads,
+            layers[0].head_dim,
+            dtype=cache_dtype or weight.dtype,
+            device=weight.device,
+            page_size=page_size,
+            window=None if None in windows else max(w for w in windows if w is not None),
+        )
+
+    def rope_regime(self, length: int) -> int:
+        """Sequences admitted with lengths of the same regime may share cached keys."""
+        return self._rope.scaling.regime(length)
+
+    @torch.inference_mode()
+    def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
+        """Run the tokens and keep them in the cache.
+
+        Args:
+            work: sequences and their next tokens.
+            wanted: rows of the batch, that is of all those tokens laid end to end, whose logits to compute.
+
+        Returns:
+            float32 [len(wanted), vocab].
+        """
+        batch = self.cache.batch(work)
+        hidden_ND, _ = self.network(batch)
+        for sequence, ids in work:
+            self.cache.advance(sequence, len(ids))
+        if len(wanted) < len(hidden_ND):
+            hidden_ND = hidden_ND[torch.tensor(wanted, dtype=torch.int64, device=hidden_ND.device)]
+        logits: Tensor = self.network.head(hidden_ND)  # type: ignore[operator]
+        return logits.float()

@@ -1,0 +1,57 @@
+"""From a request's tokens to its text, up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pentad.text import Detokenizer
+
+
+class Transcript:
+    """Text of one generation, as it grows.
+
+    Text that may be the beginning of a stop string is held back until it is known not to be one.
+
+    Args:
+        detokenizer: a fresh one.
+        stop: strings that end the text, and are not part of it.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
+        self.text = ""
+        self.stopped = False
+        self._detokenizer = detokenizer
+        self._stop = [string for string in stop if string]
+        self._held = ""
+
+    def add(self, token: int) -> None:
+        """Go on by one token."""
+        self._grow(self._detokenizer.add(token))
+        if not self.stopped:
+            self._release(self._may_begin_stop())
+
+    def finish(self) -> None:
+        """No token follows; what was held back is text after all."""
+        if not self.stopped:
+            self._grow(self._detokenizer.finish())
+            self._release(0)
+
+    def _grow(self, piece: str) -> None:
+        self._held += piece
+        ends = [at for string in self._stop if (at := self._held.find(string)) >= 0]
+        if ends:
+            self.text += self._held[: min(ends)]
+            self._held, self.stopped = "", True
+
+    def _may_begin_stop(self) -> int:
+        """How many characters at the end of the held text are the beginning of a stop string."""
+        longest = max((len(string) for string in self._stop), default=1) - 1
+        for count in range(min(longest, len(self._held)), 0, -1):
+            if any(string.startswith(self._held[-count:]) for string in self._stop):
+                return count
+        return 0
+
+    def _release(self, keep: int) -> None:
+        cut = len(self._held) - keep
+        self.text += self._held[:cut]
+        self._held = self._held[cut:]
