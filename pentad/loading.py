@@ -13,7 +13,7 @@ from pentad import text, weights
 from pentad.errors import BadInput
 from pentad.generate import LanguageModel
 from pentad.models import family_of
-from pentad.nn.linear import QuantizedLinear
+from pentad.nn.linear import QuantizedLinear, RowwiseInt8Linear
 from pentad.weights.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -104,19 +104,22 @@ def load_network(
         homes.setdefault(firsts.setdefault(parameter, name), []).append(name)
     shapes = {name: tuple(parameter.shape) for parameter, name in firsts.items()}
     table = family.key_table(network.config, checkpoint.format)
+    rounded_head = False
     for name, value in table.load(checkpoint.tensors, shapes, checkpoint.path):
         if isinstance(value, QuantizedTensor):
             linear = network.get_submodule(module := name.rpartition(".")[0])
-            tied = len(homes[name]) > 1
-            takes = keep_quantized and not tied and QuantizedLinear.takes(value, dtype, device)
-            if takes and isinstance(linear, nn.Linear):
+            free = keep_quantized and len(homes[name]) == 1
+            if free and isinstance(linear, nn.Linear) and QuantizedLinear.takes(value, dtype, device):
                 network.set_submodule(module, QuantizedLinear(value, linear.bias))
                 continue
+            rounded_head |= "head.weight" in homes[name]
             value = value.dequantize(dtype)
         parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
         for home in homes[name]:
             module, _, leaf = home.rpartition(".")
             setattr(network.get_submodule(module), leaf, parameter)
+    if rounded_head and keep_quantized and RowwiseInt8Linear.takes(dtype, device):
+        network.set_submodule("head", RowwiseInt8Linear(network.get_parameter("head.weight")))
     return network.eval()
 
 

@@ -59,11 +59,11 @@ def attention(
         y_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=causal, scale=scale, enable_gqa=gqa)
         return y_BHLD.transpose(1, 2).flatten(0, 1)
     heads, groups = q_NHD.shape[1], k.shape[1]
-    k_1GMD, v_1GMD = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    k_1GMD, v_1GMD = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
     out: list[Tensor] = []
-    for rows, seen in zip(queries, keys.rows if isinstance(keys, Pages) else keys, strict=True):
-        q_QHD, k_1GKD, v_1GKD = q_NHD[rows], k_1GMD[:, :, seen], v_1GMD[:, :, seen]
-        if len(q_QHD) == 1 and bias is None:  # one query sees all keys: the heads of a group are as good as rows
+    for (start, count), seen in zip(queries.spans, keys.spans, strict=True):
+        q_QHD, k_1GKD, v_1GKD = q_NHD.narrow(0, start, count), _rows(k_1GMD, seen), _rows(v_1GMD, seen)
+        if count == 1 and bias is None:  # one query sees all keys: the heads of a group are as good as rows
             if window:
                 k_1GKD, v_1GKD = k_1GKD[:, :, -window:], v_1GKD[:, :, -window:]
             q_1GRD = q_QHD.view(1, groups, heads // groups, -1)
@@ -71,6 +71,10 @@ def attention(
         else:
             out.append(_one_sequence(q_QHD, k_1GKD, v_1GKD, causal, window, scale, bias))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _rows(x_1GMD: Tensor, rows: tuple[int, int] | Tensor) -> Tensor:
+    return x_1GMD.index_select(2, rows) if isinstance(rows, Tensor) else x_1GMD.narrow(2, *rows)
 
 
 def _cuts(window: int | None, keys: Rows) -> bool:
@@ -217,10 +221,10 @@ class Attention(nn.Module):
 
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor:
         """[N, dim] -> [N, dim]; the keys and values of the batch's tokens are written to its pages, if it has any."""
-        heads = project(x_ND, self.q_proj, self.k_proj, self.v_proj).view(len(x_ND), -1, self.head_dim)
-        rotated = self.rope(heads[:, : self.heads + self.kv_heads], batch)
-        q_NHD, k_NGD = rotated[:, : self.heads], rotated[:, self.heads :]
-        v_NGD = heads[:, self.heads + self.kv_heads :]
+        heads = project(x_ND, self.q_proj, self.k_proj, self.v_proj).view(x_ND.shape[0], -1, self.head_dim)
+        v_NGD = heads.narrow(1, self.heads + self.kv_heads, self.kv_heads)
+        heads = self.rope(heads.narrow(1, 0, self.heads + self.kv_heads), batch)
+        q_NHD, k_NGD = heads.narrow(1, 0, self.heads), heads.narrow(1, self.heads, self.kv_heads)
         if batch.pages is None:
             y_NHD = attention(q_NHD, k_NGD, v_NGD, batch.rows, batch.rows, causal=True, window=self.window)
         else:

@@ -5,7 +5,7 @@ Legend: N tokens in the batch, B sequences in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -37,8 +37,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __iter__(self) -> Iterator[slice]:
-        return (slice(start, stop) for start, stop in pairwise(self.starts))
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """Each sequence's first row and number of rows."""
+        return list(zip(self.starts, self.lengths, strict=False))
 
     def uniform(self) -> bool:
         """Whether all sequences have the same number of rows, so that they are a rectangle after all."""

@@ -64,14 +64,14 @@ class Pages:
         return k, v
 
     @cached_property
-    def rows(self) -> list[slice | Tensor]:
-        """Where each sequence's tokens are in a pool: a slice, read without a copy, where pages are neighbors."""
-        return [self._rows(table, length) for table, length in zip(self.tables, self.lengths, strict=True)]
+    def spans(self) -> list[tuple[int, int] | Tensor]:
+        """Where each sequence's tokens are in a pool: first row and number of rows, which read without a copy, where
+        its pages are neighbors; else int64 [tokens]."""
+        return [self._span(table, length) for table, length in zip(self.tables, self.lengths, strict=True)]
 
-    def _rows(self, table: tuple[int, ...], length: int) -> slice | Tensor:
-        start = table[0] * self.page_size
+    def _span(self, table: tuple[int, ...], length: int) -> tuple[int, int] | Tensor:
         if table == tuple(range(table[0], table[0] + len(table))):
-            return slice(start, start + length)
+            return table[0] * self.page_size, length
         pages = torch.tensor(table)[:, None] * self.page_size + torch.arange(self.page_size)
         return pages.flatten()[:length].to(self.slots.device)
 

@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Module):
         return weight.is_affine4 and fits and dtype == torch.bfloat16 and device.type == "cpu"
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        if len(x_ND) > FEW_ROWS:
+        if x_ND.shape[0] > FEW_ROWS:
             return F.linear(x_ND, self.weight.dequantize(x_ND.dtype), self.bias)
         y = _matmul(x_ND, self.packed((self.weight,)))
         return y if self.bias is None else y + self.bias
@@ -47,6 +47,10 @@ class QuantizedLinear(nn.Module):
             self._packed, self._packed_from = _pack(weights), weights
         return self._packed
 
+    def is_bare(self) -> bool:
+        """Whether calling it is its product and nothing else."""
+        return self.bias is None and not self._forward_hooks and not self._forward_pre_hooks
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.type}"
 
@@ -56,14 +60,11 @@ def project(x_ND: Tensor, *linears: nn.Module) -> Tensor:
 
     One product where all are quantized and rows are few; then the first layer holds the packed weights of all.
     """
-    first = linears[0]
-    if isinstance(first, QuantizedLinear) and len(x_ND) <= FEW_ROWS and all(map(_joins, linears)):
-        return _matmul(x_ND, first.packed(tuple(linear.weight for linear in linears)))  # type: ignore[misc]
+    if x_ND.shape[0] <= FEW_ROWS:
+        quantized = [linear for linear in linears if type(linear) is QuantizedLinear and linear.is_bare()]
+        if len(quantized) == len(linears):
+            return _matmul(x_ND, quantized[0].packed(tuple([linear.weight for linear in quantized])))
     return torch.cat([linear(x_ND) for linear in linears], -1)
-
-
-def _joins(linear: nn.Module) -> bool:
-    return type(linear) is QuantizedLinear and linear.bias is None and not linear._forward_hooks
 
 
 class RowwiseInt8Linear(nn.Module):
@@ -78,20 +79,28 @@ class RowwiseInt8Linear(nn.Module):
         self.weight = weight  # [out, in], most often the embedding's
         self._int8: tuple[Tensor, Tensor] | None = None
 
+    @staticmethod
+    def takes(dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether torch has an operator for this that is fast: bfloat16 on a CPU."""
+        return dtype == torch.bfloat16 and device.type == "cpu"
+
     def forward(self, x_ND: Tensor) -> Tensor:
-        if len(x_ND) > 2:
+        if x_ND.shape[0] > 2:
             return F.linear(x_ND, self.weight)
         if self._int8 is None:
-            weight = self.weight.float()
-            scale = (weight.abs().amax(1) / 126.5).bfloat16()  # rounding it can't push a value past 127
-            self._int8 = (weight / scale.float()[:, None]).round().to(torch.int8), scale
-        y: Tensor = torch.ops.aten._weight_int8pack_mm(x_ND, *self._int8)
-        return y
+            slabs = [_int8_rows(rows) for rows in self.weight.split(4096)]  # type: ignore[no-untyped-call]
+            self._int8 = torch.cat([values for values, _ in slabs]), torch.cat([scale for _, scale in slabs])
+        return torch._weight_int8pack_mm(x_ND, *self._int8)
+
+
+def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [rows, in] and bfloat16 [rows], such that their product is near `weight`."""
+    scale = (weight.float().abs().amax(1) / 126.5).clamp(min=1e-30).bfloat16()  # rounding it pushes no value past 127
+    return (weight.float() / scale.float()[:, None]).round().to(torch.int8), scale
 
 
 def _matmul(x_ND: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
-    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_ND, packed[0], 32, packed[1])
-    return y
+    return torch._weight_int4pack_mm_for_cpu(x_ND, packed[0], 32, packed[1])
 
 
 def _pack(weights: Sequence[QuantizedTensor]) -> tuple[Tensor, Tensor]:
@@ -99,5 +108,5 @@ def _pack(weights: Sequence[QuantizedTensor]) -> tuple[Tensor, Tensor]:
     nibbles, scale, minimum = (
         torch.cat(parts) for parts in zip(*(weight.affine4() for weight in weights), strict=True)
     )
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+    packed = torch._convert_weight_to_int4pack_for_cpu(nibbles, 1)
     return packed, torch.stack((scale, minimum + 8 * scale), -1).transpose(0, 1).contiguous().bfloat16()

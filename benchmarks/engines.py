@@ -1,0 +1,162 @@
+"""The engines that are compared: each loads the same GGUF and answers the same four questions, greedily.
+
+An engine lives in a process of its own (two OpenMP runtimes in one process fight), and measures itself from the inside,
+so that what is compared is the work, not the pipe to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+NEW = 64  # tokens generated after the first
+
+
+class Engine(Protocol):
+    """What is measured of each. Prompts are token ids; times are in seconds."""
+
+    load_seconds: float
+
+    def prefill(self, ids: list[int]) -> float:
+        """From a prompt to its first token."""
+
+    def decode(self, prompts: list[list[int]]) -> float:
+        """From the first to the last of NEW further tokens of prompts that are decoded together."""
+
+    def logits(self, ids: list[int]) -> Any:
+        """float32 numpy [T, vocab]."""
+
+
+class Pentad:
+    """pentad as a user calls it."""
+
+    def __init__(self, path: str, context: int, threads: int, **options: Any) -> None:
+        import pentad
+
+        started = time.perf_counter()
+        self.model = pentad.load(path, context=context, threads=threads, **options)
+        self.load_seconds = time.perf_counter() - started
+
+    def _text(self, ids: list[int]) -> str:
+        text = self.model.tokenizer.decode(ids)
+        assert self.model.tokenizer.encode(text) == ids, "the prompt must survive decoding and encoding"
+        return text
+
+    def prefill(self, ids: list[int]) -> float:
+        self.model.complete("#", max_tokens=1)  # so that no cached sequence begins as this prompt does
+        done = self.model.complete(self._text(ids), max_tokens=1, temperature=0)
+        return done.seconds["prefill"]
+
+    def decode(self, prompts: list[list[int]]) -> float:
+        done = self.model.complete([self._text(ids) for ids in prompts], max_tokens=NEW + 1, temperature=0)
+        assert all(completion.completion_tokens == NEW + 1 for completion in done), "a prompt ended early"
+        return max(completion.seconds["decode"] for completion in done)
+
+    def logits(self, ids: list[int]) -> Any:
+        return self.model.logits(ids).numpy()
+
+
+class LlamaCpp:
+    """llama.cpp by its own C functions, so that no Python stands between it and the clock."""
+
+    def __init__(self, path: str, context: int, threads: int) -> None:
+        import llama_cpp
+
+        self.c = llama_cpp
+        started = time.perf_counter()
+        silence = llama_cpp.llama_log_callback(lambda *_: None)
+        self._silence = silence  # kept alive: C calls it
+        llama_cpp.llama_log_set(silence, None)
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = context * 8
+        parameters.n_seq_max = 8
+        parameters.n_batch = parameters.n_ubatch = 512
+        parameters.n_threads = parameters.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, parameters)
+        self.memory = llama_cpp.llama_get_memory(self.context)
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.greedy = llama_cpp.llama_sampler_init_greedy()
+        self.load_seconds = time.perf_counter() - started
+
+    def _run(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
+        """Decode rows of (token, position, sequence, whether its logits are wanted)."""
+        batch = self.c.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        assert self.c.llama_decode(self.context, batch) == 0
+        self.c.llama_batch_free(batch)
+
+    def _start(self, prompts: list[list[int]]) -> list[int]:
+        self.c.llama_memory_clear(self.memory, True)
+        rows = [(t, p, s, p == len(ids) - 1) for s, ids in enumerate(prompts) for p, t in enumerate(ids)]
+        self._run(rows)
+        ends = [i for i, row in enumerate(rows) if row[3]]
+        return [self.c.llama_sampler_sample(self.greedy, self.context, i) for i in ends]
+
+    def prefill(self, ids: list[int]) -> float:
+        started = time.perf_counter()
+        self._start([ids])
+        return time.perf_counter() - started
+
+    def decode(self, prompts: list[list[int]]) -> float:
+        tokens = self._start(prompts)
+        started = time.perf_counter()
+        for step in range(NEW):
+            self._run([(t, len(prompts[s]) + step, s, True) for s, t in enumerate(tokens)])
+            tokens = [self.c.llama_sampler_sample(self.greedy, self.context, s) for s in range(len(tokens))]
+        return time.perf_counter() - started
+
+    def logits(self, ids: list[int]) -> Any:
+        import numpy
+
+        self.c.llama_memory_clear(self.memory, True)
+        self._run([(token, position, 0, True) for position, token in enumerate(ids)])
+        rows = [self.c.llama_get_logits_ith(self.context, i) for i in range(len(ids))]
+        return numpy.stack([numpy.ctypeslib.as_array(row, shape=(self.vocab,)).copy() for row in rows])
+
+
+class Transformers:
+    """transformers in bfloat16; it dequantizes the file."""
+
+    def __init__(self, path: str, context: int, threads: int) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        transformers.utils.logging.disable_progress_bar()
+        folder, _, name = path.rpartition("/")
+        started = time.perf_counter()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.bfloat16
+        ).eval()
+        self.load_seconds = time.perf_counter() - started
+        self.torch = torch
+
+    def _generate(self, prompts: list[list[int]], count: int) -> float:
+        ids = self.torch.tensor(prompts)  # of one length, so that nothing is padded
+        with self.torch.inference_mode():
+            started = time.perf_counter()
+            self.model.generate(
+                ids,
+                attention_mask=self.torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            return time.perf_counter() - started
+
+    def prefill(self, ids: list[int]) -> float:
+        return self._generate([ids], 1)
+
+    def decode(self, prompts: list[list[int]]) -> float:
+        return self._generate(prompts, NEW + 1) - self._generate(prompts, 1)
+
+    def logits(self, ids: list[int]) -> Any:
+        with self.torch.inference_mode():
+            return self.model(self.torch.tensor([ids])).logits[0].float().numpy()
