@@ -1,0 +1,102 @@
+"""The command ``pentad``. Heavy imports happen inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from typing import Annotated
+
+import typer
+
+import pentad
+from pentad.cli import output
+from pentad.cli.benching import bench
+from pentad.cli.environment import env
+from pentad.cli.generating import chat, complete, score
+from pentad.cli.inventory import models, pull, rm
+from pentad.cli.showing import show
+from pentad.errors import BadInput, PentadError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="pentad",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 100},
+)
+for command in (chat, complete, score, models, pull, rm, show, bench, env):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        output.write(f"pentad {pentad.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; goes with any command.")
+    ] = False,
+) -> None:
+    """Run small open models."""
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
+    arguments = sys.argv[1:] or ["--help"]
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug = "--debug" in options
+    sys.exit(_run([a for i, a in enumerate(arguments) if a != "--debug" or i >= len(options)], debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    """Run one command; whatever goes wrong becomes a line on standard error and an exit code."""
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # an error is one line, and libraries' warnings are none
+    try:
+        code = _invoke(arguments)
+        sys.stdout.flush()  # while there is someone to tell that the pipe is broken
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        output.abandon_stdout()
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            output.fail(_explain(error))
+        return 2 if isinstance(error, BadInput) or _is_usage(error) else 1
+
+
+def _invoke(arguments: list[str]) -> int:
+    try:
+        with typer.main.get_command(app).make_context("pentad", arguments) as context:
+            context.command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
+def _is_usage(error: Exception) -> bool:
+    """Whether typer itself refused the command line; the class is click's or, lately, typer's own."""
+    return isinstance(error, typer.BadParameter.__mro__[1])
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, PentadError):
+        return str(error)
+    if _is_usage(error):
+        context = getattr(error, "ctx", None)
+        message = error.format_message()  # type: ignore[attr-defined]
+        path = context.command_path if context is not None else "pentad"
+        return f"{message.rstrip('.')} (see {path} --help)"
+    return f"{type(error).__name__}: {error} (--debug shows where)"

@@ -1,0 +1,204 @@
+"""``pentad bench``: how fast a model prefills and decodes on this machine, as llama-bench measures it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from random import Random
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from pentad.cli import options as o
+from pentad.cli import output
+from pentad.errors import BadInput
+
+if TYPE_CHECKING:
+    from pentad.generate import LanguageModel
+    from pentad.generate.step import PlainStep
+    from pentad.nn.cache import CachedSequence
+
+ModelArgument = Annotated[str | None, Argument(metavar="MODEL", help="The same as --model MODEL.")]
+Prompt = Annotated[str, Option(metavar="N,…", help="Prefill prompts of N tokens; 0: don't.")]
+Generate = Annotated[str, Option(metavar="N,…", help="Decode N tokens, one by one; 0: don't.")]
+BatchSizes = Annotated[str, Option(metavar="N,…", help="N sequences at once.")]
+Depths = Annotated[str, Option(metavar="N,…", help="After N tokens that are cached already.")]
+Repeat = Annotated[int, Option(min=1, max=1000, metavar="N", help="Measure N times.")]
+
+_LINE = "{:8}{:>6}{:>7}{:>11}   {}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: `batch` sequences, each `depth` tokens long, go on by `tokens`."""
+
+    prefill: bool
+    tokens: int
+    batch: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        """As llama-bench has it: pp512, tg64."""
+        return f"{'pp' if self.prefill else 'tg'}{self.tokens}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured, in tokens of all sequences a second."""
+
+    model: str
+    test: str
+    batch: int
+    depth: int
+    tokens_per_second: float
+    slowest: float
+    fastest: float
+    repeat: int
+    threads: int
+    dtype: str
+    device: str
+
+
+def bench(
+    model_argument: ModelArgument = None,
+    model: o.Model = o.DEFAULT_MODEL,
+    prompt: Prompt = "512",
+    generate: Generate = "64",
+    batch: BatchSizes = "1",
+    depth: Depths = "0",
+    repeat: Repeat = 3,
+    dtype: o.Precision = None,
+    quantize: o.Quantize = None,
+    device: o.Device = None,
+    threads: o.Threads = None,
+    context: o.Context = None,
+    as_json: o.Json = False,
+) -> None:
+    """Measure how fast a model is on this machine.
+
+    Prefill (pp) and decode (tg) in tokens a second: the median and the extremes.
+
+    --prompt, --generate, --batch and --depth take numbers divided by commas, and every combination
+    is measured, after one run to warm up.
+
+    JSON lines: model, test, batch, depth, tokens_per_second, slowest, fastest, repeat, threads,
+    dtype, device.
+    """
+    lengths = [(True, n) for n in _numbers("--prompt", prompt, least=0) if n]
+    lengths += [(False, n) for n in _numbers("--generate", generate, least=0) if n]
+    grid = product(_numbers("--batch", batch, least=1), _numbers("--depth", depth, least=0), lengths)
+    cases = [Case(prefill, tokens, size, deep) for size, deep, (prefill, tokens) in grid]
+    if not cases:
+        raise BadInput("there is nothing to measure: --prompt and --generate are both 0")
+    loaded = o.load(
+        model_argument or model,
+        dtype=dtype,
+        quantize=quantize,
+        device=device,
+        threads=threads,
+        context=context,
+    )
+    longest = max(case.depth + case.tokens for case in cases)
+    if longest > loaded.context_length:
+        raise BadInput(f"{longest} tokens don't fit the context of {loaded.context_length}")
+    if not as_json:
+        output.write(_LINE.format("test", "batch", "depth", "tokens/s", "slowest to fastest") + "\n")
+    for row in _measure(loaded, cases, repeat):
+        if as_json:
+            output.write_json(asdict(row))
+        else:
+            _write_row(row)
+
+
+def _numbers(option: str, text: str, *, least: int) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(n >= least for n in numbers):
+        raise BadInput(f"{option} is {text!r}: it takes whole numbers from {least}, divided by commas, like 128,512")
+    return numbers
+
+
+def _write_row(row: Row) -> None:
+    spread = f"{row.slowest:.1f} to {row.fastest:.1f}"
+    columns = (row.test, row.batch, row.depth, f"{row.tokens_per_second:.1f}", spread)
+    output.write(_LINE.format(*columns) + "\n")
+
+
+def _measure(model: LanguageModel, cases: list[Case], repeat: int) -> Iterator[Row]:
+    """Measure each case in turn, after a run that warms up."""
+    import torch
+
+    from pentad.generate.step import PlainStep
+
+    step = PlainStep(model.network)
+    vocabulary: int = model.network.config.vocab_size  # type: ignore[union-attr,assignment]
+    weight = model.network.get_parameter("norm.weight")
+    for case in cases:
+        seconds = [_run(step, case, vocabulary) for _ in range(1 + repeat)][1:]
+        tokens = case.batch * case.tokens
+        yield Row(
+            model=model.name,
+            test=case.name,
+            batch=case.batch,
+            depth=case.depth,
+            tokens_per_second=tokens / median(seconds),
+            slowest=tokens / max(seconds),
+            fastest=tokens / min(seconds),
+            repeat=repeat,
+            threads=torch.get_num_threads(),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            device=str(weight.device),
+        )
+
+
+def _run(step: PlainStep, case: Case, vocabulary: int) -> float:
+    """Seconds that a case takes on tokens drawn at random, its depth not counted."""
+    random = Random(0)
+    sequences = [step.cache.open(case.depth + case.tokens) for _ in range(case.batch)]
+    for sequence in sequences:
+        step.cache.reserve(sequence, case.depth + case.tokens)
+
+    def draw(count: int) -> list[tuple[CachedSequence, list[int]]]:
+        return [(sequence, random.choices(range(vocabulary), k=count)) for sequence in sequences]
+
+    _prefill(step, draw(case.depth))
+    work = draw(case.tokens)
+    started = time.perf_counter()
+    if case.prefill:
+        _prefill(step, work)
+    else:
+        rows = range(case.batch)
+        for i in range(case.tokens):
+            step([(sequence, ids[i : i + 1]) for sequence, ids in work], rows).sum().item()
+    seconds = time.perf_counter() - started
+    for sequence in sequences:
+        step.cache.close(sequence)
+    return seconds
+
+
+def _prefill(step: PlainStep, prompts: list[tuple[CachedSequence, list[int]]]) -> None:
+    """Run prompts in steps of so many tokens as the engine takes; each one's last row gives logits."""
+    from pentad.generate.engine import CHUNK
+
+    waiting = deque((sequence, ids) for sequence, ids in prompts if ids)
+    while waiting:
+        work: list[tuple[CachedSequence, list[int]]] = []
+        last_rows: list[int] = []
+        row = 0
+        while waiting and row < CHUNK:
+            sequence, ids = waiting.popleft()
+            now, later = ids[: CHUNK - row], ids[CHUNK - row :]
+            work.append((sequence, now))
+            row += len(now)
+            if later:
+                waiting.appendleft((sequence, later))
+            else:
+                last_rows.append(row - 1)
+        step(work, last_rows).sum().item()  # a GPU is waited for

@@ -1,0 +1,89 @@
+"""``pentad models``, ``pull`` and ``rm``: what models are at hand."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+from typer import Argument, Exit, Option
+
+from pentad.cli import output
+from pentad.cli.options import Json
+from pentad.errors import BadInput
+
+Name = Annotated[
+    str,
+    Argument(metavar="NAME", help="As pentad models lists it, or org/name[@revision][:Q4_K_M]."),
+]
+
+
+def models(as_json: Json = False) -> None:
+    """List the models that are at hand.
+
+    Those that pentad knows by name, pulled or not, and those in the Hugging Face cache.
+
+    JSON lines: name, path (null where it isn't pulled), nbytes, description, license.
+    """
+    from pentad.weights import registry
+
+    rows = registry.known()
+    if as_json:
+        for row in rows:
+            output.write_json({**asdict(row), "path": None if row.path is None else str(row.path)})
+        return
+    table = [("name", "size", "pulled", "description", "license")]
+    for row in rows:
+        pulled = "no" if row.path is None else "yes"
+        table.append((row.name, output.size(row.nbytes), pulled, row.description, row.license or ""))
+    output.write_table(table)
+
+
+def pull(name: Name, as_json: Json = False) -> None:
+    """Fetch a model into the cache, and say where it is.
+
+    JSON: name, path.
+    """
+    from pentad.weights import registry
+
+    path = registry.locate(name, progress=output.progress())
+    if as_json:
+        output.write_json({"name": name, "path": str(path)})
+    else:
+        output.write(f"{path}\n")
+
+
+def rm(
+    name: Name,
+    yes: Annotated[bool, Option("--yes", "-y", help="Don't ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove a model from the cache.
+
+    JSON: name, nbytes (what was freed).
+    """
+    from pentad.weights import registry
+
+    if not yes and not _confirmed(name):
+        raise Exit(1)
+    freed = registry.remove(name)
+    if as_json:
+        output.write_json({"name": name, "nbytes": freed})
+    else:
+        output.write(f"removed {name}, {output.size(freed)}\n")
+
+
+def _confirmed(name: str) -> bool:
+    """Ask on the terminal.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if not _at_terminal():
+        raise BadInput(f"there is no terminal to ask at: --yes removes {name} unasked")
+    print(f"Remove {name} from the cache? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _at_terminal() -> bool:
+    return sys.stdin.isatty()

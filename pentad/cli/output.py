@@ -1,0 +1,100 @@
+"""What commands write: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+    from pentad.weights.cache import Progress
+
+# Shown as U+2400…: a model's text, or a file's name, doesn't get to command the terminal.
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+
+
+def write(text: str) -> None:
+    """Write to standard output at once; on a terminal, control characters show instead of acting."""
+    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def write_json(value: object) -> None:
+    """Write one line of JSON to standard output.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON doesn't have.
+    """
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(value, ensure_ascii=not unicode, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def write_table(rows: Iterable[Sequence[object]]) -> None:
+    """Write rows in columns that line up."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        write(line.rstrip() + "\n")
+
+
+def note(text: str) -> None:
+    """Write a line for the user to standard error."""
+    print(text.translate(_CONTROLS), file=sys.stderr, flush=True)
+
+
+def fail(message: str) -> None:
+    """Write an error to standard error: one line, whatever is in it."""
+    note("pentad: " + " ".join(message.split()))
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes for people: ``98.4 MB``."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if nbytes >= 1000**power:
+            return f"{nbytes / 1000**power:.1f} {unit}"
+    return f"{nbytes} bytes"
+
+
+def abandon_stdout() -> None:
+    """Nobody reads standard output any more: send what is still buffered nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Bars:
+    """Progress of downloads and loading as bars on standard error."""
+
+    def __init__(self) -> None:
+        self._bars: RichProgress | None = None
+
+    def start(self, description: str, total: int | None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(30)]
+        if total is not None:
+            columns += [DownloadColumn(), Remaining()]
+        self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._bars.add_task(description, total=total)
+        self._bars.start()
+
+    def advance(self, n: int) -> None:
+        if self._bars is not None:
+            self._bars.advance(self._bars.task_ids[0], n)
+
+    def finish(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+def progress() -> Progress | None:
+    """Bars where standard error is a terminal, else nothing."""
+    return Bars() if sys.stderr.isatty() else None

@@ -1,0 +1,55 @@
+"""The command line, run in this process: torch is imported already, so that a test takes no seconds."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from pentad.cli import main
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on standard output."""
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The one line on standard error of a command that wrote no result."""
+        assert self.out == ""
+        line, end = self.err[:-1], self.err[-1:]
+        assert end == "\n"
+        assert line.startswith("pentad: ")
+        assert "\n" not in line
+        return line
+
+
+Pentad = Callable[..., Done]
+
+
+@pytest.fixture
+def pentad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Pentad:
+    """Runs `pentad ARGUMENTS…`, with standard input that is no terminal."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> Done:
+        monkeypatch.setattr(sys, "argv", ["pentad", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        with pytest.raises(SystemExit) as end:
+            main()
+        written = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return Done(end.value.code, written.out, written.err)
+
+    return run

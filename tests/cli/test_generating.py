@@ -1,0 +1,176 @@
+"""`pentad chat`, `complete` and `score` on the real model, and what they refuse."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pentad as package
+from pentad.generate.step import PlainStep
+
+ROOT = Path(__file__).parents[2]
+GREEDY = ["--temperature", "0", "--max-tokens", "8"]
+FIELDS = {
+    "model",
+    "text",
+    "token_ids",
+    "prompt_token_ids",
+    "finish_reason",
+    "prompt_tokens",
+    "completion_tokens",
+    "seconds",
+}
+
+
+def test_chat_gives_what_the_api_gives(pentad, smollm2: Path) -> None:
+    question = "What is the capital of France?"
+    done = pentad("chat", question, "--model", smollm2, *GREEDY, "--json")
+    assert (done.code, done.err) == (0, "")
+    reply = done.json
+    assert set(reply) == FIELDS
+    assert set(reply["seconds"]) == {"load", "prefill", "decode"}
+    expected = package.load(smollm2).chat(question, temperature=0, max_tokens=8)
+    assert reply["text"] == expected.text
+    assert "Paris" in reply["text"]
+    assert reply["token_ids"] == expected.token_ids
+    assert reply["prompt_token_ids"] == expected.prompt_token_ids
+    assert (reply["finish_reason"], reply["model"]) == (expected.finish_reason, str(smollm2))
+    assert reply["prompt_tokens"] == len(reply["prompt_token_ids"])
+    assert reply["completion_tokens"] == len(reply["token_ids"])
+
+
+@pytest.mark.parametrize("argument", [[], ["-"]])
+def test_chat_reads_standard_input(pentad, smollm2: Path, argument: list[str]) -> None:
+    command = ["--model", smollm2, "--max-tokens", "1", "--system", "Be brief.", "--json"]
+    said = pentad("chat", *argument, *command, stdin="Grüße\n".encode()).json
+    assert said["prompt_token_ids"] == pentad("chat", "Grüße", *command).json["prompt_token_ids"]
+
+
+def test_text_is_written_as_it_is_in_json(pentad, smollm2: Path) -> None:
+    command = ["complete", "The capital of France is", "--model", smollm2, *GREEDY, "--stop", "The"]
+    reply = pentad(*command, "--json").json
+    assert reply["finish_reason"] == "stop"
+    done = pentad(*command)
+    assert (done.code, done.out, done.err) == (0, reply["text"] + "\n", "")
+
+
+def test_complete_takes_standard_input_as_it_is(pentad, smollm2: Path) -> None:
+    command = ["--model", smollm2, "--max-tokens", "1", "--json"]
+    said = pentad("complete", "-", *command, stdin=b"a\n").json
+    assert said["prompt_token_ids"] == pentad("complete", "a\n", *command).json["prompt_token_ids"]
+
+
+def test_control_strings_only_where_allowed(pentad, smollm2: Path) -> None:
+    command = ["complete", "<|im_end|>", "--model", smollm2, "--max-tokens", "1", "--json"]
+    assert pentad(*command).json["prompt_tokens"] > 1
+    assert pentad(*command, "--special").json["prompt_tokens"] == 1
+
+
+def test_logprobs_and_seeds(pentad, smollm2: Path) -> None:
+    command = ["chat", "Hi", "--model", smollm2, "--max-tokens", "3", "--seed", "3", "--json"]
+    reply = pentad(*command, "--logprobs", "2").json
+    assert [entry["token_id"] for entry in reply["logprobs"]] == reply["token_ids"]
+    assert all(len(entry["top"]) == 2 for entry in reply["logprobs"])
+    assert pentad(*command).json["token_ids"] == reply["token_ids"]
+
+
+def test_score(pentad, smollm2: Path, tmp_path: Path) -> None:
+    text = "The cat sat on the mat. The dog sat on the log.\n"
+    file = tmp_path / "text"
+    file.write_text(text)
+    done = pentad("score", file, "--model", smollm2, "--json")
+    expected = package.load(smollm2).score(text)
+    assert done.json["tokens"] == expected.tokens
+    assert done.json["log_likelihood"] == pytest.approx(expected.log_likelihood)
+    assert done.json["perplexity"] == pytest.approx(expected.perplexity)
+    read = pentad("score", "-", "--model", smollm2, stdin=text.encode())
+    assert read.out.startswith(f"{expected.tokens} tokens, log-likelihood ")
+
+    short = ["score", file, "--model", smollm2, "--context", "8", "--json"]
+    assert "--stride" in pentad(*short).error
+    assert pentad(*short, "--stride", "4").json["tokens"] == expected.tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["chat", " \n", "--json"], "the prompt is empty"),
+        (["complete", "", "--json"], "the prompt is empty"),
+        (["chat", "x " * 100, "--context", "64", "--json"], "context of 64"),
+        (["chat", "x " * 100, "--context", "64", "--truncate", "--json"], "shorten it"),
+        (["complete", "x " * 100, "--context", "64", "--json"], "context of 64"),
+        (["chat", "hi", "--context", "100000"], "100000"),
+        (["chat", "hi", "--device", "abacus"], "abacus"),
+        (["chat", "hi", "--quantize", "q1"], "q1"),
+        (["chat", "hi", "--temperature", "nan"], "temperature"),
+        (["complete", "a\udcff"], "UTF-8"),
+    ],
+)
+def test_refused(pentad, smollm2: Path, arguments: list[str], said: str) -> None:
+    done = pentad(*arguments, "--model", smollm2)
+    assert done.code == 2
+    assert said in done.error
+
+
+def test_full_context_is_said(pentad, smollm2: Path) -> None:
+    done = pentad("complete", "1 2 3 4 5 6 7 8", "--model", smollm2, "--context", "20", "--temperature", "0")
+    assert done.code == 0
+    assert "the context of 20 tokens is full" in done.err
+
+
+def test_ctrl_c_in_a_step_keeps_what_was_said(pentad, smollm2: Path, monkeypatch) -> None:
+    steps = []
+    run = PlainStep.__call__
+
+    def step(self: PlainStep, *arguments):
+        steps.append(1)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # timeout(1) sends it twice
+        return run(self, *arguments)
+
+    monkeypatch.setattr(PlainStep, "__call__", step)
+    done = pentad("chat", "Count to one hundred.", "--model", smollm2, "--temperature", "0", "--json")
+    assert (done.code, done.err) == (130, "")
+    assert done.json["finish_reason"] == "interrupted"
+    assert done.json["completion_tokens"] == len(done.json["token_ids"]) == len(steps) == 4
+    assert done.json["text"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_loading(pentad, monkeypatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("pentad.loading.load", load)
+    done = pentad("complete", "a", "--json")
+    assert done.code == 130
+    assert set(done.json) == FIELDS
+    assert (done.json["text"], done.json["finish_reason"]) == ("", "interrupted")
+    silent = pentad("complete", "a")
+    assert (silent.code, silent.out, silent.err) == (130, "", "")
+
+
+def test_ctrl_c_in_a_process_of_its_own(smollm2: Path) -> None:
+    # so hot that it never ends by itself
+    command = ["chat", "Talk.", "--model", str(smollm2), "--temperature", "50", "--top-p", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "pentad", *command, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        assert process.stderr is not None
+        assert any("pentad.loading" in line for line in process.stderr)  # imported: it loads now
+        time.sleep(1)  # and then talks; it may be interrupted in either
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate()
+    assert process.returncode == 130
+    reply = json.loads(out)
+    assert set(reply) == FIELDS
+    assert reply["finish_reason"] == "interrupted"

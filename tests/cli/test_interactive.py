@@ -1,0 +1,280 @@
+"""Interactive chat: its commands in this process, and a real conversation on a pseudo-terminal."""
+
+import builtins
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+import pentad as package
+from pentad.cli.conversation import Conversation
+from pentad.cli.interactive import SETTINGS, Loop
+from pentad.generate.step import PlainStep, Work
+
+ROOT = Path(__file__).parents[2]
+Chat = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: Path) -> package.LanguageModel:
+    return package.load(smollm2, context=256)
+
+
+@pytest.fixture
+def conversation(model: package.LanguageModel) -> Conversation:
+    return Conversation(model, {"temperature": 0, "max_tokens": 4})
+
+
+@pytest.fixture
+def chat(
+    conversation: Conversation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Chat:
+    """Types lines, then Ctrl-D; gives what was noted on standard error."""
+    monkeypatch.setenv("PENTAD_CACHE", str(tmp_path))
+
+    def run(*lines: str | type[BaseException]) -> str:
+        waiting = iter(lines)
+
+        def read(_: str = "") -> str:
+            line = next(waiting, EOFError)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr(builtins, "input", read)
+        Loop(conversation).run()
+        return capsys.readouterr().err
+
+    return run
+
+
+def said(conversation: Conversation) -> list[str]:
+    return [m["content"] for m in conversation.messages if m["role"] == "user"]
+
+
+def test_messages_of_several_lines(chat: Chat, conversation: Conversation) -> None:
+    chat("a\\", "b", '"""', "c", "", 'd"""', '"""e"""', "", "  ", " /f")
+    assert said(conversation) == ["a\nb", "c\n\nd", "e", " /f"]
+    assert len(conversation.messages) == 8
+
+
+def test_undo_retry_reset(chat: Chat, conversation: Conversation) -> None:
+    chat("one", "two", "/undo")
+    assert said(conversation) == ["one"]
+    before = list(conversation.messages)
+    chat("/retry")
+    assert conversation.messages == before
+    assert "forgotten" in chat("/system Be brief.", "/reset")
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+    notes = chat("/undo", "/retry", "/system")
+    assert "nothing to take back" in notes
+    assert "no message to reply to" in notes
+    assert conversation.messages == []
+
+
+def test_settings(chat: Chat, conversation: Conversation) -> None:
+    notes = chat("/set presence_penalty -1.5", "/set top-k=3", "/set truncate yes", "/set")
+    assert conversation.options == {
+        "temperature": 0,
+        "max_tokens": 4,
+        "presence_penalty": -1.5,
+        "top_k": 3,
+    }
+    assert conversation.truncate
+    assert all(name in notes for name in SETTINGS)
+    chat("/set top_k", "/set truncate no")
+    assert "top_k" not in conversation.options
+    assert not conversation.truncate
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("/nonsense", "/nonsense"),
+        ("/set nonsense 1", "nonsense"),
+        ("/set top_k many", "many"),
+        ("/set truncate maybe", "maybe"),
+        ("/set temperature -1", "temperature"),
+        ("/set temperature nan", "temperature"),
+        ("/save", "/save"),
+        ("/load", "/load"),
+        ("/load no-such-file", "no-such-file"),
+    ],
+)
+def test_what_commands_refuse(chat: Chat, conversation: Conversation, line: str, named: str) -> None:
+    options = dict(conversation.options)
+    (error,) = [text for text in chat(line).splitlines() if text.startswith("pentad: ")]
+    assert named in error
+    assert conversation.options == options
+
+
+def test_saved_and_loaded(chat: Chat, conversation: Conversation, tmp_path: Path) -> None:
+    file = tmp_path / "my talk.jsonl"
+    chat("one", f"/save {file}")
+    before = list(conversation.messages)
+    assert "2 messages" in chat("/reset", f"/load {file}")
+    assert conversation.messages == before
+
+
+def test_outgrown_context(chat: Chat, conversation: Conversation) -> None:
+    chat("Hi. " * 40, "Ho. " * 40)
+    assert "256" in chat("Hu. " * 40)  # refused, and the chat goes on
+    assert [text[:2] for text in said(conversation)] == ["Hi", "Ho"]
+    notes = chat("/set truncate yes", "Hu. " * 40, "/tokens")
+    assert 'dropped the 2 oldest turns, from "Hi. Hi.' in notes
+    assert [text[:2] for text in said(conversation)] == ["Hu"]
+    assert "of 256 tokens" in notes
+
+
+def test_reply_that_fills_the_context(chat: Chat, conversation: Conversation) -> None:
+    conversation.options = {"temperature": 50, "top_p": 1, "seed": 0}  # so hot that it never ends by itself
+    assert "the context is full" in chat("Hi. " * 100)
+
+
+def test_leaving(chat: Chat) -> None:
+    chat("/quit", AssertionError)
+    chat(KeyboardInterrupt, "/tokens", KeyboardInterrupt, EOFError)
+    with pytest.raises(KeyboardInterrupt):
+        chat(KeyboardInterrupt, KeyboardInterrupt)
+
+
+def test_typed_bytes_that_are_no_text(chat: Chat, conversation: Conversation) -> None:
+    class Broken(UnicodeDecodeError):
+        def __init__(self) -> None:
+            super().__init__("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    notes = chat(Broken, "a\udcff", "b")
+    assert ["UTF-8" in note for note in notes.splitlines() if note.startswith("pentad: ")] == [True, True]
+    assert said(conversation) == ["b"]
+
+
+def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step_number: int, times: int) -> None:
+    """Ctrl-C in the middle of a step, which is a bad moment to stop at."""
+    steps: list[int] = []
+    run = PlainStep.__call__
+
+    def step(self: PlainStep, work: Work, wanted: Sequence[int]) -> Tensor:
+        steps.append(1)
+        if len(steps) == step_number:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return run(self, work, wanted)
+
+    monkeypatch.setattr(PlainStep, "__call__", step)
+
+
+def test_ctrl_c_stops_a_reply(chat: Chat, conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation.options["max_tokens"] = 12
+    press_ctrl_c(monkeypatch, step_number=3, times=1)
+    chat("Write a story.", "And?")
+    first, reply, second, other = (message["content"] for message in conversation.messages)
+    assert (first, second) == ("Write a story.", "And?")
+    assert 3 <= len(conversation.model.tokenizer.encode(reply)) < 6
+    assert len(other) > len(reply)
+
+
+def test_ctrl_c_again_takes_the_message_back(
+    chat: Chat, conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pentad.cli.interrupts.ECHO", 0)
+    press_ctrl_c(monkeypatch, step_number=1, times=2)
+    assert "leaves)" in chat("one", "two")
+    assert said(conversation) == ["two"]
+
+
+class Terminal:
+    """A pseudo-terminal with a process in it."""
+
+    def __init__(self, *command: str, **environment: str) -> None:
+        self.screen = ""
+        self._mine, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=ROOT,
+            env={**os.environ, "TERM": "dumb", "PYTHONUTF8": "1", **environment},
+            start_new_session=True,
+        )
+        os.close(theirs)
+
+    def type(self, text: str) -> None:
+        os.write(self._mine, text.encode())
+
+    def wait_for(self, text: str, *, times: int = 1) -> str:
+        """What came on the screen until `text` did, from where the last call ended."""
+        for _ in range(600):
+            if self.screen.count(text) >= times:
+                at = -1
+                for _ in range(times):
+                    at = self.screen.index(text, at + 1)
+                seen, self.screen = self.screen[:at], self.screen[at + len(text) :]
+                return seen
+            if select.select([self._mine], [], [], 0.1)[0]:
+                try:
+                    self.screen += os.read(self._mine, 4096).decode(errors="replace")
+                except OSError:  # Linux, when the other end is closed
+                    break
+        raise AssertionError(f"{text!r} never came: {self.screen!r}")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._mine)
+
+
+@pytest.fixture
+def terminal(smollm2: Path, tmp_path: Path) -> Iterator[Terminal]:
+    command = [sys.executable, "-m", "pentad", "chat", "--model", str(smollm2)]
+    terminal = Terminal(*command, "--temperature", "0", PENTAD_CACHE=str(tmp_path))
+    yield terminal
+    terminal.close()
+
+
+def test_a_conversation_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    terminal.wait_for("/help lists commands")
+    terminal.wait_for("> ")
+    terminal.type("What is the capital of France?\n")
+    assert "Paris" in terminal.wait_for("> ")
+    terminal.type("And of\\\n")
+    terminal.wait_for("... ")
+    terminal.type("Italy?\n")
+    assert "Rome" in terminal.wait_for("> ")
+
+    terminal.type("/tokens\n")
+    before = int(terminal.wait_for(" of 8192 tokens").rpartition("(")[2])
+    terminal.type("/reset\n")
+    terminal.wait_for("(forgotten)")
+    terminal.wait_for("> ")
+
+    terminal.type("Write a very long story about a very long road.\n")
+    terminal.wait_for("road.\r\n")
+    terminal.wait_for(" ", times=3)
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.wait_for("> ")
+    terminal.type("/tokens\n")
+    assert int(terminal.wait_for(" of 8192 tokens").rpartition("(")[2]) > 10 < before
+
+    terminal.wait_for("> ")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.wait_for("Ctrl-D, leaves)")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    for _ in range(100):
+        if terminal.process.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert terminal.process.returncode == 0
+    assert "What is the capital of France?" in (tmp_path / "history").read_text()

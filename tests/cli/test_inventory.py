@@ -1,0 +1,134 @@
+"""`pentad models`, `pull`, `rm` and `show`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pentad.weights.registry import KNOWN
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+# embedding; attention; feed-forward; two norms a layer and the last
+PARAMETERS = 100 * 16 + 3 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24 + 2 * 16) + 16
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with a file that goes for smollm2's."""
+    monkeypatch.setenv("PENTAD_CACHE", str(tmp_path))
+    path = KNOWN["smollm2"].path
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(KNOWN["smollm2"].source.nbytes)
+    return path
+
+
+def test_models_before_and_after(pentad, cached: Path) -> None:
+    row = pentad("models", "--json").json
+    assert (row["name"], row["path"]) == ("smollm2", str(cached))
+    assert row["nbytes"] == 98_362_432
+    header, line = pentad("models").out.splitlines()
+    assert header.split() == ["name", "size", "pulled", "description", "license"]
+    assert line.split()[:4] == ["smollm2", "98.4", "MB", "yes"]
+    cached.unlink()
+    assert pentad("models", "--json").json["path"] is None
+
+
+def test_pull_says_where(pentad, cached: Path) -> None:
+    assert pentad("pull", "smollm2").out == f"{cached}\n"
+    assert pentad("pull", "smollm2", "--json").json == {"name": "smollm2", "path": str(cached)}
+
+
+def test_rm(pentad, cached: Path) -> None:
+    assert "--yes" in pentad("rm", "smollm2").error
+    assert cached.exists()
+    done = pentad("rm", "smollm2", "--yes", "--json")
+    assert done.json == {"name": "smollm2", "nbytes": 98_362_432}
+    assert not cached.exists()
+    gone = pentad("rm", "smollm2", "--yes")
+    assert gone.code == 2
+    assert "nothing to remove" in gone.error
+
+
+@pytest.mark.parametrize(("reply", "stays"), [(b"n\n", True), (b"\n", True), (b"", True), (b"y\n", False)])
+def test_rm_asks(pentad, cached: Path, monkeypatch, reply: bytes, stays: bool) -> None:
+    monkeypatch.setattr("pentad.cli.inventory._at_terminal", lambda: True)
+    done = pentad("rm", "smollm2", stdin=reply)
+    assert done.err.startswith("Remove smollm2 from the cache? [y/N] ")
+    assert cached.exists() == stays
+    assert done.code == (1 if stays else 0)
+
+
+def show(pentad, folder: Path, config: dict[str, Any], *options: object) -> Any:
+    (folder / "config.json").write_text(json.dumps(config))
+    done = pentad("show", folder, "--json", *options)
+    assert (done.code, done.err) == (0, "")
+    return done.json
+
+
+def test_show_of_a_config_alone(pentad, tmp_path: Path) -> None:
+    shown = show(pentad, tmp_path, LLAMA)
+    assert shown["family"] == "llama"
+    assert shown["parameters"] == shown["active_parameters"] == PARAMETERS
+    assert shown["context_length"] == shown["context"] == 64
+    assert shown["quantization"] is None
+    assert shown["kv_cache_bytes"] == 3 * 2 * 2 * 4 * 64 * 2
+    assert shown["weight_bytes"] == PARAMETERS * 2
+    assert shown["memory_bytes"] > shown["kv_cache_bytes"] + shown["weight_bytes"]
+    assert shown["chat_template"] is None
+
+
+def test_show_at_other_sizes(pentad, tmp_path: Path) -> None:
+    shown = show(pentad, tmp_path, LLAMA, "--context", "10", "--dtype", "float32")
+    assert shown["kv_cache_bytes"] == 3 * 2 * 2 * 4 * 10 * 4
+    assert shown["weight_bytes"] == PARAMETERS * 4
+    assert (shown["dtype"], shown["context"], shown["context_length"]) == ("float32", 10, 64)
+    untied = show(pentad, tmp_path, {**LLAMA, "tie_word_embeddings": False})
+    assert untied["parameters"] == PARAMETERS + 100 * 16
+
+
+def test_show_for_people(pentad, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    text = pentad("show", tmp_path / "config.json", "--context", "100").out
+    assert "llama, 3 layers" in text
+    assert f"{PARAMETERS:,}" in text
+    assert "100 tokens in bfloat16, more than the model's 64" in text
+    assert "no chat template" in text
+
+
+def test_show_of_the_real_model(pentad, smollm2: Path) -> None:
+    shown = pentad("show", smollm2, "--json", "--context", "2048").json
+    assert (shown["family"], shown["quantization"]) == ("llama", "q4_1")
+    assert shown["parameters"] == 134_515_008
+    assert shown["kv_cache_bytes"] == 30 * 2 * 3 * 64 * 2048 * 2
+    assert "<|im_start|>" in shown["chat_template"]
+    dequantized = pentad("show", smollm2, "--json", "--quantize", "none").json
+    assert dequantized["weight_bytes"] == 2 * 134_515_008 > shown["weight_bytes"] > 98_362_432
+    assert shown["chat_template"].splitlines()[0] in pentad("show", smollm2).out
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({**LLAMA, "model_type": "nonsense"}, "nonsense"),
+        ({"model_type": "llama"}, "vocab_size"),
+        ({**LLAMA, "hidden_size": -1}, "hidden_size"),
+    ],
+)
+def test_show_of_a_broken_config(pentad, tmp_path: Path, config: dict[str, Any], named: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = pentad("show", tmp_path)
+    assert done.code == 2
+    assert named in done.error

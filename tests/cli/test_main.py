@@ -1,0 +1,181 @@
+"""What holds for every command: exit codes, one line for an error, what goes where."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import pentad as package
+from pentad.cli import app, output
+from pentad.weights import registry
+
+COMMANDS: Any = typer.main.get_command(app)
+
+
+def test_version(pentad) -> None:
+    done = pentad("--version")
+    assert (done.code, done.out, done.err) == (0, f"pentad {package.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["chat", "--help"]])
+def test_help(pentad, arguments: list[str]) -> None:
+    done = pentad(*arguments)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("Usage: pentad")
+
+
+def test_every_command_takes_json_and_says_what_it_does() -> None:
+    assert set(COMMANDS.commands) == {
+        "chat", "complete", "score", "models", "pull", "rm", "show", "bench", "env",
+    }  # fmt: skip
+    for command in COMMANDS.commands.values():
+        assert "--json" in [option for parameter in command.params for option in parameter.opts]
+        assert command.help
+        assert all(parameter.help for parameter in command.params if parameter.name != "help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nonsense"], "nonsense"),
+        (["chat", "--nonsense"], "--nonsense"),
+        (["--json", "chat"], "--json"),
+        (["chat", "hi", "--temperature", "-1"], "--temperature"),
+        (["chat", "hi", "--temperature", "warm"], "--temperature"),
+        (["chat", "hi", "--top-p", "1.5"], "--top-p"),
+        (["chat", "hi", "--max-tokens", "0"], "--max-tokens"),
+        (["chat", "hi", "--seed", "-1"], "--seed"),
+        (["chat", "hi", "--dtype", "int3"], "--dtype"),
+        (["chat", "hi", "--threads", "0"], "--threads"),
+        (["chat", "hi", "--context", "0"], "--context"),
+        (["chat", "hi", "--logprobs", "2"], "--json"),
+        (["chat", "hi", "there"], "there"),
+        (["score"], "FILE"),
+        (["score", "-", "--stride", "0"], "--stride"),
+        (["bench", "--prompt", "1,x"], "--prompt"),
+        (["bench", "--batch", "0"], "--batch"),
+        (["bench", "--prompt", "0", "--generate", "0"], "--prompt"),
+        (["show", "smollm2", "--quantize", "q0"], "q0"),
+        (["rm", "smollm2"], "--yes"),
+    ],
+)
+def test_bad_usage_is_one_line_and_2(pentad, arguments: list[str], named: str) -> None:
+    done = pentad(*arguments)
+    assert done.code == 2
+    assert named in done.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["chat", "hi", "--json", "--model", "nobody"], "nobody"),
+        (["complete", "hi", "--json", "--model", "./nobody.gguf"], "nobody.gguf"),
+        (["show", "--json", "./nobody"], "./nobody"),
+        (["pull", "--json", "nobody"], "nobody"),
+        (["rm", "--json", "--yes", "nobody"], "nobody"),
+        (["bench", "--json", "nobody"], "nobody"),
+        (["score", "--json", "no-such-file.txt"], "no-such-file.txt"),
+        (["score", "--json", "."], "directory"),
+    ],
+)
+def test_unknown_names_and_files(pentad, arguments: list[str], named: str) -> None:
+    done = pentad(*arguments)
+    assert done.code == 2
+    assert named in done.error
+
+
+@pytest.mark.parametrize("command", [["chat"], ["chat", "-"], ["complete"], ["score", "-"]])
+def test_input_that_is_not_text(pentad, command: list[str]) -> None:
+    done = pentad(*command, stdin=b"caf\xe9")
+    assert done.code == 2
+    assert "UTF-8 (byte 3)" in done.error
+
+
+def test_what_nobody_expected_is_one_line_and_1(pentad, monkeypatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("first line\nsecond \x1b[31mline")
+
+    monkeypatch.setattr(registry, "known", fail)
+    done = pentad("models")
+    assert done.code == 1
+    assert done.error == "pentad: RuntimeError: first line second ␛[31mline (--debug shows where)"
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "rm", "x"], ["rm", "x", "--debug"]])
+def test_debug_shows_the_traceback(pentad, arguments: list[str]) -> None:
+    done = pentad(*arguments)
+    assert done.code == 2
+    assert "Traceback" in done.err
+    assert "BadInput" in done.err
+
+
+def test_debug_can_be_said(pentad) -> None:
+    done = pentad("complete", "--model", "nobody", "--", "--debug")
+    assert done.code == 2
+    assert "nobody" in done.error
+
+
+def test_ctrl_c_is_130(pentad, monkeypatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "known", interrupted)
+    done = pentad("models")
+    assert (done.code, done.out, done.err) == (130, "", "")
+
+
+@pytest.mark.parametrize("argument", ["models", "--help"])
+def test_nobody_reads_the_output(argument: str) -> None:
+    command = [sys.executable, "-m", "pentad", argument]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_sizes() -> None:
+    written = [output.size(n) for n in (0, 999, 1000, 98_362_432, 7 * 10**9, 3 * 10**15)]
+    assert written == ["0 bytes", "999 bytes", "1.0 kB", "98.4 MB", "7.0 GB", "3000.0 TB"]
+
+
+def test_a_terminal_is_not_commanded(capsys, monkeypatch) -> None:
+    output.write("\x1b[2J\n\tü\x9b")
+    assert capsys.readouterr().out == "\x1b[2J\n\tü\x9b"  # a file gets what was said
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    output.write("\x1b[2J\n\tü\x9b")
+    assert capsys.readouterr().out == "␛[2J\n\tü\ufffd"
+
+
+def test_json_has_no_nan(capsys) -> None:
+    output.write_json({"text": "日本"})
+    assert json.loads(capsys.readouterr().out) == {"text": "日本"}
+    with pytest.raises(ValueError, match="JSON"):
+        output.write_json({"x": float("nan")})
+
+
+def test_no_progress_without_a_terminal(monkeypatch) -> None:
+    assert output.progress() is None
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert output.progress() is not None
+
+
+def test_bars(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # by which rich believes in a terminal
+    bars = output.Bars()
+    for total in (100, None):
+        bars.start("fetching [x]", total)
+        bars.advance(50)
+        bars.finish()
+    bars.advance(1)
+    bars.finish()
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert "fetching [x]" in written.err
