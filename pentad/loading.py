@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,13 +16,15 @@ from pentad.errors import BadInput
 from pentad.generate import LanguageModel
 from pentad.models import family_of
 from pentad.nn.linear import QuantizedLinear, RowwiseInt8Linear
+from pentad.weights.cache import Silent, task
 from pentad.weights.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pentad.weights.cache import Progress
-    from pentad.weights.checkpoint import Checkpoint
+    from pentad.weights.checkpoint import Checkpoint, TensorEntry
+    from pentad.weights.keytable import Operation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,7 +70,7 @@ def load(
     kind = default_dtype(checkpoint) if dtype is None else _dtype(dtype)
     if quantize not in (None, "none"):
         raise BadInput(f"quantize is {quantize!r}; it takes 'none' so far, or nothing for the file's own")
-    network = load_network(checkpoint, device=target, dtype=kind, keep_quantized=quantize is None)
+    network = load_network(checkpoint, device=target, dtype=kind, keep_quantized=quantize is None, progress=progress)
     return LanguageModel(
         str(name_or_path),
         network,
@@ -84,6 +88,7 @@ def load_network(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     keep_quantized: bool = True,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Build a checkpoint's network on the meta device and put its tensors in place.
 
@@ -94,33 +99,84 @@ def load_network(
         BadInput: an unknown family, or tensors that are missing, not used or of the wrong shape.
     """
     device = torch.device(device)
-    _, family = family_of(checkpoint)
     network = meta_network(checkpoint)
     if not checkpoint.tensors:
         raise BadInput(f"{checkpoint.path}: there are no weights beside the config")
-    homes: dict[str, list[str]] = {}  # a tied parameter has several names, and goes by the first
+    placements = _placements(checkpoint, network, dtype, device, keep_quantized)
+    progress = progress or Silent()
+    with task(progress, "Loading", sum(placement.entry.nbytes for placement in placements)):
+        for placement in placements:
+            _place(network, placement, dtype, device)
+            progress.advance(placement.entry.nbytes)
+    return network.eval()
+
+
+def held_bytes(checkpoint: Checkpoint, dtype: torch.dtype, *, keep_quantized: bool = True) -> int:
+    """What a checkpoint's weights take in memory on a CPU; of one without weights, what they would take.
+
+    Raises:
+        BadInput: as `load_network`.
+    """
+    network = meta_network(checkpoint)
+    if not checkpoint.tensors:
+        return sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
+    total = 0.0
+    for entry, _, _, linear in _placements(checkpoint, network, dtype, torch.device("cpu"), keep_quantized):
+        total += math.prod(entry.shape) * (dtype.itemsize if linear is None else linear.bytes_per_weight)
+    return int(total)
+
+
+class _Placement(NamedTuple):
+    """One tensor of a file and where it goes."""
+
+    entry: TensorEntry
+    operation: Operation
+    homes: list[str]
+    """The parameter's names in the network; a tied one has several."""
+    linear: type[QuantizedLinear | RowwiseInt8Linear] | None
+    """What takes the place of a linear layer whose weight is quantized in the file."""
+
+
+def _placements(
+    checkpoint: Checkpoint, network: nn.Module, dtype: torch.dtype, device: torch.device, keep_quantized: bool
+) -> list[_Placement]:
+    homes: dict[str, list[str]] = {}
     firsts: dict[nn.Parameter, str] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         homes.setdefault(firsts.setdefault(parameter, name), []).append(name)
     shapes = {name: tuple(parameter.shape) for parameter, name in firsts.items()}
+    _, family = family_of(checkpoint)
     table = family.key_table(network.config, checkpoint.format)
-    rounded_head = False
-    for name, value in table.load(checkpoint.tensors, shapes, checkpoint.path):
-        if isinstance(value, QuantizedTensor):
-            linear = network.get_submodule(module := name.rpartition(".")[0])
-            free = keep_quantized and len(homes[name]) == 1
-            if free and isinstance(linear, nn.Linear) and QuantizedLinear.takes(value, dtype, device):
-                network.set_submodule(module, QuantizedLinear(value, linear.bias))
-                continue
-            rounded_head |= "head.weight" in homes[name]
-            value = value.dequantize(dtype)
-        parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
-        for home in homes[name]:
-            module, _, leaf = home.rpartition(".")
-            setattr(network.get_submodule(module), leaf, parameter)
-    if rounded_head and keep_quantized and RowwiseInt8Linear.takes(dtype, device):
-        network.set_submodule("head", RowwiseInt8Linear(network.get_parameter("head.weight")))
-    return network.eval()
+    placements = []
+    for name, entry, operation in table.pair(checkpoint.tensors, shapes, checkpoint.path):
+        linear: type[QuantizedLinear | RowwiseInt8Linear] | None = None
+        if keep_quantized and entry.quantization is not None:
+            alone = len(homes[name]) == 1 and isinstance(network.get_submodule(name.rpartition(".")[0]), nn.Linear)
+            if alone and QuantizedLinear.takes(entry.quantization, entry.shape, dtype, device):
+                linear = QuantizedLinear
+            elif "head.weight" in homes[name] and RowwiseInt8Linear.takes(dtype, device):
+                linear = RowwiseInt8Linear
+        placements.append(_Placement(entry, operation, homes[name], linear))
+    return placements
+
+
+def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device: torch.device) -> None:
+    """Read one tensor and put it where it goes."""
+    entry, operation, homes, linear = placement
+    value = operation.load(entry.read())
+    if isinstance(value, QuantizedTensor):
+        if linear is QuantizedLinear:
+            owner = homes[0].rpartition(".")[0]
+            bias = dict(network.get_submodule(owner).named_parameters()).get("bias")
+            network.set_submodule(owner, QuantizedLinear(value, bias))
+            return
+        value = value.dequantize(dtype)
+    parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
+    for home in homes:
+        owner, _, leaf = home.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, parameter)
+    if linear is RowwiseInt8Linear:
+        network.set_submodule("head", RowwiseInt8Linear(parameter))
 
 
 def meta_network(checkpoint: Checkpoint) -> nn.Module:
@@ -150,12 +206,17 @@ class _NoInitialization(TorchFunctionMode):
 
 
 def default_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What most of a checkpoint's numbers are stored in; bfloat16 where they are quantized."""
-    sizes: dict[torch.dtype, int] = {}
+    """What most of a checkpoint's numbers are stored in; bfloat16 where they are quantized.
+
+    Of a checkpoint without weights, what its config says of them.
+    """
+    sizes = Counter[torch.dtype]()
     for entry in checkpoint.tensors.values():
-        kind = entry.dtype or torch.bfloat16
-        sizes[kind] = sizes.get(kind, 0) + entry.nbytes
-    most = max(sizes, key=lambda kind: sizes[kind], default=torch.float32)
+        sizes[entry.dtype or torch.bfloat16] += entry.nbytes
+    if not sizes:
+        said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+        return DTYPES.get(str(said), torch.float32)
+    most = sizes.most_common(1)[0][0]
     return most if most in DTYPES.values() else torch.float32
 
 

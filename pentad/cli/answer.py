@@ -28,13 +28,12 @@ def options(logprobs: int | None, as_json: bool, **rest: Any) -> Options:
 
 def follow(stream: Stream, write: Callable[[str], None], ctrl_c: CtrlC) -> Completion:
     """Write a reply as it comes, to its end or to where Ctrl-C is pressed gently."""
+    ctrl_c.stop = stream.stop
     written = 0
     with stream:
         for piece in stream:
             write(piece)
             written += len(piece)
-            if ctrl_c.pressed:
-                break
     completion = stream.completion
     write(completion.text[written:])  # what was held back, as it might have begun a stop string
     return completion

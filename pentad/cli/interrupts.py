@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
 ECHO = 1.0  # seconds in which a second signal is the same one: timeout(1) sends it to process and group
@@ -14,13 +15,15 @@ class CtrlC:
 
     Attributes:
         pressed: whether it came.
-        gently: only note it, so that a step of the model ends before anyone looks; else raise
-            KeyboardInterrupt at once. Whoever presses again gets that in any case.
+        gently: only note it and call `stop`, so that a step of the model comes to its end; else
+            raise KeyboardInterrupt at once. Whoever presses again gets that in any case.
+        stop: what ends the work at hand.
     """
 
     def __init__(self, *, gently: bool = False) -> None:
         self.pressed = False
         self.gently = gently
+        self.stop: Callable[[], None] = lambda: None
         self._first = 0.0
 
     def __enter__(self) -> CtrlC:
@@ -37,3 +40,4 @@ class CtrlC:
         self.pressed, self._first = True, now
         if again or not self.gently:
             raise KeyboardInterrupt
+        self.stop()

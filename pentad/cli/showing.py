@@ -13,7 +13,6 @@ from pentad.cli import output
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from pentad.weights.checkpoint import Checkpoint
@@ -79,14 +78,14 @@ def show(
 
 def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quantized: bool) -> dict[str, Any]:
     from pentad import text, weights
-    from pentad.loading import DTYPES, meta_network
+    from pentad.loading import DTYPES, default_dtype, held_bytes, meta_network
     from pentad.models import family_of
     from pentad.weights import registry
 
     checkpoint = weights.open(registry.locate(name, progress=output.progress()))
     family, _ = family_of(checkpoint)
     network = meta_network(checkpoint)
-    precision = DTYPES[dtype] if dtype else _stored_dtype(checkpoint)
+    precision = DTYPES[dtype] if dtype else default_dtype(checkpoint)
     trained: int = network.config.max_position_embeddings  # type: ignore[union-attr,assignment]
     length = context or trained
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -96,7 +95,7 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quanti
         2 * layer.kv_heads * layer.head_dim * min(length, layer.window or length) * precision.itemsize
         for layer in layers
     )
-    held = _weight_bytes(checkpoint, network, precision, keep_quantized)
+    held = held_bytes(checkpoint, precision, keep_quantized=keep_quantized)
     tokenizer = text.load(checkpoint)
     return {
         "model": name,
@@ -124,16 +123,6 @@ def _attention(network: nn.Module) -> list[Any]:
     return [part for part in network.modules() if isinstance(part, Attention)]
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What the weights are in; without weights, what the config says of them."""
-    from pentad.loading import DTYPES, default_dtype
-
-    if checkpoint.tensors:
-        return default_dtype(checkpoint)
-    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return DTYPES.get(str(said), DTYPES["float32"])
-
-
 def _quantization(checkpoint: Checkpoint) -> str | None:
     """The quantized type that most bytes are in."""
     sizes: Counter[str] = Counter()
@@ -141,31 +130,6 @@ def _quantization(checkpoint: Checkpoint) -> str | None:
         if entry.quantization is not None:
             sizes[entry.quantization] += entry.nbytes
     return sizes.most_common(1)[0][0] if sizes else None
-
-
-def _weight_bytes(checkpoint: Checkpoint, network: nn.Module, dtype: torch.dtype, keep_quantized: bool) -> int:
-    """What the weights take in memory on a CPU: blocks where they stay quantized, else numbers of `dtype`."""
-    import torch
-    from torch import nn
-
-    from pentad.nn.linear import QuantizedLinear
-    from pentad.weights.quantized import QuantizedTensor
-
-    total = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
-    if not keep_quantized:
-        return total
-    embeddings = Counter(tuple(m.weight.shape) for m in network.modules() if isinstance(m, nn.Embedding))
-    for entry in checkpoint.tensors.values():
-        if entry.quantization is None:
-            continue
-        if embeddings[entry.shape]:  # looked up row by row, so it is dequantized
-            embeddings[entry.shape] -= 1
-            continue
-        value = entry.read()
-        assert isinstance(value, QuantizedTensor)
-        if QuantizedLinear.takes(value, dtype, torch.device("cpu")):
-            total += entry.nbytes - value.shape[0] * value.shape[1] * dtype.itemsize
-    return total
 
 
 def _program_bytes() -> int:

@@ -109,8 +109,9 @@ class Engine:
         request.finish_reason = reason
         if request in self._waiting:
             self._waiting.remove(request)
-        if request.sequence is not None:
+        if request in self._active:
             self._active.remove(request)
+        if request.sequence is not None:
             if self._kept is not None:
                 self.run.cache.close(self._kept[1])
             ids = [*request.prompt, *request.generated][: request.sequence.length]

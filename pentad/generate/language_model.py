@@ -90,18 +90,23 @@ class Stream(Iterator[str]):
         self._transcript = transcript
         self._heard = 0  # tokens
         self._given = 0  # characters
+        self._stopping = False
         self._started = time.perf_counter()
         self._first: float | None = None
         self._last = self._started
 
     def __next__(self) -> str:
         while len(self._transcript.text) == self._given:
-            if self._request.finish_reason is not None:
+            if self._stopping or self._request.finish_reason is not None:
                 raise StopIteration
             self._model._advance()
         piece = self._transcript.text[self._given :]
         self._given += len(piece)
         return piece
+
+    def stop(self) -> None:
+        """End the iteration once the step at hand is done; a signal handler may call this."""
+        self._stopping = True
 
     def close(self) -> None:
         """Stop generating; what there is stays."""
@@ -330,7 +335,7 @@ class LanguageModel:
             ("logprobs", logprobs, 0),
             ("seed", seed, 0),
         ):
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not isinstance(value, int) or not least <= value < 2**63):
                 raise BadInput(f"{name} is {value!r}; it takes a whole number from {least}")
         generator = torch.Generator()
         generator.manual_seed(seed) if isinstance(seed, int) else generator.seed()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pentad.weights.quantized import QuantizedTensor
+from pentad.weights.quantized import AFFINE4, QuantizedTensor
 
 FEW_ROWS = 128  # up to here torch's 4-bit kernel beats dequantizing the weight for one large bfloat16 product
 
@@ -21,6 +21,8 @@ class QuantizedLinear(nn.Module):
         bias: [out] or None.
     """
 
+    bytes_per_weight = 0.625  # packed: half a byte, and two bfloat16 for 32
+
     def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -30,10 +32,10 @@ class QuantizedLinear(nn.Module):
         self._packed_from: tuple[QuantizedTensor, ...] = ()
 
     @staticmethod
-    def takes(weight: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether torch has an operator for this weight that is fast: bfloat16 on a CPU, rows in tiles of 16."""
-        fits = len(weight.shape) == 2 and weight.shape[0] % 16 == 0 and weight.shape[1] % 32 == 0
-        return weight.is_affine4 and fits and dtype == torch.bfloat16 and device.type == "cpu"
+    def takes(quantization: str | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether torch has an operator for such a weight that is fast: bfloat16 on a CPU, rows in tiles of 16."""
+        fits = len(shape) == 2 and shape[0] % 16 == 0 and shape[1] % 32 == 0
+        return quantization in AFFINE4 and fits and dtype == torch.bfloat16 and device.type == "cpu"
 
     def forward(self, x_ND: Tensor) -> Tensor:
         if x_ND.shape[0] > FEW_ROWS:
@@ -73,6 +75,8 @@ class RowwiseInt8Linear(nn.Module):
     Reading the head's weight is what a small model's step waits for. For heads that are quantized in their file; the
     second rounding adds about 0.08 to the root mean square error of SmolLM2's logits (docs/benchmarks.md).
     """
+
+    bytes_per_weight = 3.0  # both forms
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()

@@ -96,13 +96,10 @@ class KeyTable:
             theirs = theirs.replace("*", number, 1)
         return f"{theirs}.{kind}", rule.operation
 
-    def load(
-        self,
-        tensors: Mapping[str, TensorEntry],
-        shapes: Mapping[str, Sequence[int]],
-        source: object,
-    ) -> Iterator[tuple[str, Value]]:
-        """Yield each tensor of the network, by our name; those that need no operation lie where the file has them.
+    def pair(
+        self, tensors: Mapping[str, TensorEntry], shapes: Mapping[str, Sequence[int]], source: object
+    ) -> list[tuple[str, TensorEntry, Operation]]:
+        """Each tensor of the network, by our name, with the file's and what is done to it.
 
         Args:
             tensors: the file's.
@@ -110,33 +107,29 @@ class KeyTable:
             source: names the file in errors.
 
         Raises:
-            BadInput: one that names every tensor that is missing, not used or of the wrong shape. Nothing has been
-                read by then.
+            BadInput: one that names every tensor that is missing, not used or of the wrong shape.
         """
-        used: dict[str, tuple[str, Operation]] = {}
+        pairs: list[tuple[str, TensorEntry, Operation]] = []
         missing, misshapen = [], []
         for ours, shape in shapes.items():
-            match = self._match(ours)
-            if match is None or match[0] not in tensors:
-                missing.append(match[0] if match else ours)
-            elif tensors[match[0]].shape != tuple(shape):
-                misshapen.append(f"{match[0]} is {list(tensors[match[0]].shape)}, the config asks for {list(shape)}")
-            used[ours] = match or (ours, Same())
-        known = {theirs for theirs, _ in used.values()}
-        unused = [n for n in tensors if n not in known and not any(p.fullmatch(n) for p in self.ignored)]
+            theirs, operation = self._match(ours) or (ours, Same())
+            entry = tensors.get(theirs)
+            if entry is None:
+                missing.append(theirs)
+                continue
+            if entry.shape != tuple(shape):
+                misshapen.append(f"{theirs} is {list(entry.shape)}, the config asks for {list(shape)}")
+            pairs.append((ours, entry, operation))
+        used = {entry.name for _, entry, _ in pairs}
+        unused = [n for n in tensors if n not in used and not any(p.fullmatch(n) for p in self.ignored)]
         problems = [
             f"{len(names)} {what}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
-            for what, names in (
-                ("missing", missing),
-                ("of the wrong shape", misshapen),
-                ("not used", unused),
-            )
+            for what, names in (("missing", missing), ("of the wrong shape", misshapen), ("not used", unused))
             if names
         ]
         if problems:
             raise BadInput(f"{source}: tensors don't fit the config: {'; '.join(problems)}")
-        for ours, (theirs, operation) in used.items():
-            yield ours, operation.load(tensors[theirs].read())
+        return pairs
 
     def store(self, values: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
         """The way back: yield each tensor by the file's name and in the file's order of rows."""

@@ -45,6 +45,9 @@ BLOCKS = {
 }
 """Type name -> (weights a block, bytes a block), for every type that can be dequantized."""
 
+AFFINE4 = ("q4_0", "q4_1", "q4_k")
+"""Types whose weights are 4-bit integers with a scale and a minimum per 32."""
+
 # Weights dequantized at a time: as float32 they stay in the caches, and fork-joins are few.
 _SLAB = 1 << 19
 
@@ -97,7 +100,7 @@ class QuantizedTensor:
     @property
     def is_affine4(self) -> bool:
         """Whether `affine4` can be called: 4-bit integers with a scale and a minimum per 32."""
-        return self.type in ("q4_0", "q4_1", "q4_k")
+        return self.type in AFFINE4
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """Rows start to stop of the flattened rows, as a view: shape (stop - start, columns)."""
