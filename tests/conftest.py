@@ -17,9 +17,10 @@ os.environ |= {
     "HF_HOME": _hub_home.name,  # neither a user's models nor their token
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
+    "TERM": "xterm",
     "TOKENIZERS_PARALLELISM": "false",
 }
-for name in ("FORCE_COLOR", "HF_TOKEN"):
+for name in ("COLUMNS", "FORCE_COLOR", "HF_TOKEN", "NO_COLOR"):
     os.environ.pop(name, None)
 
 hypothesis.settings.register_profile("pentad", deadline=None, derandomize=True)
@@ -28,7 +29,7 @@ hypothesis.settings.load_profile("pentad")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(_hub_home.cleanup)
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

@@ -36,10 +36,7 @@ class Block:
 def blocks(document: Path) -> list[Block]:
     """The fenced blocks of a document, with the line that each one's text starts on."""
     text = document.read_text()
-    return [
-        Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1)
-        for match in BLOCK.finditer(text)
-    ]
+    return [Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1) for match in BLOCK.finditer(text)]
 
 
 def commands(block: Block) -> list[str]:

@@ -16,9 +16,7 @@ ROOT = Path(__file__).parents[1]
 def modules_after(code: str) -> set[str]:
     """The modules that a fresh interpreter holds after running ``code``."""
     report = f"{code}\nimport sys; print(*sys.modules, file=sys.stderr)"
-    done = subprocess.run(
-        [sys.executable, "-c", report], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True, cwd=ROOT)
     return set(done.stderr.split())
 
 

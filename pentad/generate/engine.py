@@ -16,6 +16,7 @@ from pentad.nn.cache import CachedSequence
 
 CHUNK = 512  # tokens of prompts that one step takes, so that sequences which decode don't wait for long
 LARGEST_BATCH = 32  # sequences decoded together; further ones wait
+NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite): its weights are damaged"
 HEADROOM = 256  # tokens reserved beyond the prompt at first, so that a sequence's pages are neighbors
 
 
@@ -42,6 +43,7 @@ class Request:
         logprobs: None, or how many of the likeliest tokens to report with each token.
         generated: what was generated so far.
         finish_reason: "stop" or "length" once it is finished, or what `Engine.finish` was told.
+        error: why it could not go on; whoever reads its tokens raises it.
     """
 
     prompt: Sequence[int]
@@ -53,6 +55,7 @@ class Request:
     generated: list[int] = field(default_factory=list)
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    error: PentadError | None = None
     sequence: CachedSequence | None = None
 
 
@@ -74,11 +77,7 @@ class Engine:
         self._waiting.append(request)
 
     def step(self) -> list[Request]:
-        """Run one step; returns the requests that have one token more, or have finished.
-
-        Raises:
-            PentadError: the model's logits are not numbers.
-        """
+        """Run one step; returns the requests that have one token more, or have finished."""
         while self._waiting and len(self._active) < LARGEST_BATCH:
             self._active.append(self._admit(self._waiting.popleft()))
         work: list[tuple[CachedSequence, list[int]]] = []
@@ -144,8 +143,8 @@ class Engine:
 
     def _choose(self, request: Request, logits_V: Tensor) -> None:
         if not torch.isfinite(logits_V.max()):
-            self.finish(request, "error")
-            raise PentadError("the model's logits are not numbers (NaN or infinite): its weights are damaged")
+            request.error = PentadError(NOT_NUMBERS)
+            return self.finish(request, "error")
         token = sample(logits_V, request.sampling, request.generator, request.prompt, request.generated)
         if token in request.end_ids:
             return self.finish(request, "stop")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pentad.errors import BadInput, PentadError
-from pentad.generate.engine import Engine, Request, TokenLogprobs
+from pentad.generate.engine import NOT_NUMBERS, Engine, Request, TokenLogprobs
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
 from pentad.generate.transcript import Transcript
@@ -97,6 +97,8 @@ class Stream(Iterator[str]):
 
     def __next__(self) -> str:
         while len(self._transcript.text) == self._given:
+            if self._request.error is not None:
+                raise self._request.error
             if self._stopping or self._request.finish_reason is not None:
                 raise StopIteration
             self._model._advance()
@@ -290,7 +292,7 @@ class LanguageModel:
             total -= float(nn.functional.cross_entropy(logits_MV, targets, reduction="sum"))
         run.cache.close(sequence)
         if not total <= 0:
-            raise PentadError("the model's logits are not numbers (NaN or infinite): its weights are damaged")
+            raise PentadError(NOT_NUMBERS)
         return total
 
     @torch.inference_mode()

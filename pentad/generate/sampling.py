@@ -50,8 +50,10 @@ class Sampling:
             "frequency_penalty": (-100, 100),
         }
         for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:  # also false for NaN
-                raise BadInput(f"{name} is {getattr(self, name)}; it takes {low} to {high}")
+            value = getattr(self, name)
+            kind = int if name == "top_k" else (int, float)
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # NaN neither
+                raise BadInput(f"{name} is {str(value)[:40]}; it takes {low} to {high}")
 
     def but(self, **options: Any) -> Sampling:
         """The same with those options that are not None."""

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from pentad.errors import BadInput
-from pentad.models.config import read_config
 from pentad.nn.attention import Attention
 from pentad.nn.batch import Batch
 from pentad.nn.block import PreNormBlock
@@ -22,6 +21,7 @@ from pentad.nn.norm import RMSNorm
 from pentad.nn.rope import Rope
 from pentad.nn.rope_scaling import scaling
 from pentad.weights.checkpoint import Checkpoint
+from pentad.weights.config import LARGEST, read_config
 from pentad.weights.keytable import HalfSplit, KeyTable, Rule
 
 
@@ -90,56 +90,71 @@ class Llama(nn.Module):
 def config_from(checkpoint: Checkpoint) -> LlamaConfig:
     """The config of a checkpoint, from ``config.json`` or from GGUF metadata."""
     values = _from_gguf(checkpoint) if checkpoint.format == "gguf" else _from_hf(checkpoint.config)
+    if values["head_dim"] is None:
+        whole = read_config(_Heads, values, checkpoint.path)
+        values["head_dim"] = whole.hidden_size // whole.num_attention_heads
     config = read_config(LlamaConfig, values, checkpoint.path)
+    scaling(config.rope_parameters, checkpoint.path)
+    heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     if config.hidden_act != "silu":
         raise BadInput(f"{checkpoint.path}: hidden_act is {config.hidden_act!r}; Llama's SwiGLU has 'silu'")
-    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+    if heads % groups or head_dim % 2 or heads * head_dim > LARGEST:
         raise BadInput(
-            f"{checkpoint.path}: {config.num_attention_heads} heads of {config.head_dim} numbers can't share"
-            f" {config.num_key_value_heads} key/value heads and rotate in pairs"
+            f"{checkpoint.path}: {heads} heads of {head_dim} numbers can't share {groups} key/value heads"
+            " and rotate in pairs"
         )
     return config
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """What a head's width follows from where a config doesn't say it."""
+
+    hidden_size: int
+    num_attention_heads: int
+
+
 def _from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    values = dict(config)
-    heads = config.get("num_attention_heads")
-    values["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-    if config.get("head_dim") is None and isinstance(heads, int) and heads > 0:
-        values["head_dim"] = int(config.get("hidden_size", 0)) // heads
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    values["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta")
-    values["rope_parameters"] = {
-        "max_position_embeddings": config.get("max_position_embeddings", 2048),
-        **rope,
+    rope = dict(rope) if isinstance(rope, Mapping) else {"rope_type": rope}  # refused by name
+    length = config.get("max_position_embeddings", 2048)
+    trained = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or length
+    return {
+        **config,
+        "num_key_value_heads": config.get("num_key_value_heads") or config.get("num_attention_heads"),
+        "head_dim": config.get("head_dim"),
+        "rope_theta": rope.get("rope_theta") or config.get("rope_theta"),
+        "rope_parameters": {
+            **rope,
+            "max_position_embeddings": length,
+            "original_max_position_embeddings": trained,
+        },
     }
-    return values
 
 
 def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
     meta, tensors = checkpoint.config, checkpoint.tensors
     if meta.get("llama.expert_count"):
         raise BadInput(f"{checkpoint.path}: this is a mixture of experts (Mixtral), which is not supported yet")
-    heads, width = meta.get("llama.attention.head_count"), meta.get("llama.embedding_length")
-    head_dim = meta.get("llama.attention.key_length") or meta.get("llama.rope.dimension_count")
+    heads = meta.get("llama.attention.head_count")
     rope: dict[str, Any]
     if "rope_freqs.weight" in tensors:
         divisors = tensors["rope_freqs.weight"].read()
         rope = {"rope_type": "divisors", "divisors": getattr(divisors, "tolist", list)()}
     else:
         rope = {
-            "rope_type": {"none": "default"}.get(kind := meta.get("llama.rope.scaling.type", "default"), kind),
+            "rope_type": "default" if (kind := meta.get("llama.rope.scaling.type")) == "none" else kind,
             "factor": meta.get("llama.rope.scaling.factor"),
             "original_max_position_embeddings": meta.get("llama.rope.scaling.original_context_length"),
         }
     return {
         "vocab_size": tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else None,
-        "hidden_size": width,
+        "hidden_size": meta.get("llama.embedding_length"),
         "intermediate_size": meta.get("llama.feed_forward_length"),
         "num_hidden_layers": meta.get("llama.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": meta.get("llama.attention.head_count_kv", heads),
-        "head_dim": head_dim or (width // heads if width and heads else None),
+        "head_dim": meta.get("llama.attention.key_length") or meta.get("llama.rope.dimension_count"),
         "rms_norm_eps": meta.get("llama.attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": meta.get("llama.context_length"),
         "rope_theta": meta.get("llama.rope.freq_base"),

@@ -133,9 +133,13 @@ class PagedCache:
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         """A second sequence that begins as `sequence` does, sharing its pages."""
-        for page in sequence.pages:
+        filled = sequence.pages[: self._pages_for(sequence.length - sequence.dropped)]  # not what is only reserved
+        for page in filled:
             self._counts[page] += 1
-        return CachedSequence(sequence.rope_length, list(sequence.pages), sequence.length, sequence.dropped)
+        return CachedSequence(sequence.rope_length, filled, sequence.length, sequence.dropped)
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
 
     def close(self, sequence: CachedSequence) -> None:
         """Give all pages back."""
@@ -150,11 +154,13 @@ class PagedCache:
         """Forget all tokens from position `length` on.
 
         Raises:
-            PentadError: `can_truncate` says no.
+            PentadError: `can_truncate` says no, or there are fewer tokens.
         """
+        if length > sequence.length:
+            raise PentadError(f"can't go back to token {length} of a sequence that has {sequence.length}")
         if not self.can_truncate(sequence, length):
             raise PentadError(f"can't go back to token {length}: tokens before {sequence.dropped} have left the cache")
-        keep = -(-(length - sequence.dropped) // self.page_size)
+        keep = self._pages_for(length - sequence.dropped)
         for page in sequence.pages[keep:]:
             self._counts[page] -= 1
         del sequence.pages[keep:]
@@ -171,7 +177,7 @@ class PagedCache:
                 pages[own] = pages[shared]
             self._counts[shared] -= 1
             sequence.pages[first] = own
-        missing = -(-(filled + tokens) // self.page_size) - len(sequence.pages)
+        missing = self._pages_for(filled + tokens) - len(sequence.pages)
         if missing > 0:
             sequence.pages += self._take(missing, after=sequence.pages[-1] if sequence.pages else None)
 
@@ -191,7 +197,7 @@ class PagedCache:
             self.keys,
             self.values,
             size,
-            tuple(tuple(s.pages[: -(-(s.length - s.dropped + len(ids)) // size)]) for s, ids in work),
+            tuple(tuple(s.pages[: self._pages_for(s.length - s.dropped + len(ids))]) for s, ids in work),
             tuple(s.length - s.dropped + len(ids) for s, ids in work),
             torch.tensor(slots, dtype=torch.int64).to(device),
         )

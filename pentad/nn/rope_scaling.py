@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
+from pentad.weights.config import read_config
 
 
 def inverse_frequencies(theta: float, dim: int) -> Tensor:
@@ -171,24 +172,13 @@ SCALINGS: dict[str, type[Unscaled]] = {
 }
 
 
-def scaling(parameters: Mapping[str, Any]) -> Unscaled:
+def scaling(parameters: Mapping[str, Any], source: object = "config") -> Unscaled:
     """The scaling that a config's ``rope_parameters`` (or older ``rope_scaling``) ask for.
 
     Raises:
         BadInput: an unknown ``rope_type``, or a field that it needs is missing or isn't a positive number.
     """
     name = parameters.get("rope_type") or parameters.get("type") or "default"
-    if name not in SCALINGS:
-        raise BadInput(f"RoPE scaling {name!r} is not known; known are {', '.join(SCALINGS)}")
-    values: dict[str, Any] = {}
-    for field in fields(SCALINGS[name]):
-        value = parameters.get(field.name)
-        if value is None:
-            if field.default is MISSING:
-                raise BadInput(f"RoPE scaling {name!r} needs a value for {field.name!r}")
-            continue
-        numbers = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(n, int | float) and (n > 0 or isinstance(n, bool)) for n in numbers):
-            raise BadInput(f"RoPE scaling {name!r}: {field.name!r} is {str(value)[:60]}, not a positive number")
-        values[field.name] = tuple(value) if isinstance(value, list | tuple) else value
-    return SCALINGS[name](**values)
+    if not isinstance(name, str) or name not in SCALINGS:
+        raise BadInput(f"{source}: RoPE scaling {str(name)[:40]!r} is not known; known are {', '.join(SCALINGS)}")
+    return read_config(SCALINGS[name], parameters, f"{source}: RoPE scaling {name!r}")

@@ -140,9 +140,7 @@ def pointer(content: bytes) -> dict[str, object]:
 def serve() -> Iterator[HubServer]:
     """A hub on a port of its own, empty, for as long as the context lasts."""
     hub = HubServer()
-    with ThreadingHTTPServer(
-        ("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub})
-    ) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub})) as server:
         server.daemon_threads = True
         hub.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

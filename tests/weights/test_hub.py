@@ -76,11 +76,7 @@ class Watcher:
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def one_line(error: BaseException) -> str:
@@ -292,9 +288,7 @@ def test_a_listing_cannot_leave_its_folder(server: HubServer, tmp_path: Path) ->
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_progress_counts_what_is_downloaded(
-    server: HubServer, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_counts_what_is_downloaded(server: HubServer, capfd: pytest.CaptureFixture[str]) -> None:
     server.add("org/tiny", CONFIG | WEIGHTS)
     watcher = Watcher()
     locate("org/tiny", progress=watcher)
@@ -374,9 +368,7 @@ def test_the_environment_is_read_and_nobody_is_told(server: HubServer, tmp_path:
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     environment["PYTHONPATH"] = str(Path(registry.__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     folder = Path(done.stdout.strip())
     assert done.stderr == ""
     assert folder.is_relative_to(tmp_path / "home" / "hub")

@@ -38,9 +38,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT, member: str = MEMBER) ->
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(member, content)
         archive.writestr("../escaped.txt", b"not to be written anywhere")
-        archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-tiny\nVersion: 1.0\n"
-        )
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-tiny\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return path
@@ -71,9 +69,7 @@ def forbid(source: WheelFile, folder: Path, progress: Progress) -> None:
 
 
 def left_in(cache: Path) -> list[str]:
-    return sorted(
-        path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.suffix != ".lock"
-    )
+    return sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.suffix != ".lock")
 
 
 def refused(name: str | Path) -> str:
@@ -157,9 +153,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 # A pull
 
 
-def test_a_known_model_is_pulled_once(
-    cache: Path, tmp_path: Path, serve: Callable[[Download], None]
-) -> None:
+def test_a_known_model_is_pulled_once(cache: Path, tmp_path: Path, serve: Callable[[Download], None]) -> None:
     serve(bring)
     path = locate("tiny")
     assert path.read_bytes() == CONTENT
@@ -169,9 +163,7 @@ def test_a_known_model_is_pulled_once(
     assert locate("tiny") == path
 
 
-def test_a_file_of_another_size_is_pulled_again(
-    cache: Path, serve: Callable[[Download], None]
-) -> None:
+def test_a_file_of_another_size_is_pulled_again(cache: Path, serve: Callable[[Download], None]) -> None:
     serve(bring)
     path = locate("tiny")
     path.write_bytes(CONTENT[:-1])
@@ -202,9 +194,7 @@ def test_progress(cache: Path, serve: Callable[[Download], None]) -> None:
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1] + b"x", CONTENT[:-1], CONTENT + b"x", b""])
-def test_another_file_than_was_published(
-    cache: Path, content: bytes, serve: Callable[[Download], None]
-) -> None:
+def test_another_file_than_was_published(cache: Path, content: bytes, serve: Callable[[Download], None]) -> None:
     serve(lambda source, folder, progress: write_wheel(folder, content) and None)
     message = refused("tiny")
     assert "not the file that was published" in message
@@ -224,9 +214,7 @@ def test_a_damaged_wheel(cache: Path, damage: str, serve: Callable[[Download], N
         path = write_wheel(folder)
         whole = path.read_bytes()
         flipped = whole[:2000] + bytes(byte ^ 255 for byte in whole[2000:2100]) + whole[2100:]
-        path.write_bytes(
-            {"cut": whole[: len(whole) // 2], "empty": b"", "flipped": flipped}[damage]
-        )
+        path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "flipped": flipped}[damage])
 
     serve(bring_damaged)
     assert "arrived damaged" in refused("tiny")
@@ -343,9 +331,7 @@ def test_a_pull_that_is_killed(
 # pip and uv
 
 
-def test_pip_as_it_is_configured(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pip_as_it_is_configured(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pip")
     write_wheel(tmp_path)
     for name, value in {
@@ -395,9 +381,7 @@ def test_uv_where_there_is_no_pip(cache: Path, tools: Path) -> None:
     assert left_in(cache) == ["models", "models/tiny.gguf"]
 
 
-def test_uv_where_pip_fails(
-    cache: Path, tools: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_uv_where_pip_fails(cache: Path, tools: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_tool(tools / "uv", UV)
     write_tool(tools / "pip", "sys.exit('ERROR: no index')")
     assert locate("tiny").read_bytes() == CONTENT
@@ -459,9 +443,7 @@ def test_known_and_remove(cache: Path, serve: Callable[[Download], None]) -> Non
     assert known() == [row]
 
 
-@pytest.mark.parametrize(
-    "name", ["other", "", "../tiny", "/etc/passwd", "../../org/name", "org/name"]
-)
+@pytest.mark.parametrize("name", ["other", "", "../tiny", "/etc/passwd", "../../org/name", "org/name"])
 def test_only_what_is_in_a_cache_is_removed(cache: Path, name: str) -> None:
     with pytest.raises(BadInput) as caught:
         remove(name)

@@ -1,0 +1,268 @@
+"""The engine: which tokens it runs, which it reports, and what it gives back."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pentad.generate.engine
+from pentad.generate.engine import Engine, Request
+from pentad.generate.sampling import Sampling
+from pentad.generate.step import PlainStep
+from pentad.nn.cache import CachedSequence
+from tests.helpers.tiny import logits_of, network_of, random_ids, tiny_checkpoint
+
+GREEDY = Sampling(temperature=0)
+
+
+class Counting(PlainStep):
+    """A step that remembers the tokens it ran."""
+
+    def __init__(self, network: nn.Module, **options: Any) -> None:
+        super().__init__(network, **options)
+        self.ran: list[list[int]] = []
+
+    def __call__(self, work: Sequence[tuple[CachedSequence, Sequence[int]]], wanted: Sequence[int]) -> Tensor:
+        self.ran.append([len(ids) for _, ids in work])
+        return super().__call__(work, wanted)
+
+    def held(self) -> int:
+        return sum(count > 0 for count in self.cache._counts)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    return network_of(tiny_checkpoint(tmp_path_factory.mktemp("tiny")).folder)
+
+
+@pytest.fixture
+def step(network: nn.Module) -> Counting:
+    return Counting(network, page_size=16)
+
+
+def request(prompt: list[int], max_tokens: int = 12, seed: int = 0, **options: Any) -> Request:
+    generator = torch.Generator().manual_seed(seed)
+    sampling = options.pop("sampling", GREEDY)
+    return Request(prompt, sampling, generator, max_tokens=max_tokens, **options)
+
+
+def finish(engine: Engine, *requests: Request) -> None:
+    """Submit, and run to the end."""
+    for one in requests:
+        engine.submit(one)
+    for _ in range(200):
+        if any(one.finish_reason is None for one in requests):
+            engine.step()
+    assert all(one.finish_reason for one in requests), "the engine has stopped short of the end"
+
+
+def greedy(network: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """By whole runs without a cache."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(logits_of(network, ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_text_is_that_of_whole_runs(network: nn.Module, step: Counting) -> None:
+    one, two = request(random_ids(9)), request(random_ids(40, seed=1), max_tokens=5)
+    finish(Engine(step), one, two)
+    assert one.generated == greedy(network, random_ids(9), 12)
+    assert two.generated == greedy(network, random_ids(40, seed=1), 5)
+    assert one.finish_reason == two.finish_reason == "length"
+
+
+def test_any_of_several_end_ids_ends_it(network: nn.Module, step: Counting) -> None:
+    text = greedy(network, random_ids(9), 12)
+    end = next(token for token in text[3:] if token not in text[:3])
+    one = request(random_ids(9), end_ids=frozenset({1000, end}))
+    finish(Engine(step), one)
+    assert one.finish_reason == "stop"
+    assert one.generated == text[: text.index(end)]
+
+
+def test_logprobs_are_the_models_own(network: nn.Module, step: Counting) -> None:
+    hot = Sampling(temperature=3.0, top_k=5, presence_penalty=1.0)
+    one = request(random_ids(9), sampling=hot, logprobs=4)
+    finish(Engine(step), one)
+    ids = random_ids(9) + one.generated
+    expected_TV = logits_of(network, ids).log_softmax(-1)[8:-1]
+    assert len(one.token_logprobs) == len(one.generated) == 12
+    for report, token, row_V in zip(one.token_logprobs, one.generated, expected_TV, strict=True):
+        assert report.token_id == token
+        assert report.logprob == pytest.approx(float(row_V[token]), abs=1e-4)
+        values, likeliest = row_V.topk(4)
+        assert [i for i, _ in report.top] == likeliest.tolist()
+        assert [value for _, value in report.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_more_logprobs_than_there_are_tokens(step: Counting) -> None:
+    one = request(random_ids(9), max_tokens=1, logprobs=10**6)
+    finish(Engine(step), one)
+    assert len(one.token_logprobs[0].top) == 96
+    assert request([1]).token_logprobs == []
+
+
+def test_long_prompts_run_in_chunks_beside_those_that_decode(
+    network: nn.Module, step: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pentad.generate.engine, "CHUNK", 32)
+    engine = Engine(step)
+    short, long = request(random_ids(4)), request(random_ids(100, seed=2))
+    engine.submit(short)
+    engine.step()
+    engine.submit(long)
+    assert engine.step() == [short]
+    assert step.ran == [[4], [1, 31]]
+    for _ in range(20):
+        engine.step()
+    assert max(sum(ran) for ran in step.ran) <= 32
+    assert short.generated == greedy(network, random_ids(4), 12)
+    assert long.generated == greedy(network, random_ids(100, seed=2), 12)
+
+
+def test_no_more_than_a_batch_is_decoded_together(
+    network: nn.Module, step: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pentad.generate.engine, "LARGEST_BATCH", 3)
+    requests = [request(random_ids(5, seed=i), max_tokens=4) for i in range(8)]
+    finish(Engine(step), *requests)
+    assert max(len(ran) for ran in step.ran) == 3
+    for i, one in enumerate(requests):
+        assert one.generated == greedy(network, random_ids(5, seed=i), 4)
+
+
+def test_the_next_turn_prefills_only_what_is_new(network: nn.Module, step: Counting) -> None:
+    engine = Engine(step)
+    first = request(random_ids(30), max_tokens=10)
+    finish(engine, first)
+    turn = [*first.prompt, *first.generated, *random_ids(7, seed=4)]
+    step.ran.clear()
+    second = request(turn, max_tokens=10)
+    finish(engine, second)
+    # the last token of a reply was chosen, and never run
+    assert step.ran == [[7 + 1], *[[1]] * 9]
+    assert second.generated == greedy(network, turn, 10)
+
+
+def test_a_turn_that_is_said_anew(network: nn.Module, step: Counting) -> None:
+    """What both begin with is kept, the rest is forgotten."""
+    engine = Engine(step)
+    finish(engine, request(random_ids(30), max_tokens=10))
+    other = [*random_ids(30)[:21], 5, 6, 7]
+    step.ran.clear()
+    one = request(other, max_tokens=8)
+    finish(engine, one)
+    assert step.ran[0] == [3]
+    assert one.generated == greedy(network, other, 8)
+
+
+@pytest.mark.parametrize("length", [1, 30])
+def test_the_same_prompt_again_runs_one_token(network: nn.Module, step: Counting, length: int) -> None:
+    engine = Engine(step)
+    texts = []
+    for _ in range(3):
+        one = request(random_ids(length))
+        finish(engine, one)
+        texts.append(one.generated)
+    assert texts == [greedy(network, random_ids(length), 12)] * 3
+    assert sum(map(sum, step.ran)) == (length + 11) + 2 * 12
+
+
+def test_a_conversation_that_has_nothing_in_common(network: nn.Module, step: Counting) -> None:
+    engine = Engine(step)
+    finish(engine, request([1, 2, 3]))
+    one = request([9, 1, 2, 3])
+    finish(engine, one)
+    assert one.generated == greedy(network, [9, 1, 2, 3], 12)
+
+
+def test_a_prefix_is_not_shared_where_rope_goes_by_length(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    shape = {"rope_parameters": rope, "max_position_embeddings": 32}
+    network = network_of(tiny_checkpoint(tmp_path, **shape).folder)
+    step = Counting(network)
+    engine = Engine(step)
+    first = request(random_ids(20), max_tokens=4)
+    finish(engine, first)
+    turn = [*first.prompt, *first.generated, *random_ids(30, seed=4)]
+    second = request(turn, max_tokens=1)
+    finish(engine, second)
+    assert [len(turn)] in step.ran
+    assert second.generated == greedy(network, turn, 1)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 6])
+def test_cancelling_gives_the_pages_back(
+    network: nn.Module, step: Counting, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it waits, in the middle of its prefill, and while it decodes."""
+    monkeypatch.setattr(pentad.generate.engine, "CHUNK", 16)
+    engine = Engine(step)
+    one, other = request(random_ids(40)), request(random_ids(5, seed=3), max_tokens=20)
+    engine.submit(other)
+    engine.submit(one)
+    for _ in range(steps):
+        engine.step()
+    engine.finish(one, "interrupted")
+    generated = list(one.generated)
+    for _ in range(30):
+        assert one not in engine.step()
+    assert one.finish_reason == "interrupted"
+    assert one.generated == generated
+    assert other.generated == greedy(network, random_ids(5, seed=3), 20)
+    assert engine.step() == []
+    kept = engine._kept
+    assert kept is not None
+    assert step.held() == len(kept[1].pages), "only the last one's pages are kept"
+    again = request(random_ids(40))
+    finish(engine, again)
+    assert again.generated == greedy(network, random_ids(40), 12)
+
+
+def test_many_requests_do_not_let_the_cache_grow(step: Counting) -> None:
+    engine = Engine(step)
+    sizes = []
+    for i in range(12):
+        finish(engine, *(request(random_ids(9, seed=2 * i + j), max_tokens=3) for j in range(2)))
+        sizes.append(step.cache.nbytes)
+    assert sizes[4:] == [sizes[3]] * 8
+
+
+def poisoned(tmp_path: Path, token: int) -> nn.Module:
+    network = network_of(tiny_checkpoint(tmp_path).folder)
+    weight = network.get_parameter("embed.weight").clone()
+    weight[token] = torch.nan
+    network.embed.weight = nn.Parameter(weight, requires_grad=False)
+    return network
+
+
+def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
+    engine = Engine(PlainStep(poisoned(tmp_path, 7)))
+    one = request([1, 7, 2])
+    engine.submit(one)
+    assert engine.step() == [one]
+    assert one.finish_reason == "error"
+    assert "not numbers" in str(one.error)
+    assert engine.step() == []
+
+
+@pytest.mark.parametrize("bad_first", [True, False])
+def test_the_company_of_damaged_logits_goes_on(tmp_path: Path, bad_first: bool) -> None:
+    """One request's error is not another's: no token of it is lost, and it comes to its end."""
+    network = poisoned(tmp_path, 95)
+    engine = Engine(PlainStep(network))
+    bad, good = request([1, 95, 2]), request([4, 5, 6], max_tokens=4)
+    for one in (bad, good) if bad_first else (good, bad):
+        engine.submit(one)
+    engine.step()
+    assert "not numbers" in str(bad.error)
+    for _ in range(10):
+        if good.finish_reason is None:
+            engine.step()
+    assert good.finish_reason == "length"
+    assert good.error is None
+    assert good.generated == greedy(network, [4, 5, 6], 4)

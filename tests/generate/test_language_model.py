@@ -1,0 +1,264 @@
+"""The runner's verbs, on a tiny model whose tokens are bytes."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pentad
+import pentad.generate.language_model
+from pentad.errors import BadInput
+from pentad.generate import LanguageModel
+from tests.helpers.tiny import (
+    END,
+    assert_equal_logits,
+    logits_of,
+    peer_logits,
+    random_ids,
+    talking_checkpoint,
+)
+
+TEXT = "The quick brown fox jumps over the lazy dog."
+END_ID = 256
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return talking_checkpoint(tmp_path_factory.mktemp("talking")).folder
+
+
+@pytest.fixture
+def model(folder: Path) -> LanguageModel:
+    return pentad.load(folder)
+
+
+def held(model: LanguageModel) -> int:
+    """Pages of sequences that are neither done nor kept for the next turn."""
+    engine = model._engine
+    kept = len(engine._kept[1].pages) if engine._kept else 0
+    return sum(count > 0 for count in engine.run.cache._counts) - kept
+
+
+def test_complete(model: LanguageModel) -> None:
+    done = model.complete(TEXT, temperature=0, max_tokens=8)
+    assert done.prompt_token_ids == list(TEXT.encode())
+    assert done.prompt_tokens == len(TEXT)
+    assert done.completion_tokens == len(done.token_ids) <= 8
+    assert done.text == model.tokenizer.decode(done.token_ids)
+    assert done.finish_reason in ("length", "stop")
+    assert set(done.seconds) == {"load", "prefill", "decode"}
+    assert all(seconds >= 0 for seconds in done.seconds.values())
+    assert done.logprobs is None
+    ids = done.prompt_token_ids + done.token_ids
+    expected = logits_of(model.network, ids).argmax(1)[len(TEXT) - 1 : -1]
+    assert done.token_ids == expected.tolist()
+
+
+def test_many_prompts_are_each_as_alone(folder: Path) -> None:
+    prompts = ["a", TEXT, "Hello", "a", 20 * "xyz "]
+    for options in ({"temperature": 0}, {"seed": 11, "temperature": 1.0, "top_p": 1.0}):
+        together = pentad.load(folder).complete(prompts, max_tokens=15, **options)
+        alone = [pentad.load(folder).complete(p, max_tokens=15, **options) for p in prompts]
+        assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+        assert [c.prompt_token_ids for c in together] == [list(p.encode()) for p in prompts]
+        assert [c.text for c in together] == [c.text for c in alone]
+    assert pentad.load(folder).complete([]) == []
+
+
+def test_a_seed_repeats_and_none_does_not(model: LanguageModel) -> None:
+    def ids(**options: Any) -> list[int]:
+        return model.complete("a", max_tokens=20, temperature=1.5, top_p=1.0, **options).token_ids
+
+    assert ids(seed=5) == ids(seed=5) != ids(seed=6)
+    assert len({tuple(ids()) for _ in range(3)}) == 3
+
+
+def test_a_stream_is_the_completion_in_pieces(model: LanguageModel) -> None:
+    done = model.complete(TEXT, temperature=0, max_tokens=20)
+    stream = model.stream(TEXT, temperature=0, max_tokens=20)
+    assert "".join(stream) == done.text == stream.completion.text
+    assert stream.completion.token_ids == done.token_ids
+    assert stream.completion.finish_reason == done.finish_reason
+    assert list(stream) == []
+
+
+def test_a_stream_that_is_left_gives_back_what_it_holds(model: LanguageModel) -> None:
+    with model.stream(TEXT, temperature=0, max_tokens=50) as stream:
+        first = next(stream)
+    completion = stream.completion
+    assert completion.finish_reason == "interrupted"
+    assert completion.text.startswith(first)
+    assert 0 < completion.completion_tokens < 50
+    assert held(model) == 0
+    assert list(stream) == []
+    assert model._streams == {}
+
+
+def test_an_interrupt_leaves_nothing_behind(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, in the middle of many."""
+    step, steps = model._engine.step, 0
+
+    def interrupted() -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(model._engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.complete([TEXT, "a", "b"], max_tokens=30, temperature=0)
+    monkeypatch.undo()
+    assert held(model) == 0
+    assert model._streams == {}
+    assert model.complete(TEXT, temperature=0, max_tokens=3).token_ids
+
+
+def test_streams_advance_together(model: LanguageModel, folder: Path) -> None:
+    alone = [pentad.load(folder).complete(p, temperature=0, max_tokens=9).text for p in ("a", "b")]
+    one, two = (model.stream(p, temperature=0, max_tokens=9) for p in ("a", "b"))
+    texts = ["", ""]
+    texts[0] += next(one)
+    texts[1] += "".join(two)
+    texts[0] += "".join(one)
+    assert texts == alone
+    assert held(model) == 0
+
+
+def test_a_stop_string_across_tokens(model: LanguageModel) -> None:
+    whole = model.complete(TEXT, temperature=0, max_tokens=30)
+    pairs = [i for i in range(3, 25) if whole.text[i : i + 2].isascii()]
+    stop = whole.text[pairs[0] : pairs[0] + 2]  # two tokens, since a token is a byte
+    at = whole.text.find(stop)
+    stopped = model.complete(TEXT, temperature=0, max_tokens=30, stop=["never", stop])
+    assert stopped.text == whole.text[:at]
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == whole.token_ids[: len(stopped.token_ids)]
+    assert stopped.completion_tokens < 30
+    same = model.complete(TEXT, temperature=0, max_tokens=30, stop=stop)
+    assert same.text == stopped.text
+    stream = model.stream(TEXT, temperature=0, max_tokens=30, stop=stop)
+    assert "".join(stream) == stopped.text
+
+
+def test_an_end_token_is_not_part_of_the_reply(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model.tokenizer.eos_ids == (END_ID,)
+    whole = model.complete(TEXT, temperature=0, max_tokens=12).token_ids
+    monkeypatch.setattr(model.tokenizer, "eos_ids", (END_ID, whole[5]))
+    ended = model.complete(TEXT, temperature=0, max_tokens=12)
+    assert ended.token_ids == whole[: whole.index(whole[5])]
+    assert ended.finish_reason == "stop"
+
+
+def test_chat_renders_the_template(model: LanguageModel) -> None:
+    reply = model.chat("hi", temperature=0, max_tokens=3)
+    expected = [*b"[user]hi", END_ID, *b"[assistant]"]
+    assert reply.prompt_token_ids == expected == model.chat_ids("hi")
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    expected = [*b"[system]s", END_ID, *expected]
+    assert model.chat(messages, temperature=0, max_tokens=3).prompt_token_ids == expected
+    stream = model.stream(messages, temperature=0, max_tokens=3)
+    assert stream.completion.prompt_token_ids == expected
+    stream.close()
+
+
+def test_control_strings_are_text_unless_they_are_asked_for(model: LanguageModel) -> None:
+    text = f"a{END}"
+    plain = model.complete(text, max_tokens=1).prompt_token_ids
+    assert plain == list(text.encode())
+    assert model.complete(text, special=True, max_tokens=1).prompt_token_ids == [97, END_ID]
+
+
+def test_the_context_bounds_what_is_generated(folder: Path) -> None:
+    model = pentad.load(folder, context=50)
+    assert model.context_length == 50
+    done = model.complete(TEXT[:40], temperature=1.0, seed=1)
+    assert done.prompt_tokens + done.completion_tokens == 50 or done.finish_reason == "stop"
+    with pytest.raises(BadInput, match="has 50 tokens and leaves no room in the context of 50"):
+        model.complete(50 * "a")
+    with pytest.raises(BadInput, match="51 tokens don't fit the context of 50"):
+        model.logits([1] * 51)
+    assert model.logits([1] * 50).shape == (50, 264)
+
+
+def test_logits_are_transformers(tmp_path: Path) -> None:
+    tiny = talking_checkpoint(tmp_path)
+    model, ids = pentad.load(tmp_path), random_ids(30)
+    assert_equal_logits(model.logits(ids), peer_logits(tiny.peer, ids))
+    assert torch.equal(model.logits(torch.tensor(ids)), model.logits(ids))
+    assert model.logits(ids).dtype == torch.float32
+
+
+def log_likelihood(model: LanguageModel, ids: list[int]) -> list[float]:
+    rows = model.logits(ids).double().log_softmax(-1)[:-1]
+    return rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("chunk", [256, 7, 1])
+def test_score(model: LanguageModel, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pentad.generate.language_model, "SCORE_CHUNK", chunk)
+    score, ids = model.score(TEXT), list(TEXT.encode())
+    expected = sum(log_likelihood(model, ids))
+    assert score.tokens == len(TEXT)
+    assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(-expected / (len(TEXT) - 1)), rel=1e-4)
+    assert held(model) == 0
+
+
+@pytest.mark.parametrize("stride", [1, 5, 11])
+def test_a_sliding_window_scores_each_token_once(folder: Path, stride: int) -> None:
+    """With the context that its window has: the first window's tokens less, the others' more."""
+    model, ids, size = pentad.load(folder, context=12), list(TEXT.encode()), 12
+    expected, done = 0.0, 1
+    for start in range(0, len(ids), stride):
+        window = ids[start : start + size]
+        expected += sum(log_likelihood(model, window)[done - start - 1 :])
+        done = start + len(window)
+        if done == len(ids):
+            break
+    score = model.score(TEXT, stride=stride)
+    assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
+    assert score.tokens == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda m: m.complete(""), "the prompt is empty"),
+        (lambda m: m.complete(["a", ""]), "the prompt is empty"),
+        (lambda m: m.logits([]), "the prompt is empty"),
+        (lambda m: m.logits([1, 264]), "token id 264 is outside the vocabulary of 264"),
+        (lambda m: m.logits([-1, 3]), "token id -1 is outside"),
+        (lambda m: m.complete("\ud800"), "not valid UTF-8"),
+        (lambda m: m.score("a"), "the text has 1 tokens; scoring takes at least 2"),
+        (lambda m: m.score(300 * "a"), "the text has 300 tokens, the context 256"),
+        (lambda m: m.score(300 * "a", stride=0), "stride is 0"),
+        (lambda m: m.score(300 * "a", stride=256), "stride is 256; it takes 1 to 255"),
+        (lambda m: m.complete("a", max_tokens=0), "max_tokens is 0"),
+        (lambda m: m.complete("a", max_tokens=2.5), "max_tokens is 2.5"),
+        (lambda m: m.complete("a", logprobs=-1), "logprobs is -1"),
+        (lambda m: m.complete("a", seed=-1), "seed is -1"),
+        (lambda m: m.complete("a", seed=2**64), "seed is"),
+        (lambda m: m.complete("a", temperature=-1), "temperature is -1"),
+        (lambda m: m.complete("a", temperature="hot"), "temperature"),
+        (lambda m: m.chat([{"role": "user"}]), ""),
+        (lambda m: m.chat("a", top_p=2), "top_p is 2"),
+    ],
+)
+def test_bad_input(model: LanguageModel, use: Any, message: str) -> None:
+    with pytest.raises(BadInput) as raised:
+        use(model)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert held(model) == 0
+    assert model._streams == {}
+    assert model.complete("a", max_tokens=2, temperature=0).completion_tokens <= 2
+
+
+def test_options_of_many_prompts_are_checked_before_any_runs(model: LanguageModel) -> None:
+    with pytest.raises(BadInput, match="temperature"):
+        model.complete(["a", "b"], temperature=-1)
+    assert model._streams == {}
+    assert not model._engine._waiting

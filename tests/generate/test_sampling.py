@@ -1,0 +1,209 @@
+"""Filters and penalties against transformers' processors, and what is drawn against frequencies."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from pentad.errors import BadInput
+from pentad.generate.sampling import Sampling, candidates, penalize, sample
+
+V = 50
+OFF = Sampling(temperature=1.0, top_p=1.0)
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.5},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": V},
+    {"top_k": 10 * V},
+    {"top_p": 0.9},
+    {"top_p": 0.3},
+    {"top_p": 1e-6},
+    {"top_p": 0.999999},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"temperature": 0.7, "top_k": 12, "top_p": 0.8, "min_p": 0.05},
+    {"temperature": 1.6, "top_k": 30, "top_p": 0.95},
+    {"temperature": 0.8, "top_p": 0.95, "min_p": 0.02},
+]
+
+
+def random_logits(seed: int, size: int = V) -> Tensor:
+    return 3 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def peer_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """What transformers would draw from, with the warpers in its order."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return warpers(torch.zeros(1, 1, dtype=torch.int64), logits_V[None])[0].softmax(-1)
+
+
+@pytest.mark.parametrize("size", [V, 3000])
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_filters_are_transformers(options: dict[str, Any], size: int) -> None:
+    sampling = OFF.but(**options)
+    for seed in range(4):
+        logits_V = random_logits(seed, size)
+        probabilities_C, ids_C = candidates(logits_V, sampling)
+        ours = torch.zeros(size).double()
+        ours[ids_C] = probabilities_C
+        theirs = peer_probabilities(logits_V, sampling).double()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+        assert len(set(ids_C.tolist())) == len(ids_C)
+        assert not (ours[theirs > 1e-9] == 0).any()
+        assert not ours[theirs == 0].any()
+        assert (probabilities_C.diff() <= 0).all()
+        assert float(probabilities_C.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_nucleus_of_a_flat_distribution_is_wide(flat: bool) -> None:
+    """More tokens than are looked at before all of them are sorted."""
+    logits_V = torch.zeros(5000) if flat else random_logits(0, 5000) / 30
+    probabilities_C, ids_C = candidates(logits_V, OFF.but(top_p=0.9))
+    theirs = peer_probabilities(logits_V, OFF.but(top_p=0.9))
+    assert abs(len(ids_C) - int((theirs > 0).sum())) <= 1
+    assert len(ids_C) == pytest.approx(4500, abs=150)
+    assert float(probabilities_C.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repetition_penalty_is_transformers(penalty: float) -> None:
+    for seed in range(4):
+        logits_V = random_logits(seed)
+        prompt, generated = [3, 4, 4, 9], [9, 20, 21, 21, 21]
+        ours = penalize(logits_V, OFF.but(repetition_penalty=penalty), prompt, generated)
+        ids = torch.tensor([prompt + generated])
+        theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits_V[None].clone())[0]
+        torch.testing.assert_close(ours, theirs)
+        assert torch.equal(logits_V, random_logits(seed)), "the caller's logits are changed"
+
+
+def test_presence_and_frequency_are_subtracted_from_what_was_generated() -> None:
+    logits_V = random_logits(0)
+    sampling = OFF.but(presence_penalty=0.5, frequency_penalty=0.25)
+    ours = penalize(logits_V, sampling, [1, 2, 3], [5, 5, 5, 7])
+    expected = logits_V.clone()
+    expected[5] -= 0.5 + 3 * 0.25
+    expected[7] -= 0.5 + 0.25
+    torch.testing.assert_close(ours, expected)
+    assert torch.equal(penalize(logits_V, sampling, [1, 2, 3], []), logits_V)
+
+
+def test_a_penalty_changes_the_greedy_token() -> None:
+    logits_V = torch.tensor([1.0, 3.0, 2.9])
+    greedy, generator = Sampling(temperature=0), torch.Generator()
+    assert sample(logits_V, greedy, generator, [0], [1]) == 1
+    assert sample(logits_V, greedy.but(repetition_penalty=1.2), generator, [0], [1]) == 2
+    assert sample(logits_V, greedy.but(repetition_penalty=1.2), generator, [1], []) == 2
+    assert sample(logits_V, greedy.but(presence_penalty=0.2), generator, [0], [1]) == 2
+    assert sample(logits_V, greedy.but(presence_penalty=0.2), generator, [1], []) == 1
+    assert sample(logits_V, greedy.but(frequency_penalty=0.04), generator, [], [1] * 2) == 1
+    assert sample(logits_V, greedy.but(frequency_penalty=0.04), generator, [], [1] * 3) == 2
+
+
+def test_greedy_is_the_likeliest_and_draws_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    for seed in range(5):
+        logits_V = random_logits(seed)
+        assert sample(logits_V, Sampling(temperature=0), generator) == int(logits_V.argmax())
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    for seed in range(5):
+        logits_V = random_logits(seed)
+        token = sample(logits_V, OFF.but(temperature=temperature), torch.Generator())
+        assert token == int(logits_V.argmax())
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "min_p": 0.01}], ids=str)
+def test_tokens_are_drawn_as_often_as_they_are_probable(options: dict[str, Any]) -> None:
+    """Chi-square, at one in a thousand; tokens expected fewer than five times are one class."""
+    logits_V, sampling, draws = random_logits(1), OFF.but(**options), 4000
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.tensor([sample(logits_V, sampling, generator) for _ in range(draws)])
+    counts = drawn.bincount(minlength=V).double()
+    expected = peer_probabilities(logits_V, sampling).double() * draws
+    assert not counts[expected == 0].any()
+    common = expected >= 5
+    observed = torch.cat((counts[common], counts[~common].sum()[None]))
+    wanted = torch.cat((expected[common], expected[~common].sum()[None]))
+    statistic = float(((observed - wanted).square() / wanted.clamp_min(1e-9)).sum())
+    degrees = int(common.sum())
+    assert statistic < degrees + 3.1 * math.sqrt(2 * degrees) + 6
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    def draw(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return [sample(random_logits(i), OFF, generator) for i in range(30)]
+
+    assert draw(3) == draw(3) != draw(4)
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({}, Sampling()),
+        ({"do_sample": False, "temperature": 0.6}, Sampling(temperature=0)),
+        ({"do_sample": True}, OFF),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, OFF.but(temperature=0.6, top_p=0.9)),
+        ({"temperature": 0.6}, OFF.but(temperature=0.6)),
+        ({"top_k": 20}, OFF.but(top_k=20)),
+        ({"repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1)),
+        ({"eos_token_id": 2, "temperature": None}, Sampling()),
+    ],
+    ids=str,
+)
+def test_what_a_checkpoint_recommends(generation: dict[str, Any], expected: Sampling) -> None:
+    assert Sampling.recommended(generation) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("min_p", -0.5),
+        ("repetition_penalty", 0),
+        ("presence_penalty", math.inf),
+        ("frequency_penalty", 101),
+    ],
+)
+def test_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(BadInput, match=f"{name} is {value}; it takes"):
+        OFF.but(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", "hot"), ("top_k", 2.5), ("top_p", [0.9]), ("top_k", "many")]
+)
+def test_a_recommendation_that_is_no_number(name: str, value: object) -> None:
+    """generation_config.json comes from strangers."""
+    with pytest.raises(BadInput, match=name):
+        Sampling.recommended({"do_sample": True, name: value})

@@ -1,0 +1,55 @@
+"""Attention as it is written down: loops, float64, one score at a time masked."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pentad.nn.attention import Bias
+from pentad.nn.batch import Rows
+from pentad.nn.cache import Pages
+
+
+def plain_attention(
+    q_NHD: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Rows,
+    keys: Rows | Pages,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    bias: Bias | None = None,
+) -> Tensor:
+    """What `pentad.nn.attention.attention` promises, with its arguments."""
+    heads, dim = q_NHD.shape[1:]
+    out = []
+    for b, (start, stop) in enumerate(pairwise(queries.starts)):
+        if isinstance(keys, Pages):
+            k_KGD, v_KGD = read_pages(k, keys, b), read_pages(v, keys, b)
+        else:
+            k_KGD, v_KGD = (x[keys.starts[b] : keys.starts[b + 1]] for x in (k, v))
+        q_QHD = q_NHD[start:stop]
+        group = heads // k_KGD.shape[1]
+        k_KHD, v_KHD = (x.double().repeat_interleave(group, 1) for x in (k_KGD, v_KGD))
+        scores_HQK = torch.einsum("qhd,khd->hqk", q_QHD.double(), k_KHD)
+        scores_HQK = scores_HQK * (1 / math.sqrt(dim) if scale is None else scale)
+        past = len(k_KHD) - len(q_QHD)
+        if bias is not None:
+            at_Q, at_K = range(past, past + len(q_QHD)), range(len(k_KHD))
+            scores_HQK = scores_HQK + bias(q_QHD, at_Q, at_K).double()
+        for i in range(len(q_QHD)):
+            for j in range(len(k_KHD)):
+                ahead = past + i - j  # by how many positions the query is after the key
+                if (causal and ahead < 0) or (window is not None and ahead >= window):
+                    scores_HQK[:, i, j] = -torch.inf
+        out.append(torch.einsum("hqk,khd->qhd", scores_HQK.softmax(-1), v_KHD))
+    return torch.cat(out).to(q_NHD.dtype)
+
+
+def read_pages(pool: Tensor, pages: Pages, sequence: int) -> Tensor:
+    """The rows of one sequence in a layer's pool, found one by one by its table."""
+    size, table = pages.page_size, pages.tables[sequence]
+    return pool[[table[i // size] * size + i % size for i in range(pages.lengths[sequence])]]

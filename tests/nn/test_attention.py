@@ -1,0 +1,171 @@
+"""The one attention function against loops in float64, and the layer around it."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pentad.nn.attention
+from pentad.nn.attention import Attention, attention
+from pentad.nn.batch import Batch, Rows
+from pentad.nn.cache import PagedCache, Pages
+from pentad.nn.rope import Rope
+from tests.helpers.plain import plain_attention, read_pages
+
+D = 8
+
+
+def slope(q_QHD: Tensor, queries: range, keys: range) -> Tensor:
+    """A bias of positions and of q: as T5's and SAM's together."""
+    distance_QK = torch.tensor([[float(i - j) for j in keys] for i in queries])
+    heads_H11 = torch.arange(1.0, 1 + q_QHD.shape[1])[:, None, None]
+    return -0.1 * heads_H11 * distance_QK + q_QHD.mean(-1).T[:, :, None] * distance_QK.cos()
+
+
+def random_rows(lengths: list[int], heads: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(lengths), heads, D, generator=generator)
+
+
+def check(queries: list[int], keys: list[int], heads: int, groups: int, **options: Any) -> tuple[Tensor, Tensor]:
+    q = random_rows(queries, heads, 1)
+    k, v = random_rows(keys, groups, 2), random_rows(keys, groups, 3)
+    arguments = (q, k, v, Rows.of(queries), Rows.of(keys))
+    ours, plain = attention(*arguments, **options), plain_attention(*arguments, **options)
+    assert ours.shape == q.shape
+    assert ours.dtype == q.dtype
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    return ours, plain
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": 3},
+    "window of one": {"causal": True, "window": 1},
+    "window wider than all": {"causal": True, "window": 99},
+    "scale": {"causal": True, "scale": 0.9},
+    "bias": {"bias": slope},
+    "causal bias": {"causal": True, "bias": slope},
+    "all": {"causal": True, "window": 4, "scale": 0.3, "bias": slope},
+}
+LENGTHS = {
+    "one": ([7], [7]),
+    "equal": ([6, 6, 6], [6, 6, 6]),
+    "ragged": ([5, 1, 9, 2], [5, 1, 9, 2]),
+    "with a past": ([3, 1, 4, 11], [9, 8, 4, 12]),
+    "decoding": ([1, 1, 1], [9, 1, 4]),
+}
+
+
+@pytest.mark.parametrize("block", [512, 1, 2, 4])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_is_what_loops_give(
+    options: str,
+    lengths: str,
+    heads: int,
+    groups: int,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pentad.nn.attention, "QUERY_BLOCK", block)
+    check(*LENGTHS[lengths], heads, groups, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("options", ["whole", "scale"])
+def test_more_queries_than_keys(options: str) -> None:
+    """As an encoder-decoder's: another sequence's keys, all of them seen."""
+    check([9, 2, 1], [4, 4, 3], 4, 2, **{**OPTIONS[options], "causal": False})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_kept(dtype: torch.dtype) -> None:
+    q, k, v = (random_rows([9, 4], heads, heads).to(dtype) for heads in (4, 2, 2))
+    arguments = (q, k, v, Rows.of([9, 4]), Rows.of([9, 4]))
+    for options in ({"causal": True}, {"causal": True, "bias": slope}):
+        ours = attention(*arguments, **options)
+        assert ours.dtype == dtype
+        plain = plain_attention(*arguments, **options)
+        torch.testing.assert_close(ours, plain, rtol=0.03, atol=0.03)
+
+
+def scattered(lengths: list[int], page_size: int, groups: int) -> tuple[Tensor, Tensor, Pages]:
+    """Keys and values whose pages lie in any order, among NaN where nobody may look."""
+    counts = [-(-length // page_size) for length in lengths]
+    order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(0)).tolist()
+    pools = torch.full((2, len(order) * page_size, groups, D), torch.nan)
+    tables = []
+    for length, count in zip(lengths, counts, strict=True):
+        tables.append(tuple(order.pop() for _ in range(count)))
+        for i in range(length):
+            slot = tables[-1][i // page_size] * page_size + i % page_size
+            pools[:, slot] = torch.randn(2, groups, D)
+    slots = torch.zeros(0, dtype=torch.int64)
+    return pools[0], pools[1], Pages([], [], page_size, tuple(tables), tuple(lengths), slots)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("options", ["causal", "window", "all"])
+@pytest.mark.parametrize("lengths", ["equal", "with a past", "decoding"])
+def test_pages_are_rows(lengths: str, options: str, page_size: int) -> None:
+    queries, keys = LENGTHS[lengths]
+    k, v, pages = scattered(keys, page_size, groups=2)
+    q = random_rows(queries, 4, 1)
+    ours = attention(q, k, v, Rows.of(queries), pages, **OPTIONS[options])
+    k_rows, v_rows = (torch.cat([read_pages(pool, pages, b) for b in range(len(keys))]) for pool in (k, v))
+    rows = attention(q, k_rows, v_rows, Rows.of(queries), Rows.of(keys), **OPTIONS[options])
+    plain = plain_attention(q, k, v, Rows.of(queries), pages, **OPTIONS[options])
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_neighboring_pages_are_a_span() -> None:
+    slots = torch.zeros(0, dtype=torch.int64)
+    pages = Pages([], [], 4, ((2, 3, 4), (4, 3), (5,)), (10, 7, 1), slots)
+    first, second, third = pages.spans
+    assert first == (8, 10)
+    assert isinstance(second, Tensor)
+    assert second.tolist() == [16, 17, 18, 19, 12, 13, 14]
+    assert third == (20, 1)
+    assert pages.block_table.tolist() == [[2, 3, 4], [4, 3, 0], [5, 0, 0]]
+    assert pages.used.tolist() == [10, 7, 1]
+
+
+def test_gradients_flow_to_queries_keys_and_values() -> None:
+    tensors = [random_rows([3, 2], heads, heads)[..., :2].double() for heads in (2, 1, 1)]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    rows = Rows.of([3, 2])
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: attention(q, k, v, rows, rows, causal=True), tensors, fast_mode=True
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_layer(bias: bool, window: int | None) -> None:
+    """Projections, rotation and attention, by hand."""
+    rope = Rope(D)
+    layer = Attention(
+        24, heads=4, kv_heads=2, head_dim=D, rope=rope, layer=0, window=window, bias=bias,
+        output_bias=bias,
+    )  # fmt: skip
+    batch = Batch.of(range(9), range(5))
+    x = torch.randn(14, 24)
+    q, k, v = (
+        torch.nn.functional.linear(x, part.weight, part.bias).unflatten(-1, (-1, D))
+        for part in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    y = plain_attention(rope(q, batch), rope(k, batch), v, batch.rows, batch.rows, causal=True, window=window)
+    expected = layer.o_proj(y.flatten(1))
+    torch.testing.assert_close(layer(x, batch), expected, rtol=1e-5, atol=1e-5)
+    cache = PagedCache(1, 2, D, dtype=torch.float32, page_size=4)
+    paged = cache.batch([(cache.open(), list(range(9))), (cache.open(), list(range(5)))])
+    torch.testing.assert_close(layer(x, paged), expected, rtol=1e-5, atol=1e-5)
+    assert layer.o_proj.bias is None or layer.o_proj.bias.shape == (24,)
+    assert math.isfinite(float(expected.sum()))

@@ -1,0 +1,222 @@
+"""The paged cache against a model of it that keeps plain lists."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from pentad.errors import PentadError
+from pentad.nn.cache import CachedSequence, PagedCache
+from tests.helpers.plain import read_pages
+
+
+def cache(page_size: int = 4, window: int | None = None, **options: Any) -> PagedCache:
+    return PagedCache(2, 1, 2, dtype=torch.float32, page_size=page_size, window=window, **options)
+
+
+@dataclass
+class Kept:
+    """A sequence of the cache, and what it should hold."""
+
+    sequence: CachedSequence
+    tokens: list[float] = field(default_factory=list)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Tokens are numbers of their own, written into both layers by `Pages.write`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Kept] = []
+        self.next_token = 0.0
+
+    @initialize(page_size=st.integers(1, 5), window=st.none() | st.integers(1, 9))
+    def make(self, page_size: int, window: int | None) -> None:
+        self.window = window
+        self.cache = cache(page_size, window)
+
+    def any_of(self, data: st.DataObject) -> Kept:
+        return data.draw(st.sampled_from(self.kept))
+
+    @rule()
+    def open(self) -> None:
+        if len(self.kept) < 6:
+            self.kept.append(Kept(self.cache.open()))
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        if len(self.kept) < 6:
+            one = self.any_of(data)
+            self.kept.append(Kept(self.cache.fork(one.sequence), list(one.tokens)))
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data(), tokens=st.integers(0, 20))
+    def reserve(self, data: st.DataObject, tokens: int) -> None:
+        self.cache.reserve(self.any_of(data).sequence, tokens)
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def append(self, data: st.DataObject) -> None:
+        """A step of some sequences, of whose tokens the last may be rejected."""
+        chosen = data.draw(st.lists(st.sampled_from(self.kept), min_size=1, unique_by=id))
+        counts = [data.draw(st.integers(1, 12)) for _ in chosen]
+        work = [(one.sequence, [0] * n) for one, n in zip(chosen, counts, strict=True)]
+        batch = self.cache.batch(work)
+        pages = batch.pages
+        assert pages is not None
+        slots = pages.slots.tolist()
+        assert len(set(slots)) == len(slots), "two tokens of a step are written to one place"
+        for slot in slots:
+            holders = self.cache._counts[slot // self.cache.page_size]
+            assert holders == 1, "a shared page is written"
+        positions = [len(o.tokens) + i for o, n in zip(chosen, counts, strict=True) for i in range(n)]
+        assert batch.positions.tolist() == positions
+        assert batch.rows.lengths == tuple(counts)
+        new = [self.next_token + i for i in range(len(slots))]
+        self.next_token += len(slots)
+        numbers = torch.tensor(new)[:, None, None].expand(-1, 1, 2)
+        for layer in range(2):
+            pages.write(layer, numbers + layer / 4, -numbers - layer / 4)
+        at = 0
+        for b, (one, n) in enumerate(zip(chosen, counts, strict=True)):
+            self.check_read(pages, b, one.tokens + new[at : at + n], one.sequence.dropped)
+            accepted = data.draw(st.integers(0, n))
+            self.cache.advance(one.sequence, accepted)
+            one.tokens += new[at : at + accepted]
+            at += n
+
+    def check_read(self, pages: Any, b: int, tokens: list[float], dropped: int) -> None:
+        """What a query may look at is there, and is right."""
+        last = [] if self.window is None else tokens[-self.window :]
+        expected = tokens if self.window is None else tokens[dropped:]
+        assert expected[len(expected) - len(last) :] == last
+        for layer in range(2):
+            keys, values = (read_pages(pools[layer], pages, b) for pools in (pages.keys, pages.values))
+            assert keys[:, 0, 0].tolist() == [token + layer / 4 for token in expected]
+            assert values[:, 0, 1].tolist() == [-token - layer / 4 for token in expected]
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        one = self.any_of(data)
+        length = data.draw(st.integers(0, len(one.tokens)))
+        if self.cache.can_truncate(one.sequence, length):
+            self.cache.truncate(one.sequence, length)
+            del one.tokens[length:]
+        else:
+            assert self.window is not None
+            with pytest.raises(PentadError):
+                self.cache.truncate(one.sequence, length)
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        one = self.any_of(data)
+        self.cache.close(one.sequence)
+        self.kept.remove(one)
+
+    @invariant()
+    def every_page_is_counted(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        holders = Counter(page for one in self.kept for page in one.sequence.pages)
+        assert self.cache._counts == [holders[page] for page in range(len(self.cache._counts))]
+        for one in self.kept:
+            sequence = one.sequence
+            assert sequence.length == len(one.tokens)
+            assert len(set(sequence.pages)) == len(sequence.pages)
+            room = len(sequence.pages) * self.cache.page_size
+            assert sequence.length - sequence.dropped <= room
+        for pools in (self.cache.keys, self.cache.values):
+            rows = len(self.cache._counts) * self.cache.page_size
+            assert {len(pool) for pool in pools} == {rows}
+
+    def teardown(self) -> None:
+        for one in self.kept:
+            self.cache.close(one.sequence)
+        if hasattr(self, "cache"):
+            assert not any(self.cache._counts), "pages leaked"
+
+
+def test_random_operations() -> None:
+    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=100, stateful_step_count=25))
+
+
+def test_a_step_allocates_nothing_that_was_reserved() -> None:
+    c = cache()
+    sequence = c.open()
+    c.reserve(sequence, 30)
+    pools = [pool.data_ptr() for pool in (*c.keys, *c.values)]
+    for _ in range(30):
+        c.batch([(sequence, [0])])
+        c.advance(sequence, 1)
+    assert [pool.data_ptr() for pool in (*c.keys, *c.values)] == pools
+    assert sequence.pages == list(range(8))  # neighbors: read as a view
+
+
+def test_pages_are_neighbors_where_they_can_be() -> None:
+    c = cache(pages=12)
+    first, second = c.open(), c.open()
+    c.reserve(first, 12)
+    c.reserve(second, 12)
+    c.close(first)
+    third = c.open()
+    c.reserve(third, 20)
+    assert third.pages == [6, 7, 8, 9, 10]
+    c.reserve(second, 13)
+    assert len(second.pages) == 4
+    assert c.nbytes == sum(pool.nbytes for pool in (*c.keys, *c.values))
+
+
+def test_memory_is_of_the_dtype_asked_for() -> None:
+    c = PagedCache(3, 2, 8, dtype=torch.bfloat16, page_size=16, pages=4)
+    assert c.nbytes == 3 * 2 * 4 * 16 * 2 * 8 * 2
+
+
+def test_going_back_too_far_names_the_place() -> None:
+    c = cache(window=4)
+    sequence = c.open()
+    c.batch([(sequence, [0] * 20)])
+    c.advance(sequence, 20)
+    assert sequence.dropped == 16
+    with pytest.raises(PentadError, match="can't go back to token 5: tokens before 16"):
+        c.truncate(sequence, 5)
+    assert sequence.length == 20
+
+
+def test_going_back_to_what_never_was() -> None:
+    c = cache()
+    sequence = c.open()
+    c.batch([(sequence, [0] * 3)])
+    c.advance(sequence, 3)
+    with pytest.raises(PentadError):
+        c.truncate(sequence, 9)
+
+
+def test_the_copied_page_is_the_one_that_is_written() -> None:
+    c = cache()
+    first = c.open()
+    pages = c.batch([(first, [0] * 6)]).pages
+    assert pages is not None
+    pages.write(0, torch.arange(6.0)[:, None, None].expand(-1, 1, 2), torch.zeros(6, 1, 2))
+    c.advance(first, 6)
+    second = c.fork(first)
+    assert second.pages == first.pages
+    c.batch([(second, [0])])
+    assert second.pages[0] == first.pages[0]
+    assert second.pages[1] != first.pages[1]
+    old, new = (c.keys[0].view(-1, 4, 1, 2)[s.pages[1]][:2] for s in (first, second))
+    assert new[:, 0, 0].tolist() == old[:, 0, 0].tolist() == [4, 5]

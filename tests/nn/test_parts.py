@@ -1,0 +1,185 @@
+"""RMSNorm, SwiGLU, RoPE, Batch: against their formulas."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pentad.errors import BadInput
+from pentad.nn.batch import Batch, Rows
+from pentad.nn.block import PreNormBlock
+from pentad.nn.feedforward import SwiGLU
+from pentad.nn.norm import RMSNorm
+from pentad.nn.rope import Rope
+from pentad.nn.rope_scaling import SCALINGS, Dynamic, inverse_frequencies, scaling
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype: torch.dtype) -> None:
+    norm = RMSNorm(32, eps=0.01).to(dtype)
+    norm.weight.data = torch.randn(32).to(dtype)
+    x = (3 * torch.randn(5, 32)).to(dtype)
+    x[0] = 0
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 0.01).sqrt() * norm.weight.double()
+    assert norm(x).dtype == dtype
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(norm(x).double(), expected, rtol=2 * ulp, atol=ulp)
+
+
+def test_rms_norm_of_large_halves_does_not_overflow() -> None:
+    norm = RMSNorm(16, eps=1e-5).to(torch.float16)
+    x = torch.full((2, 16), 3000.0, dtype=torch.float16)
+    torch.testing.assert_close(norm(x), torch.ones(2, 16, dtype=torch.float16))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+def test_swiglu(bias: bool) -> None:
+    layer, x = SwiGLU(8, 20, bias=bias), torch.randn(5, 8)
+    gate, up = layer.gate_proj(x), layer.up_proj(x)
+    y, aux = layer(x, Batch.of(range(5)))
+    torch.testing.assert_close(y, layer.down_proj(gate / (1 + (-gate).exp()) * up))
+    assert aux is None
+    assert (layer.down_proj.bias is not None) == bias
+
+
+def test_a_pre_norm_block_adds_to_the_stream() -> None:
+    class Times(torch.nn.Module):
+        def __init__(self, factor: float, aux: object = None) -> None:
+            super().__init__()
+            self.factor, self.aux = factor, aux
+
+        def forward(self, x: Tensor, batch: Batch | None = None) -> object:
+            return x * self.factor if self.aux is None else (x * self.factor, self.aux)
+
+    block = PreNormBlock(Times(2), Times(3), Times(5), Times(7, "routed"))
+    y, aux = block(torch.ones(1, 4), Batch.of([0]))
+    assert y.tolist() == [[7.0 + 35 * 7.0] * 4]
+    assert aux == "routed"
+
+
+def rotate(x: Tensor, position: int, frequencies: Tensor, magnitude: float = 1.0) -> Tensor:
+    """One head's numbers as complex ones, each turned by its angle: RoFormer, equation 34."""
+    half = len(x) // 2
+    pairs = torch.complex(x[:half].double(), x[half:].double())
+    turned = pairs * torch.polar(torch.ones(half).double(), position * frequencies.double())
+    return torch.cat((turned.real, turned.imag)) * magnitude
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500.0])
+def test_rope_turns_pairs(theta: float) -> None:
+    x, batch = torch.randn(7, 3, 16), Batch.of(range(4), range(3))
+    y = Rope(16, theta)(x, batch)
+    frequencies = torch.tensor([theta ** (-2 * i / 16) for i in range(8)])
+    for n, position in enumerate([0, 1, 2, 3, 0, 1, 2]):
+        for head in range(3):
+            expected = rotate(x[n, head], position, frequencies)
+            torch.testing.assert_close(y[n, head].double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(y[0], x[0])
+
+
+def test_rope_has_a_magnitude_and_a_dtype() -> None:
+    parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    scaled = scaling(parameters)
+    x, batch = torch.randn(3, 1, 16), Batch.of(range(3))
+    y = Rope(16, scaling=scaled)(x, batch)
+    magnitude = 0.1 * math.log(4) + 1
+    frequencies = scaled.frequencies(10000.0, 16, 3)
+    expected = rotate(x[2, 0], 2, frequencies, magnitude)
+    torch.testing.assert_close(y[2, 0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert Rope(16)(x.bfloat16(), batch).dtype == torch.bfloat16
+
+
+def test_rope_is_computed_once_for_all_layers() -> None:
+    class Counted(Rope):
+        calls = 0
+
+        def _cos_sin(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            self.calls += 1
+            return super()._cos_sin(batch, dtype)
+
+    rope, batch = Counted(8), Batch.of(range(5))
+    for _ in range(4):
+        rope(torch.randn(5, 2, 8), batch)
+    assert rope.calls == 1
+    Rope(8, 77.0)(torch.randn(5, 2, 8), batch)  # another rope has numbers of its own
+    rope(torch.randn(5, 2, 8), Batch.of(range(5)))
+    assert rope.calls == 2
+
+
+def test_sequences_of_one_batch_rotate_by_their_own_lengths() -> None:
+    rope = Rope(8, scaling=Dynamic(2.0, 16))
+    long, short = list(range(20)), list(range(5))
+    x = torch.randn(25, 2, 8)
+    together = rope(x, Batch.of(long, short))
+    torch.testing.assert_close(together[:20], rope(x[:20], Batch.of(long)))
+    torch.testing.assert_close(together[20:], rope(x[20:], Batch.of(short)))
+    assert not torch.allclose(together[1], Rope(8)(x[:20], Batch.of(long))[1])
+
+
+def test_frequencies_of_dynamic_ntk() -> None:
+    stretch = 2.0 * 40 / 16 - 1
+    expected = inverse_frequencies(10000.0 * stretch ** (8 / 6), 8)
+    torch.testing.assert_close(Dynamic(2.0, 16).frequencies(10000.0, 8, 40), expected)
+    torch.testing.assert_close(Dynamic(2.0, 16).frequencies(10000.0, 8, 16), inverse_frequencies(10000.0, 8))
+
+
+def test_divisors_divide() -> None:
+    rope = scaling({"rope_type": "divisors", "divisors": [1.0, 2.0, 4.0, 8.0]})
+    expected = inverse_frequencies(10000.0, 8) / torch.tensor([1.0, 2.0, 4.0, 8.0])
+    torch.testing.assert_close(rope.frequencies(10000.0, 8, 1), expected)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_type": "spiral"}, f"'spiral' is not known; known are {', '.join(SCALINGS)}"),
+        ({"type": "linear"}, "RoPE scaling 'linear': the config lacks factor"),
+        ({"rope_type": "linear", "factor": "four"}, "factor is 'four', not of type float"),
+        ({"rope_type": "linear", "factor": 0}, "factor is 0, which is not a possible size"),
+        ({"rope_type": "linear", "factor": math.nan}, "factor is nan, which is not a possible size"),
+        ({"rope_type": "linear", "factor": math.inf}, "factor is inf, which is not a possible size"),
+        ({"rope_type": "linear", "factor": [2.0]}, "factor is '[2.0]', not of type float"),
+        ({"rope_type": "linear", "factor": True}, "factor is 'True', not of type float"),
+        ({"rope_type": ["linear"]}, "is not known"),
+    ],
+    ids=str,
+)
+def test_a_scaling_that_is_wrong(parameters: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInput) as raised:
+        Rope(8, scaling=scaling(parameters))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_divisors_of_another_head() -> None:
+    rope = Rope(16, scaling=scaling({"rope_type": "divisors", "divisors": [1.0, 2.0]}))
+    with pytest.raises(BadInput, match="RoPE has 8 frequencies, but the checkpoint brings 2"):
+        rope(torch.randn(3, 1, 16), Batch.of(range(3)))
+
+
+def test_rows() -> None:
+    rows = Rows.of([3, 1, 2])
+    assert rows.starts == (0, 3, 4, 6)
+    assert rows.lengths == (3, 1, 2)
+    assert rows.spans == [(0, 3), (3, 1), (4, 2)]
+    assert len(rows) == 3
+    assert not rows.uniform()
+    assert Rows.of([2, 2]).uniform()
+    starts = rows.cu_seqlens(torch.device("cpu"))
+    assert starts.dtype == torch.int32
+    assert starts.tolist() == [0, 3, 4, 6]
+    assert rows.cu_seqlens(torch.device("cpu")) is starts
+    assert rows == Rows.of([3, 1, 2])
+
+
+def test_a_batch_of_whole_sequences() -> None:
+    batch = Batch.of([5, 6, 7], [8])
+    assert batch.ids.tolist() == [5, 6, 7, 8]
+    assert batch.positions.tolist() == [0, 1, 2, 0]
+    assert batch.rope_lengths == (3, 1)
+    assert batch.pages is None

@@ -1,0 +1,357 @@
+"""From files to networks: Hugging Face folders and GGUF, whole and broken."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import pentad
+import pentad.weights
+from pentad.errors import BadInput, PentadError
+from pentad.loading import default_dtype, load_network
+from pentad.models import FAMILIES, family_of
+from pentad.weights.checkpoint import Checkpoint
+from tests.helpers.gguf_llama import write_gguf
+from tests.helpers.tiny import (
+    SIZES,
+    add_tokenizer,
+    assert_equal_logits,
+    edit_json,
+    logits_of,
+    network_of,
+    peer_logits,
+    random_ids,
+    refused,
+    talking_checkpoint,
+    tiny_checkpoint,
+    tiny_peer,
+)
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # whole blocks of 32
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Saves the folder's tensors anew, after `edit` has changed the dict of them."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    edit(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+# --- tensors that don't fit ---------------------------------------------------------------------
+
+
+def test_missing_unused_and_misshapen_tensors_are_named_in_one_line(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path)
+    q = "model.layers.1.self_attn.q_proj.weight"
+    up = "model.layers.0.mlp.up_proj.weight"
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.norm.weight"], tensors["lm_head.weight"]
+        tensors[q] = torch.zeros(32, 31)
+        tensors["model.layers.0.self_attn.q_norm.weight"] = torch.zeros(8)
+        tensors[up] = torch.zeros(32, 48)
+
+    edit_tensors(tmp_path, edit)
+    message = refused(tmp_path)
+    assert "2 missing: lm_head.weight, model.norm.weight" in message or (
+        "2 missing: model.norm.weight, lm_head.weight" in message
+    )
+    assert "2 of the wrong shape" in message
+    assert f"{q} is [32, 31], the config asks for [32, 32]" in message
+    assert f"{up} is [32, 48], the config asks for [48, 32]" in message
+    assert "1 not used: model.layers.0.self_attn.q_norm.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"num_hidden_layers": 3}, "9 missing: model.layers.2.input_layernorm.weight"),
+        ({"num_hidden_layers": 1}, "9 not used: model.layers.1."),
+        ({"vocab_size": 97}, "model.embed_tokens.weight is [96, 32], the config asks for [97, 32]"),
+        ({"attention_bias": True}, "8 missing: model.layers.0.self_attn.q_proj.bias"),
+        ({"num_key_value_heads": 4}, "k_proj.weight is [16, 32], the config asks for [32, 32]"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_its_weights(tmp_path: Path, edit: dict[str, Any], message: str) -> None:
+    tiny_checkpoint(tmp_path, edit=edit)
+    assert message in refused(tmp_path)
+
+
+def test_biases_that_the_config_does_not_mention_are_not_dropped(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, attention_bias=True, edit={"attention_bias": False})
+    assert "8 not used: model.layers.0.self_attn." in refused(tmp_path)
+
+
+def test_what_is_computed_and_what_is_tied_may_lie_in_the_file_too(tmp_path: Path) -> None:
+    tiny = tiny_checkpoint(tmp_path, tie_word_embeddings=True)
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    edit_tensors(tmp_path, edit)
+    ids = random_ids(20)
+    assert_equal_logits(logits_of(network_of(tmp_path), ids), peer_logits(tiny.peer, ids))
+
+
+def test_a_config_without_weights(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert "no weights" in refused(tmp_path)
+
+
+# --- configs that are wrong -----------------------------------------------------------------------
+
+
+def config(**values: Any) -> Checkpoint:
+    sizes = {"model_type": "llama", **SIZES, **values}
+    kept = {key: value for key, value in sizes.items() if value is not None}
+    return Checkpoint(Path("somewhere"), "hf", kept, {}, {})
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral", "phi3"])
+def test_a_relative_is_called_one(name: str) -> None:
+    with pytest.raises(BadInput) as raised:
+        family_of(config(model_type=name))
+    message = str(raised.value)
+    assert message.startswith(f"somewhere: architecture '{name}' is not supported; supported: ")
+    assert all(family in message for family in FAMILIES)
+    assert "relative" in message
+
+
+def test_an_unknown_architecture_names_those_that_are_known() -> None:
+    with pytest.raises(BadInput, match=r"'whisper' is not supported; supported: .*llama") as raised:
+        family_of(config(model_type="whisper"))
+    assert "relative" not in str(raised.value)
+    with pytest.raises(BadInput, match="no 'model_type'"):
+        family_of(config(model_type=None))
+    with pytest.raises(BadInput, match="no 'model_type'"):
+        family_of(config(model_type=7))
+
+
+FIELDS = [*SIZES, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias"]
+ODD = [0, -1, 1.5, True, "x", [1], {}, {"a": 1}, {"rope_type": [1]}, math.nan, math.inf, 2**70, 10**400]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("value", ODD, ids=lambda value: str(value)[:20])
+def test_an_odd_value_is_a_config_or_bad_input(field: str, value: object) -> None:
+    """Never another error. (JSON as Python reads it has NaN and numbers of any length.)"""
+    checkpoint = config(**{field: value})
+    _, family = family_of(checkpoint)
+    message = "somewhere: "
+    try:
+        made = family.config_from(checkpoint)
+        with torch.device("meta"):
+            family.build(made)
+    except BadInput as error:
+        message = str(error)
+    assert message.startswith("somewhere: ")
+    assert "\n" not in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": None, "head_dim": 8}, "the config lacks hidden_size"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_attention_heads": None}, "num_attention_heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"vocab_size": 2**40}, "vocab_size is 1099511627776, which is not a possible size"),
+        ({"num_key_value_heads": 3}, "4 heads of 8 numbers can't share 3"),
+        ({"head_dim": 7}, "4 heads of 7 numbers"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "RoPE scaling 'spiral' is not known"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_wrong(values: dict[str, Any], message: str) -> None:
+    checkpoint = config(**values)
+    _, family = family_of(checkpoint)
+    with pytest.raises(BadInput) as raised:
+        family.build(family.config_from(checkpoint))
+    assert str(raised.value).startswith("somewhere: ")
+    assert message in str(raised.value)
+
+
+def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config may claim more layers than could ever be built; the weights say otherwise."""
+    tiny_checkpoint(tmp_path, edit={"num_hidden_layers": 10**8})
+    built = 0
+    register = nn.Module.__init__
+
+    def count(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        nonlocal built
+        built += 1
+        assert built < 1000, "building what the file's weights can't fill"
+        register(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__init__", count)
+    refused(tmp_path)
+
+
+def test_sizes_whose_product_overflows(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, edit={"hidden_size": 2**31 - 2, "intermediate_size": 2**31 - 2})
+    refused(tmp_path)
+    edit_json(tmp_path / "config.json", vocab_size=2**31 - 1, head_dim=2**31 - 2)
+    refused(tmp_path)
+
+
+def test_an_older_config_of_yarn_is_stretched_from_its_own_length(tmp_path: Path) -> None:
+    """Without an original length, transformers takes max_position_embeddings for it."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+    tiny = tiny_checkpoint(tmp_path, rope_parameters=rope)
+    old = {"type": "yarn", "factor": 4.0}
+    edit_json(tmp_path / "config.json", rope_parameters=None, rope_scaling=old, rope_theta=10000.0)
+    ids = random_ids(60)
+    assert_equal_logits(logits_of(network_of(tmp_path), ids), peer_logits(tiny.peer, ids))
+
+
+# --- what is loaded -------------------------------------------------------------------------------
+
+
+def test_weights_are_used_where_they_lie(tmp_path: Path) -> None:
+    """In the mapping of the file, and in both homes of a tied one."""
+    tiny_checkpoint(tmp_path, tie_word_embeddings=True)
+    checkpoint = pentad.weights.open(tmp_path)
+    network = load_network(checkpoint)
+    mapped = mapped_ranges(tmp_path / "model.safetensors")
+    for name, parameter in network.named_parameters():
+        assert any(parameter.data_ptr() in place for place in mapped), name
+        assert not parameter.requires_grad
+    assert network.head.weight is network.embed.weight
+    assert not network.training
+
+
+def mapped_ranges(file: Path) -> list[range]:
+    """Where the process has the file in its memory (Linux tells)."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return [range(2**64)]
+    places = [line.split() for line in maps.read_text().splitlines()]
+    spans = [line[0].split("-") for line in places if line[-1] == str(file.resolve())]
+    return [range(int(start, 16), int(stop, 16)) for start, stop in spans]
+
+
+def test_gguf_weights_are_used_where_they_lie(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    write_gguf(file, tiny_peer(), "F32")
+    network = network_of(file)
+    mapped = mapped_ranges(file)
+    permuted = ("q_proj", "k_proj")
+    for name, parameter in network.named_parameters():
+        inside = any(parameter.data_ptr() in place for place in mapped)
+        assert inside != any(part in name for part in permuted) or len(mapped[0]) > 2**62, name
+
+
+@pytest.mark.parametrize("source", ["hf", "gguf"])
+def test_loading_twice_gives_the_same_bits(tmp_path: Path, source: str) -> None:
+    tiny = tiny_checkpoint(tmp_path / "hf", **WIDE)
+    if source == "gguf":
+        write_gguf(tmp_path / "gguf", tiny.peer, "Q4_0")
+    ids = random_ids(20)
+    for dtype in (torch.float32, torch.bfloat16):
+        one, two = (logits_of(network_of(tmp_path / source, dtype), ids) for _ in range(2))
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_of_a_folder_is_its_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny_checkpoint(tmp_path, dtype=dtype)
+    assert default_dtype(pentad.weights.open(tmp_path)) == dtype
+    model = pentad.load(tmp_path)
+    assert {p.dtype for p in model.network.parameters()} == {dtype}
+    assert model.logits([1, 2]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
+    + [(kind, torch.bfloat16) for kind in ("Q8_0", "Q4_0", "Q4_1")],
+)
+def test_the_dtype_of_a_gguf(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    write_gguf(tmp_path / "m.gguf", tiny_peer(**WIDE), kind)
+    assert default_dtype(pentad.weights.open(tmp_path / "m.gguf")) == dtype
+
+
+@pytest.mark.parametrize("name", ["float16", "torch.float16", torch.float16])
+def test_a_dtype_by_name(tmp_path: Path, name: object) -> None:
+    tiny_checkpoint(tmp_path)
+    model = pentad.load(tmp_path, dtype=name, cache_dtype="float32")
+    assert model.network.norm.weight.dtype == torch.float16
+    assert model.logits([1, 2, 3]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float8"}, "dtype is float8; it takes one of float32, bfloat16, float16"),
+        ({"cache_dtype": "int8"}, "dtype is int8"),
+        ({"quantize": "q3"}, "quantize is 'q3'"),
+        ({"device": "abacus"}, "device abacus can't be used here"),
+        ({"threads": 0}, "threads is 0"),
+        ({"context": 0}, "context is 0;"),
+        ({"context": 257}, "takes 1 to 256 tokens"),
+    ],
+    ids=str,
+)
+def test_an_option_that_is_wrong(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    tiny_checkpoint(tmp_path)
+    with pytest.raises(BadInput) as raised:
+        pentad.load(tmp_path, **options)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_generation_config_is_what_is_recommended(tmp_path: Path) -> None:
+    talking_checkpoint(tmp_path)
+    recommended = {"do_sample": True, "temperature": 0.4, "top_k": 7}
+    (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
+    sampling = pentad.load(tmp_path).sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.4, 7, 1.0)
+
+
+# --- NaN ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_weights_that_are_not_numbers(tmp_path: Path, name: str, value: float) -> None:
+    talking_checkpoint(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors[name][..., 3].fill_(value))
+    model = pentad.load(tmp_path)
+    for use in (
+        lambda: model.chat("hello"),
+        lambda: model.complete("hello", temperature=0),
+        lambda: model.complete(["hello", "you"]),
+        lambda: list(model.stream("hello")),
+        lambda: model.score("hello"),
+    ):
+        with pytest.raises(PentadError, match=r"not numbers .*: its weights are damaged"):
+            use()
+
+
+# --- no tokenizer --------------------------------------------------------------------------------
+
+
+def test_without_a_tokenizer_only_logits_work(tmp_path: Path) -> None:
+    tiny = tiny_checkpoint(tmp_path)
+    model = pentad.load(tmp_path)
+    ids = random_ids(12)
+    assert_equal_logits(model.logits(ids), peer_logits(tiny.peer, ids))
+    for use in (lambda: model.chat("hi"), lambda: model.complete("hi"), lambda: model.score("hi")):
+        with pytest.raises(BadInput, match="has no tokenizer"):
+            use()
+    add_tokenizer(tmp_path)
+    assert pentad.load(tmp_path).tokenizer.vocab_size == 257
