@@ -7,7 +7,7 @@ Legend: N tokens in the batch, M rows whose logits are wanted, D hidden_size, V 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ class LlamaConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    num_key_value_heads: int = 0  # as many as num_attention_heads
+    head_dim: int = 0  # hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
@@ -90,12 +90,11 @@ class Llama(nn.Module):
 def config_from(checkpoint: Checkpoint) -> LlamaConfig:
     """The config of a checkpoint, from ``config.json`` or from GGUF metadata."""
     values = _from_gguf(checkpoint) if checkpoint.format == "gguf" else _from_hf(checkpoint.config)
-    if values["head_dim"] is None:
-        whole = read_config(_Heads, values, checkpoint.path)
-        values["head_dim"] = whole.hidden_size // whole.num_attention_heads
     config = read_config(LlamaConfig, values, checkpoint.path)
+    heads = config.num_attention_heads
+    groups = config.num_key_value_heads or heads
+    head_dim = config.head_dim or config.hidden_size // heads
     scaling(config.rope_parameters, checkpoint.path)
-    heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     if config.hidden_act != "silu":
         raise BadInput(f"{checkpoint.path}: hidden_act is {config.hidden_act!r}; Llama's SwiGLU has 'silu'")
     if heads % groups or head_dim % 2 or heads * head_dim > LARGEST:
@@ -103,15 +102,7 @@ def config_from(checkpoint: Checkpoint) -> LlamaConfig:
             f"{checkpoint.path}: {heads} heads of {head_dim} numbers can't share {groups} key/value heads"
             " and rotate in pairs"
         )
-    return config
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """What a head's width follows from where a config doesn't say it."""
-
-    hidden_size: int
-    num_attention_heads: int
+    return replace(config, num_key_value_heads=groups, head_dim=head_dim)
 
 
 def _from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,8 +112,6 @@ def _from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     trained = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or length
     return {
         **config,
-        "num_key_value_heads": config.get("num_key_value_heads") or config.get("num_attention_heads"),
-        "head_dim": config.get("head_dim"),
         "rope_theta": rope.get("rope_theta") or config.get("rope_theta"),
         "rope_parameters": {
             **rope,
@@ -136,7 +125,6 @@ def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
     meta, tensors = checkpoint.config, checkpoint.tensors
     if meta.get("llama.expert_count"):
         raise BadInput(f"{checkpoint.path}: this is a mixture of experts (Mixtral), which is not supported yet")
-    heads = meta.get("llama.attention.head_count")
     rope: dict[str, Any]
     if "rope_freqs.weight" in tensors:
         divisors = tensors["rope_freqs.weight"].read()
@@ -152,8 +140,8 @@ def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
         "hidden_size": meta.get("llama.embedding_length"),
         "intermediate_size": meta.get("llama.feed_forward_length"),
         "num_hidden_layers": meta.get("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": meta.get("llama.attention.head_count_kv", heads),
+        "num_attention_heads": meta.get("llama.attention.head_count"),
+        "num_key_value_heads": meta.get("llama.attention.head_count_kv"),
         "head_dim": meta.get("llama.attention.key_length") or meta.get("llama.rope.dimension_count"),
         "rms_norm_eps": meta.get("llama.attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": meta.get("llama.context_length"),
