@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,10 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = weight
+        self.weight: Final = weight
         self.bias = bias
         self._packed: tuple[Tensor, Tensor] | None = None
-        self._packed_from: tuple[QuantizedTensor, ...] = ()
+        self._packed_with: tuple[nn.Module, ...] = ()  # whose weights `_packed` holds, this one's first
 
     @staticmethod
     def takes(quantization: str | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
@@ -40,18 +41,29 @@ class QuantizedLinear(nn.Module):
     def forward(self, x_ND: Tensor) -> Tensor:
         if x_ND.shape[0] > FEW_ROWS:
             return F.linear(x_ND, self.weight.dequantize(x_ND.dtype), self.bias)
-        y = _matmul(x_ND, self.packed((self.weight,)))
+        if self._packed is None or len(self._packed_with) > 1:
+            self._pack([self])
+        y = torch._weight_int4pack_mm_for_cpu(x_ND, self._packed[0], 32, self._packed[1])  # type: ignore[index]
         return y if self.bias is None else y + self.bias
 
-    def packed(self, weights: tuple[QuantizedTensor, ...]) -> tuple[Tensor, Tensor]:
-        """This layer's weight, or those of several with it, as torch's 4-bit kernel takes them; packed once."""
-        if self._packed is None or self._packed_from != weights:
-            self._packed, self._packed_from = _pack(weights), weights
-        return self._packed
+    def together(self, x_ND: Tensor, linears: tuple[nn.Module, ...]) -> Tensor | None:
+        """The outputs of `linears`, this one the first of them, by one product; None where they aren't all alike."""
+        for linear in linears:
+            if type(linear) is not QuantizedLinear or linear.bias is not None:
+                return None
+            if linear._forward_hooks or linear._forward_pre_hooks:
+                return None
+        if self._packed is None or self._packed_with != linears:
+            self._pack(linears)  # type: ignore[arg-type]
+        return torch._weight_int4pack_mm_for_cpu(x_ND, self._packed[0], 32, self._packed[1])  # type: ignore[index]
 
-    def is_bare(self) -> bool:
-        """Whether calling it is its product and nothing else."""
-        return self.bias is None and not self._forward_hooks and not self._forward_pre_hooks
+    def _pack(self, linears: Sequence[QuantizedLinear]) -> None:
+        """Put weights in the kernel's order of nibbles, with [in / 32, out, 2] of (scale, the value of nibble 8)."""
+        parts = zip(*(linear.weight.affine4() for linear in linears), strict=True)
+        nibbles, scale, minimum = (torch.cat(part) for part in parts)
+        packed = torch._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+        values = torch.stack((scale, minimum + 8 * scale), -1).transpose(0, 1).contiguous().bfloat16()
+        self._packed, self._packed_with = (packed, values), tuple(linears)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.type}"
@@ -62,10 +74,11 @@ def project(x_ND: Tensor, *linears: nn.Module) -> Tensor:
 
     One product where all are quantized and rows are few; then the first layer holds the packed weights of all.
     """
-    if x_ND.shape[0] <= FEW_ROWS:
-        quantized = [linear for linear in linears if type(linear) is QuantizedLinear and linear.is_bare()]
-        if len(quantized) == len(linears):
-            return _matmul(x_ND, quantized[0].packed(tuple([linear.weight for linear in quantized])))
+    first = linears[0]
+    if type(first) is QuantizedLinear and x_ND.shape[0] <= FEW_ROWS:
+        y = first.together(x_ND, linears)
+        if y is not None:
+            return y
     return torch.cat([linear(x_ND) for linear in linears], -1)
 
 
@@ -101,16 +114,3 @@ def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [rows, in] and bfloat16 [rows], such that their product is near `weight`."""
     scale = (weight.float().abs().amax(1) / 126.5).clamp(min=1e-30).bfloat16()  # rounding it pushes no value past 127
     return (weight.float() / scale.float()[:, None]).round().to(torch.int8), scale
-
-
-def _matmul(x_ND: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
-    return torch._weight_int4pack_mm_for_cpu(x_ND, packed[0], 32, packed[1])
-
-
-def _pack(weights: Sequence[QuantizedTensor]) -> tuple[Tensor, Tensor]:
-    """The kernel's own order of nibbles, and [in / 32, out, 2] of (scale, the value of nibble 8)."""
-    nibbles, scale, minimum = (
-        torch.cat(parts) for parts in zip(*(weight.affine4() for weight in weights), strict=True)
-    )
-    packed = torch._convert_weight_to_int4pack_for_cpu(nibbles, 1)
-    return packed, torch.stack((scale, minimum + 8 * scale), -1).transpose(0, 1).contiguous().bfloat16()

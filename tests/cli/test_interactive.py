@@ -215,7 +215,7 @@ class Terminal:
 
     def wait_for(self, text: str, *, times: int = 1) -> str:
         """What came on the screen until `text` did, from where the last call ended."""
-        for _ in range(600):
+        for _ in range(3000):  # five minutes at most, on however busy a machine
             if self.screen.count(text) >= times:
                 at = -1
                 for _ in range(times):
