@@ -74,12 +74,20 @@ def load(
     return LanguageModel(
         str(name_or_path),
         network,
-        text.load(checkpoint),
+        _tokenizer(checkpoint),
         context=context,
         generation=checkpoint.generation,
         cache_dtype=None if cache_dtype is None else _dtype(cache_dtype),
         load_seconds=time.perf_counter() - started,
     )
+
+
+def _tokenizer(checkpoint: Checkpoint) -> text.Tokenizer | BadInput | None:
+    """The tokenizer, or why there is none: a network runs without."""
+    try:
+        return text.load(checkpoint)
+    except BadInput as error:
+        return error
 
 
 def load_network(
@@ -149,6 +157,8 @@ def _placements(
     table = family.key_table(network.config, checkpoint.format)
     placements = []
     for name, entry, operation in table.pair(checkpoint.tensors, shapes, checkpoint.path):
+        if entry.dtype is not None and not entry.dtype.is_floating_point:
+            raise BadInput(f"{checkpoint.path}: {entry.name} is {entry.dtype}; weights are floating-point numbers")
         linear: type[QuantizedLinear | RowwiseInt8Linear] | None = None
         if keep_quantized and entry.quantization is not None:
             alone = len(homes[name]) == 1 and isinstance(network.get_submodule(name.rpartition(".")[0]), nn.Linear)

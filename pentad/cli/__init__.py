@@ -58,6 +58,7 @@ def main() -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     """Run one command; whatever goes wrong becomes a line on standard error and an exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")  # an error is one line, and libraries' warnings are none
     try:

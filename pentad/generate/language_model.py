@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack, overload
@@ -25,9 +27,9 @@ SCORE_CHUNK = 256  # rows whose logits are held at once
 class Options(TypedDict, total=False):
     """How to generate; what is left out or None is as the checkpoint recommends, else `Sampling`'s defaults.
 
-    ``max_tokens`` is by default what the context has room for; ``stop`` are strings that end the text; with ``seed``
-    the same prompt gives the same text, whatever is generated beside it; ``logprobs=k`` reports each token's
-    log-probability and the k likeliest ones.
+    ``max_tokens`` is by default what the context has room for; ``stop`` are strings that end the text; ``logprobs=k``
+    reports each token's log-probability and the k likeliest ones. With ``seed`` the same prompt gives the same text;
+    beside others too, but for rounding (in bfloat16 torch's products differ with the number of rows).
     """
 
     max_tokens: int | None
@@ -170,7 +172,7 @@ class LanguageModel:
         self,
         name: str,
         network: nn.Module,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer | BadInput | None,
         *,
         context: int | None = None,
         generation: Mapping[str, Any] | None = None,
@@ -187,15 +189,18 @@ class LanguageModel:
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
         self._engine = Engine(PlainStep(network, cache_dtype=cache_dtype))
-        self._streams: dict[Request, Stream] = {}
+        self._streams = weakref.WeakValueDictionary[Request, Stream]()
+        self._abandoned: list[Request] = []  # requests whose stream nobody holds any more
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Text <-> ids.
 
         Raises:
-            BadInput: the checkpoint has no tokenizer files.
+            BadInput: the checkpoint has no tokenizer files, or they are broken.
         """
+        if isinstance(self._tokenizer, BadInput):
+            raise self._tokenizer
         if self._tokenizer is None:
             raise BadInput(
                 f"{self.name} has no tokenizer (tokenizer.json, tokenizer.model): put its files beside the weights;"
@@ -220,7 +225,7 @@ class LanguageModel:
     def complete(
         self, prompt: str | Sequence[str], *, special: bool = False, **options: Unpack[Options]
     ) -> Completion | list[Completion]:
-        """Continue one text, or many together (each as it would be alone).
+        """Continue one text, or many together (each as it would be alone, but for rounding).
 
         Args:
             prompt: the text, or a list of texts.
@@ -229,7 +234,9 @@ class LanguageModel:
         Raises:
             BadInput: an empty prompt, options out of range, or no room in the context.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not isinstance(prompt, str | list | tuple):
+            raise BadInput(f"a prompt is a string, or a list of strings, not {type(prompt).__name__}")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
         encoded = [self.prompt_ids(text, special=special) for text in prompts]
         for ids in encoded:
             self._check_room(ids)
@@ -263,6 +270,7 @@ class LanguageModel:
             PentadError: the model's logits are not numbers.
         """
         ids = self.tokenizer.encode(text)
+        self._check_ids(ids)
         if len(ids) < 2:
             raise BadInput(f"the text has {len(ids)} tokens; scoring takes at least 2")
         size = self.context_length
@@ -277,7 +285,10 @@ class LanguageModel:
             done = start + len(window)
             if done == len(ids):
                 break
-        return Score(self.name, len(ids), total, float(torch.tensor(-total / (len(ids) - 1)).exp()))
+        loss = -total / (len(ids) - 1)
+        if loss > 700:
+            raise PentadError(f"the perplexity is e^{loss:.0f}, more than a number can hold: the weights are damaged")
+        return Score(self.name, len(ids), total, math.exp(loss))
 
     def _log_likelihood(self, ids: list[int], first: int) -> float:
         """Summed over ``ids[first:]``, given all that comes before; never holds the logits of the whole text."""
@@ -302,7 +313,7 @@ class LanguageModel:
         Raises:
             BadInput: no ids, more than the context has room for, or ids outside the vocabulary.
         """
-        ids = ids.flatten().tolist() if isinstance(ids, Tensor) else list(ids)
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         self._check_ids(ids)
         if len(ids) > self.context_length:
             raise BadInput(f"{len(ids)} tokens don't fit the context of {self.context_length}")
@@ -313,6 +324,8 @@ class LanguageModel:
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids:
             raise BadInput("the prompt is empty: there is no token to start from")
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise BadInput("token ids are whole numbers, in one list or a tensor of one dimension")
         size: int = self.network.config.vocab_size  # type: ignore[union-attr,assignment]
         if not 0 <= min(ids) <= max(ids) < size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
@@ -349,16 +362,22 @@ class LanguageModel:
             end_ids=frozenset(self.tokenizer.eos_ids),
             logprobs=logprobs if isinstance(logprobs, int) else None,
         )
-        stops = [stop] if isinstance(stop, str) else list(stop or ())  # type: ignore[call-overload]
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if not isinstance(stops, Sequence) or not all(isinstance(one, str) for one in stops):
+            raise BadInput(f"stop is {stop!r}; it takes a string, or a list of strings")
         stream = Stream(self, request, Transcript(detokenizer, stops))
         self._streams[request] = stream
+        weakref.finalize(stream, self._abandoned.append, request)
         self._engine.submit(request)
         return stream
 
     def _advance(self) -> None:
-        """Run one step for all streams that are open."""
+        """Run one step for all streams that somebody holds."""
+        while self._abandoned:
+            self._end(self._abandoned.pop(), "interrupted")
         for request in self._engine.step():
-            self._streams[request]._hear()
+            if (stream := self._streams.get(request)) is not None:
+                stream._hear()
 
     def _end(self, request: Request, reason: str) -> None:
         """Forget a request; `reason` counts where it wasn't finished already."""

@@ -124,7 +124,7 @@ def sample(
     """The next token's id, from float32 logits [V]; `generator` gives one uniform number unless temperature is 0."""
     if sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
         logits_V = penalize(logits_V, sampling, prompt, generated)
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-5:  # what is smaller overflows, and means the same
         return int(logits_V.argmax())
     probabilities_C, ids_C = candidates(logits_V, sampling)
     at = torch.rand((), dtype=torch.float64, generator=generator).item()

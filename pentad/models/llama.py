@@ -94,14 +94,15 @@ def config_from(checkpoint: Checkpoint) -> LlamaConfig:
     heads = config.num_attention_heads
     groups = config.num_key_value_heads or heads
     head_dim = config.head_dim or config.hidden_size // heads
-    scaling(config.rope_parameters, checkpoint.path)
-    if config.hidden_act != "silu":
+    if config.hidden_act not in ("silu", "swish"):
         raise BadInput(f"{checkpoint.path}: hidden_act is {config.hidden_act!r}; Llama's SwiGLU has 'silu'")
     if heads % groups or head_dim % 2 or heads * head_dim > LARGEST:
         raise BadInput(
             f"{checkpoint.path}: {heads} heads of {head_dim} numbers can't share {groups} key/value heads"
             " and rotate in pairs"
         )
+    rope = scaling(config.rope_parameters, checkpoint.path)
+    rope.frequencies(config.rope_theta, head_dim, 1)  # refuses divisors of another number
     return replace(config, num_key_value_heads=groups, head_dim=head_dim)
 
 
@@ -125,10 +126,14 @@ def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
     meta, tensors = checkpoint.config, checkpoint.tensors
     if meta.get("llama.expert_count"):
         raise BadInput(f"{checkpoint.path}: this is a mixture of experts (Mixtral), which is not supported yet")
+    if meta.get("llama.rope.scaling.attn_factor", 1.0) != 1.0:
+        raise BadInput(f"{checkpoint.path}: llama.rope.scaling.attn_factor is not 1, which is not supported")
     rope: dict[str, Any]
     if "rope_freqs.weight" in tensors:
         divisors = tensors["rope_freqs.weight"].read()
         rope = {"rope_type": "divisors", "divisors": getattr(divisors, "tolist", list)()}
+    elif "llama.rope.scale_linear" in meta:  # how files of 2023 had it
+        rope = {"rope_type": "linear", "factor": meta["llama.rope.scale_linear"]}
     else:
         rope = {
             "rope_type": "default" if (kind := meta.get("llama.rope.scaling.type")) == "none" else kind,

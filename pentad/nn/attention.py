@@ -228,7 +228,8 @@ class Attention(nn.Module):
         if batch.pages is None:
             y_NHD = attention(q_NHD, k_NGD, v_NGD, batch.rows, batch.rows, causal=True, window=self.window)
         else:
-            pool_k, pool_v = batch.pages.write(self.layer, k_NGD, v_NGD)
-            y_NHD = attention(q_NHD, pool_k, pool_v, batch.rows, batch.pages, causal=True, window=self.window)
+            k, v = batch.pages.write(self.layer, k_NGD, v_NGD)
+            q_NHD = q_NHD.to(k.dtype)  # the cache may be kept in another
+            y_NHD = attention(q_NHD, k, v, batch.rows, batch.pages, causal=True, window=self.window).to(x_ND.dtype)
         out_ND: Tensor = self.o_proj(y_NHD.flatten(-2))
         return out_ND

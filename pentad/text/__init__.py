@@ -1,7 +1,7 @@
 """Text <-> token ids: tokenizers, chat templates, incremental detokenizing, in this one place."""
 
 from pentad.text.detokenizer import Detokenizer
-from pentad.text.tokenizer import Source, Tokenizer
+from pentad.text.tokenizer import Source, Tokenizer, refusing
 
 __all__ = ["Detokenizer", "Source", "Tokenizer", "load"]
 
@@ -11,10 +11,9 @@ def load(checkpoint: Source) -> Tokenizer | None:
 
     Raises `BadInput` where the files are there but broken, or of a kind that pentad can't read.
     """
-    if checkpoint.format == "gguf":
-        from pentad.text import gguf_vocab
+    from pentad.text import gguf_vocab, hf_vocab
 
-        return gguf_vocab.load(checkpoint.config)
-    from pentad.text import hf_vocab
-
-    return hf_vocab.load(checkpoint.path)
+    with refusing(f"{checkpoint.path}: its tokenizer can't be read"):
+        if checkpoint.format == "gguf":
+            return gguf_vocab.load(checkpoint.config)
+        return hf_vocab.load(checkpoint.path)

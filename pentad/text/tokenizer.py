@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pentad.errors import BadInput
+from pentad.errors import BadInput, PentadError
 from pentad.text.control import END_OF_TURN, ControlStrings
 from pentad.text.detokenizer import Detokenizer
 
@@ -81,7 +82,8 @@ class Tokenizer:
         check_text(text)
         if bos and self.bos_id is None:
             raise BadInput("this vocabulary has no token that begins a sequence: encode with bos=False")
-        ids = self._backend.encode(text, special=special)
+        with refusing("the tokenizer can't encode this text"):
+            ids = self._backend.encode(text, special=special)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False, continues: bool = False) -> str:
@@ -156,8 +158,23 @@ class Tokenizer:
         return self._compiled[name]
 
 
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Makes `BadInput` of whatever libraries raise over a stranger's files, a panic of Rust code included."""
+    try:
+        yield
+    except PentadError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BadInput(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
 def check_text(text: str) -> None:
-    """Raises `BadInput` where `text` can't be written as UTF-8."""
+    """Raises `BadInput` where `text` isn't a string, or can't be written as UTF-8."""
+    if not isinstance(text, str):
+        raise BadInput(f"a text is a string, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -44,7 +44,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         if get_origin(kind) is tuple and isinstance(value, list | tuple):
             return tuple(_checked(item, get_args(kind)[0], name) for item in value)
         if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-            if not 0 < value < LARGEST:  # also refuses NaN
+            if not 0 < value < (LARGEST if kind is int else 1e30):  # also refuses NaN
                 raise BadInput(f"{name} is {str(value)[:40]}, which is not a possible size")
             if kind is float or int(value) == value:
                 return kind(value)

@@ -6,10 +6,12 @@ endian. Every size in a header is checked against the file before anything of th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import re
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,6 +68,7 @@ _NUMBERS = {
 }
 _KEY_BYTES = 8 + 4 + 1  # the least that a key and its value take: an empty name, a type, one byte
 _TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension, a type, an offset
+_MOST_NUMBERS = 1 << 22  # in one array: as Python's numbers they take 30 times what the file does
 _MAX_NESTING = 8  # arrays of arrays; published files have none
 _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
@@ -150,17 +153,25 @@ def _check_split(parts: list[tuple[Path, _Header]]) -> None:
 def _entries(path: Path, header: _Header) -> Iterator[TensorEntry]:
     if not header.infos:
         return
-    try:
-        size = path.stat().st_size
-        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise PentadError(f"{path}: cannot be mapped into memory: {reason}") from error
+    mapped = _map(path)
     for info in header.infos:
         dtype = _PLAIN.get(info.type)
         quantization = None if dtype else info.type
         read = partial(_read, mapped, info)
         yield TensorEntry(info.name, info.shape, dtype, quantization, info.nbytes, read)
+
+
+def _map(path: Path) -> Tensor:
+    """A file's bytes, mapped: what is written to them stays in this process."""
+    with contextlib.suppress(RuntimeError):
+        return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    # Such a mapping counts as memory, and the file is larger than there is of that. One that can't be written doesn't.
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
+    except OSError as error:
+        raise PentadError(f"{path}: cannot be mapped into memory: {error.strerror}") from error
 
 
 def _read(mapped: Tensor, info: _Info) -> Tensor | QuantizedTensor:
@@ -274,6 +285,8 @@ class _Parser:
             self.fail(f"{what} has type {kind}, which GGUF does not have")
         size = struct.calcsize("<" + _NUMBERS[kind])
         start = self.take(count * size, what)
+        if count > _MOST_NUMBERS:
+            self.fail(f"{what} has {count} numbers, more than any vocabulary: refused")
         return struct.unpack_from(f"<{count}{_NUMBERS[kind]}", self.data, start)
 
     def strings(self, count: int, what: str) -> list[str]:
@@ -341,7 +354,7 @@ class _Parser:
             if start < end:
                 self.fail(f"tensors {before!r} and {info.name!r} overlap")
             end, before = start + info.nbytes, info.name
-        if end > self.size:
+        if infos and end > self.size:
             self.fail(
                 f"{end - self.size} bytes are missing: tensor {before!r} ends at byte {end}, the "
                 f"file at {self.size}: truncated; download it again"

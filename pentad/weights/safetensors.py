@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pentad.errors import PentadError
 from pentad.weights.checkpoint import TensorEntry
 from pentad.weights.files import describe, read_start, refuse
 
@@ -51,6 +52,8 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
         file: Any = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         refuse(path, _diagnose(path) or str(error))
+    except RuntimeError as error:  # torch's, where the file is larger than memory
+        raise PentadError(f"{path}: cannot be mapped into memory: {str(error).splitlines()[0]}") from error
     entries = {}
     for name in file.keys():  # noqa: SIM118 - not a dict
         header = file.get_slice(name)

@@ -215,7 +215,7 @@ class Terminal:
 
     def wait_for(self, text: str, *, times: int = 1) -> str:
         """What came on the screen until `text` did, from where the last call ended."""
-        for _ in range(3000):  # five minutes at most, on however busy a machine
+        for _ in range(1200):  # two minutes at most, on however busy a machine
             if self.screen.count(text) >= times:
                 at = -1
                 for _ in range(times):
@@ -268,6 +268,7 @@ def test_a_conversation_at_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
     assert int(terminal.wait_for(" of 8192 tokens").rpartition("(")[2]) > 10 < before
 
     terminal.wait_for("> ")
+    time.sleep(0.5)  # a signal between the prompt and the waiting for a key is heard with the next key
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for("Ctrl-D, leaves)")
     terminal.wait_for("> ")

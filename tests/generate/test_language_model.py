@@ -1,15 +1,18 @@
 """The runner's verbs, on a tiny model whose tokens are bytes."""
 
+import gc
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import pentad
 import pentad.generate.language_model
-from pentad.errors import BadInput
+from pentad.errors import BadInput, PentadError
 from pentad.generate import LanguageModel
 from tests.helpers.tiny import (
     END,
@@ -262,3 +265,69 @@ def test_options_of_many_prompts_are_checked_before_any_runs(model: LanguageMode
         model.complete(["a", "b"], temperature=-1)
     assert model._streams == {}
     assert not model._engine._waiting
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+def test_a_cache_of_another_dtype(folder: Path, kind: str) -> None:
+    model = pentad.load(folder, cache_dtype=kind)
+    text = pentad.load(folder).complete(TEXT, temperature=0, max_tokens=4).text
+    assert model.complete(TEXT, temperature=0, max_tokens=4).text[:1] == text[:1]
+    assert model._engine.run.cache.keys[0].dtype == getattr(torch, kind)
+
+
+@pytest.mark.parametrize("stop", [5, [5], b"a", ["a", None]])
+def test_a_stop_that_is_no_string(model: LanguageModel, stop: Any) -> None:
+    with pytest.raises(BadInput, match="stop is"):
+        model.complete(TEXT, stop=stop)
+    assert model.complete(TEXT, temperature=0, max_tokens=2).completion_tokens == 2
+
+
+def test_a_stream_that_nobody_holds_ends(model: LanguageModel) -> None:
+    stream = model.stream(TEXT, max_tokens=100, temperature=0)
+    next(stream)
+    request = stream._request
+    del stream
+    gc.collect()
+    model.complete("a", max_tokens=8, temperature=0)
+    assert request.finish_reason == "interrupted"
+    assert len(request.generated) < 8
+    assert held(model) == 0
+
+
+@pytest.mark.parametrize("ids", [[1.5], [True], [[1, 2]], ["1"], torch.tensor([[1, 2]]), torch.tensor([1.5])], ids=str)
+def test_ids_that_are_none(model: LanguageModel, ids: Any) -> None:
+    with pytest.raises(BadInput, match="whole numbers"):
+        model.logits(ids)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"abc", ["a", None]])
+def test_a_text_that_is_none(model: LanguageModel, text: Any) -> None:
+    with pytest.raises(BadInput, match="a string"):
+        model.complete(text)
+
+
+def test_a_vocabulary_larger_than_the_embedding(model: LanguageModel) -> None:
+    model.network.config = replace(model.network.config, vocab_size=50)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="outside the vocabulary of 50"):
+        model.score(TEXT)
+
+
+def test_a_perplexity_beyond_numbers(model: LanguageModel) -> None:
+    model.network.head.weight = nn.Parameter(model.network.head.weight * 1e6, requires_grad=False)
+    with pytest.raises(PentadError, match="more than a number can hold"):
+        model.score(TEXT)
+
+
+def test_a_temperature_next_to_nothing_is_greedy(model: LanguageModel) -> None:
+    greedy = model.complete(TEXT, temperature=0, max_tokens=8)
+    assert model.complete(TEXT, temperature=5e-324, max_tokens=8).token_ids == greedy.token_ids
+
+
+def test_a_broken_tokenizer_leaves_the_network(tmp_path: Path) -> None:
+    folder = talking_checkpoint(tmp_path).folder
+    for broken in ("{", '{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}'):
+        (folder / "tokenizer.json").write_text(broken)
+        model = pentad.load(folder)
+        assert model.logits([1, 2]).shape[0] == 2
+        with pytest.raises(BadInput, match="tokenizer"):
+            model.complete("a")
