@@ -196,8 +196,9 @@ def meta_network(checkpoint: Checkpoint) -> nn.Module:
         BadInput: an unknown family, or a config that lacks or contradicts something.
     """
     _, family = family_of(checkpoint)
+    config = family.config_from(checkpoint)
     with torch.device("meta"), _NoInitialization():
-        return family.build(family.config_from(checkpoint))
+        return family.build(config)
 
 
 class _NoInitialization(TorchFunctionMode):

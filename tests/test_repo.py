@@ -54,6 +54,14 @@ def test_help_is_light(arguments: list[str]) -> None:
     assert not modules & HEAVY
 
 
+def test_a_first_answer_needs_no_compiler(smollm2: Path) -> None:
+    """torch imports its compiler where it is first needed, which costs more than all that a short answer takes."""
+    chat = f"import pentad\npentad.load({str(smollm2)!r}).chat('hi', max_tokens=2)"
+    modules = modules_after(chat)
+    assert "torch" in modules
+    assert not modules & {"torch._dynamo", "sympy", "gguf", "huggingface_hub", "rich", "sentencepiece"}
+
+
 def test_public_names_resolve() -> None:
     for name in pentad.__all__:
         assert getattr(pentad, name) is not None
