@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pentad.nn.batch import Batch, Rows
-from pentad.nn.cache import Pages
+from pentad.nn.batch import Batch, Pages, Rows
 from pentad.nn.linear import project
 from pentad.nn.rope import Rope
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from pentad.errors import PentadError
-from pentad.nn.batch import Batch, Rows
+from pentad.nn.batch import Batch, Pages, Rows
 
 
 @dataclass(eq=False)
@@ -35,57 +33,6 @@ class CachedSequence:
     pages: list[int] = field(default_factory=list)
     length: int = 0
     dropped: int = 0
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Where the keys and values of one batch are: what a `Batch` shows of a `PagedCache`.
-
-    Attributes:
-        keys, values: for each layer a pool [P * S, G, D].
-        page_size: S.
-        tables: for each sequence its pages, in logical order.
-        lengths: for each sequence the tokens that its pages hold, this step's included.
-        slots: int64 [N], the place of each of the batch's tokens in a pool.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    page_size: int
-    tables: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
-    slots: Tensor
-
-    def write(self, layer: int, k_NGD: Tensor, v_NGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the batch's own keys and values; returns the layer's pools."""
-        k, v = self.keys[layer], self.values[layer]
-        k.index_copy_(0, self.slots, k_NGD.to(k.dtype))
-        v.index_copy_(0, self.slots, v_NGD.to(v.dtype))
-        return k, v
-
-    @cached_property
-    def spans(self) -> list[tuple[int, int] | Tensor]:
-        """Where each sequence's tokens are in a pool: first row and number of rows, which read without a copy, where
-        its pages are neighbors; else int64 [tokens]."""
-        return [self._span(table, length) for table, length in zip(self.tables, self.lengths, strict=True)]
-
-    def _span(self, table: tuple[int, ...], length: int) -> tuple[int, int] | Tensor:
-        if table == tuple(range(table[0], table[0] + len(table))):
-            return table[0] * self.page_size, length
-        pages = torch.tensor(table)[:, None] * self.page_size + torch.arange(self.page_size)
-        return pages.flatten()[:length].to(self.slots.device)
-
-    @cached_property
-    def block_table(self) -> Tensor:
-        """int32 [B, most pages a sequence] on the pools' device, as CUDA's kernels take it."""
-        width = max(len(table) for table in self.tables)
-        rows = [[*table, *[0] * (width - len(table))] for table in self.tables]
-        return torch.tensor(rows, dtype=torch.int32).to(self.slots.device)
-
-    @cached_property
-    def used(self) -> Tensor:
-        """`lengths` as int32 [B] on the pools' device."""
-        return torch.tensor(self.lengths, dtype=torch.int32).to(self.slots.device)
 
 
 class PagedCache:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from pentad.nn.attention import Bias
-from pentad.nn.batch import Rows
-from pentad.nn.cache import Pages
+from pentad.nn.batch import Pages, Rows
 
 
 def plain_attention(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import pentad.nn.attention
 from pentad.nn.attention import Attention, attention
-from pentad.nn.batch import Batch, Rows
-from pentad.nn.cache import PagedCache, Pages
+from pentad.nn.batch import Batch, Pages, Rows
+from pentad.nn.cache import PagedCache
 from pentad.nn.rope import Rope
 from tests.helpers.plain import plain_attention, read_pages
 
