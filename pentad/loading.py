@@ -48,7 +48,8 @@ def load(
         dtype: what is computed in: float32, bfloat16 or float16. By default the dtype of the file's weights; bfloat16
             where they are quantized.
         quantize: None keeps the file's own quantization (where this device computes with it; else the weights are
-            dequantized), "none" dequantizes.
+            dequantized), and then a quantized head is rounded to int8 rows where one or two tokens are decoded;
+            "none" dequantizes.
         threads: CPU threads, for the whole process.
         context: the longest sequence, in tokens; the model's own limit by default.
         cache_dtype: what keys and values are kept in; `dtype` by default.
@@ -177,8 +178,9 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
     if isinstance(value, QuantizedTensor):
         if linear is QuantizedLinear:
             owner = homes[0].rpartition(".")[0]
-            bias = dict(network.get_submodule(owner).named_parameters()).get("bias")
-            network.set_submodule(owner, QuantizedLinear(value, bias))
+            linear_layer = network.get_submodule(owner)
+            assert isinstance(linear_layer, nn.Linear)
+            network.set_submodule(owner, QuantizedLinear(value, linear_layer.bias))
             return
         value = value.dequantize(dtype)
     parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)

@@ -42,7 +42,7 @@ class Request:
         end_ids: tokens that end it, and are not part of it.
         logprobs: None, or how many of the likeliest tokens to report with each token.
         generated: what was generated so far.
-        finish_reason: "stop" or "length" once it is finished, or what `Engine.finish` was told.
+        finish_reason: "stop" or "length" once it is finished, "error", or what `Engine.finish` was told.
         error: why it could not go on; whoever reads its tokens raises it.
     """
 
@@ -75,6 +75,10 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request; its tokens come from `step`."""
         self._waiting.append(request)
+
+    def requests(self) -> list[Request]:
+        """Those that are waited for or run."""
+        return [*self._waiting, *self._active]
 
     def step(self) -> list[Request]:
         """Run one step; returns the requests that have one token more, or have finished."""
@@ -110,12 +114,14 @@ class Engine:
             self._waiting.remove(request)
         if request in self._active:
             self._active.remove(request)
-        if request.sequence is not None:
-            if self._kept is not None:
-                self.run.cache.close(self._kept[1])
-            ids = [*request.prompt, *request.generated][: request.sequence.length]
-            self._kept = (ids, request.sequence)
-            request.sequence = None
+        sequence, request.sequence = request.sequence, None
+        if sequence is None:
+            return
+        if reason == "error" or not sequence.length:  # nothing that another could go on from
+            return self.run.cache.close(sequence)
+        if self._kept is not None:
+            self.run.cache.close(self._kept[1])
+        self._kept = ([*request.prompt, *request.generated][: sequence.length], sequence)
 
     def _admit(self, request: Request) -> Request:
         """Give a request its place in the cache: the kept sequence's where it begins alike."""

@@ -132,6 +132,7 @@ class Stream(Iterator[str]):
         self._heard = len(self._request.generated)
         if self._transcript.stopped:
             self._model._end(self._request, "stop")
+            self._request.finish_reason = "stop"  # also where the last token that was allowed completed it
         elif self._request.finish_reason is not None:
             self._transcript.finish()
             self._model._end(self._request, self._request.finish_reason)
@@ -189,8 +190,7 @@ class LanguageModel:
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
         self._engine = Engine(PlainStep(network, cache_dtype=cache_dtype))
-        self._streams = weakref.WeakValueDictionary[Request, Stream]()
-        self._abandoned: list[Request] = []  # requests whose stream nobody holds any more
+        self._streams = weakref.WeakValueDictionary[Request, Stream]()  # one that nobody holds any more is ended
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -295,13 +295,15 @@ class LanguageModel:
         run = self._engine.run
         sequence = run.cache.open(len(ids))
         total = 0.0
-        for start in range(0, len(ids) - 1, SCORE_CHUNK):
-            chunk = ids[start : min(start + SCORE_CHUNK, len(ids) - 1)]
-            rows = range(max(0, first - 1 - start), len(chunk))
-            logits_MV = run([(sequence, chunk)], rows)
-            targets = torch.tensor([ids[start + row + 1] for row in rows], device=logits_MV.device)
-            total -= float(nn.functional.cross_entropy(logits_MV, targets, reduction="sum"))
-        run.cache.close(sequence)
+        try:
+            for start in range(0, len(ids) - 1, SCORE_CHUNK):
+                chunk = ids[start : min(start + SCORE_CHUNK, len(ids) - 1)]
+                rows = range(max(0, first - 1 - start), len(chunk))
+                logits_MV = run([(sequence, chunk)], rows)
+                targets = torch.tensor([ids[start + row + 1] for row in rows], dtype=torch.int64)
+                total -= float(nn.functional.cross_entropy(logits_MV, targets.to(logits_MV.device), reduction="sum"))
+        finally:
+            run.cache.close(sequence)
         if not total <= 0:
             raise PentadError(NOT_NUMBERS)
         return total
@@ -350,7 +352,7 @@ class LanguageModel:
             ("logprobs", logprobs, 0),
             ("seed", seed, 0),
         ):
-            if value is not None and (not isinstance(value, int) or not least <= value < 2**63):
+            if value is not None and (type(value) is not int or not least <= value < 2**63):
                 raise BadInput(f"{name} is {value!r}; it takes a whole number from {least}")
         generator = torch.Generator()
         generator.manual_seed(seed) if isinstance(seed, int) else generator.seed()
@@ -367,14 +369,14 @@ class LanguageModel:
             raise BadInput(f"stop is {stop!r}; it takes a string, or a list of strings")
         stream = Stream(self, request, Transcript(detokenizer, stops))
         self._streams[request] = stream
-        weakref.finalize(stream, self._abandoned.append, request)
         self._engine.submit(request)
         return stream
 
     def _advance(self) -> None:
         """Run one step for all streams that somebody holds."""
-        while self._abandoned:
-            self._end(self._abandoned.pop(), "interrupted")
+        for request in self._engine.requests():
+            if request not in self._streams:
+                self._engine.finish(request, "interrupted")
         for request in self._engine.step():
             if (stream := self._streams.get(request)) is not None:
                 stream._hear()

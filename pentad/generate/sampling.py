@@ -90,13 +90,18 @@ def penalize(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], genera
 
 
 def candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that temperature, top-k, top-p and min-p leave, likeliest first.
+    """The tokens that temperature, top-k, top-p and min-p leave.
 
     Returns:
         probabilities float64 [C] that sum to 1, ids int64 [C].
     """
     scaled_V = logits_V.double() / sampling.temperature
     size = len(scaled_V)
+    if sampling.top_p >= 1 and not sampling.top_k:  # in any order
+        probabilities_V = scaled_V.softmax(0)
+        ids_C = torch.nonzero(probabilities_V >= sampling.min_p * probabilities_V.max())[:, 0]
+        probabilities_C = probabilities_V[ids_C]
+        return probabilities_C / probabilities_C.sum(), ids_C
     # A few of the likeliest almost always do; sorting the whole vocabulary takes longer than a small model's step.
     count = min(sampling.top_k or size, size)
     partial = count if count < size else min(1024, size)

@@ -58,7 +58,7 @@ class PlainStep:
         hidden_ND, _ = self.network(batch)
         for sequence, ids in work:
             self.cache.advance(sequence, len(ids))
-        if len(wanted) < len(hidden_ND):
+        if list(wanted) != list(range(len(hidden_ND))):
             hidden_ND = hidden_ND[torch.tensor(wanted, dtype=torch.int64, device=hidden_ND.device)]
         logits: Tensor = self.network.head(hidden_ND)  # type: ignore[operator]
         return logits.float()

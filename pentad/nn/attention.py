@@ -6,7 +6,6 @@ a head; within one sequence Q queries and K keys.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import cache
 
@@ -19,7 +18,8 @@ from pentad.nn.linear import project
 from pentad.nn.rope import Rope
 
 Bias = Callable[[Tensor, range, range], Tensor]
-"""(q_QHD, their positions, the keys' positions) -> [H, Q, K], added to one sequence's scores."""
+"""(q_QHD, their positions, the keys' positions) -> [H, Q, K], added to one sequence's scores. Positions are counted
+from the first key that the sequence still has."""
 
 QUERY_BLOCK = 512  # rows of queries whose mask is held at once, so that no Q x K mask of a whole sequence ever is
 
@@ -50,9 +50,29 @@ def attention(
     Returns:
         [N, H, D], of q's dtype.
     """
-    if q_NHD.is_cuda and bias is None and _varlen_serves(q_NHD, isinstance(keys, Pages)):
-        return _varlen(q_NHD, k, v, queries, keys, causal, window, scale)
-    if isinstance(keys, Rows) and queries == keys and queries.uniform() and bias is None and not _cuts(window, keys):
+    if window is not None:
+        if window < 1 or not causal:
+            raise ValueError(f"a window of {window} keys, causal={causal}: it takes at least one key, and causal=True")
+        if window >= max(keys.lengths):
+            window = None
+    if q_NHD.is_cuda and bias is None and (form := _varlen_form(q_NHD, keys)) is not None:
+        return _varlen(q_NHD, k, v, queries, keys, causal, window, scale, form)
+    return _plain(q_NHD, k, v, queries, keys, causal, window, scale, bias)
+
+
+def _plain(
+    q_NHD: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Rows,
+    keys: Rows | Pages,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    bias: Bias | None,
+) -> Tensor:
+    """Sequences of one length without a cache in one call; else a loop over sequences."""
+    if queries == keys and queries.uniform() and window is None and bias is None:
         q_BHLD, k_BGLD, v_BGLD = (x.view(len(queries), -1, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k, v))
         gqa = q_BHLD.shape[1] != k_BGLD.shape[1]
         y_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=causal, scale=scale, enable_gqa=gqa)
@@ -63,21 +83,17 @@ def attention(
     for (start, count), seen in zip(queries.spans, keys.spans, strict=True):
         q_QHD, k_1GKD, v_1GKD = q_NHD.narrow(0, start, count), _rows(k_1GMD, seen), _rows(v_1GMD, seen)
         if count == 1 and bias is None:  # one query sees all keys: the heads of a group are as good as rows
-            if window:
+            if window is not None:
                 k_1GKD, v_1GKD = k_1GKD[:, :, -window:], v_1GKD[:, :, -window:]
             q_1GRD = q_QHD.view(1, groups, heads // groups, -1)
             out.append(F.scaled_dot_product_attention(q_1GRD, k_1GKD, v_1GKD, scale=scale).view(1, heads, -1))
-        else:
+        elif count:
             out.append(_one_sequence(q_QHD, k_1GKD, v_1GKD, causal, window, scale, bias))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def _rows(x_1GMD: Tensor, rows: tuple[int, int] | Tensor) -> Tensor:
     return x_1GMD.index_select(2, rows) if isinstance(rows, Tensor) else x_1GMD.narrow(2, *rows)
-
-
-def _cuts(window: int | None, keys: Rows) -> bool:
-    return window is not None and window < max(keys.lengths)
 
 
 def _one_sequence(
@@ -93,15 +109,15 @@ def _one_sequence(
     queries, keys = q_1HQD.shape[2], k_1GKD.shape[2]
     gqa = q_1HQD.shape[1] != k_1GKD.shape[1]
     past = keys - queries  # the first query's position, counted from the first key
-    if causal and not past and bias is None and not (window and window < keys):  # the one mask that SDPA has built in
+    if causal and not past and bias is None and window is None:  # the one mask that SDPA has built in
         y_1HQD = F.scaled_dot_product_attention(q_1HQD, k_1GKD, v_1GKD, is_causal=True, scale=scale, enable_gqa=gqa)
         return y_1HQD[0].transpose(0, 1)
-    block = QUERY_BLOCK if causal else queries
+    block = QUERY_BLOCK if causal or bias is not None else queries
     out: list[Tensor] = []
     for start in range(0, queries, block):
         stop = min(start + block, queries)
         at_q = range(past + start, past + stop)
-        at_k = range(max(0, at_q.start + 1 - window) if window else 0, at_q.stop if causal else keys)
+        at_k = range(max(0, at_q.start + 1 - (window or keys)), at_q.stop if causal else keys)
         mask = _mask(at_q, at_k, window, q_QHD.device) if causal else None
         if bias is not None:
             bias_HQK = bias(q_QHD[start:stop], at_q, at_k).to(q_QHD.dtype)
@@ -127,21 +143,33 @@ def _mask(at_q: range, at_k: range, window: int | None, device: torch.device) ->
     return (ago_QK >= 0) & (ago_QK < window) if window else ago_QK >= 0
 
 
+def _varlen_form(q_NHD: Tensor, keys: Rows | Pages) -> str | None:
+    """How CUDA's kernel for ragged rows is called for these; None where it can't be, and the plain road is taken."""
+    paged = isinstance(keys, Pages)
+    if q_NHD.dtype not in (torch.bfloat16, torch.float16) or (paged and q_NHD.requires_grad):
+        return None
+    return _probe_varlen(q_NHD.device, q_NHD.dtype, q_NHD.shape[-1], keys.page_size if isinstance(keys, Pages) else 0)
+
+
 @cache
-def _varlen_takes(parameter: str) -> bool:
-    """Whether this torch has `varlen_attn`, and it knows the parameter."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return parameter in inspect.signature(varlen_attn).parameters
-
-
-def _varlen_serves(q_NHD: Tensor, paged: bool) -> bool:
-    half = q_NHD.dtype in (torch.bfloat16, torch.float16)
-    return (
-        half and q_NHD.shape[-1] <= 256 and _varlen_takes("enable_gqa") and (not paged or _varlen_takes("block_table"))
-    )
+def _probe_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> str | None:
+    """Ask the kernel once. What it takes differs by torch, by backend and by device, and is nowhere to be read: whether
+    it reads page tables (and with or without `cu_seq_k`), which page sizes, grouped heads and windows."""
+    q_QHD = torch.randn(3, 2, head_dim, device=device, dtype=dtype)
+    k, v = (torch.randn(3 * (page_size or 100), 1, head_dim, device=device, dtype=dtype) for _ in range(2))
+    queries, length = Rows.of([3]), page_size + 5
+    keys: Rows | Pages = Rows.of([len(k)])
+    if page_size:
+        keys = Pages([k], [v], page_size, ((2, 0),), (length,), torch.zeros(0, dtype=torch.int64, device=device))
+    expected = _plain(q_QHD, k, v, queries, keys, True, 4, None, None)
+    for form in ("cu_seq_k", "no cu_seq_k"):
+        try:
+            y_QHD = _varlen(q_QHD, k, v, queries, keys, True, 4, None, form)
+        except (ImportError, TypeError, ValueError, RuntimeError):
+            continue
+        if torch.allclose(y_QHD.float(), expected.float(), atol=0.05):
+            return form
+    return None
 
 
 def _varlen(
@@ -153,6 +181,7 @@ def _varlen(
     causal: bool,
     window: int | None,
     scale: float | None,
+    form: str,
 ) -> Tensor:
     """CUDA's kernel for ragged rows, which reads pages where they lie."""
     from torch.nn.attention.varlen import varlen_attn
@@ -165,17 +194,13 @@ def _varlen(
         k,
         v,
         queries.cu_seqlens(device),
-        None if isinstance(keys, Pages) else keys.cu_seqlens(device),
+        Rows.of(keys.lengths).cu_seqlens(device) if form == "cu_seq_k" else None,
         max(queries.lengths),
         max(keys.lengths),
         scale=scale,
-        window_size=(
-            (window or 0) - 1,
-            0 if causal else -1,
-        ),  # keys to the left of a query's own, and to the right
+        window_size=((window or 0) - 1, 0 if causal else -1),  # keys to the left of a query's own, and to the right
         enable_gqa=q_NHD.shape[1] != k.shape[-2],
-        seqused_k=keys.used if isinstance(keys, Pages) else None,
-        block_table=keys.block_table if isinstance(keys, Pages) else None,
+        **({"seqused_k": keys.used, "block_table": keys.block_table} if isinstance(keys, Pages) else {}),  # type: ignore[arg-type]
     )
     assert isinstance(out, Tensor)
     return out
@@ -220,10 +245,9 @@ class Attention(nn.Module):
 
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor:
         """[N, dim] -> [N, dim]; the keys and values of the batch's tokens are written to its pages, if it has any."""
-        heads = project(x_ND, self.q_proj, self.k_proj, self.v_proj).view(x_ND.shape[0], -1, self.head_dim)
-        v_NGD = heads.narrow(1, self.heads + self.kv_heads, self.kv_heads)
-        heads = self.rope(heads.narrow(1, 0, self.heads + self.kv_heads), batch)
-        q_NHD, k_NGD = heads.narrow(1, 0, self.heads), heads.narrow(1, self.heads, self.kv_heads)
+        projected = project(x_ND, self.q_proj, self.k_proj, self.v_proj)
+        q_NHD, k_NGD, v_NGD = (x.view(x.shape[0], -1, self.head_dim) for x in projected)
+        q_NHD, k_NGD = self.rope(q_NHD, batch), self.rope(k_NGD, batch)
         if batch.pages is None:
             y_NHD = attention(q_NHD, k_NGD, v_NGD, batch.rows, batch.rows, causal=True, window=self.window)
         else:

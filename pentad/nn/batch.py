@@ -137,7 +137,7 @@ class Batch:
         return cls(ids.to(device), positions.to(device), rows, None, rows.lengths)
 
     def shared(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What all layers need alike (RoPE's cosines, CUDA's page tables) and only the first one computes."""
+        """What all layers need alike (RoPE's cosines) and only the first one computes."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]  # type: ignore[return-value]

@@ -20,5 +20,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, None]:
         """[N, dim] -> [N, dim], and no router's decisions, since there is no router."""
-        gate, up = project(x_ND, self.gate_proj, self.up_proj).chunk(2, -1)
+        gate, up = project(x_ND, self.gate_proj, self.up_proj)
         return self.down_proj(F.silu(gate) * up), None

@@ -46,16 +46,19 @@ class QuantizedLinear(nn.Module):
         y = torch._weight_int4pack_mm_for_cpu(x_ND, self._packed[0], 32, self._packed[1])  # type: ignore[index]
         return y if self.bias is None else y + self.bias
 
-    def together(self, x_ND: Tensor, linears: tuple[nn.Module, ...]) -> Tensor | None:
+    def together(self, x_ND: Tensor, linears: tuple[nn.Module, ...]) -> Sequence[Tensor] | None:
         """The outputs of `linears`, this one the first of them, by one product; None where they aren't all alike."""
+        widths = []
         for linear in linears:
             if type(linear) is not QuantizedLinear or linear.bias is not None:
                 return None
             if linear._forward_hooks or linear._forward_pre_hooks:
                 return None
+            widths.append(linear.out_features)
         if self._packed is None or self._packed_with != linears:
             self._pack(linears)  # type: ignore[arg-type]
-        return torch._weight_int4pack_mm_for_cpu(x_ND, self._packed[0], 32, self._packed[1])  # type: ignore[index]
+        y = torch._weight_int4pack_mm_for_cpu(x_ND, self._packed[0], 32, self._packed[1])  # type: ignore[index]
+        return torch.split_with_sizes(y, widths, -1)
 
     def _pack(self, linears: Sequence[QuantizedLinear]) -> None:
         """Put weights in the kernel's order of nibbles, with [in / 32, out, 2] of (scale, the value of nibble 8)."""
@@ -69,17 +72,17 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.type}"
 
 
-def project(x_ND: Tensor, *linears: nn.Module) -> Tensor:
-    """The outputs of several linear layers side by side: [N, D] -> [N, sum of their widths].
+def project(x_ND: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """``[linear(x) for linear in linears]``, by one product where all are quantized and rows are few.
 
-    One product where all are quantized and rows are few; then the first layer holds the packed weights of all.
+    Then the first layer holds the packed weights of all.
     """
     first = linears[0]
     if type(first) is QuantizedLinear and x_ND.shape[0] <= FEW_ROWS:
-        y = first.together(x_ND, linears)
-        if y is not None:
-            return y
-    return torch.cat([linear(x_ND) for linear in linears], -1)
+        outputs = first.together(x_ND, linears)
+        if outputs is not None:
+            return outputs
+    return [linear(x_ND) for linear in linears]
 
 
 class RowwiseInt8Linear(nn.Module):

@@ -112,7 +112,10 @@ class KeyTable:
         pairs: list[tuple[str, TensorEntry, Operation]] = []
         missing, misshapen = [], []
         for ours, shape in shapes.items():
-            theirs, operation = self._match(ours) or (ours, Same())
+            match = self._match(ours)
+            if match is None:
+                raise LookupError(f"the family's table has no rule for its own tensor {ours}")
+            theirs, operation = match
             entry = tensors.get(theirs)
             if entry is None:
                 missing.append(theirs)

@@ -331,3 +331,21 @@ def test_a_broken_tokenizer_leaves_the_network(tmp_path: Path) -> None:
         assert model.logits([1, 2]).shape[0] == 2
         with pytest.raises(BadInput, match="tokenizer"):
             model.complete("a")
+
+
+def test_the_last_token_that_is_allowed_completes_a_stop(model: LanguageModel) -> None:
+    said = model.complete(TEXT, temperature=0, max_tokens=6)
+    cut = model.complete(TEXT, temperature=0, max_tokens=6, stop=said.text[-1:])
+    assert (cut.text, cut.finish_reason) == (said.text[: said.text.index(said.text[-1:])], "stop")
+
+
+def test_a_score_that_is_interrupted_gives_its_pages_back(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.network.head, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.score(TEXT)
+    assert held(model) == 0

@@ -60,6 +60,10 @@ def test_no_rows() -> None:
     assert QuantizedLinear(random_weight("q4_0", 32, 64))(random_x(0, 64)).shape == (0, 32)
 
 
+def side_by_side(x: Tensor, *layers: nn.Module) -> Tensor:
+    return torch.cat([*project(x, *layers)], -1)
+
+
 def exact_project(x: Tensor, *weights: QuantizedTensor) -> Tensor:
     return torch.cat([F.linear(x.float(), weight.dequantize()) for weight in weights], -1)
 
@@ -68,7 +72,7 @@ def exact_project(x: Tensor, *weights: QuantizedTensor) -> Tensor:
 def test_project_is_each_alone_side_by_side(rows: int) -> None:
     weights = [random_weight("q4_1", out, 128, seed=out) for out in (48, 16, 32)]
     x = random_x(rows, 128)
-    together = project(x, *(QuantizedLinear(weight) for weight in weights))
+    together = side_by_side(x, *(QuantizedLinear(weight) for weight in weights))
     alone = torch.cat([QuantizedLinear(weight)(x) for weight in weights], -1)
     assert together.shape == (rows, 96)
     if rows:
@@ -81,9 +85,9 @@ def test_project_of_layers_that_do_not_join() -> None:
     weight, x = random_weight("q4_0", 16, 64), random_x(3, 64)
     bias = nn.Parameter(torch.randn(16).bfloat16(), requires_grad=False)
     layers = [QuantizedLinear(weight, bias), QuantizedLinear(weight), nn.Linear(64, 8).bfloat16()]
-    assert torch.equal(project(x, *layers), torch.cat([layer(x) for layer in layers], -1))
+    assert torch.equal(side_by_side(x, *layers), torch.cat([layer(x) for layer in layers], -1))
     a, b, z = nn.Linear(4, 2), nn.Linear(4, 3), torch.randn(5, 4)
-    assert torch.equal(project(z, a, b), torch.cat((a(z), b(z)), -1))
+    assert torch.equal(side_by_side(z, a, b), torch.cat((a(z), b(z)), -1))
 
 
 def test_a_hook_on_a_projected_layer_is_called() -> None:
@@ -101,10 +105,10 @@ def test_a_projected_layer_can_still_be_called_alone(alone_first: bool) -> None:
     layers, x = [QuantizedLinear(weight) for weight in weights], random_x(3, 128)
     if alone_first:
         layers[0](x)
-    assert_near(project(x, *layers), exact_project(x, *weights))
+    assert_near(side_by_side(x, *layers), exact_project(x, *weights))
     for layer, weight in zip(layers, weights, strict=True):
         assert_near(layer(x), exact_project(x, weight))
-    assert_near(project(x, *layers), exact_project(x, *weights))
+    assert_near(side_by_side(x, *layers), exact_project(x, *weights))
 
 
 @pytest.mark.parametrize(
