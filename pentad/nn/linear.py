@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -115,5 +116,6 @@ class RowwiseInt8Linear(nn.Module):
 
 def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [rows, in] and bfloat16 [rows], such that their product is near `weight`."""
-    scale = (weight.float().abs().amax(1) / 126.5).clamp(min=1e-30).bfloat16()  # rounding it pushes no value past 127
-    return (weight.float() / scale.float()[:, None]).round().to(torch.int8), scale
+    values = weight.float()
+    scale = (torch.linalg.vector_norm(values, math.inf, 1) / 126.5).clamp(min=1e-30).bfloat16()  # no value passes 127
+    return (values / scale.float()[:, None]).round_().to(torch.int8), scale
