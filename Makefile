@@ -24,7 +24,7 @@ bench:   ## measure pentad, llama.cpp and transformers side by side
 parity:  ## compare with llama.cpp, which is compiled first
 	@scripts/parity
 
-gpu:     ## run the tests that need a GPU, with the packages at hand
+gpu:     ## run the tests and benchmarks that need a GPU, with the packages at hand
 	@scripts/gpu
 
 docs:    ## write the generated docs

@@ -8,6 +8,8 @@ from torch import Tensor
 
 import pentad
 from pentad.generate.step import PlainStep
+from pentad.nn.attention import _plain, attention
+from pentad.nn.batch import Pages, Rows
 from tests.helpers.tiny import (
     assert_equal_logits,
     random_ids,
@@ -61,3 +63,38 @@ def test_text_is_the_same_in_any_batch(folder: Path) -> None:
     alone = [model.complete(prompt, max_tokens=16, temperature=0) for prompt in prompts]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert all(c.completion_tokens for c in alone)
+
+
+@pytest.mark.parametrize("window", [None, 1, 37, 300])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ragged_attention_is_the_plain_roads(dtype: torch.dtype, paged: bool, window: int | None) -> None:
+    """Several sequences of other lengths, on pages that are scattered and not full."""
+    lengths, new = (300, 5, 530), (1, 5, 40)
+    q = torch.randn(sum(new), 4, 64, device=DEVICE, dtype=dtype)
+    queries, keys = Rows.of(new), Rows.of(lengths)
+    k, v = (torch.randn(7 * 256 if paged else sum(lengths), 2, 64, device=DEVICE, dtype=dtype) for _ in range(2))
+    where: Rows | Pages = keys
+    if paged:
+        slots = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+        where = Pages([k], [v], 256, ((6, 0), (3,), (5, 1, 2)), lengths, slots)
+    y = attention(q, k, v, queries, where, causal=True, window=window)
+    exact = _plain(q.float(), k.float(), v.float(), queries, where, True, window, None, None)
+    assert rms(y.float() - exact) <= 0.01 * rms(exact)
+
+
+def test_gradients_through_ragged_attention() -> None:
+    rows = Rows.of([3, 70])
+    q, k, v = (torch.randn(73, 2, 64, device=DEVICE, requires_grad=True) for _ in range(3))
+    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    attention(q, k, v, rows, rows, causal=True).square().sum().backward()
+    attention(half[0], half[1], half[2], rows, rows, causal=True).square().sum().backward()
+    for exact, near in zip((q, k, v), half, strict=True):
+        assert exact.grad is not None
+        assert near.grad is not None
+        assert rms(near.grad.float() - exact.grad) <= 0.05 * rms(exact.grad)
+
+
+def test_a_cache_of_another_dtype(folder: Path) -> None:
+    model = pentad.load(folder, device=DEVICE, dtype="float32", cache_dtype="bfloat16")
+    assert model.complete("Hello", max_tokens=4, temperature=0).completion_tokens > 0
