@@ -1,4 +1,4 @@
-"""pentad runs, teaches and serves small open models.
+"""pentad runs small open models, from the files they were published in.
 
 >>> import pentad
 >>> model = pentad.load("smollm2")

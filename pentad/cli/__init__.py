@@ -45,7 +45,7 @@ def _root(
         bool, typer.Option("--debug", help="Show the traceback of an error; goes with any command.")
     ] = False,
 ) -> None:
-    """Run small open models."""
+    """Run small open models, from the files they were published in."""
 
 
 def main() -> None:

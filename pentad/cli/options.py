@@ -56,11 +56,21 @@ Context = Annotated[
 ]
 
 # Generating; what is left out is as the checkpoint recommends
-Temperature = Annotated[float | None, Option(min=0, max=100, metavar="X", help="0 takes the likeliest token.")]
+Temperature = Annotated[
+    float | None,
+    Option(
+        min=0, max=100, metavar="X", help="0 takes the likeliest token. Default: the model's recommendation, else 0.7."
+    ),
+]
 TopK = Annotated[int | None, Option(min=0, metavar="N", help="Choose among the N likeliest tokens; 0: all.")]
 TopP = Annotated[
     float | None,
-    Option(min=0, max=1, metavar="X", help="Choose among the likeliest that together reach X."),
+    Option(
+        min=0,
+        max=1,
+        metavar="X",
+        help="Choose among the likeliest that together reach X. Default: as recommended, else 0.95.",
+    ),
 ]
 MinP = Annotated[
     float | None,

@@ -39,7 +39,7 @@ def show(
 
     JSON: model, path, format, family, parameters, active_parameters, context_length, layers,
     quantization, tensors {type: how many}, dtype, context, kv_cache_bytes, weight_bytes,
-    memory_bytes (weights, cache and this program), chat_template.
+    memory_bytes (weights, cache and this program), tokenizer (whether there is one), chat_template.
     """
     if quantize not in (None, "none"):
         raise BadInput(f"quantize is {quantize!r}; it takes none, or nothing for the file's own")
@@ -72,6 +72,9 @@ def show(
     if facts["active_parameters"] == facts["parameters"]:
         del rows[4]
     output.write_table(rows)
+    if not facts["tokenizer"]:
+        output.write("\nno tokenizer: it can't read or write text\n")
+        return
     template = facts["chat_template"]
     output.write("\nchat template\n" + template.rstrip("\n") + "\n" if template else "\nno chat template\n")
 
@@ -96,7 +99,11 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quanti
         for layer in layers
     )
     held = held_bytes(checkpoint, precision, keep_quantized=keep_quantized)
-    tokenizer = text.load(checkpoint)
+    try:
+        tokenizer = text.load(checkpoint)
+    except BadInput as error:  # the network runs without
+        output.note(f"pentad: {error}")
+        tokenizer = None
     return {
         "model": name,
         "path": str(checkpoint.path),
@@ -113,6 +120,7 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quanti
         "kv_cache_bytes": cache,
         "weight_bytes": held,
         "memory_bytes": held + cache + _program_bytes(),
+        "tokenizer": tokenizer is not None,
         "chat_template": None if tokenizer is None else tokenizer.chat_template,
     }
 

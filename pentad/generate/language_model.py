@@ -6,7 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
@@ -192,6 +192,10 @@ class LanguageModel:
         self._engine = Engine(PlainStep(network, cache_dtype=cache_dtype))
         self._streams = weakref.WeakValueDictionary[Request, Stream]()  # one that nobody holds any more is ended
 
+    def __repr__(self) -> str:
+        kind = type(self.network).__name__
+        return f"<LanguageModel {self.name!r}: {kind}, context {self.context_length}>"
+
     @property
     def tokenizer(self) -> Tokenizer:
         """Text <-> ids.
@@ -203,8 +207,8 @@ class LanguageModel:
             raise self._tokenizer
         if self._tokenizer is None:
             raise BadInput(
-                f"{self.name} has no tokenizer (tokenizer.json, tokenizer.model): put its files beside the weights;"
-                " without them only .logits(ids) works"
+                f"{self.name} has no tokenizer, so it can't read or write text: put tokenizer.json or tokenizer.model"
+                " beside its weights (in Python, .logits(ids) works without)"
             )
         return self._tokenizer
 
@@ -354,6 +358,8 @@ class LanguageModel:
         ):
             if value is not None and (type(value) is not int or not least <= value < 2**63):
                 raise BadInput(f"{name} is {value!r}; it takes a whole number from {least}")
+        if unknown := set(chosen) - {field.name for field in fields(Sampling)}:
+            raise BadInput(f"there is no option {min(unknown)!r}; there are {', '.join(Options.__annotations__)}")
         generator = torch.Generator()
         generator.manual_seed(seed) if isinstance(seed, int) else generator.seed()
         request = Request(

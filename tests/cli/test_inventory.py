@@ -105,7 +105,7 @@ def test_show_for_people(pentad, tmp_path: Path) -> None:
     assert "llama, 3 layers" in text
     assert f"{PARAMETERS:,}" in text
     assert "100 tokens in bfloat16, more than the model's 64" in text
-    assert "no chat template" in text
+    assert "no tokenizer" in text
 
 
 def test_show_of_the_real_model(pentad, smollm2: Path) -> None:
@@ -132,3 +132,13 @@ def test_show_of_a_broken_config(pentad, tmp_path: Path, config: dict[str, Any],
     done = pentad("show", tmp_path)
     assert done.code == 2
     assert named in done.error
+
+
+def test_show_says_whether_there_is_a_tokenizer(pentad, smollm2: Path, tmp_path: Path) -> None:
+    assert pentad("show", smollm2, "--json").json["tokenizer"] is True
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert pentad("show", tmp_path, "--json").json["tokenizer"] is False
+    (tmp_path / "tokenizer.json").write_text("{")
+    broken = pentad("show", tmp_path, "--json")
+    assert broken.json["tokenizer"] is False
+    assert "tokenizer" in broken.err

@@ -349,3 +349,8 @@ def test_a_score_that_is_interrupted_gives_its_pages_back(
     with pytest.raises(KeyboardInterrupt):
         model.score(TEXT)
     assert held(model) == 0
+
+
+def test_an_option_that_there_is_none_of(model: LanguageModel) -> None:
+    with pytest.raises(BadInput, match="no option 'max_token'; there are max_tokens"):
+        model.complete(TEXT, max_token=5)  # type: ignore[call-arg]
