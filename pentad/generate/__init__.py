@@ -1,14 +1,8 @@
 """Decoding: the step, samplers, the engine that batches, and the runner of language models."""
 
+from pentad.generate.completion import Completion, Options, Score
 from pentad.generate.engine import TokenLogprobs
-from pentad.generate.language_model import (
-    Completion,
-    LanguageModel,
-    Message,
-    Options,
-    Score,
-    Stream,
-)
+from pentad.generate.language_model import LanguageModel, Message, Stream
 from pentad.generate.sampling import Sampling
 
 __all__ = [

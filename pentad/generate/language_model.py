@@ -6,14 +6,15 @@ import math
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypedDict, Unpack, overload
+from dataclasses import fields
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from pentad.errors import BadInput, PentadError
-from pentad.generate.engine import NOT_NUMBERS, Engine, Request, TokenLogprobs
+from pentad.generate.completion import Completion, Options, Score
+from pentad.generate.engine import NOT_NUMBERS, Engine, Request
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
 from pentad.generate.transcript import Transcript
@@ -22,62 +23,6 @@ from pentad.text import Detokenizer, Tokenizer
 
 Message = Mapping[str, Any]
 SCORE_CHUNK = 256  # rows whose logits are held at once
-
-
-class Options(TypedDict, total=False):
-    """How to generate; what is left out or None is as the checkpoint recommends, else `Sampling`'s defaults.
-
-    ``max_tokens`` is by default what the context has room for; ``stop`` are strings that end the text; ``logprobs=k``
-    reports each token's log-probability and the k likeliest ones. With ``seed`` the same prompt gives the same text;
-    beside others too, but for rounding (in bfloat16 torch's products differ with the number of rows).
-    """
-
-    max_tokens: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-    stop: str | Sequence[str] | None
-    seed: int | None
-    logprobs: int | None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What was generated.
-
-    Attributes:
-        model: the name it was loaded by.
-        text: without the stop string that ended it.
-        token_ids: what was generated, without the end token.
-        prompt_token_ids: what the model was given.
-        finish_reason: "stop", "length" (`max_tokens` or the context was reached) or "interrupted".
-        seconds: {"load", "prefill" (until the first token), "decode"}.
-        logprobs: one entry a token, where they were asked for.
-    """
-
-    model: str
-    text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: dict[str, float]
-    logprobs: list[TokenLogprobs] | None = None
-
-
-@dataclass(frozen=True)
-class Score:
-    """How likely a text is: `log_likelihood` is natural, summed over all `tokens` but the first."""
-
-    model: str
-    tokens: int
-    log_likelihood: float
-    perplexity: float
 
 
 class Stream(Iterator[str]):
