@@ -83,7 +83,8 @@ class Engine:
     def step(self) -> list[Request]:
         """Run one step; returns the requests that have one token more, or have finished."""
         while self._waiting and len(self._active) < LARGEST_BATCH:
-            self._active.append(self._admit(self._waiting.popleft()))
+            self._admit(self._waiting[0])  # still waiting where this is interrupted
+            self._active.append(self._waiting.popleft())
         work: list[tuple[CachedSequence, list[int]]] = []
         ready: list[tuple[Request, int]] = []  # requests whose last token is in this step, and its row
         budget, row = CHUNK, 0
@@ -123,7 +124,7 @@ class Engine:
             self.run.cache.close(self._kept[1])
         self._kept = ([*request.prompt, *request.generated][: sequence.length], sequence)
 
-    def _admit(self, request: Request) -> Request:
+    def _admit(self, request: Request) -> None:
         """Give a request its place in the cache: the kept sequence's where it begins alike."""
         cache, prompt = self.run.cache, request.prompt
         rope_length = len(prompt)
@@ -145,7 +146,6 @@ class Engine:
                 request.sequence,
                 len(prompt) - request.sequence.length + min(request.max_tokens, HEADROOM),
             )
-        return request
 
     def _choose(self, request: Request, logits_V: Tensor) -> None:
         if not torch.isfinite(logits_V.max()):
