@@ -4,7 +4,7 @@
     python benchmarks/decode.py --threads 4 --repeats 5 --model FILE.gguf
 
 Speed is stated as a ratio of medians within the run; the answers are checked in the same run, against float32 on the
-dequantized weights, by the bounds that CONTRIBUTING.md lists.
+dequantized weights, by the bounds that docs/benchmarks.md states.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class LanguageModel:
     Attributes:
         name: what it was loaded by.
         network: the torch module.
-        tokenizer: text <-> ids, or None where the checkpoint has no tokenizer files; then only `logits` works.
+        tokenizer: text <-> ids; where the checkpoint has none that can be read, only `logits` works.
         context_length: the longest sequence, prompt and generated tokens together.
         sampling: how tokens are chosen where a call says nothing.
     """

@@ -145,10 +145,10 @@ def _mask(at_q: range, at_k: range, window: int | None, device: torch.device) ->
 
 def _varlen_form(q_NHD: Tensor, keys: Rows | Pages) -> str | None:
     """How CUDA's kernel for ragged rows is called for these; None where it can't be, and the plain road is taken."""
-    paged = isinstance(keys, Pages)
-    if q_NHD.dtype not in (torch.bfloat16, torch.float16) or (paged and q_NHD.requires_grad):
+    page_size = keys.page_size if isinstance(keys, Pages) else 0
+    if q_NHD.dtype not in (torch.bfloat16, torch.float16) or (page_size and q_NHD.requires_grad):
         return None
-    return _probe_varlen(q_NHD.device, q_NHD.dtype, q_NHD.shape[-1], keys.page_size if isinstance(keys, Pages) else 0)
+    return _probe_varlen(q_NHD.device, q_NHD.dtype, q_NHD.shape[-1], page_size)
 
 
 @cache
@@ -194,7 +194,7 @@ def _varlen(
         k,
         v,
         queries.cu_seqlens(device),
-        Rows.of(keys.lengths).cu_seqlens(device) if form == "cu_seq_k" else None,
+        (keys.rows if isinstance(keys, Pages) else keys).cu_seqlens(device) if form == "cu_seq_k" else None,
         max(queries.lengths),
         max(keys.lengths),
         scale=scale,

@@ -93,6 +93,11 @@ class Pages:
         return pages.flatten()[:length].to(self.slots.device)
 
     @cached_property
+    def rows(self) -> Rows:
+        """The tokens that the sequences' pages hold, as if they lay end to end."""
+        return Rows.of(self.lengths)
+
+    @cached_property
     def block_table(self) -> Tensor:
         """int32 [B, most pages a sequence] on the pools' device, as CUDA's kernels take it."""
         width = max(len(table) for table in self.tables)

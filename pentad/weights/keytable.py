@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Value = Tensor | QuantizedTensor
 
+LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""A layer's number in a module's name."""
+
 
 class Operation(Protocol):
     """What is done to a tensor on its way in; `store` undoes what `load` did, without loss."""
@@ -87,8 +90,8 @@ class KeyTable:
     def _match(self, ours: str) -> tuple[str, Operation] | None:
         """The file's name of one of our tensors, and what is done to it."""
         module, _, kind = ours.rpartition(".")
-        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", module)
-        rule = self._rule_of.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module))
+        numbers = LAYER.findall(module)
+        rule = self._rule_of.get(LAYER.sub("*", module))
         if rule is None:
             return None
         theirs = rule.theirs
