@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,11 +16,13 @@ from pentad.generate import LanguageModel
 from pentad.models import family_of
 from pentad.nn.linear import QuantizedLinear, RowwiseInt8Linear
 from pentad.weights.cache import Silent, task
+from pentad.weights.keytable import best_table
 from pentad.weights.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pentad.nn.decoder import Decoder
     from pentad.weights.cache import Progress
     from pentad.weights.checkpoint import Checkpoint, TensorEntry
     from pentad.weights.keytable import Operation
@@ -98,7 +99,7 @@ def load_network(
     dtype: torch.dtype = torch.float32,
     keep_quantized: bool = True,
     progress: Progress | None = None,
-) -> nn.Module:
+) -> Decoder:
     """Build a checkpoint's network on the meta device and put its tensors in place.
 
     Tensors that already have `dtype` and `device` are the file's own mapped memory. Quantized linear weights stay in
@@ -113,10 +114,10 @@ def load_network(
         raise BadInput(f"{checkpoint.path}: there are no weights beside the config")
     placements = _placements(checkpoint, network, dtype, device, keep_quantized)
     progress = progress or Silent()
-    with task(progress, "Loading", sum(placement.entry.nbytes for placement in placements)):
+    with task(progress, "Loading", sum(placement.nbytes for placement in placements)):
         for placement in placements:
             _place(network, placement, dtype, device)
-            progress.advance(placement.entry.nbytes)
+            progress.advance(placement.nbytes)
     return network.eval()
 
 
@@ -130,24 +131,30 @@ def held_bytes(checkpoint: Checkpoint, dtype: torch.dtype, *, keep_quantized: bo
     if not checkpoint.tensors:
         return sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
     total = 0.0
-    for entry, _, _, linear in _placements(checkpoint, network, dtype, torch.device("cpu"), keep_quantized):
-        total += math.prod(entry.shape) * (dtype.itemsize if linear is None else linear.bytes_per_weight)
+    for placement in _placements(checkpoint, network, dtype, torch.device("cpu"), keep_quantized):
+        for homes, linear in zip(placement.homes, placement.linears, strict=True):
+            numbers = network.get_parameter(homes[0]).numel()
+            total += numbers * (dtype.itemsize if linear is None else linear.bytes_per_weight)
     return int(total)
 
 
 class _Placement(NamedTuple):
-    """One tensor of a file and where it goes."""
+    """Tensors of a file that a rule ties together, and where what is made of them goes."""
 
-    entry: TensorEntry
+    entries: tuple[TensorEntry, ...]
     operation: Operation
-    homes: list[str]
-    """The parameter's names in the network; a tied one has several."""
-    linear: type[QuantizedLinear | RowwiseInt8Linear] | None
-    """What takes the place of a linear layer whose weight is quantized in the file."""
+    homes: list[list[str]]
+    """For each tensor that is made, its names in the network; a tied one has several."""
+    linears: list[type[QuantizedLinear | RowwiseInt8Linear] | None]
+    """For each, what takes the place of a linear layer whose weight is quantized in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
 
 
 def _placements(
-    checkpoint: Checkpoint, network: nn.Module, dtype: torch.dtype, device: torch.device, keep_quantized: bool
+    checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, device: torch.device, keep_quantized: bool
 ) -> list[_Placement]:
     homes: dict[str, list[str]] = {}
     firsts: dict[nn.Parameter, str] = {}
@@ -155,43 +162,51 @@ def _placements(
         homes.setdefault(firsts.setdefault(parameter, name), []).append(name)
     shapes = {name: tuple(parameter.shape) for parameter, name in firsts.items()}
     _, family = family_of(checkpoint)
-    table = family.key_table(network.config, checkpoint.format)
+    tables = family.key_tables(network.config, checkpoint.format)
+    if not tables:
+        raise BadInput(f"{checkpoint.path}: no {checkpoint.format} files of this family are known")
+    table = best_table(tables, checkpoint.tensors, shapes)
     placements = []
-    for name, entry, operation in table.pair(checkpoint.tensors, shapes, checkpoint.path):
-        if entry.dtype is not None and not entry.dtype.is_floating_point:
-            raise BadInput(f"{checkpoint.path}: {entry.name} is {entry.dtype}; weights are floating-point numbers")
-        linear: type[QuantizedLinear | RowwiseInt8Linear] | None = None
-        if keep_quantized and entry.quantization is not None:
+    for ours, entries, operation in table.pair(checkpoint.tensors, shapes, checkpoint.path):
+        for entry in entries:
+            if entry.dtype is not None and not entry.dtype.is_floating_point:
+                raise BadInput(f"{checkpoint.path}: {entry.name} is {entry.dtype}; weights are floating-point numbers")
+        types = {entry.quantization for entry in entries}
+        quantization = types.pop() if len(types) == 1 and keep_quantized else None
+        linears: list[type[QuantizedLinear | RowwiseInt8Linear] | None] = []
+        for name in ours:
             alone = len(homes[name]) == 1 and isinstance(network.get_submodule(name.rpartition(".")[0]), nn.Linear)
-            if alone and QuantizedLinear.takes(entry.quantization, entry.shape, dtype, device):
-                linear = QuantizedLinear
-            elif "head.weight" in homes[name] and RowwiseInt8Linear.takes(dtype, device):
-                linear = RowwiseInt8Linear
-        placements.append(_Placement(entry, operation, homes[name], linear))
+            if alone and QuantizedLinear.takes(quantization, shapes[name], dtype, device):
+                linears.append(QuantizedLinear)
+            elif quantization and "head.weight" in homes[name] and RowwiseInt8Linear.takes(dtype, device):
+                linears.append(RowwiseInt8Linear)
+            else:
+                linears.append(None)
+        placements.append(_Placement(entries, operation, [homes[name] for name in ours], linears))
     return placements
 
 
 def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device: torch.device) -> None:
-    """Read one tensor and put it where it goes."""
-    entry, operation, homes, linear = placement
-    value = operation.load(entry.read())
-    if isinstance(value, QuantizedTensor):
-        if linear is QuantizedLinear:
-            owner = homes[0].rpartition(".")[0]
-            linear_layer = network.get_submodule(owner)
-            assert isinstance(linear_layer, nn.Linear)
-            network.set_submodule(owner, QuantizedLinear(value, linear_layer.bias))
-            return
-        value = value.dequantize(dtype)
-    parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
-    for home in homes:
-        owner, _, leaf = home.rpartition(".")
-        setattr(network.get_submodule(owner), leaf, parameter)
-    if linear is RowwiseInt8Linear:
-        network.set_submodule("head", RowwiseInt8Linear(parameter))
+    """Read the tensors of one rule and put them where they go."""
+    values = placement.operation.load([entry.read() for entry in placement.entries])
+    for value, homes, linear in zip(values, placement.homes, placement.linears, strict=True):
+        if isinstance(value, QuantizedTensor):
+            if linear is QuantizedLinear:
+                owner = homes[0].rpartition(".")[0]
+                linear_layer = network.get_submodule(owner)
+                assert isinstance(linear_layer, nn.Linear)
+                network.set_submodule(owner, QuantizedLinear(value, linear_layer.bias))
+                continue
+            value = value.dequantize(dtype)
+        parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
+        for home in homes:
+            owner, _, leaf = home.rpartition(".")
+            setattr(network.get_submodule(owner), leaf, parameter)
+        if linear is RowwiseInt8Linear:
+            network.set_submodule("head", RowwiseInt8Linear(parameter))
 
 
-def meta_network(checkpoint: Checkpoint) -> nn.Module:
+def meta_network(checkpoint: Checkpoint) -> Decoder:
     """A checkpoint's network with shapes and no memory: all parameters on the meta device.
 
     Raises:

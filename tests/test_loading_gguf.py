@@ -144,13 +144,13 @@ def test_gguf_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
 def test_a_gguf_of_another_architecture(tmp_path: Path) -> None:
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(tmp_path / "m.gguf", "qwen3")
+    writer = GGUFWriter(tmp_path / "m.gguf", "gemma")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     message = refused(tmp_path / "m.gguf")
-    assert "architecture 'qwen3' is not supported; supported: llama" in message
+    assert "architecture 'gemma' is not supported; supported: llama" in message
     assert "relative" in message
 
 

@@ -138,8 +138,7 @@ def _measure(model: LanguageModel, cases: list[Case], repeat: int) -> Iterator[R
     from pentad.generate.step import PlainStep
 
     step = PlainStep(model.network)
-    vocabulary: int = model.network.config.vocab_size  # type: ignore[union-attr,assignment]
-    weight = model.network.get_parameter("norm.weight")
+    vocabulary: int = model.network.config.vocab_size
     for case in cases:
         seconds = [_run(step, case, vocabulary) for _ in range(1 + repeat)][1:]
         tokens = case.batch * case.tokens
@@ -153,8 +152,8 @@ def _measure(model: LanguageModel, cases: list[Case], repeat: int) -> Iterator[R
             fastest=tokens / min(seconds),
             repeat=repeat,
             threads=torch.get_num_threads(),
-            dtype=str(weight.dtype).removeprefix("torch."),
-            device=str(weight.device),
+            dtype=str(model.network.dtype).removeprefix("torch."),
+            device=str(model.network.device),
         )
 
 

@@ -89,7 +89,7 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quanti
     family, _ = family_of(checkpoint)
     network = meta_network(checkpoint)
     precision = DTYPES[dtype] if dtype else default_dtype(checkpoint)
-    trained: int = network.config.max_position_embeddings  # type: ignore[union-attr,assignment]
+    trained: int = network.config.max_position_embeddings
     length = context or trained
     parameters = sum(parameter.numel() for parameter in network.parameters())
     kinds = Counter(e.quantization or str(e.dtype).removeprefix("torch.") for e in checkpoint.tensors.values())

@@ -10,7 +10,8 @@ from dataclasses import fields
 from typing import Any, Unpack, overload
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from pentad.errors import BadInput, PentadError
 from pentad.generate.completion import Completion, Options, Score
@@ -19,6 +20,7 @@ from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
 from pentad.generate.transcript import Transcript
 from pentad.nn.batch import Batch
+from pentad.nn.decoder import Decoder
 from pentad.text import Detokenizer, Tokenizer
 
 Message = Mapping[str, Any]
@@ -117,7 +119,7 @@ class LanguageModel:
     def __init__(
         self,
         name: str,
-        network: nn.Module,
+        network: Decoder,
         tokenizer: Tokenizer | BadInput | None,
         *,
         context: int | None = None,
@@ -125,7 +127,7 @@ class LanguageModel:
         cache_dtype: torch.dtype | None = None,
         load_seconds: float = 0.0,
     ) -> None:
-        trained: int = network.config.max_position_embeddings  # type: ignore[union-attr,assignment]
+        trained: int = network.config.max_position_embeddings
         if context is not None and not 1 <= context <= trained:
             raise BadInput(f"context is {context}; {name} takes 1 to {trained} tokens")
         self.name = name
@@ -250,7 +252,7 @@ class LanguageModel:
                 rows = range(max(0, first - 1 - start), len(chunk))
                 logits_MV = run([(sequence, chunk)], rows)
                 targets = torch.tensor([ids[start + row + 1] for row in rows], dtype=torch.int64)
-                total -= float(nn.functional.cross_entropy(logits_MV, targets.to(logits_MV.device), reduction="sum"))
+                total -= float(F.cross_entropy(logits_MV, targets.to(logits_MV.device), reduction="sum"))
         finally:
             run.cache.close(sequence)
         if not total <= 0:
@@ -268,8 +270,8 @@ class LanguageModel:
         self._check_ids(ids)
         if len(ids) > self.context_length:
             raise BadInput(f"{len(ids)} tokens don't fit the context of {self.context_length}")
-        hidden_TD, _ = self.network(Batch.of(ids, device=self.network.get_parameter("norm.weight").device))
-        logits: Tensor = self.network.head(hidden_TD)  # type: ignore[operator]
+        hidden_TD, _ = self.network(Batch.of(ids, device=self.network.device))
+        logits: Tensor = self.network.head(hidden_TD)
         return logits.float()
 
     def _check_ids(self, ids: Sequence[int]) -> None:
@@ -277,7 +279,7 @@ class LanguageModel:
             raise BadInput("the prompt is empty: there is no token to start from")
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise BadInput("token ids are whole numbers, in one list or a tensor of one dimension")
-        size: int = self.network.config.vocab_size  # type: ignore[union-attr,assignment]
+        size: int = self.network.config.vocab_size
         if not 0 <= min(ids) <= max(ids) < size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
             raise BadInput(f"token id {wrong} is outside the vocabulary of {size}")

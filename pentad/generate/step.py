@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pentad.nn.attention import Attention
 from pentad.nn.cache import CachedSequence, PagedCache
+from pentad.nn.decoder import Decoder
 
 Work = Sequence[tuple[CachedSequence, Sequence[int]]]
 """Sequences and the tokens that each goes on by."""
@@ -23,18 +24,17 @@ class PlainStep:
         page_size: tokens a page.
     """
 
-    def __init__(self, network: nn.Module, *, cache_dtype: torch.dtype | None = None, page_size: int = 256) -> None:
+    def __init__(self, network: Decoder, *, cache_dtype: torch.dtype | None = None, page_size: int = 256) -> None:
         self.network = network
         layers = [part for part in network.modules() if isinstance(part, Attention)]
         self._rope = layers[0].rope
-        weight = network.get_parameter("norm.weight")
         windows = [layer.window for layer in layers]
         self.cache = PagedCache(
             len(layers),
             layers[0].kv_heads,
             layers[0].head_dim,
-            dtype=cache_dtype or weight.dtype,
-            device=weight.device,
+            dtype=cache_dtype or network.dtype,
+            device=network.device,
             page_size=page_size,
             window=None if None in windows else max(w for w in windows if w is not None),
         )
@@ -60,5 +60,5 @@ class PlainStep:
             self.cache.advance(sequence, len(ids))
         if list(wanted) != list(range(len(hidden_ND))):
             hidden_ND = hidden_ND[torch.tensor(wanted, dtype=torch.int64, device=hidden_ND.device)]
-        logits: Tensor = self.network.head(hidden_ND)  # type: ignore[operator]
+        logits: Tensor = self.network.head(hidden_ND)
         return logits.float()

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from pentad.nn.decoder import Decoder
     from pentad.weights.checkpoint import Checkpoint
     from pentad.weights.keytable import KeyTable
 
-FAMILIES = {"llama": "pentad.models.llama"}
+FAMILIES = {name: f"pentad.models.{name}" for name in ("llama", "mistral", "qwen2", "qwen3")}
+ALIASES: dict[str, str] = {}
+"""Other names that files give to a family."""
+RELATIVES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "smollm", "olmo", "granite", "stablelm")
 
 
 class Family(Protocol):
@@ -22,10 +24,11 @@ class Family(Protocol):
     def config_from(self, checkpoint: Checkpoint) -> Any:
         """The typed config of a checkpoint; BadInput where it lacks or contradicts something."""
 
-    def key_table(self, config: Any, format: str) -> KeyTable:
-        """The file's tensor names against the network's, for checkpoints of this format."""
+    def key_tables(self, config: Any, format: str) -> list[KeyTable]:
+        """The file's tensor names against the network's, for each layout that files of a format have had; the first
+        is the one to write. Empty where the format doesn't know the family."""
 
-    def build(self, config: Any) -> nn.Module:
+    def build(self, config: Any) -> Decoder:
         """The network, with weights still to be filled in."""
 
 
@@ -35,30 +38,32 @@ def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
     Raises:
         BadInput: it says nothing, or names a family that isn't here.
     """
-    key = "general.architecture" if checkpoint.format == "gguf" else "model_type"
-    name = checkpoint.config.get(key)
-    if not isinstance(name, str):
-        raise BadInput(f"{checkpoint.path}: the config has no {key!r}, so its architecture is unknown")
+    if checkpoint.format == "consolidated":
+        name: Any = _family_of_params(checkpoint)
+    else:
+        key = "general.architecture" if checkpoint.format == "gguf" else "model_type"
+        name = checkpoint.config.get(key)
+        if not isinstance(name, str):
+            raise BadInput(f"{checkpoint.path}: the config has no {key!r}, so its architecture is unknown")
+        name = ALIASES.get(name, name)
     if name not in FAMILIES:
         raise BadInput(
             f"{checkpoint.path}: architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}"
-            + (f" ({name!r} is a relative, but its networks differ)" if _is_relative(name) else "")
+            + (f" ({name!r} is a relative, but its networks differ)" if name.startswith(RELATIVES) else "")
         )
     return name, import_module(FAMILIES[name])
 
 
-def _is_relative(name: str) -> bool:
-    return name.startswith(
-        (
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen",
-            "gemma",
-            "phi",
-            "smollm",
-            "olmo",
-            "granite",
-            "stablelm",
-        )
+def _family_of_params(checkpoint: Checkpoint) -> str:
+    """Neither Meta nor Mistral say in a params.json whose it is, but only Mistral's has the feed-forward's width."""
+    params = checkpoint.config
+    if "moe" in params or "num_experts" in params:
+        return "mixtral"
+    if "hidden_dim" in params:
+        return "mistral"
+    if "multiple_of" in params:
+        return "llama"
+    raise BadInput(
+        f"{checkpoint.path}: params.json has neither hidden_dim (Mistral's) nor multiple_of (Meta's),"
+        " so its architecture is unknown"
     )

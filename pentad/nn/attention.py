@@ -216,6 +216,7 @@ class Attention(nn.Module):
         layer: which of the cache's pools is this layer's.
         window: how many keys a query sees, its own included; None for all.
         bias: whether q, k, v have a bias; `output_bias`: whether o has.
+        q_norm, k_norm: norms of each head's queries and keys, before RoPE (Qwen3).
     """
 
     def __init__(
@@ -230,6 +231,8 @@ class Attention(nn.Module):
         window: int | None = None,
         bias: bool = False,
         output_bias: bool = False,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -242,11 +245,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * head_dim, dim, bias=output_bias)
+        self.q_norm = q_norm
+        self.k_norm = k_norm
 
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor:
         """[N, dim] -> [N, dim]; the keys and values of the batch's tokens are written to its pages, if it has any."""
         projected = project(x_ND, self.q_proj, self.k_proj, self.v_proj)
         q_NHD, k_NGD, v_NGD = (x.view(x.shape[0], -1, self.head_dim) for x in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_NHD, k_NGD = self.q_norm(q_NHD), self.k_norm(k_NGD)
         q_NHD, k_NGD = self.rope(q_NHD, batch), self.rope(k_NGD, batch)
         if batch.pages is None:
             y_NHD = attention(q_NHD, k_NGD, v_NGD, batch.rows, batch.rows, causal=True, window=self.window)

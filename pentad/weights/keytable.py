@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,23 +17,34 @@ if TYPE_CHECKING:
     from pentad.weights.checkpoint import TensorEntry
 
 Value = Tensor | QuantizedTensor
+Shape = tuple[int, ...]
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 """A layer's number in a module's name."""
 
 
 class Operation(Protocol):
-    """What is done to a tensor on its way in; `store` undoes what `load` did, without loss."""
+    """What is done to the tensors of a rule on their way in; `store` undoes what `load` did, without loss."""
 
-    def load(self, value: Value) -> Value: ...
-    def store(self, value: Value) -> Value: ...
+    def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
+        """The shapes of the file's tensors, from the network's."""
+
+    def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
+        """The network's tensors, from the file's."""
+
+    def store(self, ours: Sequence[Value]) -> Sequence[Value]:
+        """The file's tensors, from the network's."""
 
 
+@dataclass(frozen=True)
 class Same:
     """The tensor as it is: used in place, where it lies in the file."""
 
-    def load(self, value: Value) -> Value:
-        return value
+    def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
+        return ours
+
+    def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
+        return theirs
 
     store = load
 
@@ -48,14 +59,45 @@ class HalfSplit:
 
     heads: int
 
+    def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
+        return ours
+
+    def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
+        return [_take_rows(value, self._order(value.shape[0])) for value in theirs]
+
+    def store(self, ours: Sequence[Value]) -> Sequence[Value]:
+        return [_take_rows(value, self._order(value.shape[0]).argsort()) for value in ours]
+
     def _order(self, rows: int) -> Tensor:
         return torch.arange(rows).view(self.heads, -1, 2).transpose(1, 2).flatten()
 
-    def load(self, value: Value) -> Value:
-        return _take_rows(value, self._order(value.shape[0]))
 
-    def store(self, value: Value) -> Value:
-        return _take_rows(value, self._order(value.shape[0]).argsort())
+@dataclass(frozen=True)
+class Joined:
+    """Several projections of one input, stored as one tensor: their rows one after the other.
+
+    Args:
+        rows: how many rows each has.
+    """
+
+    rows: tuple[int, ...]
+
+    def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
+        return [(sum(shape[0] for shape in ours), *ours[0][1:])]
+
+    def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
+        (value,) = theirs
+        if isinstance(value, Tensor):
+            return value.split(self.rows)  # type: ignore[no-untyped-call, no-any-return]
+        stops = [sum(self.rows[: i + 1]) for i in range(len(self.rows))]
+        return [value.rows(stop - count, stop) for stop, count in zip(stops, self.rows, strict=True)]
+
+    def store(self, ours: Sequence[Value]) -> Sequence[Value]:
+        quantized = [value for value in ours if isinstance(value, QuantizedTensor)]
+        if len(quantized) == len(ours) and len({value.type for value in quantized}) == 1:
+            blocks = torch.cat([value.blocks for value in quantized])
+            return [QuantizedTensor(blocks, quantized[0].type, (len(blocks), quantized[0].shape[1]))]
+        return [torch.cat([v.dequantize() if isinstance(v, QuantizedTensor) else v for v in ours])]
 
 
 def _take_rows(value: Value, index: Tensor) -> Value:
@@ -64,45 +106,69 @@ def _take_rows(value: Value, index: Tensor) -> Value:
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: the same module's name here and in the file, ``*`` standing for a layer's number.
+    """One row: the same modules' names here and in the file, ``*`` standing for a layer's number.
 
-    The rule is for the module's ``weight`` and ``bias`` alike.
+    The rule is for the modules' ``weight`` and ``bias`` alike.
     """
 
-    ours: str
-    theirs: str
-    operation: Operation = Same()  # noqa: RUF009 - it has no state
+    ours: str | tuple[str, ...]
+    theirs: str | tuple[str, ...]
+    operation: Operation = Same()
+
+
+class Group(NamedTuple):
+    """Tensors that one rule ties together, by their full names here and in the file."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    operation: Operation
+
+
+class Pairing(NamedTuple):
+    """Tensors of the network, by our names, with the file's that they are made of, and how."""
+
+    ours: tuple[str, ...]
+    entries: tuple[TensorEntry, ...]
+    operation: Operation
 
 
 class KeyTable:
-    """All rows of a family for one kind of file, and what in such files has no counterpart and is ignored.
+    """All rows of a family for one layout of file, and what in such files has no counterpart and is ignored.
 
     Args:
         rules: names of modules.
         ignored: regular expressions for names of tensors that carry no weight of the network.
     """
 
-    def __init__(self, rules: Sequence[Rule], ignored: Sequence[str] = ()) -> None:
+    def __init__(self, rules: Iterable[Rule], ignored: Sequence[str] = ()) -> None:
         self.rules = list(rules)
         self.ignored = [re.compile(pattern) for pattern in ignored]
-        self._rule_of = {rule.ours: rule for rule in self.rules}
+        self._rule_of = {module: rule for rule in self.rules for module in _names(rule.ours)}
 
-    def _match(self, ours: str) -> tuple[str, Operation] | None:
-        """The file's name of one of our tensors, and what is done to it."""
-        module, _, kind = ours.rpartition(".")
-        numbers = LAYER.findall(module)
-        rule = self._rule_of.get(LAYER.sub("*", module))
-        if rule is None:
-            return None
-        theirs = rule.theirs
-        for number in numbers:
-            theirs = theirs.replace("*", number, 1)
-        return f"{theirs}.{kind}", rule.operation
+    def groups(self, names: Iterable[str]) -> list[Group]:
+        """The network's tensors `names` (those that a rule ties together: all of them), with the file's names.
+
+        Raises:
+            LookupError: there is no rule for one.
+        """
+        groups = dict[str, Group]()
+        for name in names:
+            module, _, kind = name.rpartition(".")
+            numbers = LAYER.findall(module)
+            rule = self._rule_of.get(LAYER.sub("*", module))
+            if rule is None:
+                raise LookupError(f"the family's table has no rule for its own tensor {name}")
+            ours, theirs = (
+                tuple(f"{_numbered(pattern, numbers)}.{kind}" for pattern in _names(patterns))
+                for patterns in (rule.ours, rule.theirs)
+            )
+            groups.setdefault(ours[0], Group(ours, theirs, rule.operation))
+        return list(groups.values())
 
     def pair(
         self, tensors: Mapping[str, TensorEntry], shapes: Mapping[str, Sequence[int]], source: object
-    ) -> list[tuple[str, TensorEntry, Operation]]:
-        """Each tensor of the network, by our name, with the file's and what is done to it.
+    ) -> list[Pairing]:
+        """Each tensor of the network with the file's that it is made of, and how.
 
         Args:
             tensors: the file's.
@@ -112,21 +178,19 @@ class KeyTable:
         Raises:
             BadInput: one that names every tensor that is missing, not used or of the wrong shape.
         """
-        pairs: list[tuple[str, TensorEntry, Operation]] = []
+        pairs: list[Pairing] = []
+        used: set[str] = set()
         missing, misshapen = [], []
-        for ours, shape in shapes.items():
-            match = self._match(ours)
-            if match is None:
-                raise LookupError(f"the family's table has no rule for its own tensor {ours}")
-            theirs, operation = match
-            entry = tensors.get(theirs)
-            if entry is None:
-                missing.append(theirs)
-                continue
-            if entry.shape != tuple(shape):
-                misshapen.append(f"{theirs} is {list(entry.shape)}, the config asks for {list(shape)}")
-            pairs.append((ours, entry, operation))
-        used = {entry.name for _, entry, _ in pairs}
+        for ours, theirs, operation in self.groups(shapes):
+            expected = operation.shapes([tuple(shapes[name]) for name in ours])
+            for name, shape in zip(theirs, expected, strict=True):
+                if name not in tensors:
+                    missing.append(name)
+                elif tensors[name].shape != tuple(shape):
+                    misshapen.append(f"{name} is {list(tensors[name].shape)}, the config asks for {list(shape)}")
+            used.update(theirs)
+            if all(name in tensors for name in theirs):
+                pairs.append(Pairing(ours, tuple(tensors[name] for name in theirs), operation))
         unused = [n for n in tensors if n not in used and not any(p.fullmatch(n) for p in self.ignored)]
         problems = [
             f"{len(names)} {what}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
@@ -137,10 +201,22 @@ class KeyTable:
             raise BadInput(f"{source}: tensors don't fit the config: {'; '.join(problems)}")
         return pairs
 
-    def store(self, values: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
-        """The way back: yield each tensor by the file's name and in the file's order of rows."""
-        for ours, value in values.items():
-            match = self._match(ours)
-            if match is None:
-                raise BadInput(f"this kind of file has no place for the tensor {ours}")
-            yield match[0], match[1].store(value)
+    def found(self, tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> int:
+        """How many of the tensors that this layout has for the network's `names` are in a file."""
+        return sum(name in tensors for group in self.groups(names) for name in group.theirs)
+
+
+def best_table(tables: Sequence[KeyTable], tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> KeyTable:
+    """Of the layouts that a family has been published in, the one that a file's tensors are named by."""
+    names = list(names)
+    return max(tables, key=lambda table: table.found(tensors, names))
+
+
+def _names(patterns: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def _numbered(pattern: str, numbers: Sequence[str]) -> str:
+    for number in numbers:
+        pattern = pattern.replace("*", number, 1)
+    return pattern

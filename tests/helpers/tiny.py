@@ -1,4 +1,4 @@
-"""Tiny random Llamas, made by transformers, and how their logits are compared."""
+"""Tiny random models, made by transformers, and how their logits are compared."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import pentad.weights
 from pentad.errors import BadInput
@@ -38,15 +38,16 @@ class Tiny:
     """A saved checkpoint, and the model that transformers saved it from."""
 
     folder: Path
-    peer: LlamaForCausalLM
+    peer: PreTrainedModel
 
 
-def tiny_peer(dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCausalLM:
-    """A random Llama of transformers' with eager attention. Every weight counts: attention is not
+def tiny_peer(dtype: torch.dtype = torch.float32, family: str = "llama", **config: Any) -> PreTrainedModel:
+    """A random model of transformers' with eager attention. Every weight counts: attention is not
     flat, and norms and biases are not what they are initialized to.
     """
     generator = torch.Generator().manual_seed(0)
-    peer = LlamaForCausalLM(LlamaConfig(**{**SIZES, **config}, attn_implementation="eager"))
+    settings = AutoConfig.for_model(family, **{**SIZES, **config})
+    peer = AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
     for name, parameter in peer.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
@@ -60,6 +61,7 @@ def tiny_peer(dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCaus
 def tiny_checkpoint(
     folder: Path,
     *,
+    family: str = "llama",
     dtype: torch.dtype = torch.float32,
     shard_size: str = "50GB",
     edit: dict[str, Any] | None = None,
@@ -68,7 +70,7 @@ def tiny_checkpoint(
     """Lets transformers save a `tiny_peer`; `edit` then changes keys of config.json, or deletes
     those that it gives as None.
     """
-    peer = tiny_peer(dtype, **config)
+    peer = tiny_peer(dtype, family, **config)
     peer.save_pretrained(folder, max_shard_size=shard_size)
     if edit:
         edit_json(folder / "config.json", **edit)

@@ -5,8 +5,7 @@ differs, bits are compared.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -29,22 +28,19 @@ from tests.helpers.tiny import (
     tiny_checkpoint,
 )
 
-
-def llama(folder: Path) -> nn.Module:
-    return network_of(tiny_checkpoint(folder).folder)
-
-
-# Each takes an empty folder, and gives a float32 network of at least 96 ids and 256 positions.
-FAMILIES: list[tuple[str, Callable[[Path], nn.Module]]] = [
-    ("llama", llama),
-]
+# Each joins with a line: what transformers is asked for, of at least 96 ids and 256 positions.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"family": "mistral"},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "head_dim": 16},
+}
 PAGE_SIZES = [1, 3, 16, 256]
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family[0])
+@pytest.fixture(scope="module", params=FAMILIES)
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    name, factory = request.param
-    return factory(tmp_path_factory.mktemp(name))
+    return network_of(tiny_checkpoint(tmp_path_factory.mktemp("family"), **FAMILIES[request.param]).folder)
 
 
 def windowed(network: nn.Module, window: int) -> nn.Module:

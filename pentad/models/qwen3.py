@@ -1,0 +1,85 @@
+"""Qwen3 (arXiv:2505.09388): Llama's block with an RMSNorm on each head's queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pentad.models.layouts import gguf_rules, hf_ignored, hf_rules
+from pentad.models.published import read_decoder_config
+from pentad.models.qwen2 import Qwen2Config
+from pentad.nn.attention import Attention
+from pentad.nn.block import PreNormBlock
+from pentad.nn.decoder import Decoder
+from pentad.nn.feedforward import SwiGLU
+from pentad.nn.norm import RMSNorm
+from pentad.nn.rope import Rope
+from pentad.nn.rope_scaling import scaling
+from pentad.weights.checkpoint import Checkpoint
+from pentad.weights.keytable import KeyTable, Rule
+
+
+@dataclass(frozen=True)
+class Qwen3Config(Qwen2Config):
+    """What the forward pass reads of a published ``config.json``, under its names there and with their defaults."""
+
+    head_dim: int = 128
+    attention_bias: bool = False
+
+
+class Qwen3(Decoder):
+    """Grouped-query attention with normalized queries and keys, and SwiGLU, each behind an RMSNorm."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        c = config
+        rope = Rope(c.head_dim, c.rope_theta, scaling(c.rope_parameters))
+        super().__init__(
+            nn.Embedding(c.vocab_size, c.hidden_size),
+            (
+                PreNormBlock(
+                    RMSNorm(c.hidden_size, c.rms_norm_eps),
+                    Attention(
+                        c.hidden_size,
+                        heads=c.num_attention_heads,
+                        kv_heads=c.num_key_value_heads,
+                        head_dim=c.head_dim,
+                        rope=rope,
+                        layer=layer,
+                        window=c.window(layer),
+                        bias=c.attention_bias,
+                        output_bias=c.attention_bias,
+                        q_norm=RMSNorm(c.head_dim, c.rms_norm_eps),
+                        k_norm=RMSNorm(c.head_dim, c.rms_norm_eps),
+                    ),
+                    RMSNorm(c.hidden_size, c.rms_norm_eps),
+                    SwiGLU(c.hidden_size, c.intermediate_size),
+                )
+                for layer in range(c.num_hidden_layers)
+            ),
+            RMSNorm(c.hidden_size, c.rms_norm_eps),
+            nn.Linear(c.hidden_size, c.vocab_size, bias=False),
+            tied=c.tie_word_embeddings,
+            config=c,
+        )
+
+
+def config_from(checkpoint: Checkpoint) -> Qwen3Config:
+    """The config of a checkpoint, from ``config.json`` or GGUF metadata."""
+    return read_decoder_config(Qwen3Config, checkpoint)
+
+
+def key_tables(config: Qwen3Config, format: str) -> list[KeyTable]:
+    """The names of the network's modules in Hugging Face folders and in GGUF files."""
+    norms = ("q_norm", "k_norm")
+    match format:
+        case "hf":
+            rules = [Rule(f"layers.*.attention.{n}", f"model.layers.*.self_attn.{n}") for n in norms]
+            return [KeyTable([*hf_rules(), *rules], ignored=hf_ignored(config.tie_word_embeddings))]
+        case "gguf":
+            rules = [Rule(f"layers.*.attention.{n}", f"blk.*.attn_{n}") for n in norms]
+            return [KeyTable([*gguf_rules(), *rules], ignored=[r"rope_freqs\.weight"])]
+    return []
+
+
+build = Qwen3
