@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pentad.nn.decoder import Decoder
     from pentad.weights.cache import Progress
     from pentad.weights.checkpoint import Checkpoint, TensorEntry
-    from pentad.weights.keytable import Operation
+    from pentad.weights.keytable import Operation, Pairing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -156,21 +156,10 @@ class _Placement(NamedTuple):
 def _placements(
     checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, device: torch.device, keep_quantized: bool
 ) -> list[_Placement]:
-    homes: dict[str, list[str]] = {}
-    firsts: dict[nn.Parameter, str] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        homes.setdefault(firsts.setdefault(parameter, name), []).append(name)
-    shapes = {name: tuple(parameter.shape) for parameter, name in firsts.items()}
-    _, family = family_of(checkpoint)
-    tables = family.key_tables(network.config, checkpoint.format)
-    if not tables:
-        raise BadInput(f"{checkpoint.path}: no {checkpoint.format} files of this family are known")
-    table = best_table(tables, checkpoint.tensors, shapes)
     placements = []
-    for ours, entries, operation in table.pair(checkpoint.tensors, shapes, checkpoint.path):
-        for entry in entries:
-            if entry.dtype is not None and not entry.dtype.is_floating_point:
-                raise BadInput(f"{checkpoint.path}: {entry.name} is {entry.dtype}; weights are floating-point numbers")
+    homes = tensor_names(network)
+    shapes = {name: tuple(network.get_parameter(name).shape) for name in homes}
+    for ours, entries, operation in pairings(checkpoint, network):
         types = {entry.quantization for entry in entries}
         quantization = types.pop() if len(types) == 1 and keep_quantized else None
         linears: list[type[QuantizedLinear | RowwiseInt8Linear] | None] = []
@@ -184,6 +173,33 @@ def _placements(
                 linears.append(None)
         placements.append(_Placement(entries, operation, [homes[name] for name in ours], linears))
     return placements
+
+
+def tensor_names(network: nn.Module) -> dict[str, list[str]]:
+    """A network's tensors by their first names, with all names that each has: a tied one has several."""
+    homes: dict[str, list[str]] = {}
+    firsts: dict[nn.Parameter, str] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        homes.setdefault(firsts.setdefault(parameter, name), []).append(name)
+    return homes
+
+
+def pairings(checkpoint: Checkpoint, network: Decoder) -> list[Pairing]:
+    """A network's tensors with those of its checkpoint that they are made of.
+
+    Raises:
+        BadInput: tensors that are missing, not used, of the wrong shape or not numbers.
+    """
+    shapes = {name: tuple(network.get_parameter(name).shape) for name in tensor_names(network)}
+    _, family = family_of(checkpoint)
+    tables = family.key_tables(network.config, checkpoint.format)
+    if not tables:
+        raise BadInput(f"{checkpoint.path}: no {checkpoint.format} files of this family are known")
+    pairs = best_table(tables, checkpoint.tensors, shapes).pair(checkpoint.tensors, shapes, checkpoint.path)
+    for entry in (entry for pair in pairs for entry in pair.entries):
+        if entry.dtype is not None and not entry.dtype.is_floating_point:
+            raise BadInput(f"{checkpoint.path}: {entry.name} is {entry.dtype}; weights are floating-point numbers")
+    return pairs
 
 
 def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device: torch.device) -> None:

@@ -28,6 +28,9 @@ class Family(Protocol):
         """The file's tensor names against the network's, for each layout that files of a format have had; the first
         is the one to write. Empty where the format doesn't know the family."""
 
+    def write_config(self, config: Any, format: str) -> dict[str, Any]:
+        """The config as files of a format spell it; what that has no place for is left out."""
+
     def build(self, config: Any) -> Decoder:
         """The network, with weights still to be filled in."""
 

@@ -6,11 +6,12 @@ A pre-norm transformer: RMSNorm, grouped-query attention with rotary positions, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from pentad.models.layouts import consolidated_rules, gguf_rules, hf_ignored, hf_rules
-from pentad.models.published import DecoderConfig, read_decoder_config
+from pentad.models.published import DecoderConfig, Spelling, read_decoder_config, written_values
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -78,6 +79,11 @@ def key_tables(config: LlamaConfig, format: str) -> list[KeyTable]:
         case "consolidated":
             return [KeyTable(consolidated_rules(queries, keys), ignored=[r"rope\.freqs"])]
     return [KeyTable(hf_rules(), ignored=hf_ignored(config.tie_word_embeddings))]
+
+
+def write_config(config: LlamaConfig, format: str) -> dict[str, Any]:
+    """The config as files of a format spell it."""
+    return written_values(config, format, Spelling("llama", "LlamaForCausalLM", gguf="llama"))
 
 
 build = Llama

@@ -11,11 +11,12 @@ Llama's block with the paper's three ideas of section 2:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from pentad.models import llama
-from pentad.models.published import DecoderConfig, read_decoder_config
+from pentad.models.published import DecoderConfig, Spelling, read_decoder_config, written_values
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -73,5 +74,10 @@ def config_from(checkpoint: Checkpoint) -> MistralConfig:
 
 
 key_tables = llama.key_tables  # the modules have Llama's names in every kind of file
+
+def write_config(config: MistralConfig, format: str) -> dict[str, Any]:
+    """The config as files of a format spell it."""
+    return written_values(config, format, Spelling("mistral", "MistralForCausalLM", gguf="llama"))
+
 
 build = Mistral

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch import Tensor
 
 from pentad.errors import BadInput
-from pentad.nn.rope_scaling import scaling
+from pentad.nn.rope_scaling import Divisors, Linear, Llama3, Yarn, inverse_frequencies, scaling
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.config import LARGEST, read_config
 
@@ -208,3 +210,80 @@ def read_decoder_config(cls: type[C], checkpoint: Checkpoint, **values: Any) -> 
     # Refuses unknown scalings, and divisors of another number than there are frequencies.
     scaling(config.rope_parameters, path).frequencies(config.rope_theta, config.rotary_dim, 1)
     return config
+
+
+class Spelling(NamedTuple):
+    """What a family is called in each kind of file."""
+
+    model_type: str
+    architecture: str
+    """Hugging Face's class."""
+    gguf: str | None = None
+    """GGUF's architecture; None where llama.cpp has none."""
+
+
+def written_values(config: DecoderConfig, format: str, spelling: Spelling) -> dict[str, Any]:
+    """The way back: a config as files of `format` spell it.
+
+    What a format has no place for is left out: read it back to see.
+    """
+    values = {**asdict(config), "rotary_dim": config.rotary_dim}
+    if format == "consolidated":
+        return {name: values[field] for field, name in PARAMS_FIELDS.items() if values.get(field) is not None}
+    if format == "gguf":
+        fields = {key: values[field] for field, key in GGUF_FIELDS.items() if values.get(field) is not None}
+        fields |= {"attention.value_length": config.head_dim, "vocab_size": config.vocab_size}
+        fields |= _gguf_rope(config)
+        return {
+            "general.architecture": spelling.gguf,
+            **{f"{spelling.gguf}.{key}": value for key, value in fields.items()},
+        }
+    rope = {key: value for key, value in values.pop("rope_parameters").items() if value is not None}
+    values.pop("rotary_dim")
+    return {
+        "architectures": [spelling.architecture],
+        "model_type": spelling.model_type,
+        **values,
+        "rope_scaling": _hf_rope(config, rope),
+    }
+
+
+def _hf_rope(config: DecoderConfig, rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind == "divisors":  # GGUF's; here the one scaling that is given by divisors, its two sets alike
+        divisors = list(rope["divisors"])
+        return {
+            "rope_type": "longrope",
+            "short_factor": divisors,
+            "long_factor": divisors,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": config.max_position_embeddings,
+        }
+    return {**rope, "rope_type": kind}
+
+
+def _gguf_rope(config: DecoderConfig) -> dict[str, Any]:
+    """Of a scaling that is a divisor for each frequency, `rope_divisors` says the rest."""
+    stretch = scaling(config.rope_parameters)
+    match stretch:
+        case Linear():
+            return {"rope.scaling.type": "linear", "rope.scaling.factor": stretch.factor}
+        case Yarn():
+            return {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": stretch.factor,
+                "rope.scaling.original_context_length": stretch.original_max_position_embeddings,
+            }
+    return {}
+
+
+def rope_divisors(config: DecoderConfig) -> Tensor | None:
+    """What GGUF's ``rope_freqs.weight`` holds: float32 [D / 2]; None where no such tensor is needed."""
+    stretch = scaling(config.rope_parameters)
+    if not isinstance(stretch, Llama3 | Divisors):
+        return None
+    plain = inverse_frequencies(config.rope_theta, config.rotary_dim)
+    return plain / stretch.frequencies(config.rope_theta, config.rotary_dim, 1)
+

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from pentad.models.layouts import gguf_rules, hf_ignored, hf_rules
-from pentad.models.published import DecoderConfig, read_decoder_config
+from pentad.models.published import DecoderConfig, Spelling, read_decoder_config, written_values
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -84,6 +85,11 @@ def key_tables(config: Qwen2Config, format: str) -> list[KeyTable]:
         case "gguf":
             return [KeyTable(gguf_rules(), ignored=[r"rope_freqs\.weight"])]
     return []
+
+
+def write_config(config: Qwen2Config, format: str) -> dict[str, Any]:
+    """The config as files of a format spell it."""
+    return written_values(config, format, Spelling("qwen2", "Qwen2ForCausalLM", gguf="qwen2"))
 
 
 build = Qwen2

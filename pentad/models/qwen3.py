@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from pentad.models.layouts import gguf_rules, hf_ignored, hf_rules
-from pentad.models.published import read_decoder_config
+from pentad.models.published import Spelling, read_decoder_config, written_values
 from pentad.models.qwen2 import Qwen2Config
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
@@ -80,6 +81,11 @@ def key_tables(config: Qwen3Config, format: str) -> list[KeyTable]:
             rules = [Rule(f"layers.*.attention.{n}", f"blk.*.attn_{n}") for n in norms]
             return [KeyTable([*gguf_rules(), *rules], ignored=[r"rope_freqs\.weight"])]
     return []
+
+
+def write_config(config: Qwen3Config, format: str) -> dict[str, Any]:
+    """The config as files of a format spell it."""
+    return written_values(config, format, Spelling("qwen3", "Qwen3ForCausalLM", gguf="qwen3"))
 
 
 build = Qwen3
