@@ -69,25 +69,25 @@ def load(
         torch.set_num_threads(threads)
     target = _device(device)
     checkpoint = weights.open(registry.locate(name_or_path, progress=progress))
-    kind = default_dtype(checkpoint) if dtype is None else _dtype(dtype)
+    kind = default_dtype(checkpoint) if dtype is None else dtype_named(dtype)
     if quantize not in (None, "none"):
         raise BadInput(f"quantize is {quantize!r}; it takes 'none' so far, or nothing for the file's own")
     network = load_network(checkpoint, device=target, dtype=kind, keep_quantized=quantize is None, progress=progress)
     return LanguageModel(
         str(name_or_path),
         network,
-        _tokenizer(checkpoint),
+        _tokenizer(checkpoint, network.config.vocab_size),
         context=context,
         generation=checkpoint.generation,
-        cache_dtype=None if cache_dtype is None else _dtype(cache_dtype),
+        cache_dtype=None if cache_dtype is None else dtype_named(cache_dtype),
         load_seconds=time.perf_counter() - started,
     )
 
 
-def _tokenizer(checkpoint: Checkpoint) -> text.Tokenizer | BadInput | None:
+def _tokenizer(checkpoint: Checkpoint, vocab_size: int) -> text.Tokenizer | BadInput | None:
     """The tokenizer, or why there is none: a network runs without."""
     try:
-        return text.load(checkpoint)
+        return text.load(checkpoint, vocab_size=vocab_size)
     except BadInput as error:
         return error
 
@@ -219,7 +219,9 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
             owner, _, leaf = home.rpartition(".")
             setattr(network.get_submodule(owner), leaf, parameter)
         if linear is RowwiseInt8Linear:
-            network.set_submodule("head", RowwiseInt8Linear(parameter))
+            head = network.get_submodule("head")
+            assert isinstance(head, nn.Linear)
+            network.set_submodule("head", RowwiseInt8Linear(parameter, head.bias))
 
 
 def meta_network(checkpoint: Checkpoint) -> Decoder:
@@ -264,7 +266,8 @@ def default_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return most if most in DTYPES.values() else torch.float32
 
 
-def _dtype(name: str | torch.dtype) -> torch.dtype:
+def dtype_named(name: str | torch.dtype) -> torch.dtype:
+    """A dtype by itself or by its name; BadInput for those that nothing is computed in."""
     kind = DTYPES.get(str(name).removeprefix("torch."))
     if kind is None:
         raise BadInput(f"dtype is {name}; it takes one of {', '.join(DTYPES)}")

@@ -354,4 +354,7 @@ def test_without_a_tokenizer_only_logits_work(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="has no tokenizer"):
             use()
     add_tokenizer(tmp_path)
-    assert pentad.load(tmp_path).tokenizer.vocab_size == 257
+    model = pentad.load(tmp_path)
+    assert_equal_logits(model.logits(ids), peer_logits(tiny.peer, ids))
+    with pytest.raises(BadInput, match="tokenizer has 257 ids, its embedding only 96 rows"):
+        model.complete("hi")

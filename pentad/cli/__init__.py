@@ -12,6 +12,7 @@ import typer
 import pentad
 from pentad.cli import output
 from pentad.cli.benching import bench
+from pentad.cli.converting import convert
 from pentad.cli.environment import env
 from pentad.cli.generating import chat, complete, score
 from pentad.cli.inventory import models, pull, rm
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 100},
 )
-for command in (chat, complete, score, models, pull, rm, show, bench, env):
+for command in (chat, complete, score, models, pull, rm, show, convert, bench, env):
     app.command()(command)
 
 

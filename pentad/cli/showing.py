@@ -100,7 +100,7 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quanti
     )
     held = held_bytes(checkpoint, precision, keep_quantized=keep_quantized)
     try:
-        tokenizer = text.load(checkpoint)
+        tokenizer = text.load(checkpoint, vocab_size=network.config.vocab_size)
     except BadInput as error:  # the network runs without
         output.note(f"pentad: {error}")
         tokenizer = None

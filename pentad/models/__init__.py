@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from pentad.weights.checkpoint import Checkpoint
     from pentad.weights.keytable import KeyTable
 
-FAMILIES = {name: f"pentad.models.{name}" for name in ("llama", "mistral", "qwen2", "qwen3")}
-ALIASES: dict[str, str] = {}
+FAMILIES = {name: f"pentad.models.{name}" for name in ("llama", "mistral", "phi", "qwen", "qwen2", "qwen3")}
+ALIASES = {"phi2": "phi", "phi-msft": "phi", "mixformer-sequential": "phi"}
 """Other names that files give to a family."""
 RELATIVES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "smollm", "olmo", "granite", "stablelm")
 
@@ -49,6 +49,8 @@ def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
         if not isinstance(name, str):
             raise BadInput(f"{checkpoint.path}: the config has no {key!r}, so its architecture is unknown")
         name = ALIASES.get(name, name)
+        if name == "llama" and checkpoint.config.get("llama.expert_count"):
+            name = "mixtral"  # llama.cpp's name for all that has Llama's attention
     if name not in FAMILIES:
         raise BadInput(
             f"{checkpoint.path}: architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}"
@@ -60,7 +62,7 @@ def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
 def _family_of_params(checkpoint: Checkpoint) -> str:
     """Neither Meta nor Mistral say in a params.json whose it is, but only Mistral's has the feed-forward's width."""
     params = checkpoint.config
-    if "moe" in params or "num_experts" in params:
+    if params.get("moe") or "num_experts" in params:
         return "mixtral"
     if "hidden_dim" in params:
         return "mistral"

@@ -77,7 +77,7 @@ def key_tables(config: LlamaConfig, format: str) -> list[KeyTable]:
         case "gguf":
             return [KeyTable(gguf_rules(queries, keys), ignored=[r"rope_freqs\.weight"])]  # read by the config
         case "consolidated":
-            return [KeyTable(consolidated_rules(queries, keys), ignored=[r"rope\.freqs"])]
+            return [KeyTable(consolidated_rules(queries, keys), ignored=[r"(.*\.)?rope\.freqs"])]
     return [KeyTable(hf_rules(), ignored=hf_ignored(config.tie_word_embeddings))]
 
 

@@ -75,6 +75,7 @@ def config_from(checkpoint: Checkpoint) -> MistralConfig:
 
 key_tables = llama.key_tables  # the modules have Llama's names in every kind of file
 
+
 def write_config(config: MistralConfig, format: str) -> dict[str, Any]:
     """The config as files of a format spell it."""
     return written_values(config, format, Spelling("mistral", "MistralForCausalLM", gguf="llama"))

@@ -60,6 +60,8 @@ GGUF_FIELDS = {
     "max_position_embeddings": "context_length",
     "rope_theta": "rope.freq_base",
     "rotary_dim": "rope.dimension_count",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
 }
 """A field's name in config.json -> its key in GGUF metadata, behind the architecture's name and a dot."""
 
@@ -77,6 +79,14 @@ PARAMS_FIELDS = {
     "sliding_window": "sliding_window",
 }
 """A field's name in config.json -> its name in params.json."""
+
+
+def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint with `names` of its ``config.json`` put into today's; other kinds of file stay as they are."""
+    if checkpoint.format != "hf":
+        return checkpoint
+    said = {new: checkpoint.config[old] for old, new in names.items() if checkpoint.config.get(old) is not None}
+    return replace(checkpoint, config={**checkpoint.config, **said})
 
 
 def published_values(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -114,8 +124,8 @@ def _from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
 def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
     tensors, arch = checkpoint.tensors, checkpoint.config["general.architecture"]
     meta = {key.removeprefix(f"{arch}."): value for key, value in checkpoint.config.items()}
-    if meta.get("expert_count"):
-        raise BadInput(f"{checkpoint.path}: this is a mixture of experts (Mixtral), which is not supported yet")
+    if meta.get("expert_count") and arch != "llama":
+        raise BadInput(f"{checkpoint.path}: of mixtures of experts only Mixtral (llama) is supported, not {arch}")
     if meta.get("rope.scaling.attn_factor", 1.0) != 1.0:
         raise BadInput(f"{checkpoint.path}: {arch}.rope.scaling.attn_factor is not 1, which is not supported")
     rope: dict[str, Any]
@@ -152,6 +162,10 @@ def _from_params(checkpoint: Checkpoint) -> dict[str, Any]:
     window = values["sliding_window"]
     if isinstance(window, str) and window.isdecimal():  # as Mistral 7B v0.1 was also published
         values["sliding_window"] = int(window)
+    moe = params.get("moe") or params
+    if not isinstance(moe, Mapping):
+        raise BadInput(f"{path}: params.json: moe is {str(moe)[:40]!r}, not what a mixture's numbers are in")
+    values |= {"num_local_experts": moe.get("num_experts"), "num_experts_per_tok": moe.get("num_experts_per_tok")}
     if values["vocab_size"] == -1:  # Llama 2: as many as the tokenizer has
         embedding = checkpoint.tensors.get("tok_embeddings.weight")
         values["vocab_size"] = embedding.shape[0] if embedding else None
@@ -207,6 +221,8 @@ def read_decoder_config(cls: type[C], checkpoint: Checkpoint, **values: Any) -> 
             f"{path}: {heads} heads of {head_dim} numbers can't share {kv_heads} key/value heads and rotate in pairs"
         )
     config = replace(config, num_key_value_heads=kv_heads, head_dim=head_dim)
+    if not 0 < config.rotary_dim <= head_dim or config.rotary_dim % 2:
+        raise BadInput(f"{path}: RoPE can't rotate {config.rotary_dim} of a head's {head_dim} numbers, in pairs")
     # Refuses unknown scalings, and divisors of another number than there are frequencies.
     scaling(config.rope_parameters, path).frequencies(config.rope_theta, config.rotary_dim, 1)
     return config
@@ -286,4 +302,3 @@ def rope_divisors(config: DecoderConfig) -> Tensor | None:
         return None
     plain = inverse_frequencies(config.rope_theta, config.rotary_dim)
     return plain / stretch.frequencies(config.rope_theta, config.rotary_dim, 1)
-

@@ -28,7 +28,7 @@ class Qwen2Config(DecoderConfig):
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
     max_window_layers: int = 28
-    layer_types: tuple[str, ...] = ()
+    layer_types: tuple[str, ...] | None = None
 
     def window(self, layer: int) -> int | None:
         """How many keys a layer's queries see: published as a list, or as the first layer that has a window."""

@@ -6,6 +6,7 @@ a head; within one sequence Q queries and K keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -21,7 +22,9 @@ Bias = Callable[[Tensor, range, range], Tensor]
 """(q_QHD, their positions, the keys' positions) -> [H, Q, K], added to one sequence's scores. Positions are counted
 from the first key that the sequence still has."""
 
-QUERY_BLOCK = 512  # rows of queries whose mask is held at once, so that no Q x K mask of a whole sequence ever is
+QUERY_BLOCK = 256
+"""How many queries are masked at once, so that no mask of a whole sequence is ever made, and a window's queries are
+multiplied with few keys that they don't see. SDPA's CPU kernel was fastest at 256, of 64 to 1,024."""
 
 
 def attention(
@@ -78,22 +81,33 @@ def _plain(
         y_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=causal, scale=scale, enable_gqa=gqa)
         return y_BHLD.transpose(1, 2).flatten(0, 1)
     heads, groups = q_NHD.shape[1], k.shape[1]
-    k_1GMD, v_1GMD = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
     out: list[Tensor] = []
     for (start, count), seen in zip(queries.spans, keys.spans, strict=True):
-        q_QHD, k_1GKD, v_1GKD = q_NHD.narrow(0, start, count), _rows(k_1GMD, seen), _rows(v_1GMD, seen)
-        if count == 1 and bias is None:  # one query sees all keys: the heads of a group are as good as rows
-            if window is not None:
-                k_1GKD, v_1GKD = k_1GKD[:, :, -window:], v_1GKD[:, :, -window:]
+        if not count:
+            continue
+        if window is not None and bias is None:
+            seen = _last(seen, window + count - 1)
+        q_QHD, k_1GKD, v_1GKD = q_NHD.narrow(0, start, count), _rows(k, seen), _rows(v, seen)
+        if count == 1 and bias is None:  # one query sees all of these keys: the heads of a group are as good as rows
             q_1GRD = q_QHD.view(1, groups, heads // groups, -1)
             out.append(F.scaled_dot_product_attention(q_1GRD, k_1GKD, v_1GKD, scale=scale).view(1, heads, -1))
-        elif count:
+        else:
             out.append(_one_sequence(q_QHD, k_1GKD, v_1GKD, causal, window, scale, bias))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _rows(x_1GMD: Tensor, rows: tuple[int, int] | Tensor) -> Tensor:
-    return x_1GMD.index_select(2, rows) if isinstance(rows, Tensor) else x_1GMD.narrow(2, *rows)
+def _last(rows: tuple[int, int] | Tensor, count: int) -> tuple[int, int] | Tensor:
+    """The last `count` of a sequence's rows, or all if it has fewer."""
+    if isinstance(rows, Tensor):
+        return rows[-count:]
+    first, length = rows
+    return (first, length) if length <= count else (first + length - count, count)
+
+
+def _rows(x_MGD: Tensor, rows: tuple[int, int] | Tensor) -> Tensor:
+    """[M, G, D] -> [1, G, K, D]; a span of rows is a view, scattered ones are copied."""
+    x_KGD = x_MGD.index_select(0, rows) if isinstance(rows, Tensor) else x_MGD.narrow(0, *rows)
+    return x_KGD.transpose(0, 1)[None]
 
 
 def _one_sequence(
@@ -105,6 +119,7 @@ def _one_sequence(
     scale: float | None,
     bias: Bias | None,
 ) -> Tensor:
+    """Block by block of queries, each over the keys from the first to the last that one of them sees."""
     q_1HQD = q_QHD.transpose(0, 1)[None]
     queries, keys = q_1HQD.shape[2], k_1GKD.shape[2]
     gqa = q_1HQD.shape[1] != k_1GKD.shape[1]
@@ -113,21 +128,24 @@ def _one_sequence(
         y_1HQD = F.scaled_dot_product_attention(q_1HQD, k_1GKD, v_1GKD, is_causal=True, scale=scale, enable_gqa=gqa)
         return y_1HQD[0].transpose(0, 1)
     block = QUERY_BLOCK if causal or bias is not None else queries
+    mask_QK: Tensor | None = None
     out: list[Tensor] = []
     for start in range(0, queries, block):
         stop = min(start + block, queries)
         at_q = range(past + start, past + stop)
         at_k = range(max(0, at_q.start + 1 - (window or keys)), at_q.stop if causal else keys)
-        mask = _mask(at_q, at_k, window, q_QHD.device) if causal else None
+        shape = len(at_q), len(at_k)
+        if causal and (mask_QK is None or mask_QK.shape != shape):  # most blocks of a window share theirs
+            mask_QK = _mask(*shape, window, q_QHD)
+        added = mask_QK
         if bias is not None:
-            bias_HQK = bias(q_QHD[start:stop], at_q, at_k).to(q_QHD.dtype)
-            mask = bias_HQK if mask is None else bias_HQK.masked_fill(~mask, -torch.inf)
-        seen = slice(at_k.start, at_k.stop)
+            bias_1HQK = bias(q_QHD[start:stop], at_q, at_k).to(q_QHD.dtype)[None]
+            added = bias_1HQK if mask_QK is None else bias_1HQK + mask_QK
         y_1HQD = F.scaled_dot_product_attention(
             q_1HQD[:, :, start:stop],
-            k_1GKD[:, :, seen],
-            v_1GKD[:, :, seen],
-            attn_mask=mask,
+            k_1GKD[:, :, at_k.start : at_k.stop],
+            v_1GKD[:, :, at_k.start : at_k.stop],
+            attn_mask=added,
             scale=scale,
             enable_gqa=gqa,
         )
@@ -135,12 +153,14 @@ def _one_sequence(
     return torch.cat(out)
 
 
-def _mask(at_q: range, at_k: range, window: int | None, device: torch.device) -> Tensor:
-    """bool [Q, K]: which keys a query sees, by their positions."""
-    ago_QK = torch.arange(at_q.start, at_q.stop, device=device)[:, None] - torch.arange(
-        at_k.start, at_k.stop, device=device
-    )
-    return (ago_QK >= 0) & (ago_QK < window) if window else ago_QK >= 0
+def _mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+    """[Q, K], what is added to the scores of queries of which the last stands at the last key: 0 where a query sees a
+    key, else -inf. It has the scores' own dtype, since SDPA makes such a one of a bool mask in every call."""
+    past = keys - queries
+    mask_QK = like.new_full((queries, keys), -torch.inf).triu_(past + 1)
+    if window is not None:
+        mask_QK += torch.full_like(mask_QK, -torch.inf).tril_(past - window)
+    return mask_QK
 
 
 def _varlen_form(q_NHD: Tensor, keys: Rows | Pages) -> str | None:
@@ -217,6 +237,9 @@ class Attention(nn.Module):
         window: how many keys a query sees, its own included; None for all.
         bias: whether q, k, v have a bias; `output_bias`: whether o has.
         q_norm, k_norm: norms of each head's queries and keys, before RoPE (Qwen3).
+        log_scale_after: each query with more than so many tokens up to and with its own is multiplied by the logarithm,
+            to this base, of their number, lest attention flattens as it spreads over more keys (log-n scaling:
+            arXiv:2202.12172; Qwen, arXiv:2309.16609).
     """
 
     def __init__(
@@ -233,6 +256,7 @@ class Attention(nn.Module):
         output_bias: bool = False,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
+        log_scale_after: int | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -247,6 +271,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, dim, bias=output_bias)
         self.q_norm = q_norm
         self.k_norm = k_norm
+        self.log_scale_after = log_scale_after
 
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor:
         """[N, dim] -> [N, dim]; the keys and values of the batch's tokens are written to its pages, if it has any."""
@@ -255,6 +280,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_NHD, k_NGD = self.q_norm(q_NHD), self.k_norm(k_NGD)
         q_NHD, k_NGD = self.rope(q_NHD, batch), self.rope(k_NGD, batch)
+        if self.log_scale_after is not None:
+            q_NHD = q_NHD * _log_scale(batch, self.log_scale_after).to(q_NHD.dtype)
         if batch.pages is None:
             y_NHD = attention(q_NHD, k_NGD, v_NGD, batch.rows, batch.rows, causal=True, window=self.window)
         else:
@@ -263,3 +290,10 @@ class Attention(nn.Module):
             y_NHD = attention(q_NHD, k, v, batch.rows, batch.pages, causal=True, window=self.window).to(x_ND.dtype)
         out_ND: Tensor = self.o_proj(y_NHD.flatten(-2))
         return out_ND
+
+
+def _log_scale(batch: Batch, base: int) -> Tensor:
+    """float32 [N, 1, 1], the logarithm of each token's place in its sequence, counted from 1; 1 up to `base`."""
+    return batch.shared(
+        ("log scale", base), lambda: (batch.positions[:, None, None] + 1.0).clamp(min=base).log() / math.log(base)
+    )

@@ -30,3 +30,19 @@ class PreNormBlock(nn.Module):
         x_ND = x_ND + self.attention(self.attention_norm(x_ND), batch)
         y_ND, aux = self.feedforward(self.feedforward_norm(x_ND), batch)
         return x_ND + y_ND, aux
+
+
+class ParallelBlock(nn.Module):
+    """x + attention(y) + feedforward(y), both of the same y = norm(x): GPT-J's and phi's block."""
+
+    def __init__(self, norm: nn.Module, attention: nn.Module, feedforward: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.attention = attention
+        self.feedforward = feedforward
+
+    def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, Any]:
+        """float32 [N, dim] -> the same, and what a mixture's router decided for each token (None for a dense block)."""
+        y_ND = self.norm(x_ND)
+        z_ND, aux = self.feedforward(y_ND, batch)
+        return x_ND + self.attention(y_ND, batch) + z_ND, aux

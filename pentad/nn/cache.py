@@ -1,8 +1,9 @@
 """The paged cache of keys and values.
 
 For each layer there is one pool of keys and one of values. A sequence owns a table of pages, in logical order; its keys
-are stored after RoPE at their absolute positions, so a page can be shared by sequences that begin alike, and dropped
-once no window reaches it (the rolling buffer of Mistral 7B, arXiv:2310.06825, section 2, in units of pages).
+are stored after RoPE at their absolute positions, so a page can be shared by sequences that begin alike, moved, and
+dropped once no window reaches it (the rolling buffer of Mistral 7B, arXiv:2310.06825, section 2, in units of pages: a
+sequence of T tokens holds min(T, window + the chunk at hand + a page) of them).
 
 Legend: N tokens in the batch, P pages, S tokens a page, G key/value heads, D numbers a head.
 """
@@ -33,6 +34,11 @@ class CachedSequence:
     pages: list[int] = field(default_factory=list)
     length: int = 0
     dropped: int = 0
+
+    @property
+    def held(self) -> int:
+        """Tokens that its pages hold."""
+        return self.length - self.dropped
 
 
 class PagedCache:
@@ -80,7 +86,7 @@ class PagedCache:
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         """A second sequence that begins as `sequence` does, sharing its pages."""
-        filled = sequence.pages[: self._pages_for(sequence.length - sequence.dropped)]  # not what is only reserved
+        filled = sequence.pages[: self._pages_for(sequence.held)]  # not what is only reserved
         for page in filled:
             self._counts[page] += 1
         return CachedSequence(sequence.rope_length, filled, sequence.length, sequence.dropped)
@@ -90,7 +96,7 @@ class PagedCache:
 
     def close(self, sequence: CachedSequence) -> None:
         """Give all pages back."""
-        self._release(sequence, len(sequence.pages))
+        self._release(sequence, slice(None))
         sequence.length = sequence.dropped = 0
 
     def can_truncate(self, sequence: CachedSequence, length: int) -> bool:
@@ -107,26 +113,21 @@ class PagedCache:
             raise PentadError(f"can't go back to token {length} of a sequence that has {sequence.length}")
         if not self.can_truncate(sequence, length):
             raise PentadError(f"can't go back to token {length}: tokens before {sequence.dropped} have left the cache")
-        keep = self._pages_for(length - sequence.dropped)
-        for page in sequence.pages[keep:]:
-            self._counts[page] -= 1
-        del sequence.pages[keep:]
         sequence.length = length
+        self._release(sequence, slice(self._pages_for(sequence.held), None))
 
     def reserve(self, sequence: CachedSequence, tokens: int) -> None:
         """Make sure that `tokens` more fit, and that the page they begin in is this sequence's alone."""
-        filled = sequence.length - sequence.dropped
-        first = filled // self.page_size  # index of the page that the next token goes to
+        first = sequence.held // self.page_size  # index of the page that the next token goes to
         if first < len(sequence.pages) and self._counts[shared := sequence.pages[first]] > 1:
-            (own,) = self._take(1, after=None)
-            for pool in (*self.keys, *self.values):
-                pages = pool.unflatten(0, (-1, self.page_size))  # type: ignore[no-untyped-call]
-                pages[own] = pages[shared]
+            own = self._free(1)[0]
+            self._copy([shared], [own])
             self._counts[shared] -= 1
+            self._counts[own] = 1
             sequence.pages[first] = own
-        missing = self._pages_for(filled + tokens) - len(sequence.pages)
+        missing = self._pages_for(sequence.held + tokens) - len(sequence.pages)
         if missing > 0:
-            sequence.pages += self._take(missing, after=sequence.pages[-1] if sequence.pages else None)
+            self._extend(sequence, missing)
 
     def batch(self, work: Sequence[tuple[CachedSequence, Sequence[int]]]) -> Batch:
         """Reserve room for the next tokens of some sequences, and lay them end to end."""
@@ -144,8 +145,8 @@ class PagedCache:
             self.keys,
             self.values,
             size,
-            tuple(tuple(s.pages[: self._pages_for(s.length - s.dropped + len(ids))]) for s, ids in work),
-            tuple(s.length - s.dropped + len(ids) for s, ids in work),
+            tuple(tuple(s.pages[: self._pages_for(s.held + len(ids))]) for s, ids in work),
+            tuple(s.held + len(ids) for s, ids in work),
             torch.tensor(slots, dtype=torch.int64).to(device),
         )
         return Batch(
@@ -160,36 +161,60 @@ class PagedCache:
         """Keep `tokens` more of what was written, and take back pages that no window reaches any more."""
         sequence.length += tokens
         if self.window is not None:
-            unreachable = (
-                sequence.length - self.window + 1 - sequence.dropped
-            )  # the next query sees `window` keys, itself one
-            count = max(0, unreachable) // self.page_size
-            self._release(sequence, count)
+            # Of the tokens that there are, the next query sees the last `window - 1`: its own key is one of its window.
+            count = max(0, sequence.held - (self.window - 1)) // self.page_size
+            self._release(sequence, slice(count))
             sequence.dropped += count * self.page_size
 
-    def _release(self, sequence: CachedSequence, count: int) -> None:
-        for page in sequence.pages[:count]:
+    def _release(self, sequence: CachedSequence, which: slice) -> None:
+        for page in sequence.pages[which]:
             self._counts[page] -= 1
-        del sequence.pages[:count]
+        del sequence.pages[which]
 
-    def _take(self, count: int, after: int | None) -> list[int]:
-        """`count` free pages: those that follow page `after` if they are free, else neighbors, else any."""
-        runs = [after + 1] if after is not None else []
-        free = [page for page, holders in enumerate(self._counts) if not holders]
-        runs += [page for page in free if page == 0 or self._counts[page - 1]]  # where a run of free pages begins
-        for start in runs:
-            run = range(start, start + count)
-            if run.stop <= len(self._counts) and not any(self._counts[page] for page in run):
-                taken = list(run)
-                break
-        else:
-            if len(free) < count:
-                self._grow(count)
-                return self._take(count, after)
-            taken = free[:count]
-        for page in taken:
-            self._counts[page] = 1
-        return taken
+    def _extend(self, sequence: CachedSequence, count: int) -> None:
+        """Give a sequence `count` pages more, so that all of them are neighbors, which attention reads without a copy.
+
+        Where it can't grow in place it moves, which costs once what scattered pages cost in every step. They are
+        scattered only where some are shared, or no place holds all of them.
+        """
+        held, free = sequence.pages, self._free(count)
+        place = self._place(held, count)
+        pages = held + free[:count] if place is None else list(place)
+        if pages[: len(held)] != held:
+            self._copy(held, pages[: len(held)])
+        for page in held:
+            self._counts[page] -= 1
+        for page in pages:
+            self._counts[page] += 1
+        sequence.pages = pages
+
+    def _place(self, held: list[int], count: int) -> range | None:
+        """Neighboring pages, none of them another's, for `held` and `count` more: where `held` is now, if it can be."""
+        total = len(held) + count
+        if held:
+            here = range(held[0], held[0] + total)
+            if held == list(here[: len(held)]) and self._counts[here.start + len(held) : here.stop] == [0] * count:
+                return here
+        if any(self._counts[page] > 1 for page in held):
+            return None  # what is shared stays where it is
+        own, run = set(held), 0
+        for page, holders in enumerate(self._counts):
+            run = run + 1 if not holders or page in own else 0
+            if run == total:
+                return range(page + 1 - total, page + 1)
+        return None
+
+    def _copy(self, old: list[int], new: list[int]) -> None:
+        """Copy pages, which may overlap."""
+        for pool in (*self.keys, *self.values):
+            pages = pool.unflatten(0, (-1, self.page_size))  # type: ignore[no-untyped-call]
+            pages[new] = pages[old]
+
+    def _free(self, count: int) -> list[int]:
+        """The free pages, of which there are at least `count`."""
+        if self._counts.count(0) < count:
+            self._grow(count)
+        return [page for page, holders in enumerate(self._counts) if not holders]
 
     def _grow(self, count: int) -> None:
         """Add at least `count` pages, and half as many as there are, so that growing stays rare."""

@@ -40,12 +40,15 @@ class QuantizedLinear(nn.Module):
         return quantization in AFFINE4 and fits and dtype == torch.bfloat16 and device.type == "cpu"
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        if x_ND.shape[0] > FEW_ROWS:
+        if x_ND.shape[0] > FEW_ROWS or not self._has_operator(x_ND):
             return F.linear(x_ND, self.weight.dequantize(x_ND.dtype), self.bias)
         if self._packed is None or len(self._packed_with) > 1:
             self._pack([self])
         y = torch._weight_int4pack_mm_for_cpu(x_ND, self._packed[0], 32, self._packed[1])  # type: ignore[index]
         return y if self.bias is None else y + self.bias
+
+    def _has_operator(self, x_ND: Tensor) -> bool:
+        return self.takes(self.weight.type, self.weight.shape, x_ND.dtype, x_ND.device)
 
     def together(self, x_ND: Tensor, linears: tuple[nn.Module, ...]) -> Sequence[Tensor] | None:
         """The outputs of `linears`, this one the first of them, by one product; None where they aren't all alike."""
@@ -53,7 +56,7 @@ class QuantizedLinear(nn.Module):
         for linear in linears:
             if type(linear) is not QuantizedLinear or linear.bias is not None:
                 return None
-            if linear._forward_hooks or linear._forward_pre_hooks:
+            if linear._forward_hooks or linear._forward_pre_hooks or not linear._has_operator(x_ND):
                 return None
             widths.append(linear.out_features)
         if self._packed is None or self._packed_with != linears:
@@ -86,6 +89,23 @@ def project(x_ND: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     return [linear(x_ND) for linear in linears]
 
 
+class QuantizedEmbedding(nn.Module):
+    """Rows of a weight that stays in its file's blocks, by their ids, as float32.
+
+    Args:
+        weight: [vocabulary, width]; mapped blocks.
+    """
+
+    bytes_per_weight = QuantizedLinear.bytes_per_weight
+
+    def __init__(self, weight: QuantizedTensor) -> None:
+        super().__init__()
+        self.weight: Final = weight
+
+    def forward(self, ids_N: Tensor) -> Tensor:
+        return self.weight.take_rows(ids_N).dequantize()
+
+
 class RowwiseInt8Linear(nn.Module):
     """A language model's head in bfloat16, and in int8 with one scale a row where one or two rows come.
 
@@ -95,9 +115,10 @@ class RowwiseInt8Linear(nn.Module):
 
     bytes_per_weight = 3.0  # both forms
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = weight  # [out, in], most often the embedding's
+        self.bias = bias  # [out]
         self._int8: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
@@ -107,11 +128,12 @@ class RowwiseInt8Linear(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         if x_ND.shape[0] > 2:
-            return F.linear(x_ND, self.weight)
+            return F.linear(x_ND, self.weight, self.bias)
         if self._int8 is None:
             slabs = [_int8_rows(rows) for rows in self.weight.split(4096)]  # type: ignore[no-untyped-call]
             self._int8 = torch.cat([values for values, _ in slabs]), torch.cat([scale for _, scale in slabs])
-        return torch._weight_int8pack_mm(x_ND, *self._int8)
+        y = torch._weight_int8pack_mm(x_ND, *self._int8)
+        return y if self.bias is None else y + self.bias
 
 
 def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

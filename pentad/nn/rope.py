@@ -15,6 +15,8 @@ from pentad.nn.rope_scaling import Unscaled
 class Rope:
     """Rotates pairs of numbers (i, i + D/2) of each head by position * frequency_i.
 
+    A head may have more than D numbers (GPT-J's and phi's partial rotary embedding): those after the first D stay.
+
     Not a module: it has no weights and keeps no tensor, so a network can be built on the meta device and moved freely.
 
     Args:
@@ -29,7 +31,9 @@ class Rope:
         self.scaling = scaling or Unscaled()
 
     def __call__(self, x_NHD: Tensor, batch: Batch) -> Tensor:
-        """Rotate the heads of the batch's tokens: [N, heads, D] -> the same shape and dtype."""
+        """Rotate the heads of the batch's tokens: [N, heads, D or more] -> the same shape and dtype."""
+        if x_NHD.shape[-1] > self.dim:
+            return torch.cat((self(x_NHD[..., : self.dim], batch), x_NHD[..., self.dim :]), -1)
         cos_N1D, sin_N1D = batch.shared((self, x_NHD.dtype), lambda: self._cos_sin(batch, x_NHD.dtype))
         return torch.addcmul(x_NHD * cos_N1D, x_NHD.roll(self.dim // 2, -1), sin_N1D)
 

@@ -50,6 +50,11 @@ class Linear(Unscaled):
         return inverse_frequencies(theta, dim) / self.factor
 
 
+def _ntk_aware(theta: float, dim: int, stretch: float) -> Tensor:
+    """Frequencies of a larger base: the slowest is divided by `stretch`, the fastest stays."""
+    return inverse_frequencies(theta * stretch ** (dim / max(dim - 2, 1)), dim)
+
+
 @dataclass(frozen=True)
 class Dynamic(Unscaled):
     """Dynamic NTK: the base grows with the length, once that exceeds what the model was trained on."""
@@ -59,10 +64,32 @@ class Dynamic(Unscaled):
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
         stretch = self.factor * self.regime(length) / self.max_position_embeddings - (self.factor - 1)
-        return inverse_frequencies(theta * stretch ** (dim / (dim - 2)), dim)
+        return _ntk_aware(theta, dim, stretch)
 
     def regime(self, length: int) -> int:
         return max(length, self.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class DynamicSteps(Unscaled):
+    """Dynamic NTK with a base that grows in steps, at each doubling of the length that the model was trained on.
+
+    As the code of Qwen's first generation has it (https://huggingface.co/Qwen/Qwen-7B/blob/main/modeling_qwen.py,
+    `get_ntk_alpha`); the idea is in arXiv:2309.16609, "Context Length Extension". Its config has no ``rope_type``.
+
+    Args:
+        trained_length: tokens, published as ``seq_length``.
+    """
+
+    trained_length: int
+
+    def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
+        return _ntk_aware(theta, dim, self.regime(length))
+
+    def regime(self, length: int) -> int:
+        """What stretches the base: 1 up to the trained length, then 3 up to twice that, 7 up to four times, …"""
+        doublings = (-(-length // self.trained_length) - 1).bit_length() if length > self.trained_length else 0
+        return (2 << doublings) - 1
 
 
 @dataclass(frozen=True)

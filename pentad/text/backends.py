@@ -9,15 +9,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pentad.errors import BadInput
+from pentad.text.byte_level import BYTE_OF, CHARACTER_OF
 from pentad.text.control import ControlStrings, is_control
+from pentad.text.sentencepiece_proto import BYTE_PIECE, SPACE, without_prefix
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
 
 __all__ = ["Backend", "SentencePieceBackend", "TokenizersBackend"]
-
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 
 class Backend(Protocol):
@@ -47,20 +47,23 @@ class Backend(Protocol):
 class TokenizersBackend:
     """A pipeline of the `tokenizers` library: byte-level BPE, or whatever a tokenizer.json
     describes.
+
+    Attributes: `pipeline`, to read from; `byte_level`: whether its tokens are bytes, one character
+    each, and not text with `<0x0A>` for a byte.
     """
 
     def __init__(self, pipeline: Tokenizer) -> None:
         """Takes the pipeline over. Raises `BadInput` where it can't say how tokens become bytes."""
         pipeline.no_truncation()
         pipeline.no_padding()
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         # `encode_special_tokens` is a setting of the pipeline, not of a call.
         self._lock = threading.Lock()
         added = pipeline.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         control = {i: t for i, t in added.items() if t.special or is_control(t.content)}
         pipeline.add_special_tokens([token for token in control.values() if not token.special])
-        self.vocab_size = max(pipeline.get_vocab_size(), max(added, default=-1) + 1)
+        self.vocab_size = max(pipeline.get_vocab().values(), default=-1) + 1
         self.control = ControlStrings(
             {token.content: i for i, token in control.items()},
             {token.content: (token.lstrip, token.rstrip) for token in control.values()},
@@ -68,7 +71,7 @@ class TokenizersBackend:
         self._control_ids = frozenset(control)
         steps = _steps(pipeline.decoder, "decoders")
         kinds = {step["type"] for step in steps}
-        self._byte_level = "ByteLevel" in kinds
+        self.byte_level = "ByteLevel" in kinds
         if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
             named = ", ".join(sorted(kinds)) or "none"
             raise BadInput(f"tokenizer.json: its decoder is {named}: pentad reads ByteLevel and Metaspace ones")
@@ -85,8 +88,8 @@ class TokenizersBackend:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """See `Backend`."""
         with self._lock:
-            self._pipeline.encode_special_tokens = not special
-            ids: list[int] = self._pipeline.encode(text, add_special_tokens=False).ids
+            self.pipeline.encode_special_tokens = not special
+            ids: list[int] = self.pipeline.encode(text, add_special_tokens=False).ids
         if special or self._control_ids.isdisjoint(ids):
             return ids
         # A control token that is also a word of the model (ignore_merges, or by its merges).
@@ -110,13 +113,13 @@ class TokenizersBackend:
         """See `Backend`."""
         if token in self._added:
             return self._added[token].encode()
-        piece = self._pipeline.id_to_token(token)
+        piece = self.pipeline.id_to_token(token)
         if piece is None:
             return b""
-        if not self._byte_level:
+        if not self.byte_level:
             return _piece_bytes(piece)
         try:
-            return bytes(_BYTE_OF[character] for character in piece)
+            return bytes(BYTE_OF[character] for character in piece)
         except KeyError:
             return piece.encode()
 
@@ -127,9 +130,9 @@ class TokenizersBackend:
 
     def _spelled(self, token: int) -> list[int]:
         pieces = (
-            (_CHARACTER_OF[byte] if self._byte_level else f"<0x{byte:02X}>") for byte in self._added[token].encode()
+            (CHARACTER_OF[byte] if self.byte_level else f"<0x{byte:02X}>") for byte in self._added[token].encode()
         )
-        ids = (self._pipeline.token_to_id(piece) for piece in pieces)
+        ids = (self.pipeline.token_to_id(piece) for piece in pieces)
         return [i for i in ids if i is not None and i not in self._control_ids]
 
 
@@ -139,31 +142,36 @@ class SentencePieceBackend:
     A space is put in front of a text that follows a control token (`prefix_after_control`), as
     llama.cpp and Hugging Face's converted tokenizer.json do and as these models were trained by
     their original code; files that say `"legacy": false` want none.
+
+    Attributes: `model`, the serialized ModelProto; `special_tokens`: what the model itself names as
+    `bos_token`, `eos_token`, `unk_token` and `pad_token`.
     """
 
     def __init__(self, model: bytes, *, prefix_after_control: bool = True) -> None:
         """`model`: a serialized ModelProto. Raises `BadInput` where sentencepiece refuses it."""
-        self._model = model
+        self.model = model
         self._prefix_after_control = prefix_after_control
         self._processor = _sentencepiece(model)
         self.vocab_size: int = self._processor.vocab_size()
         processor = self._processor
-        self.control = ControlStrings(
-            {
-                processor.id_to_piece(i): i
-                for i in range(self.vocab_size)
-                if processor.is_control(i) or processor.is_unknown(i)
-            }
-        )
+        try:
+            self._pieces: list[str] = processor.id_to_piece(list(range(self.vocab_size)))
+        except UnicodeDecodeError as error:
+            raise BadInput(f"the SentencePiece vocabulary is broken: {error.object[:20]!r} is not UTF-8") from None
+        control = (i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i))
+        self.control = ControlStrings({self._pieces[i]: i for i in control})
+        roles = {"bos": processor.bos_id(), "eos": processor.eos_id()}
+        roles |= {"unk": processor.unk_id(), "pad": processor.pad_id()}
+        self.special_tokens = {f"{role}_token": self._pieces[i] for role, i in roles.items() if i >= 0}
 
     @cached_property
     def _bare(self) -> SentencePieceProcessor:
-        """The same model without the leading space. Concatenated protobufs merge, so this appends
-        `normalizer_spec { add_dummy_prefix: false }`."""
-        return _sentencepiece(self._model + b"\x1a\x02\x18\x00")
+        """The same model without the leading space."""
+        return _sentencepiece(without_prefix(self.model))
 
     @cached_property
-    def _prefixes(self) -> bool:
+    def prefixes(self) -> bool:
+        """Whether a space is put in front of a text."""
         return bool(self._processor.encode("a") != self._bare.encode("a"))
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -183,17 +191,19 @@ class SentencePieceBackend:
 
     def token_bytes(self, token: int) -> bytes:
         """See `Backend`."""
-        return _piece_bytes(self._processor.id_to_piece(token))
+        return _piece_bytes(self._pieces[token])
 
     def first_bytes(self, token: int) -> bytes:
         """See `Backend`."""
-        piece: str = self._processor.id_to_piece(token)
-        return _piece_bytes(piece.removeprefix(_SPACE) if self._prefixes else piece)
+        piece = self._pieces[token]
+        return _piece_bytes(piece.removeprefix(SPACE) if self.prefixes else piece)
 
 
 def _sentencepiece(model: bytes) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
+    if not model:
+        raise BadInput("the SentencePiece vocabulary is empty")
     try:
         return SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
@@ -201,9 +211,8 @@ def _sentencepiece(model: bytes) -> SentencePieceProcessor:
 
 
 def _piece_bytes(piece: str) -> bytes:
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes.fromhex(piece[3:5])
-    return piece.replace(_SPACE, " ").encode()
+    byte = BYTE_PIECE.fullmatch(piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
 
 
 def _steps(part: Any, key: str) -> list[dict[str, Any]]:
@@ -214,20 +223,3 @@ def _steps(part: Any, key: str) -> list[dict[str, Any]]:
         return []
     state: dict[str, Any] = json.loads(part.__getstate__())
     return state[key] if state["type"] == "Sequence" else [state]
-
-
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's table: each byte as a printable character, its own where it has one, else from U+0100
-    on.
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-_CHARACTER_OF = _byte_characters()
-_BYTE_OF = {character: byte for byte, character in _CHARACTER_OF.items()}

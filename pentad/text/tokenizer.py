@@ -27,11 +27,11 @@ class Source(Protocol):
 
     @property
     def format(self) -> str:
-        """ "gguf" or "hf"."""
+        """ "gguf", "hf" or "consolidated"."""
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """GGUF: the file's metadata."""
+        """GGUF: the file's metadata; consolidated: params.json."""
 
 
 class Tokenizer:
@@ -40,7 +40,8 @@ class Tokenizer:
     Attributes: `vocab_size`; `control`: control string -> id; `bos_id`: the id that begins a
     sequence, or None; `adds_bos`: whether the files say that a plain prompt begins with it;
     `eos_ids`: the ids that end a reply: what the tokenizer's files and the generation settings
-    name, then every control token of `END_OF_TURN`.
+    name, then every control token of `END_OF_TURN`. For those who write it out again: `backend`,
+    what encodes; `special_tokens`: role (`eos_token`) -> string; `templates`: name -> jinja source.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class Tokenizer:
         """`special_tokens`: what a chat template may name, as `bos_token`; `templates`: name ->
         jinja source.
         """
-        self._backend = backend
-        self._special_tokens = dict(special_tokens)
-        self._templates = dict(templates)
+        self.backend = backend
+        self.special_tokens = dict(special_tokens)
+        self.templates = dict(templates)
         self._compiled: dict[str, ChatTemplate] = {}
         self.vocab_size = backend.vocab_size
         self.control = backend.control.ids
@@ -70,7 +71,7 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The source of the template for a chat without tools; None where the model has none."""
-        return self._templates.get("default")
+        return self.templates.get("default")
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """The ids of `text`. Control strings in it stay text unless `special`; `bos` puts `bos_id`
@@ -83,7 +84,7 @@ class Tokenizer:
         if bos and self.bos_id is None:
             raise BadInput("this vocabulary has no token that begins a sequence: encode with bos=False")
         with refusing("the tokenizer can't encode this text"):
-            ids = self._backend.encode(text, special=special)
+            ids = self.backend.encode(text, special=special)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False, continues: bool = False) -> str:
@@ -104,11 +105,11 @@ class Tokenizer:
         """The bytes that one id stands for; none for an id past the vocabulary (embeddings are
         padded).
         """
-        return self._backend.token_bytes(token) if self._known(token) else b""
+        return self.backend.token_bytes(token) if self._known(token) else b""
 
     def first_bytes(self, token: int) -> bytes:
         """The same where the id opens a text: without the space that encoding put in front."""
-        return self._backend.first_bytes(token) if self._known(token) else b""
+        return self.backend.first_bytes(token) if self._known(token) else b""
 
     def _known(self, token: int) -> bool:
         if token < 0:
@@ -134,27 +135,27 @@ class Tokenizer:
 
         rendered, sentinel = render_guarded(
             self._template("tool_use" if tools is not None else "default"),
-            self._backend.control,
+            self.backend.control,
             {"messages": messages, "tools": tools, "documents": None, **variables},
-            {**self._special_tokens, "add_generation_prompt": add_generation_prompt},
+            {**self.special_tokens, "add_generation_prompt": add_generation_prompt},
         )
-        control: ControlStrings = self._backend.control
+        control: ControlStrings = self.backend.control
         plain = rendered.replace(sentinel, "")
         check_text(plain)
         parts = control.split(rendered, sentinel)
         if parts == control.split(plain):  # nothing was forged
-            return self._backend.encode(plain, special=True)
-        return self._backend.encode_parts(parts)
+            return self.backend.encode(plain, special=True)
+        return self.backend.encode_parts(parts)
 
     def _template(self, name: str) -> ChatTemplate:
         from pentad.text.chat_template import ChatTemplate
 
-        if name not in self._templates:
+        if name not in self.templates:
             name = "default"
-        if name not in self._templates:
+        if name not in self.templates:
             raise BadInput("this model has no chat template: complete plain text instead")
         if name not in self._compiled:
-            self._compiled[name] = ChatTemplate(self._templates[name])
+            self._compiled[name] = ChatTemplate(self.templates[name])
         return self._compiled[name]
 
 

@@ -18,12 +18,14 @@ def open(path: str | Path) -> Checkpoint:
     """Opens a checkpoint by what it holds: reads headers, maps weights, and reads none of them.
 
     `path` is a GGUF file (or any part of a split one); a folder as transformers saves it, or its
-    config.json, weights or index; a folder with one GGUF in it; or a configuration alone, in a JSON
-    file of another name, whose checkpoint has no tensors. Raises BadInput, in one line that names
-    the file, for anything else and for whatever is wrong with them.
+    config.json, weights or index; a folder as Mistral and Meta publish them, or its params.json,
+    weights or index; a folder with one GGUF in it; or a configuration alone (config.json, by
+    whatever name, or params.json, by that name), whose checkpoint has no tensors. Raises BadInput,
+    in one line that names the file, for anything else and for whatever is wrong with them.
     """
+    from pentad.weights.consolidated import is_consolidated
     from pentad.weights.files import READABLE, describe, read_start, refuse
-    from pentad.weights.folder import CONFIG, open_config, open_folder, open_weights
+    from pentad.weights.folder import CONFIG, PARAMS, open_config, open_consolidated, open_folder, open_weights
     from pentad.weights.gguf import MAGIC, open_gguf
     from pentad.weights.pickled import is_pickled, read_pickled
     from pentad.weights.safetensors import is_safetensors, read_safetensors
@@ -40,6 +42,8 @@ def open(path: str | Path) -> Checkpoint:
         return open_weights(path, read_safetensors)
     if is_pickled(start):
         return open_weights(path, read_pickled)
+    if path.name == PARAMS or is_consolidated(path.name):
+        return open_consolidated(path.parent, path.name)
     if path.name == CONFIG or path.name.endswith(".index.json"):
         return open_folder(path.parent)
     if path.suffix == ".json":

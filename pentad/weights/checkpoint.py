@@ -21,7 +21,7 @@ class TensorEntry:
 
     `shape` is in torch's order, rows first. Of `dtype` and `quantization` (a key of
     `pentad.weights.quantized.BLOCKS`) exactly one is None. `nbytes` is what it takes in the file.
-    `read` gives the tensor, as a view of the mapped file.
+    `read` gives the tensor: a view of the mapped file, or a new one where files hold slices of it.
     """
 
     name: str
@@ -36,8 +36,9 @@ class TensorEntry:
 class Checkpoint:
     """A checkpoint's files, opened; nothing but headers has been read.
 
-    `path` is the folder (format "hf") or the file, of a split one the first (format "gguf").
-    `config` is config.json, or the GGUF's metadata with its keys as they are in the file.
+    `format` is "hf" (as transformers saves), "consolidated" (as Mistral and Meta publish) or "gguf".
+    `path` is the folder or, of GGUF, the file, of a split one the first. `config` is config.json,
+    params.json, or the GGUF's metadata with its keys as they are in the file.
     `generation` is generation_config.json, empty where there is none. `tensors` is empty for a
     configuration without weights.
     """

@@ -10,7 +10,10 @@ from pentad.errors import BadInput
 
 __all__ = ["READABLE", "describe", "read_json", "read_start", "refuse"]
 
-READABLE = "pentad reads GGUF files, and folders with a config.json and model.safetensors or pytorch_model.bin"
+READABLE = (
+    "pentad reads GGUF files, folders with a config.json and model.safetensors or pytorch_model.bin, and folders with "
+    "a params.json and consolidated.safetensors or .pth"
+)
 _MAX_JSON_BYTES = 100_000_000  # what safetensors allows its headers
 _MAX_MESSAGE = 600  # what a hostile file calls its tensors may be megabytes
 _KINDS = (

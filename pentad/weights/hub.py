@@ -124,11 +124,12 @@ def pull(name: HubName, progress: Progress) -> Path:
 
 
 def cached_repos() -> list[CachedRepo]:
-    """The models in Hugging Face's cache that have a config.json or a GGUF file, by name."""
+    """The models in Hugging Face's cache that have a config.json, a params.json or a GGUF file, by name."""
     rows = []
     for repo in _scan_models():
         revision = max(repo.revisions, key=lambda revision: revision.last_modified)
-        if any(file.file_name == "config.json" or file.file_name.endswith(".gguf") for file in revision.files):
+        names = [file.file_name for file in revision.files]
+        if any(name in ("config.json", "params.json") or name.endswith(".gguf") for name in names):
             rows.append(CachedRepo(repo.repo_id, revision.snapshot_path, repo.size_on_disk))
     return sorted(rows, key=lambda row: row.name)
 
@@ -181,6 +182,7 @@ def _choose(name: HubName, files: Sequence[str]) -> tuple[list[str], str | None]
     # Mistral's repositories hold their weights twice: once more as `consolidated`.
     weights = [path for path in safetensors if not path.startswith("consolidated")] or safetensors
     weights = weights or [path for path in top if path.endswith(".bin") and path not in NOT_WEIGHTS]
+    weights = weights or [path for path in top if fnmatch(path, "consolidated.*.pt*")]
     if name.file is None and weights:
         _check_parts(name, weights)
         return [*_side_files(top), *weights], None
@@ -189,10 +191,11 @@ def _choose(name: HubName, files: Sequence[str]) -> tuple[list[str], str | None]
         parts = _choose_gguf(name, ggufs)
         _check_parts(name, parts)
         return parts, parts[0]
-    if "config.json" in top and not any(path.endswith(FOREIGN_WEIGHTS) for path in top):
+    if {"config.json", "params.json"}.intersection(top) and not any(path.endswith(FOREIGN_WEIGHTS) for path in top):
         return _side_files(top), None
     raise BadInput(
-        f"{name} holds no weights that pentad opens (safetensors, .bin, GGUF); there is: {_listing(top) or 'nothing'}"
+        f"{name} holds no weights that pentad opens (safetensors, .bin, consolidated, GGUF); there is:"
+        f" {_listing(top) or 'nothing'}"
     )
 
 

@@ -78,26 +78,86 @@ class Joined:
 
     Args:
         rows: how many rows each has.
+        axis: which dimension the rows are: 1 in stacks of matrices, each of which is joined with its like.
     """
 
     rows: tuple[int, ...]
+    axis: int = 0
 
     def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
-        return [(sum(shape[0] for shape in ours), *ours[0][1:])]
+        before, after = ours[0][: self.axis], ours[0][self.axis + 1 :]
+        return [(*before, sum(shape[self.axis] for shape in ours), *after)]
 
     def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
         (value,) = theirs
-        if isinstance(value, Tensor):
-            return value.split(self.rows)  # type: ignore[no-untyped-call, no-any-return]
+        if isinstance(value, Tensor) or self.axis:
+            return torch.split(_numbers(value), list(self.rows), self.axis)
         stops = [sum(self.rows[: i + 1]) for i in range(len(self.rows))]
         return [value.rows(stop - count, stop) for stop, count in zip(stops, self.rows, strict=True)]
 
     def store(self, ours: Sequence[Value]) -> Sequence[Value]:
-        quantized = [value for value in ours if isinstance(value, QuantizedTensor)]
-        if len(quantized) == len(ours) and len({value.type for value in quantized}) == 1:
-            blocks = torch.cat([value.blocks for value in quantized])
-            return [QuantizedTensor(blocks, quantized[0].type, (len(blocks), quantized[0].shape[1]))]
-        return [torch.cat([v.dequantize() if isinstance(v, QuantizedTensor) else v for v in ours])]
+        blocks = None if self.axis else _one_below_the_other(ours)
+        return [torch.cat([_numbers(value) for value in ours], self.axis) if blocks is None else blocks]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A stack of matrices, one for each expert, stored one by one."""
+
+    def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
+        (shape,) = ours
+        return [shape[1:]] * shape[0]
+
+    def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
+        blocks = _one_below_the_other(theirs)
+        if blocks is None:
+            return [torch.stack([_numbers(value) for value in theirs])]
+        return [QuantizedTensor(blocks.blocks, blocks.type, (len(theirs), *theirs[0].shape))]
+
+    def store(self, ours: Sequence[Value]) -> Sequence[Value]:
+        (value,) = ours
+        if isinstance(value, Tensor):
+            return value.unbind()
+        count = value.shape[1]
+        return [value.rows(start, start + count) for start in range(0, len(value.blocks), count)]
+
+
+@dataclass(frozen=True)
+class Flattened:
+    """A stack of matrices, stored as one: the matrices, or their transposes, one below the other.
+
+    Args:
+        count: how many the stack has.
+        transposed: whether the file has the transposes.
+    """
+
+    count: int
+    transposed: bool = False
+
+    def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
+        ((count, rows, columns),) = ours
+        return [(count * columns, rows) if self.transposed else (count * rows, columns)]
+
+    def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
+        stack = _numbers(theirs[0]).unflatten(0, (self.count, -1))  # type: ignore[no-untyped-call]
+        return [stack.transpose(1, 2) if self.transposed else stack]
+
+    def store(self, ours: Sequence[Value]) -> Sequence[Value]:
+        stack = _numbers(ours[0])
+        return [(stack.transpose(1, 2) if self.transposed else stack).flatten(0, 1)]
+
+
+def _numbers(value: Value) -> Tensor:
+    return value.dequantize() if isinstance(value, QuantizedTensor) else value
+
+
+def _one_below_the_other(values: Sequence[Value]) -> QuantizedTensor | None:
+    """The rows of quantized matrices, as one; None where they aren't all quantized alike."""
+    quantized = [value for value in values if isinstance(value, QuantizedTensor)]
+    if len(quantized) < len(values) or len({value.type for value in quantized}) > 1:
+        return None
+    blocks = torch.cat([value.blocks for value in quantized])
+    return QuantizedTensor(blocks, quantized[0].type, (len(blocks), quantized[0].shape[1]))
 
 
 def _take_rows(value: Value, index: Tensor) -> Value:
@@ -108,12 +168,14 @@ def _take_rows(value: Value, index: Tensor) -> Value:
 class Rule:
     """One row: the same modules' names here and in the file, ``*`` standing for a layer's number.
 
-    The rule is for the modules' ``weight`` and ``bias`` alike.
+    The rule is for the modules' ``weight`` and ``bias`` alike. One that names a layer by its number is for that layer.
+    Where it is `bare`, the file's tensors have the modules' names without ``.weight``.
     """
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
     operation: Operation = Same()
+    bare: bool = False
 
 
 class Group(NamedTuple):
@@ -136,7 +198,7 @@ class KeyTable:
     """All rows of a family for one layout of file, and what in such files has no counterpart and is ignored.
 
     Args:
-        rules: names of modules.
+        rules: names of modules; of two rules for the same module the later one holds.
         ignored: regular expressions for names of tensors that carry no weight of the network.
     """
 
@@ -155,12 +217,12 @@ class KeyTable:
         for name in names:
             module, _, kind = name.rpartition(".")
             numbers = LAYER.findall(module)
-            rule = self._rule_of.get(LAYER.sub("*", module))
+            rule = self._rule_of.get(module) or self._rule_of.get(LAYER.sub("*", module))
             if rule is None:
                 raise LookupError(f"the family's table has no rule for its own tensor {name}")
             ours, theirs = (
-                tuple(f"{_numbered(pattern, numbers)}.{kind}" for pattern in _names(patterns))
-                for patterns in (rule.ours, rule.theirs)
+                tuple(f"{_numbered(pattern, numbers)}{ending}" for pattern in _names(patterns))
+                for patterns, ending in ((rule.ours, f".{kind}"), (rule.theirs, "" if rule.bare else f".{kind}"))
             )
             groups.setdefault(ours[0], Group(ours, theirs, rule.operation))
         return list(groups.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pentad.errors import PentadError
 from pentad.weights.checkpoint import TensorEntry
 from pentad.weights.files import describe, read_start, refuse
 
@@ -26,7 +27,7 @@ def read_pickled(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one file. BadInput for what holds anything but tensors, or wants to run code.
 
     Only the archives that torch.save has written since PyTorch 1.6 (2020) are read: those can be
-    mapped.
+    mapped. PentadError where the system doesn't map it.
     """
     if not read_start(path).startswith(_ZIP):
         refuse(path, f"not a PyTorch archive but {describe(path)}; {_SAFE}")
@@ -34,6 +35,8 @@ def read_pickled(path: Path) -> dict[str, TensorEntry]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a hostile archive can raise nearly anything
+        if "unable to mmap" in str(error):  # torch's, where the file is larger than memory
+            raise PentadError(f"{path}: cannot be mapped into memory: {str(error).splitlines()[0]}") from error
         named = re.search(r"GLOBAL (\S+)", str(error))
         wants = f"its pickle wants to run code ({named[1]})" if named else "not an archive of tensors"
         refuse(path, f"{wants}: refused; {_SAFE}")

@@ -18,10 +18,10 @@ from pentad.errors import PentadError
 from pentad.weights.checkpoint import TensorEntry
 from pentad.weights.files import describe, read_start, refuse
 
-__all__ = ["is_safetensors", "read_safetensors"]
+__all__ = ["DTYPES", "is_safetensors", "read_safetensors"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -38,6 +38,7 @@ _DTYPES = {
     "U64": torch.uint64,
     "F64": torch.float64,
 }
+"""The format's dtypes, those that torch has."""
 
 
 def is_safetensors(start: bytes) -> bool:
@@ -57,7 +58,7 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
     entries = {}
     for name in file.keys():  # noqa: SIM118 - not a dict
         header = file.get_slice(name)
-        dtype, shape = _DTYPES.get(header.get_dtype()), tuple(header.get_shape())
+        dtype, shape = DTYPES.get(header.get_dtype()), tuple(header.get_shape())
         if dtype is None:
             refuse(path, f"tensor {name!r}: {_unknown_dtype(header.get_dtype())}")
         nbytes = math.prod(shape) * dtype.itemsize
@@ -66,7 +67,7 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
 
 
 def _unknown_dtype(dtype: object) -> str:
-    return f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}"
+    return f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"
 
 
 def _diagnose(path: Path) -> str | None:
@@ -84,14 +85,14 @@ def _diagnose(path: Path) -> str | None:
         header = json.loads(read_start(path, 8 + length)[8:])
         infos = {name: header[name] for name in header if name != "__metadata__"}
         for name, info in infos.items():
-            if info["dtype"] not in _DTYPES:
+            if info["dtype"] not in DTYPES:
                 return f"tensor {name!r}: {_unknown_dtype(info['dtype'])}"
         end = 8 + length + max(info["data_offsets"][1] for info in infos.values())
         if end > size:
             return f"truncated: {end - size} of {end} bytes are missing; download it again"
         for name, info in infos.items():
             first, last = info["data_offsets"]
-            nbytes = math.prod(info["shape"]) * _DTYPES[info["dtype"]].itemsize
+            nbytes = math.prod(info["shape"]) * DTYPES[info["dtype"]].itemsize
             if last - first != nbytes:
                 return (
                     f"tensor {name!r} of {info['shape']} {info['dtype']} takes {nbytes} bytes, its "

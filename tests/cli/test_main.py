@@ -30,7 +30,7 @@ def test_help(pentad, arguments: list[str]) -> None:
 
 def test_every_command_takes_json_and_says_what_it_does() -> None:
     assert set(COMMANDS.commands) == {
-        "chat", "complete", "score", "models", "pull", "rm", "show", "bench", "env",
+        "chat", "complete", "score", "models", "pull", "rm", "show", "convert", "bench", "env",
     }  # fmt: skip
     for command in COMMANDS.commands.values():
         assert "--json" in [option for parameter in command.params for option in parameter.opts]
@@ -78,6 +78,7 @@ def test_bad_usage_is_one_line_and_2(pentad, arguments: list[str], named: str) -
         (["pull", "--json", "nobody"], "nobody"),
         (["rm", "--json", "--yes", "nobody"], "nobody"),
         (["bench", "--json", "nobody"], "nobody"),
+        (["convert", "--json", "nobody", "there", "--to", "hf"], "nobody"),
         (["score", "--json", "no-such-file.txt"], "no-such-file.txt"),
         (["score", "--json", "."], "directory"),
     ],

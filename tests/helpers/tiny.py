@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import pentad.weights
 from pentad.errors import BadInput
 from pentad.loading import load_network
 from pentad.nn.batch import Batch
+
+disable_progress_bar()  # of saving, which would get into what is expected on standard error
 
 SIZES = {
     "vocab_size": 96,

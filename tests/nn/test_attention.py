@@ -1,11 +1,13 @@
 """The one attention function against loops in float64, and the layer around it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pentad.nn.attention
 from pentad.nn.attention import Attention, attention
@@ -82,11 +84,58 @@ def test_more_queries_than_keys(options: str) -> None:
     check([9, 2, 1], [4, 4, 3], 4, 2, **{**OPTIONS[options], "causal": False})
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 8])
+def test_a_window_is_its_number_of_keys_the_querys_own_included(chunk: int) -> None:
+    """Scores are all equal, so that the values of the keys which are seen are averaged. transformers sees the same keys
+    (``kv > q - window``); Mistral's one_file_ref.py has one more in prefill, its cache has not."""
+    seen = torch.eye(8)[:, None]  # each key's value is the unit vector of its position
+    for start in range(0, 8, chunk):
+        queries, keys = Rows.of([chunk]), Rows.of([start + chunk])
+        q, k, v = torch.zeros(chunk, 1, 8), torch.zeros(start + chunk, 1, 8), seen[: start + chunk]
+        y = attention(q, k, v, queries, keys, causal=True, window=3)
+        for i, weights in enumerate(y[:, 0], start):
+            assert weights.nonzero().flatten().tolist() == list(range(max(0, i - 2), i + 1))
+
+
+class Largest(TorchDispatchMode):
+    """Records the most numbers that a tensor made in it has, and the operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.operators = 0, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operators.add(func.overloadpacket.__name__)
+        for made in out if isinstance(out, Sequence) else [out]:
+            if isinstance(made, Tensor):
+                self.numbers = max(self.numbers, made.numel())
+        return out
+
+
+@torch.no_grad()  # inference_mode would show attention as one operator
+@pytest.mark.parametrize("past", [0, 1000])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("bias", [None, lambda q, at_q, at_k: q.new_zeros(q.shape[1], len(at_q), len(at_k))])
+def test_no_mask_of_a_whole_sequence_is_made(bias: Any, window: int | None, past: int) -> None:
+    """Nor its scores, as there would be where SDPA takes its slow road."""
+    length, heads = 4096, 2
+    q, k, v = (torch.randn(n, h, D) for n, h in ((length - past, heads), (length, 1), (length, 1)))
+    queries, keys = Rows.of([len(q)]), Rows.of([length])
+    with Largest() as largest:
+        attention(q, k, v, queries, keys, causal=True, window=window, bias=bias)
+    block = pentad.nn.attention.QUERY_BLOCK
+    masked = block * (length if window is None else window + block)
+    assert largest.numbers <= max(q.numel(), masked * (heads if bias else 1)) < length * length / 4
+    assert largest.operators & {"_scaled_dot_product_flash_attention_for_cpu"}
+    assert not largest.operators & {"bmm", "_safe_softmax"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_kept(dtype: torch.dtype) -> None:
     q, k, v = (random_rows([9, 4], heads, heads).to(dtype) for heads in (4, 2, 2))
     arguments = (q, k, v, Rows.of([9, 4]), Rows.of([9, 4]))
-    for options in ({"causal": True}, {"causal": True, "bias": slope}):
+    for options in ({"causal": True}, {"causal": True, "window": 3}, {"causal": True, "bias": slope}):
         ours = attention(*arguments, **options)
         assert ours.dtype == dtype
         plain = plain_attention(*arguments, **options)
@@ -135,13 +184,15 @@ def test_neighboring_pages_are_a_span() -> None:
     assert pages.used.tolist() == [10, 7, 1]
 
 
-def test_gradients_flow_to_queries_keys_and_values() -> None:
+@pytest.mark.parametrize("window", [None, 2])
+def test_gradients_flow_to_queries_keys_and_values(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pentad.nn.attention, "QUERY_BLOCK", 2)
     tensors = [random_rows([3, 2], heads, heads)[..., :2].double() for heads in (2, 1, 1)]
     for tensor in tensors:
         tensor.requires_grad_()
     rows = Rows.of([3, 2])
     assert torch.autograd.gradcheck(
-        lambda q, k, v: attention(q, k, v, rows, rows, causal=True), tensors, fast_mode=True
+        lambda q, k, v: attention(q, k, v, rows, rows, causal=True, window=window), tensors, fast_mode=True
     )
 
 
@@ -169,3 +220,34 @@ def test_the_layer(bias: bool, window: int | None) -> None:
     torch.testing.assert_close(layer(x, paged), expected, rtol=1e-5, atol=1e-5)
     assert layer.o_proj.bias is None or layer.o_proj.bias.shape == (24,)
     assert math.isfinite(float(expected.sum()))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("chunk", [4, 5])
+def test_a_rolling_buffer_filled_in_chunks_is_whole_prefill(chunk: int, page_size: int) -> None:
+    """Chunks as long as the window (Mistral 7B, arXiv:2310.06825, section 2), and of 5 tokens at a window of 4, as in
+    mistral-src's own test; then token by token. With two layers, a token feels more than one window."""
+    window, lengths = 4, (23, 30)
+    layers = [
+        Attention(16, heads=4, kv_heads=2, head_dim=D, rope=Rope(D), layer=i, window=window) for i in range(2)
+    ]  # fmt: skip
+    texts = torch.randn(sum(lengths), 16).split(lengths)
+
+    def run(x: Tensor, batch: Batch) -> Tensor:
+        for layer in layers:
+            x = x + layer(x, batch)
+        return x
+
+    whole = run(torch.cat(texts), Batch.of(*map(range, lengths))).split(lengths)
+    cache = PagedCache(2, 2, D, dtype=torch.float32, page_size=page_size, window=window)
+    sequences, got = [cache.open(), cache.open()], [torch.empty(0, 16)] * 2
+    while any(len(y) < len(text) for y, text in zip(got, texts, strict=True)):
+        parts = [text[len(y) :][: chunk if len(y) < 3 * chunk else 1] for y, text in zip(got, texts, strict=True)]
+        work = [(s, range(len(part))) for s, part in zip(sequences, parts, strict=True)]
+        out = run(torch.cat(parts), cache.batch(work)).split([len(part) for part in parts])
+        for sequence, part in zip(sequences, parts, strict=True):
+            cache.advance(sequence, len(part))
+        got = [torch.cat([y, part]) for y, part in zip(got, out, strict=True)]
+    for ours, expected in zip(got, whole, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 
 from pentad.errors import PentadError
+from pentad.nn.batch import Pages
 from pentad.nn.cache import CachedSequence, PagedCache
 from tests.helpers.plain import read_pages
 
@@ -139,7 +140,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert sequence.length == len(one.tokens)
             assert len(set(sequence.pages)) == len(sequence.pages)
             room = len(sequence.pages) * self.cache.page_size
-            assert sequence.length - sequence.dropped <= room
+            assert sequence.held <= room
         for pools in (self.cache.keys, self.cache.values):
             rows = len(self.cache._counts) * self.cache.page_size
             assert {len(pool) for pool in pools} == {rows}
@@ -220,3 +221,102 @@ def test_the_copied_page_is_the_one_that_is_written() -> None:
     assert second.pages[1] != first.pages[1]
     old, new = (c.keys[0].view(-1, 4, 1, 2)[s.pages[1]][:2] for s in (first, second))
     assert new[:, 0, 0].tolist() == old[:, 0, 0].tolist() == [4, 5]
+
+
+def write_positions(c: PagedCache, work: list[tuple[CachedSequence, int]]) -> Pages:
+    """A step of some tokens of each sequence, whose keys are their positions."""
+    batch = c.batch([(sequence, [0] * count) for sequence, count in work])
+    assert batch.pages is not None
+    numbers = batch.positions[:, None, None].expand(-1, 1, 2).float()
+    for layer in range(len(c.keys)):
+        batch.pages.write(layer, numbers, -numbers)
+    for sequence, count in work:
+        c.advance(sequence, count)
+    return batch.pages
+
+
+def positions_held(c: PagedCache, sequence: CachedSequence) -> list[int]:
+    """Of which tokens there is a key, in the order of the sequence's pages."""
+    rows = [page * c.page_size + i for page in sequence.pages for i in range(c.page_size)]
+    keys, values = c.keys[0][rows[: sequence.held], 0, 0], c.values[0][rows[: sequence.held], 0, 1]
+    assert torch.equal(keys, -values)
+    return keys.int().tolist()
+
+
+def test_the_published_example_of_a_rolling_buffer() -> None:
+    """mistral-src's cache.py: chunks of [5, 7, 2] tokens after [0, 1, 3] cached ones, at a window of 3, go to places
+    [2 0 1 | 5 3 4 | 6 7] of its ring: position modulo 3, and 3 places a sequence.
+
+    So the ring keeps the last 3 positions. One of them, window tokens before the next, is in the very place that the
+    next token overwrites before anybody looks; with pages of one token ours has given it back already.
+    """
+    window, before, chunks = 3, [0, 1, 3], [5, 7, 2]
+    c = cache(page_size=1, window=window)
+    sequences = [c.open() for _ in chunks]
+    for counts in (before, chunks):
+        write_positions(c, [(s, count) for s, count in zip(sequences, counts, strict=True) if count])
+    ring: dict[int, int] = {}
+    places: list[list[int]] = []
+    for b, (start, count) in enumerate(zip(before, chunks, strict=True)):
+        ring.update({position % window + b * window: position for position in range(start)})
+        written = range(start + count - min(count, window), start + count)
+        places.append([position % window + b * window for position in written])
+        ring.update(zip(places[-1], written, strict=True))
+    assert places == [[2, 0, 1], [5, 3, 4], [6, 7]]
+    assert [sorted(ring[b * window + i] for i in range(window)) for b in range(3)] == [[2, 3, 4], [5, 6, 7], [2, 3, 4]]
+    for b, sequence in enumerate(sequences):
+        del ring[sequence.length % window + b * window]  # where the next token goes
+        kept = sorted(position for place, position in ring.items() if place // window == b)
+        assert positions_held(c, sequence) == kept == [sequence.length - 2, sequence.length - 1]
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 256])
+@pytest.mark.parametrize("chunk", [1, 100, 512])
+def test_memory_is_that_of_the_window(chunk: int, page_size: int) -> None:
+    """Of the pools themselves, in bytes, through a long prompt in chunks and decoding, at more than 3 windows."""
+    window = 320
+    c = cache(page_size, window)
+    sequence = c.open()
+    token = 2 * 2 * 2 * 4  # bytes: keys and values, 2 layers, 2 numbers a head, float32
+    for count in [*[chunk] * (4 * window // chunk), *[1] * (2 * window)]:
+        write_positions(c, [(sequence, count)])
+        held = min(sequence.length, window + count + page_size)
+        assert len(sequence.pages) * page_size < held + page_size
+        largest = min(sequence.length, window + chunk + page_size) + page_size
+        assert c.nbytes <= 1.5 * largest * token + page_size * token  # pools grow by half
+        last = positions_held(c, sequence)[1 - window :]
+        assert last == list(range(max(0, sequence.length - window + 1), sequence.length))
+    assert sequence.length > 5 * window
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("count", [1, 3])
+def test_pages_stay_neighbors(count: int, window: int | None, page_size: int) -> None:
+    """A rolling buffer comes to the end of its pool, one sequence grows up to another: they move. Alone, always; among
+    others, most of the time, as free pages may be enough and yet nowhere together."""
+    c = cache(page_size, window)
+    c.reserve(c.open(), 2 * page_size)  # somebody else's
+    sequences = [c.open() for _ in range(count)]
+    spans: list[bool] = []
+    for _ in range(300):
+        pages = write_positions(c, [(sequence, 1) for sequence in sequences])
+        spans += [isinstance(span, tuple) for span in pages.spans]
+    assert all(spans) if count == 1 else sum(spans) > len(spans) / 3
+    for sequence in sequences:
+        assert positions_held(c, sequence) == list(range(sequence.dropped, sequence.length))
+
+
+def test_shared_pages_do_not_move() -> None:
+    c = cache(pages=8)
+    first = c.open()
+    write_positions(c, [(first, 8)])
+    second, other = c.fork(first), c.open()
+    c.reserve(other, 4)
+    write_positions(c, [(first, 1), (second, 1)])
+    assert first.pages[:2] == second.pages[:2] == [0, 1]
+    assert positions_held(c, first) == positions_held(c, second) == list(range(9))
+    c.close(second)
+    write_positions(c, [(first, 4)])
+    assert first.pages == list(range(first.pages[0], first.pages[0] + 4))  # they can, once they are one sequence's
+    assert positions_held(c, first) == list(range(13))

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU, RoPE, Batch: against their formulas."""
+"""Norms, feed-forward layers, blocks, RoPE, Batch: against their formulas."""
 
 import math
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from pentad.errors import BadInput
 from pentad.nn.batch import Batch, Rows
-from pentad.nn.block import PreNormBlock
-from pentad.nn.feedforward import SwiGLU
-from pentad.nn.norm import RMSNorm
+from pentad.nn.block import ParallelBlock, PreNormBlock
+from pentad.nn.feedforward import GeluMLP, SwiGLU
+from pentad.nn.norm import LayerNorm, RMSNorm
 from pentad.nn.rope import Rope
-from pentad.nn.rope_scaling import SCALINGS, Dynamic, inverse_frequencies, scaling
+from pentad.nn.rope_scaling import SCALINGS, Dynamic, DynamicSteps, inverse_frequencies, scaling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,6 +36,32 @@ def test_rms_norm_of_large_halves_does_not_overflow() -> None:
     torch.testing.assert_close(norm(x), torch.ones(2, 16, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_takes_float32_and_gives_the_dtype_of_its_weight(dtype: torch.dtype) -> None:
+    norm = LayerNorm(32, eps=0.01).to(dtype)
+    norm.weight.data, norm.bias.data = torch.randn(32).to(dtype), torch.randn(32).to(dtype)
+    x = 3 * torch.randn(5, 32) + 1000
+    x[0] = 7
+    wide = x.double() - x.double().mean(-1, keepdim=True)
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 0.01).sqrt() * norm.weight.double() + norm.bias.double()
+    assert norm(x).dtype == dtype
+    torch.testing.assert_close(norm(x).double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+    assert torch.equal(norm(x)[0], norm.bias)
+    assert norm(x.to(dtype)).dtype == dtype  # a head's numbers
+
+
+@torch.inference_mode()
+def test_gelu_mlp() -> None:
+    layer, x = GeluMLP(8, 20), torch.randn(5, 8)
+    z = layer.up_proj(x)
+    gelu = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    y, aux = layer(x, Batch.of(range(5)))
+    torch.testing.assert_close(y, layer.down_proj(gelu))
+    assert aux is None
+    assert layer.up_proj.bias is not None
+    assert layer.down_proj.bias is not None
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("bias", [False, True])
 def test_swiglu(bias: bool) -> None:
@@ -47,15 +73,25 @@ def test_swiglu(bias: bool) -> None:
     assert (layer.down_proj.bias is not None) == bias
 
 
+class Times(torch.nn.Module):
+    """Stands for a part of a block."""
+
+    def __init__(self, factor: float, aux: object = None) -> None:
+        super().__init__()
+        self.factor, self.aux = factor, aux
+
+    def forward(self, x: Tensor, batch: Batch | None = None) -> object:
+        return x * self.factor if self.aux is None else (x * self.factor, self.aux)
+
+
+def test_a_parallel_block_adds_both_to_the_stream() -> None:
+    block = ParallelBlock(Times(2), Times(3), Times(5, "routed"))
+    y, aux = block(torch.ones(1, 4), Batch.of([0]))
+    assert y.tolist() == [[1.0 + 6 + 10] * 4]
+    assert aux == "routed"
+
+
 def test_a_pre_norm_block_adds_to_the_stream() -> None:
-    class Times(torch.nn.Module):
-        def __init__(self, factor: float, aux: object = None) -> None:
-            super().__init__()
-            self.factor, self.aux = factor, aux
-
-        def forward(self, x: Tensor, batch: Batch | None = None) -> object:
-            return x * self.factor if self.aux is None else (x * self.factor, self.aux)
-
     block = PreNormBlock(Times(2), Times(3), Times(5), Times(7, "routed"))
     y, aux = block(torch.ones(1, 4), Batch.of([0]))
     assert y.tolist() == [[7.0 + 35 * 7.0] * 4]
@@ -80,6 +116,14 @@ def test_rope_turns_pairs(theta: float) -> None:
             expected = rotate(x[n, head], position, frequencies)
             torch.testing.assert_close(y[n, head].double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(y[0], x[0])
+
+
+def test_a_partial_rope_leaves_the_rest_of_a_head_alone() -> None:
+    x, batch = torch.randn(5, 3, 20), Batch.of(range(5))
+    y = Rope(8)(x, batch)
+    assert torch.equal(y[..., :8], Rope(8)(x[..., :8].contiguous(), batch))
+    assert torch.equal(y[..., 8:], x[..., 8:])
+    assert not torch.equal(y[1:, :, :8], x[1:, :, :8])
 
 
 def test_rope_has_a_magnitude_and_a_dtype() -> None:
@@ -126,6 +170,22 @@ def test_frequencies_of_dynamic_ntk() -> None:
     expected = inverse_frequencies(10000.0 * stretch ** (8 / 6), 8)
     torch.testing.assert_close(Dynamic(2.0, 16).frequencies(10000.0, 8, 40), expected)
     torch.testing.assert_close(Dynamic(2.0, 16).frequencies(10000.0, 8, 16), inverse_frequencies(10000.0, 8))
+
+
+def test_frequencies_of_dynamic_ntk_in_steps() -> None:
+    """Qwen's formula, for every length up to four times the trained one and a bit."""
+    steps = DynamicSteps(32)
+    for n in range(1, 140):
+        alpha = max(1, 2 ** math.ceil(math.log2(n / 32) + 1) - 1)
+        assert steps.regime(n) == alpha
+        expected = inverse_frequencies(10000.0 * alpha ** (8 / 6), 8)
+        torch.testing.assert_close(steps.frequencies(10000.0, 8, n), expected)
+    assert [steps.regime(n) for n in (0, 1, 32, 33, 64, 65, 128, 129)] == [1, 1, 1, 3, 3, 7, 7, 15]
+
+
+@pytest.mark.parametrize("stretched", [Dynamic(2.0, 16), DynamicSteps(16)])
+def test_a_single_pair_has_no_base_to_stretch(stretched: Dynamic | DynamicSteps) -> None:
+    assert stretched.frequencies(10000.0, 2, 100).tolist() == [1.0]
 
 
 def test_divisors_divide() -> None:

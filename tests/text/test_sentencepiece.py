@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pentad.errors import BadInput
 from pentad.text import Tokenizer, load
+from pentad.text.sentencepiece_proto import Kind, Piece, write_model
 
 TESTS = Path(__file__).parent.parent
 CORPUS = [text * times for text, times in json.loads((TESTS / "text/corpus.json").read_text("utf-8"))]
@@ -165,3 +166,55 @@ def test_broken_gguf_vocabulary(change: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
         load(gguf(train(), **change))
     assert "\n" not in str(error.value)
+
+
+def test_what_only_looks_like_a_byte(tmp_path: Path) -> None:
+    pieces = [Piece("<unk>", 0, Kind.UNKNOWN), Piece("<0xZZ>", -1, Kind.NORMAL)]
+    (tmp_path / "tokenizer.model").write_bytes(write_model(pieces, prefix=False))
+    tokenizer = load(SimpleNamespace(path=tmp_path, format="hf", config={}))
+    assert tokenizer is not None
+    assert tokenizer.decode([1]) == "<0xZZ>"
+
+
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+ORCA = {"[PAD]": 32000, "<|im_start|>": 32001, "<|im_end|>": 32002}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["added_tokens_decoder", "added_tokens.json alone"])
+def test_chatml_on_llamas_vocabulary(tmp_path: Path, older: bool) -> None:
+    # As Orca 2 has it: 32003 tokens, three of them past the SentencePiece model. Files of its time also list those of
+    # the model, and leave it to special_tokens_map.json to say which are special.
+    peer = published()
+    config: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]", "chat_template": CHATML}
+    if older:
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<unk>": 0, "<s>": 1, "</s>": 2, **ORCA}))
+    else:
+        config["added_tokens_decoder"] = {str(i): {"content": token, "special": True} for token, i in ORCA.items()}
+    (tmp_path / "tokenizer.model").write_bytes(peer.serialized_model_proto())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load(SimpleNamespace(path=tmp_path, format="hf", config={}), vocab_size=32003)
+    assert tokenizer is not None
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (32003, 1, (2, 32002))
+    assert {token: tokenizer.control[token] for token in ORCA} == ORCA
+    start, end, newline = 32001, 32002, peer.encode("\n")
+    assert tokenizer.chat([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a<|im_end|>"}]) == [
+        *(start, *peer.encode("system\nBe kind."), end, *newline),
+        *(start, *peer.encode("user\na<|im_end|>"), end, *newline),
+        *(start, *peer.encode("assistant\n")),
+    ]
+    assert tokenizer.decode([start, *peer.encode("ok"), end]) == "ok"
+
+
+def test_added_tokens_that_are_not_special(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train().serialized_model_proto())
+    (tmp_path / "added_tokens.json").write_text('{"<a>": 700, "<b>": 701, "<|c|>": 702}')
+    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": [{"content": "<a>"}]}')
+    tokenizer = load(SimpleNamespace(path=tmp_path, format="hf", config={}))
+    assert tokenizer is not None
+    assert tokenizer.control.keys() >= {"<a>", "<|c|>"}
+    assert "<b>" not in tokenizer.control
+    assert 701 in tokenizer.encode("x<b>")
+    (tmp_path / "added_tokens.json").write_text('{"<a>": "x"}')
+    with pytest.raises(BadInput, match=r"added_tokens\.json: doesn't map ids"):
+        load(SimpleNamespace(path=tmp_path, format="hf", config={}))

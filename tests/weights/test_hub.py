@@ -111,9 +111,13 @@ def test_weights_of_several_parts_and_not_twice(server: HubServer) -> None:
     assert read_folder(locate("org/tiny")) == CONFIG | parts
 
 
-def test_consolidated_weights_alone(server: HubServer) -> None:
-    files = {"params.json": b"{}", "consolidated.safetensors": b"onetwo"}
-    server.add("org/tiny", files)
+@pytest.mark.parametrize(
+    "weights",
+    [["consolidated.safetensors"], ["consolidated.00.pth", "consolidated.01.pth"], ["consolidated.00.pt"], []],
+)
+def test_consolidated_weights_alone(server: HubServer, weights: list[str]) -> None:
+    files = {"params.json": b"{}", "tokenizer.model": b"pieces", **dict.fromkeys(weights, b"onetwo")}
+    server.add("org/tiny", files | {"README.md": b""})
     assert read_folder(locate("org/tiny")) == files
 
 

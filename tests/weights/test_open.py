@@ -76,13 +76,14 @@ def test_pytorch_files(tmp_path: Path, model: LlamaForCausalLM) -> None:
     assert_holds(pentad.weights.open(tmp_path), model)
     assert_holds(pentad.weights.open(tmp_path / "pytorch_model.bin"), model)
     (tmp_path / "pytorch_model.bin").unlink()
-    halves = {"a.bin": list(state)[::2], "b.bin": list(state)[1::2]}
+    shard = "pytorch_model-0000{}-of-00002.bin"
+    halves = {shard.format(1): list(state)[::2], shard.format(2): list(state)[1::2]}
     for file, names in halves.items():
         torch.save({name: state[name] for name in names}, tmp_path / file)
     weight_map = {name: file for file, names in halves.items() for name in names}
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    for path in (tmp_path, tmp_path / "a.bin", index):
+    for path in (tmp_path, tmp_path / shard.format(2), index):
         assert_holds(pentad.weights.open(path), model)
 
 
@@ -200,7 +201,7 @@ def test_files_that_are_no_model(tmp_path: Path, content: bytes, kind: str) -> N
     path.write_bytes(content)
     message = refusal(path)
     assert f"{path}: not a model but {kind}" in message
-    assert message.endswith("and model.safetensors or pytorch_model.bin")
+    assert message.endswith("a params.json and consolidated.safetensors or .pth")
 
 
 def test_paths_that_are_nothing(tmp_path: Path) -> None:
@@ -224,3 +225,11 @@ def test_json_of_a_size_that_nobody_writes(tmp_path: Path, monkeypatch: pytest.M
 def test_the_room_is_light_to_enter() -> None:
     code = "import sys, pentad.weights; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model-00001-of-00002.bin"])
+def test_shards_without_their_index(tmp_path: Path, name: str) -> None:
+    folder_with(tmp_path)
+    (tmp_path / name).write_bytes(b"")
+    index = f"{name.partition('-')[0]}{Path(name).suffix}.index.json"
+    assert f"{name} is there, and {index}, which says what is in it, is not" in refusal(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pentad.errors import BadInput
+from pentad.errors import BadInput, PentadError
 from pentad.weights.pickled import read_pickled
 
 
@@ -116,3 +116,13 @@ def test_a_shape_that_is_more_than_the_file(path: Path) -> None:
     assert b"K\x02K\x03\x86" in pickled  # the shape of x
     hostile = pickled.replace(b"K\x02K\x03\x86", b"J\xff\xff\xff\x7fK\x03\x86")
     assert "not an archive of tensors" in refusal(rewritten(path, data=hostile))
+
+
+def test_a_file_larger_than_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: object, **options: object) -> None:
+        raise RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)\nat: c10")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(PentadError, match=r"cannot be mapped into memory: unable to mmap 9 .*\(12\)$") as caught:
+        read_pickled(path)
+    assert not isinstance(caught.value, BadInput)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pentad.errors import BadInput
-from pentad.weights.safetensors import _DTYPES, read_safetensors
+from pentad.weights.safetensors import DTYPES, read_safetensors
 
 
 def build(header: Any, data: int = 0, length: int | None = None) -> bytes:
@@ -80,7 +80,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("safetensors") / "model.safetensors"
 
 
-@pytest.mark.parametrize("dtype", _DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_every_dtype(path: Path, dtype: torch.dtype) -> None:
     values = torch.randint(0, 2, (2, 3, 4)).to(dtype)
     save_file({"x": values, "scalar": values[0, 0, 0].clone()}, path)

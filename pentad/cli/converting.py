@@ -1,0 +1,73 @@
+"""``pentad convert``: a checkpoint in another format."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from pentad.cli import options as o
+from pentad.cli import output
+from pentad.errors import BadInput
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def convert(
+    source: Annotated[str, Argument(metavar="SRC", help="As --model elsewhere.")],
+    destination: Annotated[
+        Path, Argument(metavar="DST", help="A folder that isn't there yet; of GGUF, a file that isn't.")
+    ],
+    to: Annotated[
+        str,
+        Option(metavar="FORMAT", help="hf (as transformers reads), mistral (params.json and consolidated) or gguf."),
+    ],
+    quantize: Annotated[
+        str | None,
+        Option(metavar="TYPE", help="For gguf: q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16 or f32. Default: as it is."),
+    ] = None,
+    dtype: Annotated[
+        o.Dtype | None,
+        Option(metavar="TYPE", help="For hf and mistral: float32, bfloat16 or float16. Default: as it is."),
+    ] = None,
+    shard_size: Annotated[
+        str, Option(metavar="SIZE", help="The most that one file of weights takes, as 500MB or 5GB.")
+    ] = "5GB",
+    as_json: o.Json = False,
+) -> None:
+    """Write a model in another format, with its config, tokenizer and chat template.
+
+    JSON: path, format, family, files, nbytes, notes (what the format has no place for), seconds.
+    """
+    from pentad.convert import convert as run
+
+    started = time.perf_counter()
+    result = run(
+        source,
+        destination,
+        to=to,
+        quantize=quantize,
+        dtype=dtype,
+        shard_bytes=_bytes(shard_size),
+        progress=output.progress(),
+    )
+    nbytes = sum(path.stat().st_size for path in result.files)
+    if as_json:
+        facts = {**asdict(result), "path": str(result.path), "files": [str(path) for path in result.files]}
+        output.write_json({**facts, "format": to, "nbytes": nbytes, "seconds": time.perf_counter() - started})
+        return
+    for note in result.notes:
+        output.note(f"pentad: {note}")
+    files = f", {len(result.files)} files" if len(result.files) > 1 else ""
+    output.write(f"{result.path}: {result.family}{files}, {output.size(nbytes)}\n")
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip().upper())
+    if match is None or not (count := int(float(match[1]) * _UNITS[match[2]])):
+        raise BadInput(f"--shard-size is {size!r}; it takes a size such as 500MB or 5GB")
+    return count

@@ -1,0 +1,215 @@
+"""The tokenizer files of a folder -> `Tokenizer`.
+
+Read is the first of tokenizer.json, tekken.json, tokenizer.model and qwen.tiktoken that is there;
+with tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json,
+chat_template.jinja and additional_chat_templates/, whichever are there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pentad.errors import BadInput
+from pentad.text import mistral_chat, qwen_tiktoken, tekken
+from pentad.text.backends import Backend, SentencePieceBackend, TokenizersBackend
+from pentad.text.control import is_control
+from pentad.text.files import read_bytes, read_json, read_text
+from pentad.text.sentencepiece_proto import SPACE, Kind, Piece, append_pieces
+from pentad.text.tokenizer import Source, Tokenizer
+
+__all__ = ["ROLES", "find", "load"]
+
+ROLES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_CONFIG = "tokenizer_config.json"
+_VERSIONED = re.compile(r".*\.model\.(v\d+)(?:m\d+)?")  # as Mistral names SentencePiece models: tokenizer.model.v3
+
+
+class _Vocabulary(NamedTuple):
+    """What a vocabulary's file says by itself; the files beside it may say otherwise."""
+
+    backend: Backend
+    adds_bos: bool
+    special_tokens: Mapping[str, str]  # role -> string
+    template: str | None = None
+
+
+def find(folder: Path) -> Path | None:
+    """The file in `folder` that holds its vocabulary; None where none does."""
+    versions = {match[1]: file for file in folder.glob("*.model.v*") if (match := _VERSIONED.fullmatch(file.name))}
+    newest = [versions[version] for version in sorted(versions, key=lambda version: -int(version[1:]))]
+    named = [folder / name for name in ("tokenizer.json", "tekken.json", "tokenizer.model", "qwen.tiktoken")]
+    return next((file for file in [*named[:2], *newest, *named[2:]] if file.is_file()), None)
+
+
+def load(checkpoint: Source) -> Tokenizer | None:
+    """The tokenizer in the folder that is the checkpoint's path, or beside the file that is; None
+    where there is none.
+
+    Raises `BadInput` naming the file that is broken.
+    """
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    file = find(folder)
+    if file is None:
+        return None
+    config = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / _CONFIG)}
+    generation = _optional(folder / "generation_config.json")
+    vocabulary = _read(file, config, generation, checkpoint)
+    backend = vocabulary.backend
+    special_tokens = {**vocabulary.special_tokens, **_special_tokens(config)}
+    control = backend.control.ids
+    eos = control.get(special_tokens.get("eos_token", ""))
+    add_bos = config.get("add_bos_token")
+    return Tokenizer(
+        backend,
+        bos_id=control.get(special_tokens.get("bos_token", ""), generation.get("bos_token_id")),
+        eos_ids=[*([] if eos is None else [eos]), *_as_ids(generation.get("eos_token_id"), folder)],
+        adds_bos=vocabulary.adds_bos if add_bos is None else bool(add_bos),
+        special_tokens=special_tokens,
+        templates=_templates(folder, config, vocabulary.template),
+    )
+
+
+def _read(file: Path, config: Mapping[str, Any], generation: Mapping[str, Any], checkpoint: Source) -> _Vocabulary:
+    """`file`'s vocabulary. Where no tokenizer_config.json says how a conversation is written, the
+    publishers' own code does: Mistral's by the version of the tokenizer, Qwen's by `chat_format`.
+    """
+    bare = not file.with_name(_CONFIG).is_file()
+    if file.name == "tokenizer.json":
+        return _pipeline(file)
+    if file.name == "tekken.json":
+        backend, version = tekken.load(file)
+        roles = {f"{role}_token": string for role, string in _TEKKEN_ROLES if string in backend.control.ids}
+        return _Vocabulary(backend, True, roles, mistral_chat.template(version) if bare else None)
+    if file.name == "qwen.tiktoken":
+        chat = qwen_tiktoken.CHATML if generation.get("chat_format") == "chatml" else None
+        return _Vocabulary(qwen_tiktoken.load(file), False, {"eos_token": qwen_tiktoken.END}, chat)
+    model = _sentencepiece(file, config)
+    version_of_model = _version(file, model, checkpoint) if bare else None
+    template = mistral_chat.template(version_of_model) if version_of_model else None
+    return _Vocabulary(model, True, model.special_tokens, template)
+
+
+_TEKKEN_ROLES = (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", "<pad>"))
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _pipeline(file: Path) -> _Vocabulary:
+    """BOS is added where the pipeline's own post-processor begins a text with a control token."""
+    from tokenizers import Tokenizer as Pipeline
+
+    try:
+        pipeline = Pipeline.from_file(str(file))
+    except Exception as error:  # the library raises no narrower class
+        raise BadInput(f"{file}: not a tokenizer.json: {error}") from None
+    with_specials, without = (
+        pipeline.encode("a").ids,
+        pipeline.encode("a", add_special_tokens=False).ids,
+    )
+    return _Vocabulary(TokenizersBackend(pipeline), with_specials[:1] != without[:1], {})
+
+
+def _sentencepiece(file: Path, config: Mapping[str, Any]) -> SentencePieceBackend:
+    model = read_bytes(file)
+    try:
+        size = SentencePieceBackend(model).vocab_size
+    except BadInput as error:
+        raise BadInput(f"{file}: not a SentencePiece model: {error}") from None
+    extra = {i: piece for i, piece in _added(file, config).items() if i >= size}
+    if sorted(extra) != list(range(size, size + len(extra))):
+        raise BadInput(f"{file}: holds {size} tokens, which the added ones don't follow on")
+    return SentencePieceBackend(
+        append_pieces(model, (extra[i] for i in sorted(extra))),
+        prefix_after_control=config.get("legacy") is not False,
+    )
+
+
+def _added(file: Path, config: Mapping[str, Any]) -> dict[int, Piece]:
+    """Id -> token that was added to a SentencePiece model: by tokenizer_config.json, or in older folders by
+    added_tokens.json alone.
+    """
+    where = file.with_name("added_tokens.json")
+    special = set(_special_tokens(config).values())
+    try:
+        special |= {_content(token) for token in config.get("additional_special_tokens") or ()}
+        added = {int(i): _added_piece(token, token in special) for token, i in _optional(where).items()}
+        where = file.with_name(_CONFIG)
+        for i, token in (config.get("added_tokens_decoder") or {}).items():
+            added[int(i)] = _added_piece(token["content"], bool(token.get("special")))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BadInput(f"{where}: doesn't map ids to added tokens") from None
+    return added
+
+
+def _added_piece(token: str, special: bool) -> Piece:
+    control = special or is_control(token)
+    return Piece(token.replace(" ", SPACE), 0.0, Kind.CONTROL if control else Kind.USER_DEFINED)
+
+
+def _version(file: Path, model: SentencePieceBackend, checkpoint: Source) -> str | None:
+    """Which of Mistral's tokenizers a SentencePiece model is, by its name, else by its control
+    tokens; None for one of somebody else's.
+
+    Mistral's first and Llama 2's look alike; what params.json calls its sizes tells them apart.
+    """
+    named = _VERSIONED.fullmatch(file.name)
+    if named:
+        return named[1]
+    if "[INST]" in model.control.ids:
+        return "v7" if "[SYSTEM_PROMPT]" in model.control.ids else "v3"
+    return "v1" if checkpoint.format == "consolidated" and "hidden_dim" in checkpoint.config else None
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Role -> string."""
+    contents = {role: _content(config.get(role)) for role in ROLES}
+    return {role: token for role, token in contents.items() if isinstance(token, str)}
+
+
+def _content(token: Any) -> Any:
+    """A token is its string, or an object that has the string as `content`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _as_ids(value: Any, folder: Path) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) for i in ids):
+        raise BadInput(f"{folder / 'generation_config.json'}: eos_token_id is {value!r}: ids were expected")
+    return ids
+
+
+def _named(entry: Any, folder: Path) -> tuple[str, str]:
+    match entry:
+        case {"name": str(name), "template": str(source)}:
+            return name, source
+    raise BadInput(f"{folder / _CONFIG}: an entry of chat_template isn't {{name, template}}")
+
+
+def _templates(folder: Path, config: Mapping[str, Any], own: str | None) -> dict[str, str]:
+    """Name -> source: one string is the default; a list has {name, template}; files of their own
+    win; `own` counts where there is nothing else.
+    """
+    templates = {} if own is None else {"default": own}
+    match config.get("chat_template"):
+        case str(source):
+            templates["default"] = source
+        case list(named):
+            templates |= dict(_named(entry, folder) for entry in named)
+    if (folder / "chat_template.jinja").is_file():
+        templates["default"] = read_text(folder / "chat_template.jinja")
+    for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        templates[file.stem] = read_text(file)
+    return templates

@@ -1,0 +1,260 @@
+"""Qwen's first generation: against Qwen2 where its extras are off, else against its published description, in loops."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pentad.weights
+from pentad.generate.step import PlainStep
+from pentad.models import qwen
+from pentad.weights.checkpoint import Checkpoint
+from tests.helpers.gguf_file import stored, write_file
+from tests.helpers.gguf_llama import NAMES
+from tests.helpers.tiny import (
+    assert_equal_logits,
+    edit_json,
+    logits_of,
+    network_of,
+    peer_logits,
+    random_ids,
+    refused,
+    rms,
+    tiny_peer,
+)
+from tests.helpers.tiny_qwen import qwen_checkpoint
+
+# --- without the extras ---------------------------------------------------------------------------
+
+
+def test_whole(tmp_path: Path) -> None:
+    tiny, ids = qwen_checkpoint(tmp_path), random_ids(60)
+    assert_equal_logits(logits_of(network_of(tmp_path), ids), peer_logits(tiny.peer, ids))
+
+
+@torch.inference_mode()
+def test_prefill_and_20_cached_steps(tmp_path: Path) -> None:
+    tiny, ids = qwen_checkpoint(tmp_path), random_ids(43)
+    run = PlainStep(network_of(tmp_path), page_size=4)
+    sequence = run.cache.open(23)
+    ours = [run([(sequence, ids[:23])], range(23))]
+    ours += [run([(sequence, [token])], [0]) for token in ids[23:]]
+    out = tiny.peer(torch.tensor([ids[:23]]), use_cache=True)
+    theirs = [out.logits[0]]
+    for token in ids[23:]:
+        out = tiny.peer(torch.tensor([[token]]), past_key_values=out.past_key_values)
+        theirs.append(out.logits[0])
+    assert_equal_logits(torch.cat(ours), torch.cat(theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_float32_as_transformers_is(tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny = qwen_checkpoint(tmp_path, dtype=dtype)
+    half, whole = network_of(tmp_path, dtype), network_of(tmp_path, torch.float32)
+    ours = theirs = 0.0
+    for ids in (random_ids(60, seed=i) for i in range(8)):
+        exact = logits_of(whole, ids)
+        ours += rms(logits_of(half, ids) - exact)
+        theirs += rms(peer_logits(tiny.peer, ids) - exact)
+    assert 0 < ours <= 1.2 * theirs
+
+
+def test_the_names_of_august_2023(tmp_path: Path) -> None:
+    tiny, ids = qwen_checkpoint(tmp_path), random_ids(20)
+    config = json.loads((tmp_path / "config.json").read_text())
+    older = {new: config[new] for new in qwen.OLDER_NAMES.values()}
+    edit_json(
+        tmp_path / "config.json",
+        **dict.fromkeys(older),
+        **{old: older[new] for old, new in qwen.OLDER_NAMES.items()},
+        padded_vocab_size=96,
+        activation="swiglu",
+    )
+    network = network_of(tmp_path)
+    assert network.config.max_position_embeddings == 256
+    assert_equal_logits(logits_of(network, ids), peer_logits(tiny.peer, ids))
+
+
+# --- with them ------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "dynamic ntk": {"use_dynamic_ntk": True},
+    "log-n": {"use_logn_attn": True},
+    "both": {"use_dynamic_ntk": True, "use_logn_attn": True},
+}
+
+
+def published(folder: Path, ids: list[int], prompt: int) -> torch.Tensor:
+    """Logits as modeling_qwen.py describes them: one position, head and pair of numbers after the other, in float64.
+
+    `prompt` is how many tokens came at once; what followed was decoded one by one.
+    """
+    c = json.loads((folder / "config.json").read_text())
+    w = {name: tensor.double().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+    heads, dim = c["num_attention_heads"], c["kv_channels"]
+    base = float(c["rotary_emb_base"])
+    if c["use_dynamic_ntk"]:
+        context = math.log(prompt / c["seq_length"], 2) + 1
+        base *= max(2 ** math.ceil(context) - 1, 1) ** (dim / (dim - 2))
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0.0)
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        return x / math.sqrt((x * x).mean() + c["layer_norm_epsilon"]) * w[f"{name}.weight"]
+
+    def rotate(x: np.ndarray, position: int) -> np.ndarray:
+        y = np.empty(dim)
+        for i in range(dim // 2):
+            angle, j = position * base ** (-2 * i / dim), i + dim // 2
+            y[i] = x[i] * math.cos(angle) - x[j] * math.sin(angle)
+            y[j] = x[j] * math.cos(angle) + x[i] * math.sin(angle)
+        return y
+
+    stream = [w["transformer.wte.weight"][token] for token in ids]
+    for layer in range(c["num_hidden_layers"]):
+        at = f"transformer.h.{layer}"
+        keys: list[list[np.ndarray]] = []
+        values: list[list[np.ndarray]] = []
+        for position, x in enumerate(stream):
+            q, k, v = np.split(linear(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn"), 3)
+            keys.append([rotate(head, position) for head in np.split(k, heads)])
+            values.append(np.split(v, heads))
+            out = []
+            for head, query in enumerate(np.split(q, heads)):
+                query = rotate(query, position)
+                if c["use_logn_attn"] and position + 1 > c["seq_length"]:
+                    query = query * math.log(position + 1, c["seq_length"])
+                scores = np.array([query @ key[head] for key in keys]) / math.sqrt(dim)
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                out.append(sum(weight * value[head] for weight, value in zip(weights, values, strict=True)))
+            x = x + linear(np.concatenate(out), f"{at}.attn.c_proj")
+            y = norm(x, f"{at}.ln_2")
+            gate = linear(y, f"{at}.mlp.w2")
+            stream[position] = x + linear(linear(y, f"{at}.mlp.w1") * gate / (1 + np.exp(-gate)), f"{at}.mlp.c_proj")
+    return torch.tensor(np.array([w["lm_head.weight"] @ norm(x, "transformer.ln_f") for x in stream])).float()
+
+
+@pytest.mark.parametrize("tokens", [15, 16, 17, 32, 33, 70])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_extras(tmp_path: Path, options: str, tokens: int) -> None:
+    tiny, ids = qwen_checkpoint(tmp_path, seq_length=16, **OPTIONS[options]), random_ids(tokens)
+    ours = logits_of(network_of(tmp_path), ids)
+    assert_equal_logits(ours, published(tmp_path, ids, tokens))
+    difference = float((ours - peer_logits(tiny.peer, ids)).abs().max())
+    assert difference > 0.01 if tokens > 16 else difference < 1e-4
+
+
+@pytest.mark.parametrize("prompt", [10, 17, 33])
+def test_the_extras_by_a_cache(tmp_path: Path, prompt: int) -> None:
+    """What the prompt stretched the base by stays, the logarithm goes on."""
+    qwen_checkpoint(tmp_path, seq_length=16, **OPTIONS["both"])
+    ids = random_ids(prompt + 20)
+    run = PlainStep(network_of(tmp_path), page_size=4)
+    sequence = run.cache.open(prompt)
+    ours = [run([(sequence, ids[:prompt])], range(prompt))]
+    ours += [run([(sequence, [token])], [0]) for token in ids[prompt:]]
+    assert_equal_logits(torch.cat(ours), published(tmp_path, ids, prompt))
+
+
+def test_all_biases_and_a_part_that_rotates(tmp_path: Path) -> None:
+    """What the published configs leave at its default."""
+    tiny = qwen_checkpoint(tmp_path, no_bias=False)
+    state = load_file(tmp_path / "model.safetensors")
+    parts = [name.removesuffix(".weight") for name in state if "c_proj" in name or ".w1." in name or ".w2." in name]
+    without = logits_of(network_of(_with_biases(tmp_path, state, parts, 0.0)), random_ids(20))
+    assert_equal_logits(without, peer_logits(tiny.peer, random_ids(20)))
+    network = network_of(_with_biases(tmp_path, state, parts, 0.5))
+    assert_equal_logits(logits_of(network, random_ids(20)), published(tmp_path, random_ids(20), 20))
+    edit_json(tmp_path / "config.json", rotary_pct=0.5)
+    assert network_of(tmp_path).layers[0].attention.rope.dim == 4
+
+
+def _with_biases(folder: Path, state: Mapping[str, torch.Tensor], parts: list[str], size: float) -> Path:
+    biases = {f"{part}.bias": size * torch.randn(state[f"{part}.weight"].shape[0]) for part in parts}
+    save_file({**state, **biases}, folder / "model.safetensors")
+    return folder
+
+
+# --- what is wrong --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"seq_length": None, "use_logn_attn": True}, "use_dynamic_ntk and use_logn_attn need a seq_length"),
+        ({"seq_length": 1, "use_dynamic_ntk": True}, "need a seq_length of at least 2"),
+        ({"seq_length": None, "use_dynamic_ntk": None, "use_logn_attn": None}, "need a seq_length of at least 2"),
+        ({"rotary_pct": 0.4}, "RoPE can't rotate 3 of a head's 8 numbers"),
+        ({"kv_channels": 6}, "transformer.h.0.attn.c_attn.weight is [96, 32], the config asks for [72, 32]"),
+        ({"intermediate_size": 48}, "transformer.h.0.mlp.w1.weight is [48, 32], the config asks for [24, 32]"),
+        ({"no_bias": False}, "8 missing: "),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_wrong(tmp_path: Path, edit: dict[str, Any], message: str) -> None:
+    qwen_checkpoint(tmp_path)
+    edit_json(tmp_path / "config.json", **edit)
+    assert message in refused(tmp_path)
+
+
+def test_without_extras_no_seq_length_is_needed(tmp_path: Path) -> None:
+    tiny, ids = qwen_checkpoint(tmp_path, seq_length=None), random_ids(9)
+    assert_equal_logits(logits_of(network_of(tmp_path), ids), peer_logits(tiny.peer, ids))
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_1"])
+def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, kind: str) -> None:
+    peer = tiny_peer(family="qwen2", num_key_value_heads=4, hidden_size=64, intermediate_size=96)
+    c, tensors = peer.config, {}
+    for name, array in stored(peer, kind).items():
+        module, _, end = name.rpartition(".")
+        if module.startswith("model.layers."):
+            number, part = module.removeprefix("model.layers.").split(".", 1)
+            tensors[f"blk.{number}.{NAMES[part]}.{end}"] = array
+        else:
+            tensors[f"{NAMES[module]}.{end}"] = array
+    for layer in range(c.num_hidden_layers):
+        for end in ("weight", "bias"):
+            qkv = [tensors.pop(f"blk.{layer}.attn_{p}.{end}") for p in "qkv"]
+            tensors[f"blk.{layer}.attn_qkv.{end}"] = np.concatenate(qkv)
+    metadata = {
+        "context_length": 256,
+        "block_count": 2,
+        "embedding_length": 64,
+        "feed_forward_length": 2 * 96,
+        "rope.freq_base": 10000.0,
+        "rope.dimension_count": 16,
+        "attention.head_count": 4,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    write_file(tmp_path / "m.gguf", "qwen", metadata, tensors, kind)
+    ids = random_ids(60)
+    assert_equal_logits(logits_of(network_of(tmp_path / "m.gguf"), ids), peer_logits(peer, ids))
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_a_config_is_read_as_it_is_written(tmp_path: Path, format: str) -> None:
+    qwen_checkpoint(tmp_path, layer_norm_epsilon=0.01, rotary_emb_base=500, **({"seq_length": 7} | OPTIONS["both"]))
+    checkpoint = pentad.weights.open(tmp_path)
+    config = qwen.config_from(checkpoint)
+    written = qwen.write_config(config, format)
+    tensors = {"token_embd.weight": checkpoint.tensors["transformer.wte.weight"], "output.weight": None}
+    again = qwen.config_from(Checkpoint(tmp_path, format, written, {}, tensors if format == "gguf" else {}))
+    lost = {"seq_length", "use_dynamic_ntk", "use_logn_attn"} if format == "gguf" else set()
+    differ = {name for name, value in vars(config).items() if getattr(again, name) != value}
+    assert differ - {"rope_parameters"} == lost
+    if format == "hf":
+        said = json.loads((tmp_path / "config.json").read_text())
+        assert {name: said[name] for name in written if name in said} == {n: v for n, v in written.items() if n in said}
+        assert set(written) <= set(said)

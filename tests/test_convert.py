@@ -1,0 +1,284 @@
+"""What is written is read back, by pentad, transformers and ggml's own reader; the way back gives the same bits."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from pentad.convert import KINDS, convert
+from pentad.errors import BadInput
+from tests.helpers.gguf_llama import write_gguf
+from tests.helpers.tiny import (
+    assert_equal_logits,
+    edit_json,
+    logits_of,
+    network_of,
+    peer_logits,
+    random_ids,
+    rms,
+    talking_checkpoint,
+    tiny_checkpoint,
+    tiny_peer,
+)
+from tests.helpers.tiny_qwen import qwen_checkpoint
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+WIDE = {"hidden_size": 64, "intermediate_size": 96}  # rows of whole blocks
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, tied": {"tie_word_embeddings": True},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, wide heads": {"head_dim": 20},
+    "llama, llama3": {"rope_parameters": LLAMA3},
+    "llama, linear": {"rope_parameters": LINEAR},
+    "mistral": {"family": "mistral"},
+    "mistral, window": {"family": "mistral", "sliding_window": 12},
+    "qwen2": {"family": "qwen2"},
+    "qwen2, tied, yarn": {"family": "qwen2", "tie_word_embeddings": True, "rope_parameters": YARN},
+    "qwen3": {"family": "qwen3", "head_dim": 16},
+    "phi": {"family": "phi", "num_key_value_heads": 4},
+}
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors files."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return found
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hf_to_hf_is_the_same_tensors_and_config(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny = tiny_checkpoint(tmp_path / "a", dtype=dtype, edit={"a_field_of_its_own": [1, {"b": None}]}, **CONFIGS[name])
+    result = convert(tiny.folder, tmp_path / "b", to="hf", shard_bytes=20_000)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    assert all(path.is_file() for path in result.files)
+    assert_same_bits(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b"))
+    assert json.loads((tmp_path / "b/config.json").read_text()) == json.loads((tmp_path / "a/config.json").read_text())
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf", "mistral"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_there_and_back(name: str, to: str, tmp_path: Path) -> None:
+    """The same logits here; and after the way back, the same bits and what transformers computes with them."""
+    tiny = tiny_checkpoint(tmp_path / "a", **CONFIGS[name])
+    family, known = name.split(",")[0], {"llama", "mistral"}
+    there = tmp_path / ("there.gguf" if to == "gguf" else "there")
+    if to == "mistral" and (family not in known or "biases" in name or "rope_parameters" in CONFIGS[name]):
+        with pytest.raises(BadInput, match=r"consolidated files .*(don't exist|have no place for)"):
+            convert(tiny.folder, there, to=to)
+        assert not there.exists()
+        return
+    convert(tiny.folder, there, to=to)
+    ids = random_ids(40)
+    full = "window" in name and to == "gguf"
+    expected = peer_logits(tiny.peer, ids[:12] if full else ids)
+    assert_equal_logits(logits_of(network_of(there), ids)[: len(expected)], expected)
+    back = convert(there, tmp_path / "back", to="hf")
+    ours, theirs = tensors_of(tmp_path / "a"), tensors_of(back.path)
+    if "tied" in name and to == "mistral":
+        del theirs["lm_head.weight"]
+    assert_same_bits(ours, theirs)
+    peer = AutoModelForCausalLM.from_pretrained(back.path, attn_implementation="eager")
+    assert_equal_logits(peer_logits(peer, ids)[: len(expected)], expected)
+
+
+def test_a_window_that_gguf_cannot_say_is_told(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "a", family="mistral", sliding_window=12)
+    (note,) = convert(tmp_path / "a", tmp_path / "m.gguf", to="gguf").notes
+    assert note == "gguf files have no place for the sliding window: it is left out"
+    assert not convert(tmp_path / "a", tmp_path / "b", to="mistral").notes
+    assert json.loads((tmp_path / "b/params.json").read_text())["sliding_window"] == 12
+
+
+def test_a_scaling_for_long_texts_that_gguf_cannot_say_is_told(tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    tiny = tiny_checkpoint(tmp_path / "a", rope_parameters=dynamic)
+    (note,) = convert(tiny.folder, tmp_path / "m.gguf", to="gguf").notes
+    assert note == "gguf files have no place for RoPE's scaling for long texts: it is left out"
+    ids = random_ids(60)
+    assert_equal_logits(logits_of(network_of(tmp_path / "m.gguf"), ids), peer_logits(tiny.peer, ids))
+    qwen_checkpoint(tmp_path / "qwen", seq_length=24, use_dynamic_ntk=True, use_logn_attn=True)
+    notes = convert(tmp_path / "qwen", tmp_path / "q.gguf", to="gguf").notes
+    assert [("RoPE" in note, "attention" in note) for note in notes] == [(True, False), (False, True)]
+    short = random_ids(20)
+    whole, cut = network_of(tmp_path / "qwen"), network_of(tmp_path / "q.gguf")
+    assert_equal_logits(logits_of(cut, short), logits_of(whole, short))
+
+
+def test_qwen_there_and_back(tmp_path: Path) -> None:
+    tiny = qwen_checkpoint(tmp_path / "a")
+    convert(tiny.folder, tmp_path / "m.gguf", to="gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "b", to="hf")
+    assert_same_bits(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b"))
+    ids = random_ids(40)
+    for path in ("m.gguf", "b"):
+        assert_equal_logits(logits_of(network_of(tmp_path / path), ids), peer_logits(tiny.peer, ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantizing(kind: str, tmp_path: Path) -> None:
+    """ggml's own reader and dequantizer see what we see; embedding and head have 8 bits where others have fewer."""
+    tiny = tiny_checkpoint(tmp_path / "a", **WIDE)
+    convert(tmp_path / "a", tmp_path / "m.gguf", to="gguf", quantize=kind)
+    reader = GGUFReader(tmp_path / "m.gguf")
+    types = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
+    few = kind.startswith(("q4", "q5"))
+    assert types["token_embd.weight"] == types["output.weight"] == ("q8_0" if few else kind)
+    assert types["blk.0.ffn_up.weight"] == types["blk.1.attn_q.weight"] == kind
+    assert types["blk.0.attn_norm.weight"] == "f32"
+    for tensor in reader.tensors:
+        if tensor.name == "blk.1.ffn_up.weight":
+            theirs = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
+            assert torch.equal(network_of(tmp_path / "m.gguf").layers[1].feedforward.up_proj.weight, theirs)
+    ids = random_ids(30)
+    expected = peer_logits(tiny.peer, ids)
+    off = rms(logits_of(network_of(tmp_path / "m.gguf"), ids) - expected) / rms(expected)
+    assert off < (0.5 if few else 0.05)
+
+
+def test_blocks_pass_unchanged(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", tiny_peer(**WIDE), "Q4_1")
+    convert(tmp_path / "a.gguf", tmp_path / "b.gguf", to="gguf")
+    ours, theirs = (
+        {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in GGUFReader(path).tensors}
+        for path in (tmp_path / "a.gguf", tmp_path / "b.gguf")
+    )
+    assert ours == theirs
+
+
+def test_a_quantized_file_becomes_a_folder_of_a_dtype(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", peer := tiny_peer(**WIDE), "Q4_1")
+    convert(tmp_path / "a.gguf", tmp_path / "half", to="hf")
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "half").values()} == {torch.bfloat16}
+    convert(tmp_path / "a.gguf", tmp_path / "whole", to="hf", dtype="float32")
+    ids = random_ids(30)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", attn_implementation="eager")
+    assert read.dtype == torch.float32
+    assert_equal_logits(peer_logits(read, ids), peer_logits(peer, ids))
+
+
+def test_gguf_in_parts(tmp_path: Path) -> None:
+    tiny = tiny_checkpoint(tmp_path / "a")
+    result = convert(tmp_path / "a", tmp_path / "m.gguf", to="gguf", shard_bytes=20_000)
+    assert len(result.files) > 1
+    ids = random_ids(30)
+    assert_equal_logits(logits_of(network_of(result.path), ids), peer_logits(tiny.peer, ids))
+
+
+def test_the_tokenizer_and_what_is_recommended_go_along(tmp_path: Path) -> None:
+    from pentad import load
+
+    talking_checkpoint(tmp_path / "a")
+    (tmp_path / "a/generation_config.json").write_text('{"temperature": 0.125}')
+    one = load(tmp_path / "a")
+    assert one.tokenizer is not None
+    for to, name in {"hf": "b", "mistral": "c"}.items():
+        convert(tmp_path / "a", tmp_path / name, to=to)
+        assert json.loads((tmp_path / name / "generation_config.json").read_text()) == {"temperature": 0.125}
+        other = load(tmp_path / name)
+        assert other.tokenizer is not None
+        text = "Grüße, <|im_end|> 世界 🙂\n"
+        assert other.tokenizer.encode(text) == one.tokenizer.encode(text)
+        messages = [{"role": "user", "content": "hi"}]
+        assert other.tokenizer.chat(messages) == one.tokenizer.chat(messages)
+    with pytest.raises(BadInput, match=r"tokenizer can't be written to GGUF: llama\.cpp has no name"):
+        convert(tmp_path / "a", tmp_path / "d.gguf", to="gguf")  # its words are split as no published model does
+
+
+def test_the_same_conversion_gives_the_same_bytes(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "a")
+    for to, name in {"hf": "b", "gguf": "c.gguf"}.items():
+        one, two = (convert(tmp_path / "a", tmp_path / f"{i}{name}", to=to).files for i in "12")
+        assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+@pytest.mark.parametrize(
+    ("destination", "options", "message"),
+    [
+        ("a", {"to": "hf"}, "is the model that is to be converted"),
+        ("full", {"to": "hf"}, "exists already"),
+        ("m.bin", {"to": "gguf"}, "ends in .gguf"),
+        ("there.gguf", {"to": "gguf"}, "exists already"),
+        ("b", {"to": "onnx"}, "--to is 'onnx'; it takes hf, mistral, gguf"),
+        ("b", {"to": "hf", "quantize": "q4_0"}, "only GGUF is quantized"),
+        ("b.gguf", {"to": "gguf", "quantize": "q2_k"}, "quantize is 'q2_k'; it takes q4_0"),
+        ("b.gguf", {"to": "gguf", "dtype": "float32"}, "not by --dtype"),
+        ("b", {"to": "hf", "dtype": "int8"}, "dtype is int8"),
+    ],
+)
+def test_refusals(destination: str, options: dict[str, str], message: str, tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "a")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("kept")
+    (tmp_path / "there.gguf").write_text("kept")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(BadInput) as raised:
+        convert(tmp_path / "a", tmp_path / destination, **options)  # type: ignore[arg-type]
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "full/mine").read_text() == (tmp_path / "there.gguf").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("to", "rope"),
+    [
+        ("gguf", {**YARN, "attention_factor": 0.5}),
+        ("mistral", LINEAR),
+        ("mistral", LLAMA3),
+    ],
+    ids=str,
+)
+def test_a_scaling_that_a_format_has_no_place_for(to: str, rope: dict[str, Any], tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "a", rope_parameters={"rope_theta": 10000.0, **rope})
+    with pytest.raises(BadInput, match="no place for rope_parameters"):
+        convert(tmp_path / "a", tmp_path / "b.gguf", to=to)
+    assert not (tmp_path / "b.gguf").exists()
+
+
+def test_a_config_without_weights(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "a")
+    (tmp_path / "a/model.safetensors").unlink()
+    with pytest.raises(BadInput, match="no weights beside the config"):
+        convert(tmp_path / "a", tmp_path / "b", to="hf")
+
+
+def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
+    tiny = tiny_checkpoint(tmp_path / "a")
+    tiny.peer.model.norm.weight.data[0] = 1e30
+    tiny.peer.save_pretrained(tiny.folder)
+    edit_json(tiny.folder / "config.json")
+    with pytest.raises(BadInput, match=r"model\.norm\.weight.*1e\+30"):
+        convert(tmp_path / "a", tmp_path / "b", to="hf", dtype="float16")
+    assert not (tmp_path / "b").exists()
+    assert math.isinf(torch.tensor(1e30).half())

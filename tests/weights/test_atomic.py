@@ -1,0 +1,258 @@
+"""Whatever goes wrong while files are written, none is left that is not whole."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pentad.errors import BadInput, PentadError
+from pentad.weights import atomic
+from pentad.weights.atomic import NewFile, new_folder, write_files
+from pentad.weights.gguf_writer import write_gguf
+from pentad.weights.safetensors_writer import write_safetensors
+from pentad.weights.writing import Outgoing
+
+
+class FullDisk:
+    """A file on a disk that is found to be full where `when` says: at the second write, a flush, or when closed."""
+
+    def __init__(self, path: Path, when: str, number: int) -> None:
+        self.file, self.when, self.number, self.writes = path.open("xb"), when, number, 0
+
+    def fail(self, when: str) -> None:
+        if when == self.when:
+            raise OSError(self.number, os.strerror(self.number))
+
+    def write(self, piece: bytes) -> None:
+        self.writes += 1
+        if self.writes == 2:
+            self.fail("write")
+        self.file.write(piece)
+
+    def flush(self) -> None:
+        self.fail("flush")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        self.fail("close")
+
+    def fileno(self) -> int:
+        self.fail("fsync")
+        return self.file.fileno()
+
+
+def shards() -> list[Outgoing]:
+    return [Outgoing(name, (64,), torch.float32, lambda: torch.ones(64)) for name in "abc"]
+
+
+WRITERS: dict[str, Callable[[Path], list[Path]]] = {
+    "safetensors": lambda folder: write_safetensors(folder, "model", shards(), shard_bytes=256),
+    "gguf": lambda folder: write_gguf(folder / "m.gguf", {}, shards()),
+    "gguf in parts": lambda folder: write_gguf(folder / "m.gguf", {}, shards(), shard_bytes=256),
+}
+
+
+def message_of(raised: pytest.ExceptionInfo[PentadError]) -> str:
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("when", ["write", "flush", "fsync", "close"])
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, r"no space left: [\d,]{3,5} bytes are needed in all; free some, or write"),
+        (errno.EDQUOT, "no space left: "),
+        (errno.EFBIG, "larger than files may be there; write smaller shards"),
+        (errno.EIO, "cannot be written: Input/output error"),
+    ],
+)
+def test_a_disk_that_fails(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    writer: Callable[[Path], list[Path]],
+    when: str,
+    number: int,
+    message: str,
+) -> None:
+    created: list[Path] = []
+
+    def create(path: Path) -> Any:
+        created.append(path)
+        last = len(created) == (1 if writer is WRITERS["gguf"] else 3)
+        return FullDisk(path, when if last else "never", number)
+
+    monkeypatch.setattr(atomic, "_create", create)
+    with pytest.raises(PentadError, match=message) as raised:
+        writer(tmp_path)
+    assert str(tmp_path) in message_of(raised)
+    assert ".part" not in message_of(raised)
+    assert not isinstance(raised.value, BadInput)
+    assert created
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for write in WRITERS.values():
+        with pytest.raises(PentadError, match="cannot be written") as raised:
+            write(tmp_path / "file" / "folder")
+        message_of(raised)
+
+
+def test_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, done = os.replace, []
+
+    def fail_at_the_second(source: Path, target: Path) -> None:
+        done.append(target)
+        if len(done) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_at_the_second)
+    with pytest.raises(PentadError, match="cannot be written: Input"):
+        write_safetensors(tmp_path, "model", shards(), shard_bytes=256)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_an_interruption(tmp_path: Path, error: BaseException) -> None:
+    def interrupted() -> torch.Tensor:
+        assert len(list(tmp_path.iterdir())) == 2
+        raise error
+
+    tensors = [*shards()[:1], Outgoing("z", (64,), torch.float32, interrupted)]
+    with pytest.raises(type(error)):
+        write_safetensors(tmp_path, "model", tensors, shard_bytes=256)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_known_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def usage(path: Path) -> Any:
+        assert path == tmp_path
+        return shutil._ntuple_diskusage(10**6, 10**6, 1023)  # type: ignore[attr-defined]
+
+    def never() -> Iterator[bytes]:
+        raise AssertionError("nothing is made for a disk that is full")
+        yield b""
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(PentadError, match="no space left: 1,024 bytes are needed, 1,023 are free") as raised:
+        write_files([NewFile(tmp_path / "x", 1024, never())])
+    message_of(raised)
+    assert not list(tmp_path.iterdir())
+    write_files([NewFile(tmp_path / "x", 1023, [bytes(1023)])])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
+def test_a_limit_of_the_system(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, torch, pathlib;"
+        "from pentad.errors import PentadError;"
+        "from pentad.weights.safetensors_writer import write_safetensors as write;"
+        "from pentad.weights.writing import Outgoing;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
+        "write(pathlib.Path(sys.argv[1]), 'm', [Outgoing('x', (1 << 20,), torch.float32, lambda: torch.ones(1 << 20))],"
+        " shard_bytes=1 << 30)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.endswith(
+        "model.safetensors: larger than files may be there; write smaller shards".replace("model", "m")
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_replaced(tmp_path: Path) -> None:
+    for name in ("model-00002-of-00003.safetensors", "m.gguf", "m-00001-of-00003.gguf"):
+        (tmp_path / name).write_text("precious")
+    for write in WRITERS.values():
+        with pytest.raises(BadInput, match="exists already: choose another name, or remove it"):
+            write(tmp_path)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_files_have_the_rights_that_others_get(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    (tmp_path / "folder").mkdir()
+    with new_folder(tmp_path / "new") as folder:
+        write_files([NewFile(folder / "x", 2, [b"ab"])])
+    assert (tmp_path / "new" / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_new_folder(tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "above" / "new"
+    if exists:
+        target.mkdir(parents=True)
+    with new_folder(target) as folder:
+        (folder / "x").write_text("x")
+        assert not (target / "x").exists()
+    assert [path.name for path in target.iterdir()] == ["x"]
+    assert [path.name for path in target.parent.iterdir()] == ["new"]
+
+
+def test_a_new_folder_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "x").read_text() == "x"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("x"), OSError(errno.ENOENT, "none")])
+def test_a_folder_that_came_to_nothing(tmp_path: Path, error: BaseException) -> None:
+    def fill() -> None:
+        with new_folder(tmp_path / "new") as folder:
+            (folder / "x").write_text("x")
+            raise error
+
+    with pytest.raises(type(error)):
+        fill()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_while_a_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "new"
+    with pytest.raises(PentadError, match=f"{target}: no space left; free some") as raised, new_folder(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    message_of(raised)
+    monkeypatch.setattr(atomic, "_create", lambda path: FullDisk(path, "write", errno.ENOSPC))
+    where = f"{target}/model-00001-of-00003.safetensors"
+    with pytest.raises(PentadError, match=f"{where}: no space left: .* needed"), new_folder(target) as folder:
+        WRITERS["safetensors"](folder)
+    with pytest.raises(BadInput, match=f"^{target}/x is wrong$"), new_folder(target) as folder:
+        raise BadInput(f"{folder}/x is wrong")
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_are_not_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    cases = {
+        tmp_path / "full": "full exists already and is not empty",
+        tmp_path / "full" / "x": "x exists already, and is no folder",
+        tmp_path / "empty": "empty is the current folder: name a new one",
+        Path("."): "^. is the current folder",
+    }
+    for path, message in cases.items():
+        with pytest.raises(BadInput, match=message), new_folder(path):
+            raise AssertionError("not entered")
+    with pytest.raises(PentadError, match="y: cannot be written: Not a directory"), new_folder(tmp_path / "full/x/y"):
+        raise AssertionError("not entered")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["x"]

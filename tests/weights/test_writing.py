@@ -1,0 +1,161 @@
+"""Tensors on their way into a file: bytes of every kind, in pieces; quantizing compared with ggml's own package."""
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize as by_gguf
+from torch import Tensor
+
+from pentad.errors import BadInput
+from pentad.weights import writing
+from pentad.weights.quantized import BLOCKS, QuantizedTensor
+from pentad.weights.writing import QUANTIZED, Outgoing, pieces, split
+
+
+def content(value: Tensor | QuantizedTensor, kind: torch.dtype | str) -> bytes:
+    return b"".join(pieces(Outgoing("x", tuple(value.shape), kind, lambda: value)))
+
+
+def raw(value: Tensor) -> bytes:
+    return value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def quantized(value: Tensor, kind: str) -> QuantizedTensor:
+    blocks = torch.frombuffer(bytearray(expected(value, kind)), dtype=torch.uint8)
+    return QuantizedTensor(blocks.view(value.shape[:-1].numel(), -1), kind, tuple(value.shape))
+
+
+def expected(value: Tensor, kind: str) -> bytes:
+    return by_gguf(value.float().numpy(), GGMLQuantizationType[kind.upper()]).tobytes()
+
+
+@pytest.fixture
+def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_SLAB", 256)
+
+
+SHAPES = [(), (5,), (0,), (3, 0), (300,), (2, 1000), (700, 2), (3, 5, 64), (2, 3, 300), (1, 1, 257)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("small_slabs")
+def test_pieces_are_small_and_together_the_tensor(shape: tuple[int, ...]) -> None:
+    value = torch.randn(shape)
+    got = list(pieces(Outgoing("x", shape, torch.float32, lambda: value)))
+    assert b"".join(got) == raw(value)
+    assert max(len(piece) for piece in got) <= 256 * 4
+    assert content(value, torch.bfloat16) == raw(value.bfloat16())
+
+
+@pytest.mark.usefixtures("small_slabs")
+def test_views_that_lie_across(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = torch.randn(6, 70, 5).permute(2, 0, 1)
+    assert content(value, torch.float32) == raw(value)
+    assert content(value.half()[:, ::2], torch.float16) == raw(value.half()[:, ::2])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_dtypes_are_rounded_as_torch_rounds(kind: torch.dtype) -> None:
+    for source in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2):
+        value = torch.randn(4, 40).to(source)
+        assert content(value, kind) == raw(value.to(kind))
+
+
+def test_bfloat16_is_rounded_as_ggml_rounds() -> None:
+    value = torch.cat((torch.randn(4096), torch.tensor([0.0, -0.0, 1e-45, 3e38, -3e38, 1.00390625, 1.01171875])))
+    assert content(value, torch.bfloat16) == expected(value, "bf16")
+    assert content(value.clamp(-60000, 60000), torch.float16) == expected(value.clamp(-60000, 60000), "f16")
+
+
+def test_other_numbers_pass_as_they_are() -> None:
+    for value in (torch.arange(7), torch.tensor([True, False]), torch.tensor([2, 3], dtype=torch.uint8)):
+        assert content(value, value.dtype) == raw(value)
+    with pytest.raises(ValueError, match=r"tensor 'x' is torch\.int64, which torch\.float32 does not hold"):
+        content(torch.arange(7), torch.float32)
+    with pytest.raises(ValueError, match=r"tensor 'x' is torch\.float32, which torch\.int8 does not hold"):
+        content(torch.ones(7), torch.int8)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("small_slabs")
+def test_blocks_have_the_bits_of_ggmls(kind: str, source: torch.dtype) -> None:
+    for shape in ((32,), (7, 96), (2, 640), (3, 5, 64)):
+        value = torch.randn(shape).to(source)
+        value.view(-1)[:32] = 0
+        assert content(value, kind) == expected(value, kind)
+        assert content(quantized(value, kind), kind) == expected(value, kind)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.usefixtures("small_slabs")
+def test_blocks_of_every_type_pass_bit_for_bit(name: str) -> None:
+    size, nbytes = BLOCKS[name]
+    blocks = torch.randint(256, (6, 3 * nbytes), dtype=torch.uint8)
+    assert content(QuantizedTensor(blocks, name, (2, 3, 3 * size)), name) == raw(blocks)
+
+
+@pytest.mark.usefixtures("small_slabs")
+def test_blocks_as_another_kind() -> None:
+    value = quantized(torch.randn(6, 320), "q8_0")
+    numbers = value.dequantize()
+    assert content(value, torch.float16) == raw(numbers.half())
+    assert content(value, "q4_1") == expected(numbers, "q4_1")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, *QUANTIZED], ids=str)
+def test_numbers_that_are_too_large(kind: torch.dtype | str) -> None:
+    value = torch.ones(2, 32)
+    value[1, 3] = -7e5
+    name = str(kind)
+    with pytest.raises(BadInput, match=f"tensor 'x' holds 7e\\+05; {name} holds numbers up to 65504"):
+        content(value, kind)
+    content(value * 0.01, kind)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_what_is_no_number_is_no_warning(kind: str) -> None:
+    value = torch.ones(1, 64)
+    value[0, 3] = torch.nan
+    assert len(content(value, kind)) == 2 * BLOCKS[kind][1]
+
+
+def test_rows_that_are_not_whole_blocks() -> None:
+    for shape in ((4, 33), (31,), ()):
+        with pytest.raises(BadInput, match=r"tensor 'x' of \[.*\] can't be q4_0: rows are not whole blocks of 32"):
+            _ = Outgoing("x", shape, "q4_0", lambda: torch.ones(1)).nbytes
+
+
+def test_types_that_nobody_quantizes_to() -> None:
+    for kind in ("q4_k", "iq4_nl"):
+        with pytest.raises(BadInput, match=f"pentad quantizes to q4_0, q4_1, q5_0, q5_1, q8_0, not to {kind}"):
+            content(torch.ones(256), kind)
+
+
+def test_a_promise_that_is_not_kept() -> None:
+    with pytest.raises(ValueError, match=r"tensor 'x' was to be \(2, 3\), and is \(3, 2\)"):
+        list(pieces(Outgoing("x", (2, 3), torch.float32, lambda: torch.ones(3, 2))))
+
+
+def test_tensors_are_shared_out_in_order() -> None:
+    def names(shard_bytes: int | None, *sizes: int) -> list[str]:
+        tensors = [Outgoing(f"{i}", (size,), torch.uint8, lambda: torch.ones(0)) for i, size in enumerate(sizes)]
+        return ["".join(tensor.name for tensor in shard) for shard in split(tensors, shard_bytes)]
+
+    assert names(10, 4, 6, 1, 9, 1) == ["01", "23", "4"]
+    assert names(10, 11, 1, 25, 5, 5) == ["0", "1", "2", "34"]
+    assert names(10, 10) == ["0"]
+    assert names(None, 10, 20) == ["01"]
+    assert names(10) == [""]
+
+
+def test_quantizing_takes_no_float32_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_SLAB", 256)
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "gguf.quants.quantize",
+        lambda data, kind: seen.append(data.size) or by_gguf(data, kind),
+    )
+    content(torch.randn(40, 96).bfloat16(), "q4_0")
+    assert sum(seen) == 40 * 96
+    assert max(seen) <= 256
