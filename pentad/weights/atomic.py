@@ -33,35 +33,55 @@ def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> l
     Until all are complete they have hidden names beside their own. `progress` counts bytes.
 
     Raises:
-        BadInput: a file of that name exists: none is ever replaced.
+        BadInput: a file of that name exists: none is ever replaced. Or what would be its folder is a file.
         PentadError: the disk is full, before or while writing, or the folder can't be written.
     """
     folder, needed = files[0].path.parent, sum(file.nbytes for file in files)
     for file in files:
         if os.path.lexists(file.path):
             raise BadInput(f"{file.path} exists already: choose another name, or remove it")
-    with _disk_errors(folder, needed):
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise PentadError(f"{folder}: no space left: {needed:,} bytes are needed, {free:,} are free")
     progress = progress or Silent()
     suffix = f".{secrets.token_hex(4)}.part"
     partials = [file.path.with_name(f".{file.path.name}{suffix}") for file in files]
     placed: list[Path] = []
-    try:
-        with task(progress, "Writing", needed):
+    with _made(folder, needed):
+        with _disk_errors(folder, needed):
+            free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise PentadError(f"{folder}: no space left: {needed:,} bytes are needed, {free:,} are free")
+        try:
+            with task(progress, "Writing", needed):
+                for file, partial in zip(files, partials, strict=True):
+                    _write(partial, file, needed, progress)
             for file, partial in zip(files, partials, strict=True):
-                _write(partial, file, needed, progress)
-        for file, partial in zip(files, partials, strict=True):
-            placed.append(file.path)
-            with _disk_errors(file.path, needed):
-                os.replace(partial, file.path)
-    except BaseException:  # an interruption too
-        for path in (*partials, *placed):
-            path.unlink(missing_ok=True)
-        raise
+                placed.append(file.path)
+                with _disk_errors(file.path, needed):
+                    os.replace(partial, file.path)
+        except BaseException:  # an interruption too
+            for path in (*partials, *placed):
+                with contextlib.suppress(OSError):  # what went wrong first is what is to be told
+                    path.unlink(missing_ok=True)
+            raise
     return placed
+
+
+@contextlib.contextmanager
+def _made(folder: Path, needed: int | None = None) -> Iterator[None]:
+    """A folder and those above it, made where they are missing; gone again, where they are empty, if anything fails."""
+    with _disk_errors(folder, needed):
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        there = (missing[-1] if missing else folder / "_").parent
+        if not there.is_dir():
+            raise BadInput(f"{there} is a file: nothing can be put in it")
+    try:
+        with _disk_errors(folder, needed):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _write(partial: Path, file: NewFile, needed: int, progress: Progress) -> None:
@@ -108,10 +128,33 @@ def new_folder(destination: Path) -> Iterator[Path]:
     Folders above it are made where they are missing.
 
     Raises:
-        BadInput: `destination` is a file, a folder with something in it, or the one that this process is in.
+        BadInput: `destination` is a file, in a file, a folder with something in it, or the one that this process is in.
         PentadError: it can't be made, or the disk is full (whoever finds that out within).
     """
     target = destination.resolve()  # a link stays a link
+    with _disk_errors(destination):
+        _check_new(destination, target)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    with _made(target.parent):
+        with _disk_errors(destination):
+            partial.mkdir()
+        try:
+            try:
+                yield partial
+            except PentadError as error:  # in the words of whoever named the destination
+                raise type(error)(str(error).replace(str(partial), str(destination))) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise PentadError(f"{destination}: no space left; free some, or write to another disk") from error
+            with _disk_errors(destination):
+                os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_new(destination: Path, target: Path) -> None:
+    """BadInput where `target`, which the user named as `destination`, can't become a new folder."""
     if target.is_dir():
         if target == Path.cwd():
             raise BadInput(f"{destination} is the current folder: name a new one")
@@ -119,19 +162,3 @@ def new_folder(destination: Path) -> Iterator[Path]:
             raise BadInput(f"{destination} exists already and is not empty: choose another name, or remove it")
     elif target.exists():
         raise BadInput(f"{destination} exists already, and is no folder: choose another name, or remove it")
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    with _disk_errors(destination):
-        partial.mkdir(parents=True)
-    try:
-        try:
-            yield partial
-        except PentadError as error:  # in the words of whoever named the destination
-            raise type(error)(str(error).replace(str(partial), str(destination))) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise PentadError(f"{destination}: no space left; free some, or write to another disk") from error
-        with _disk_errors(destination):
-            os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

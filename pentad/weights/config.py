@@ -18,6 +18,8 @@ DEEPEST = 1000  # layers
 def read_config(cls: type[C], values: Mapping[str, Any], source: object) -> C:
     """Make the dataclass `cls` from those of `values` that it has fields for; `source` begins an error's line.
 
+    Numbers are more than 0, or at least a field's ``metadata["least"]``.
+
     Raises:
         BadInput: fields without a default are missing, or a value has the wrong type or an impossible size.
     """
@@ -27,7 +29,9 @@ def read_config(cls: type[C], values: Mapping[str, Any], source: object) -> C:
     for field in fields(cls):  # type: ignore[arg-type]
         value = values.get(field.name)
         if value is not None:
-            found[field.name] = _checked(value, hints[field.name], f"{source}: {field.name}")
+            found[field.name] = _checked(
+                value, hints[field.name], f"{source}: {field.name}", field.metadata.get("least")
+            )
         elif field.default is MISSING and field.default_factory is MISSING:
             missing.append(field.name)
     if missing:
@@ -37,14 +41,15 @@ def read_config(cls: type[C], values: Mapping[str, Any], source: object) -> C:
     return cls(**found)
 
 
-def _checked(value: Any, hint: Any, name: str) -> Any:
+def _checked(value: Any, hint: Any, name: str, least: float | None = None) -> Any:
     """A value as the type that a field asks for."""
     kinds = [kind for kind in _alternatives(hint) if kind is not type(None)]
     for kind in kinds:
         if get_origin(kind) is tuple and isinstance(value, list | tuple):
             return tuple(_checked(item, get_args(kind)[0], name) for item in value)
         if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-            if not 0 < value < (LARGEST if kind is int else 1e30):  # also refuses NaN
+            enough = value > 0 if least is None else value >= least
+            if not enough or not value < (LARGEST if kind is int else 1e30):  # also refuses NaN
                 raise BadInput(f"{name} is {str(value)[:40]}, which is not a possible size")
             if kind is float or int(value) == value:
                 return kind(value)

@@ -70,7 +70,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError:
         refuse(path, "JSON nested too deeply")
     except ValueError as error:
-        refuse(path, f"not JSON but {describe(path)}: {error}")
+        kind = describe(path)
+        refuse(path, f"{'broken JSON' if kind == 'JSON' else f'not JSON but {kind}'}: {error}")
     if not isinstance(value, dict):
         refuse(path, f"a JSON {type(value).__name__}, where an object is expected")
     return value

@@ -367,5 +367,5 @@ def _explained(name: HubName) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), "")
         raise PentadError(
             f"could not pull {name} from {constants.ENDPOINT} ({type(error).__name__}: {reason}), "
-            "and it is not in the cache; check the connection"
+            "and it is neither in the cache nor a path here; check the connection"
         ) from error

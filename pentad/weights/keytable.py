@@ -147,6 +147,19 @@ class Flattened:
         return [(stack.transpose(1, 2) if self.transposed else stack).flatten(0, 1)]
 
 
+@dataclass(frozen=True)
+class Transposed:
+    """A stack of matrices, stored as a stack of their transposes."""
+
+    def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
+        return [(*shape[:-2], shape[-1], shape[-2]) for shape in ours]
+
+    def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
+        return [_numbers(value).transpose(-1, -2) for value in theirs]
+
+    store = load
+
+
 def _numbers(value: Value) -> Tensor:
     return value.dequantize() if isinstance(value, QuantizedTensor) else value
 

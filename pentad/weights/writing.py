@@ -67,7 +67,7 @@ def pieces(tensor: Outgoing) -> Iterator[memoryview]:
     Blocks that are of the wanted type already are passed on bit for bit.
 
     Raises:
-        BadInput: a number is too large for `kind`.
+        BadInput: a number is too large for `kind`, or is none (NaN) and it is a quantized one.
         ValueError: `make` gave another shape than it promised, or no numbers that `kind` can hold.
     """
     value = tensor.make()
@@ -100,9 +100,12 @@ def _encode(slab: Tensor, kind: torch.dtype | str, name: str) -> memoryview:
         return _bytes(slab)
     if not slab.is_floating_point() or (isinstance(kind, torch.dtype) and not kind.is_floating_point):
         raise ValueError(f"tensor {name!r} is {slab.dtype}, which {kind} does not hold")
-    limit = torch.finfo(kind if isinstance(kind, torch.dtype) else torch.float16).max  # a block's scale is a float16
-    if slab.numel() and torch.finfo(slab.dtype).max > limit and (largest := float(slab.float().abs().amax())) > limit:
-        raise BadInput(f"tensor {name!r} holds {largest:.3g}; {kind} holds numbers up to {limit:.5g}")
+    blocks = isinstance(kind, str)  # whose scale is a float16: one number that is none spoils all in its block
+    limit = torch.finfo(torch.float16 if isinstance(kind, str) else kind).max
+    if slab.numel() and (blocks or torch.finfo(slab.dtype).max > limit):
+        largest = float(slab.float().abs().amax())
+        if largest > limit or (blocks and math.isnan(largest)):
+            raise BadInput(f"tensor {name!r} holds {largest:.3g}; {kind} holds numbers up to {limit:.5g}")
     return _bytes(slab.to(kind) if isinstance(kind, torch.dtype) else _blocks(slab, kind))
 
 
@@ -113,7 +116,7 @@ def _blocks(value: Tensor, kind: str) -> Tensor:
 
     if kind not in QUANTIZED:
         raise BadInput(f"pentad quantizes to {', '.join(QUANTIZED)}, not to {kind}")
-    with np.errstate(all="ignore"):  # NaN is the caller's to notice
+    with np.errstate(all="ignore"):  # a block of zeros is divided by its scale
         return torch.from_numpy(quantize(value.float().cpu().numpy(), GGMLQuantizationType[kind.upper()]))
 
 

@@ -104,7 +104,7 @@ def test_a_disk_that_fails(
 def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for write in WRITERS.values():
-        with pytest.raises(PentadError, match="cannot be written") as raised:
+        with pytest.raises(BadInput, match=f"{tmp_path}/file is a file: nothing can be put in it") as raised:
             write(tmp_path / "file" / "folder")
         message_of(raised)
 
@@ -239,6 +239,27 @@ def test_a_disk_that_fills_up_while_a_folder_is_filled(tmp_path: Path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_folders_above_are_taken_back(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    deep = tmp_path / "there" / "a" / "b"
+    with pytest.raises(KeyboardInterrupt), new_folder(deep / "new"):
+        raise KeyboardInterrupt
+    file = NewFile(deep / "x", 10**18, [b""])
+    with pytest.raises(PentadError, match=f"{deep}: no space left"):
+        write_files([file])
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+@pytest.mark.parametrize("length", [250, 300])  # the first is too long with what a hidden name adds
+def test_a_name_that_is_too_long(tmp_path: Path, length: int) -> None:
+    path = tmp_path / ("x" * length)
+    with pytest.raises(PentadError, match="cannot be written: File name too long"):
+        write_files([NewFile(path, 1, [b"x"])])
+    with pytest.raises(PentadError, match="cannot be written: File name too long"), new_folder(path):
+        raise AssertionError("not entered")
+    assert not list(tmp_path.iterdir())
+
+
 def test_folders_that_are_not_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -253,6 +274,6 @@ def test_folders_that_are_not_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for path, message in cases.items():
         with pytest.raises(BadInput, match=message), new_folder(path):
             raise AssertionError("not entered")
-    with pytest.raises(PentadError, match="y: cannot be written: Not a directory"), new_folder(tmp_path / "full/x/y"):
+    with pytest.raises(BadInput, match="/x is a file: nothing can be put in it"), new_folder(tmp_path / "full/x/y"):
         raise AssertionError("not entered")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["x"]

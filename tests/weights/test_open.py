@@ -112,8 +112,8 @@ def test_a_configuration_alone(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "not JSON but an empty file"),
-        (b"{'a': 1}", "not JSON"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b"{'a': 1}", "broken JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "broken JSON"),
         (b"[1, 2]", "a JSON list, where an object is expected"),
         (b'"text"', "a JSON str"),
         (b'{"a": "\xff"}', "not UTF-8: invalid start byte at byte 7"),

@@ -114,10 +114,13 @@ def test_numbers_that_are_too_large(kind: torch.dtype | str) -> None:
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_what_is_no_number_is_no_warning(kind: str) -> None:
-    value = torch.ones(1, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_that_is_no_number_would_spoil_a_block(kind: str, dtype: torch.dtype) -> None:
+    value = torch.ones(1, 64, dtype=dtype)
     value[0, 3] = torch.nan
-    assert len(content(value, kind)) == 2 * BLOCKS[kind][1]
+    with pytest.raises(BadInput, match=f"tensor 'x' holds nan; {kind} holds numbers up to 65504"):
+        content(value, kind)
+    assert content(value, torch.float32) == raw(value.float())
 
 
 def test_rows_that_are_not_whole_blocks() -> None:

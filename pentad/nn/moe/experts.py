@@ -1,0 +1,164 @@
+"""Experts: many feed-forward layers of one shape, their weights in a stack.
+
+Legend: E experts, S rows sorted by expert, I numbers of a row that come in, O that go out, D width, H hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEW_ROWS = 64  # of each expert: up to here a product takes hardly longer than reading its weight
+
+
+class GroupedLinear(nn.Module):
+    """A linear layer for each expert, without biases.
+
+    Args:
+        experts: E.
+        in_features, out_features: I and O.
+    """
+
+    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(self.weight, -bound, bound)  # as nn.Linear's
+
+    def forward(self, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+        """[S, I], the rows of expert 0 first, and int32 [E], where each one's rows end -> [S, O].
+
+        Weights of experts without rows are not read.
+        """
+        return grouped_linear(x_SI, self.weight, ends_E)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Experts(nn.Module):
+    """What a mixture asks of its experts, whatever they compute.
+
+    They are called with [S, D], the rows of expert 0 first, and int32 [E], where each one's rows end, and give [S, D].
+
+    Args:
+        count: E. Every parameter's first dimension is that.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+
+class SwiGLUExperts(Experts):
+    """down(silu(gate(x)) * up(x)) for each expert (arXiv:2002.05202), as Mixtral has it."""
+
+    def __init__(self, experts: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(experts)
+        self.gate_proj = GroupedLinear(experts, dim, hidden_dim)
+        self.up_proj = GroupedLinear(experts, dim, hidden_dim)
+        self.down_proj = GroupedLinear(experts, hidden_dim, dim)
+
+    def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
+        gate_SH, up_SH = self.gate_proj(x_SD, ends_E), self.up_proj(x_SD, ends_E)
+        learns = gate_SH.requires_grad or up_SH.requires_grad
+        # In place where it can be: fresh memory costs as much as the product.
+        h_SH = F.silu(gate_SH) * up_SH if learns else F.silu(gate_SH, inplace=True).mul_(up_SH)
+        y_SD: Tensor = self.down_proj(h_SH, ends_E)
+        return y_SD
+
+
+class GatedSwiGLUExperts(Experts):
+    """`pentad.nn.feedforward.GatedSwiGLU` for each expert, as OpenMoE has it."""
+
+    def __init__(self, experts: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(experts)
+        self.gate_proj = GroupedLinear(experts, dim, 2 * hidden_dim)
+        self.up_proj = GroupedLinear(experts, dim, hidden_dim)
+        self.down_proj = GroupedLinear(experts, hidden_dim, dim)
+
+    def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
+        a_SH, b_SH = self.gate_proj(x_SD, ends_E).chunk(2, -1)
+        y_SD: Tensor = self.down_proj(a_SH * F.silu(b_SH) * self.up_proj(x_SD, ends_E), ends_E)
+        return y_SD
+
+
+class MLPExperts(Experts):
+    """down(activation(up(x))) for each expert: with ReLU those of 2017, of GShard and of Switch."""
+
+    def __init__(
+        self, experts: int, dim: int, hidden_dim: int, activation: Callable[[Tensor], Tensor] = F.relu
+    ) -> None:
+        super().__init__(experts)
+        self.activation = activation
+        self.up_proj = GroupedLinear(experts, dim, hidden_dim)
+        self.down_proj = GroupedLinear(experts, hidden_dim, dim)
+
+    def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
+        y_SD: Tensor = self.down_proj(self.activation(self.up_proj(x_SD, ends_E)), ends_E)
+        return y_SD
+
+
+def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's rows times its weight, by `torch.nn.functional.grouped_mm`; where that refuses, expert by expert.
+
+    Args:
+        x_SI: [S, I], the rows of expert 0 first.
+        weight_EOI: [E, O, I].
+        ends_E: int32 [E], where each expert's rows end; the last is S.
+
+    Returns:
+        [S, O] in the weight's dtype.
+    """
+    if not _grouped_mm_takes(x_SI, weight_EOI):
+        counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+        # `unbind` and not weight[e]: its backward makes one gradient for all, not one of the whole stack for each.
+        parts = zip(torch.split(x_SI, counts), weight_EOI.unbind(), strict=True)
+        return torch.cat([F.linear(rows_SI, weight_OI) for rows_SI, weight_OI in parts])
+    if _reads_rows_of_weights(x_SI, weight_EOI):
+        x_IS = x_SI.T if _aligned(x_SI.T) else _rows(x_SI).T  # what this very branch gave lies that way already
+        return F.grouped_mm(weight_EOI, x_IS, offs=ends_E).T
+    x_SI = _rows(x_SI)
+    y_SO = F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
+    if y_SO.requires_grad:
+        y_SO.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call] # its backward refuses expanded gradients
+    return y_SO
+
+
+def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
+    """What torch 2.10 to 2.13 check, or fail to: rows that start at multiples of 16 bytes, some rows, and three dtypes.
+
+    (Of CUDA devices without a kernel for it, torch itself goes expert by expert.)
+    """
+    return (
+        len(x_SI) > 0
+        and x_SI.device.type in ("cpu", "cuda")
+        and x_SI.dtype == weight_EOI.dtype
+        and x_SI.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(size * x_SI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])
+        and (x_SI.device.type == "cuda" or (x_SI.data_ptr() | weight_EOI.data_ptr()) % 16 == 0)
+    )
+
+
+def _rows(x_SI: Tensor) -> Tensor:
+    """Contiguous, a single row too, whose stride may be anything."""
+    return x_SI.flatten().view(x_SI.shape)
+
+
+def _aligned(x_IS: Tensor) -> bool:
+    """Whether rows lie one behind the other, each from a multiple of 16 bytes."""
+    return x_IS.stride(1) == 1 and x_IS.stride(0) * x_IS.element_size() % 16 == 0
+
+
+def _reads_rows_of_weights(x_SI: Tensor, weight_EOI: Tensor) -> bool:
+    """Whether W x^T is faster than x W^T: on a CPU, for a few rows of each expert. Its backward is pickier."""
+    few = len(x_SI) <= FEW_ROWS * len(weight_EOI)
+    learns = torch.is_grad_enabled() and (x_SI.requires_grad or weight_EOI.requires_grad)
+    return few and not learns and x_SI.device.type == "cpu" and weight_EOI.stride(-1) == 1

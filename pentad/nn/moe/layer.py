@@ -1,0 +1,98 @@
+"""The mixture itself: a feed-forward layer of many experts, of which each token passes through a few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pentad.nn.batch import Batch
+from pentad.nn.moe.dispatch import dispatch, groups_of, within_capacity
+from pentad.nn.moe.experts import Experts
+from pentad.nn.moe.routers import Route, Routing
+
+
+class Router(nn.Linear):
+    """A token's score for each expert, in float32 whatever the weight is: Switch's selective precision
+    (arXiv:2101.03961, section 2.4)."""
+
+    def __init__(self, dim: int, scores: int) -> None:
+        super().__init__(dim, scores, bias=False)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return F.linear(x_ND.float(), self.weight.float())
+
+
+class MixtureOfExperts(nn.Module):
+    """A router, experts, and how tokens get to them; without a capacity none is dropped.
+
+    Args:
+        router: from D to a score for each expert (of noisy top-k two: the second half is the noise's width).
+        experts: E feed-forward layers.
+        route: a function of `pentad.nn.moe.routers`.
+        top_k: how many experts a token passes through.
+        capacity: from a group's number of tokens to how many of them an expert takes at most; None: all.
+        training_capacity: the same when training; None: as otherwise.
+        group_size: how many tokens are a group; None: each sequence is one.
+        jitter: by what part of itself the router's input varies at random when training (Switch, appendix C: 0.01).
+
+    Attributes:
+        generator: what randomness is drawn from, on the weights' device, by whoever trains; None, and always when the
+            module isn't training: nothing is random.
+
+    Raises:
+        ValueError: a token can't pass through so many experts.
+    """
+
+    def __init__(
+        self,
+        router: nn.Linear,
+        experts: Experts,
+        route: Route,
+        *,
+        top_k: int,
+        capacity: Callable[[int], int] | None = None,
+        training_capacity: Callable[[int], int] | None = None,
+        group_size: int | None = None,
+        jitter: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 < top_k <= experts.count:
+            raise ValueError(f"a token can't pass through {top_k} of {experts.count} experts")
+        self.router = router
+        self.experts = experts
+        self.route = route
+        self.top_k = top_k
+        self.capacity = capacity
+        self.training_capacity = training_capacity
+        self.group_size = group_size
+        self.jitter = jitter
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
+        """[N, D] -> float32 [N, D], and what the router decided; a token that every expert dropped gives zeros."""
+        generator = self.generator if self.training else None
+        groups = batch.rows if self.group_size is None else groups_of(batch.rows, self.group_size)
+        routing = self.route(self._logits(x_ND, generator), self.top_k, groups, generator)
+        capacity = (self.training_capacity if self.training else None) or self.capacity
+        if capacity is not None:
+            routing = within_capacity(routing, self.experts.count, groups, capacity)
+        return dispatch(x_ND, routing, self.experts.count, self.experts), routing
+
+    def _logits(self, x_ND: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.jitter and generator is not None:
+            noise_ND = torch.rand(x_ND.shape, generator=generator, device=x_ND.device)
+            x_ND = x_ND * (1 + self.jitter * (2 * noise_ND - 1))
+        logits: Tensor = self.router(x_ND).float()
+        return logits
+
+    @property
+    def idle_parameters(self) -> int:
+        """How many of its parameters a token doesn't use."""
+        total = sum(parameter.numel() for parameter in self.experts.parameters())
+        return total // self.experts.count * (self.experts.count - self.top_k)
+
+    def extra_repr(self) -> str:
+        return f"top_k={self.top_k}"

@@ -1,0 +1,107 @@
+"""Losses that keep a mixture's experts busy: functions of what the routers decided, each before its coefficient.
+
+All take the `Routing` of one layer (Mixtral's of all) and give a float32 scalar through which gradients flow to the
+router. There is no padding in a batch, so nothing is masked.
+
+Legend: N tokens, E experts, K experts of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pentad.nn.batch import Rows
+from pentad.nn.moe.routers import Routing
+
+
+def importance_loss(routing: Routing) -> Tensor:
+    """CV(importance)^2, importance being an expert's sum of weights over the batch (arXiv:1701.06538, section 4,
+    equations 6 and 7).
+
+    0 where all are alike; E - 1 where one expert has all. The paper's coefficient: 0.1.
+    """
+    importance_E = routing.logits.new_zeros(routing.logits.shape[1])
+    return _squared_variation(importance_E.index_add(0, routing.experts.flatten(), routing.weights.flatten()))
+
+
+def load_loss(routing: Routing) -> Tensor:
+    """CV(load)^2, load being `load` (arXiv:1701.06538, appendix A, equations 10 and 11).
+
+    The paper's coefficient: 0.1.
+    """
+    return _squared_variation(load(routing))
+
+
+def load(routing: Routing) -> Tensor:
+    """How many tokens each expert is expected to get, a smooth function of noisy top-k's logits: float32 [E].
+
+    A token's probability of going to expert i, were i's noise drawn anew and the others' not: that the clean logit and
+    the noise exceed the k-th largest of the other noisy logits (arXiv:1701.06538, appendix A, equations 8 to 10).
+
+    Raises:
+        ValueError: the routing isn't noisy top-k's, or every token goes to every expert.
+    """
+    noisy_NE, k = routing.logits, routing.experts.shape[1]
+    if routing.clean is None or routing.spread is None:
+        raise ValueError("only noisy top-k's decisions are smooth")
+    if k == noisy_NE.shape[1]:
+        raise ValueError(f"each token goes to all {k} experts, so there is no load to balance")
+    top_NK = noisy_NE.topk(k + 1).values
+    # Without expert i the k-th largest is the (k+1)-th of all where i is among the k largest.
+    chosen_NE = torch.zeros_like(noisy_NE, dtype=torch.bool).scatter(1, routing.experts, True)
+    threshold_NE = torch.where(chosen_NE, top_NK[:, k, None], top_NK[:, k - 1, None])
+    probability_NE: Tensor = torch.special.ndtr((routing.clean - threshold_NE) / routing.spread)
+    return probability_NE.sum(0)
+
+
+def gshard_balance_loss(routing: Routing, groups: Rows) -> Tensor:
+    """Mean over groups of 1/E sum_e c_e/S m_e: the fraction of tokens whose first choice is e times e's mean gate
+    (arXiv:2006.16668, algorithm 1, line 13).
+
+    1 / E^2 where both are even; 1 / E where one expert has all.
+    """
+    losses = []
+    for start, count in groups.spans:
+        part = slice(start, start + count)
+        group = routing._replace(logits=routing.logits[part], experts=routing.experts[part])
+        losses.append(switch_balance_loss(group))
+    return torch.stack(losses).mean() / routing.logits.shape[1] ** 2
+
+
+def switch_balance_loss(routing: Routing) -> Tensor:
+    """E sum_e f_e P_e: the fraction of tokens whose first choice is e, dropped or not, times the mean probability of e
+    (arXiv:2101.03961, section 2.2, equations 4 to 6).
+
+    1 where both are even; E where one expert has all. The paper's coefficient alpha: 0.01.
+    """
+    return mixtral_balance_loss([routing._replace(experts=routing.experts[:, :1])])
+
+
+def mixtral_balance_loss(routings: Sequence[Routing]) -> Tensor:
+    """E sum_e f_e P_e over all layers' tokens together, where f counts each of a token's K choices: as transformers
+    trains Mixtral (`load_balancing_loss_func`).
+
+    K where both are even; E where the same K experts have all. (MegaBlocks divides it by K.) The coefficient of
+    Mixtral's release: 0.02.
+    """
+    logits_NE = torch.cat([routing.logits for routing in routings])
+    chosen = torch.cat([routing.experts for routing in routings]).flatten()
+    tokens, experts = logits_NE.shape
+    fraction_E = chosen.bincount(minlength=experts) / tokens
+    return experts * (fraction_E * logits_NE.softmax(-1).mean(0)).sum()
+
+
+def router_z_loss(routing: Routing) -> Tensor:
+    """Mean of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv:2202.08906, section 3, equation 5).
+
+    log(E)^2 where all logits are 0. The paper's coefficient: 0.001.
+    """
+    return routing.logits.logsumexp(-1).square().mean()
+
+
+def _squared_variation(x_E: Tensor) -> Tensor:
+    """The square of the coefficient of variation, by the variance of a population, as the paper's own code has it."""
+    return x_E.var(correction=0) / (x_E.mean().square() + 1e-10)
