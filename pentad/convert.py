@@ -7,7 +7,8 @@ network on the meta device, which has shapes and no numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,12 @@ import torch
 from pentad import text, weights
 from pentad.errors import BadInput
 from pentad.loading import default_dtype, dtype_named, meta_network, pairings
-from pentad.models import family_of
+from pentad.models import family_of, mixtral
 from pentad.models.published import DecoderConfig, rope_divisors
 from pentad.nn.attention import Attention
 from pentad.nn.rope import Rope
 from pentad.text import export
+from pentad.upcycle import Upcycling, mixture_network, mixture_values
 from pentad.weights import registry
 from pentad.weights.atomic import new_folder
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
@@ -39,6 +41,7 @@ FORMATS = {"hf": "hf", "mistral": "consolidated", "gguf": "gguf"}
 """What `convert` writes, and what a `Checkpoint` of it is called."""
 
 SHARD_BYTES = 5_000_000_000
+_PART = re.compile(r".*-\d{5}-of-\d{5}\.gguf")  # what parts of a split GGUF are called
 FLOATS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 KINDS = (*QUANTIZED, *FLOATS)
 """What a GGUF's matrices can be quantized to."""
@@ -62,6 +65,9 @@ HARMLESS = {
     *("seq_length", "use_dynamic_ntk", "use_logn_attn"),
 }
 """Fields that may be lost on the way; a note says what that means, where it means anything."""
+
+HF_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+"""What a folder's config.json says that the network doesn't read, and another layout of it says too."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ def convert(
     to: str,
     quantize: str | None = None,
     dtype: str | torch.dtype | None = None,
+    upcycle: Upcycling | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -101,6 +108,7 @@ def convert(
             others get fewer. By default all stay as they are.
         dtype: of the other two, what numbers are stored in; by default as in the source, bfloat16 where that is
             quantized.
+        upcycle: make a mixture of experts of a dense model (`pentad.upcycle`), a Mixtral in "hf".
         shard_bytes: the most that one file of weights takes.
         progress: is told of the bytes written.
 
@@ -117,12 +125,15 @@ def convert(
         raise BadInput(f"quantize is {quantize!r}; it takes {', '.join(KINDS)}")
     if dtype is not None and to == "gguf":
         raise BadInput("a GGUF's numbers are chosen by --quantize f32, f16, bf16, …, not by --dtype")
+    if upcycle is not None and to != "hf":
+        raise BadInput(f"an upcycled model is written as hf; convert that to {to} afterwards")
     if shard_bytes < 1:
         raise BadInput(f"shards of {shard_bytes} bytes can't hold a tensor")
     checkpoint = weights.open(registry.locate(source, progress=progress))
-    work = _Work(checkpoint, FORMATS[to])
+    work = _Work(checkpoint, FORMATS[to], upcycle)
     destination = Path(destination)
-    _refuse_inside(checkpoint, destination)
+    if destination.resolve() == checkpoint.path.resolve():
+        raise BadInput(f"{destination} is the model that is to be converted: choose another name")
     if to == "gguf":
         return _to_gguf(work, destination, quantize, shard_bytes, progress)
     return _to_folder(work, destination, None if dtype is None else dtype_named(dtype), shard_bytes, progress)
@@ -131,57 +142,77 @@ def convert(
 class _Work:
     """A checkpoint's tensors by the network's names, and how a file of another format has them."""
 
-    def __init__(self, checkpoint: Checkpoint, format: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, format: str, upcycle: Upcycling | None) -> None:
         if not checkpoint.tensors:
             raise BadInput(f"{checkpoint.path}: there are no weights beside the config")
         self.checkpoint, self.format = checkpoint, format
         self.family_name, self.family = family_of(checkpoint)
         self.network = meta_network(checkpoint)
-        self.config: DecoderConfig = self.network.config  # type: ignore[assignment]
         self.entries: dict[str, tuple[TensorEntry, ...]] = {}
         self.sources: dict[str, Callable[[], Value]] = {}
+        latest = _Latest()
         for ours, entries, operation in pairings(checkpoint, self.network):
             for i, name in enumerate(ours):
                 self.entries[name] = entries
-                self.sources[name] = partial(_loaded, entries, operation.load, i)
+                self.sources[name] = partial(latest, partial(_loaded, entries, operation.load), entries, i)
+        if upcycle is not None:
+            self._become_a_mixture(upcycle)
+        self.config: DecoderConfig = self.network.config  # type: ignore[assignment]
         tables = self.family.key_tables(self.config, format)
         if not tables:
-            raise BadInput(f"{checkpoint.path}: {format} files of the family {self.family_name} don't exist")
+            raise BadInput(f"{checkpoint.path}: {format} files of such a {self.family_name} model don't exist")
         self.table: KeyTable = tables[0]
         self.tied = "head.weight" not in self.sources
-        if self.tied and format == "consolidated":  # which has no word for a tied head
+        # Consolidated files have no word for a tied head, and in GGUF one that has a bias is never tied.
+        if self.tied and (format == "consolidated" or (format == "gguf" and "head.bias" in self.sources)):
             self.entries["head.weight"] = self.entries["embed.weight"]
             self.sources["head.weight"] = self.sources["embed.weight"]
 
+    def _become_a_mixture(self, upcycle: Upcycling) -> None:
+        self.network = mixture_network(self.checkpoint, self.family_name, self.network, upcycle)
+        self.family_name, self.family = "mixtral", mixtral
+        values = mixture_values(self.network, self.sources, upcycle)
+        self.entries = {name: self.entries[dense] for name, (dense, _) in values.items()}
+        self.sources = {name: source for name, (_, source) in values.items()}
+
     def written_config(self, tensors: list[Outgoing]) -> dict[str, Any]:
         """The config as the new files have it: the source's own where it is of that format and layout."""
-        same = self.checkpoint.format == self.format and all(t.name in self.checkpoint.tensors for t in tensors)
-        return dict(self.checkpoint.config) if same else self.family.write_config(self.config, self.format)
+        source = self.checkpoint.config if self.checkpoint.format == self.format else {}
+        if source and all(t.name in self.checkpoint.tensors for t in tensors):
+            return dict(source)
+        kept = {key: source[key] for key in HF_KEPT if key in source} if self.format == "hf" else {}
+        return {**self.family.write_config(self.config, self.format), **kept}
 
     def outgoing(self, kind: Callable[[str, tuple[int, ...]], torch.dtype | str]) -> Iterator[Outgoing]:
         """The file's tensors; `kind` says, by one of our names and its shape, what a tensor is to be stored in."""
+        latest = _Latest()
         for ours, theirs, operation in self.table.groups(self.sources):
             shapes = [tuple(self.network.get_parameter(name).shape) for name in ours]
+            make = partial(_stored, [self.sources[name] for name in ours], operation.store)
             for i, (name, shape) in enumerate(zip(theirs, operation.shapes(shapes), strict=True)):
-                made = partial(_stored, [self.sources[name] for name in ours], operation.store, i)
-                yield Outgoing(name, tuple(shape), kind(ours[0], tuple(shape)), made)
+                yield Outgoing(name, tuple(shape), kind(ours[0], tuple(shape)), partial(latest, make, ours, i))
 
 
-def _loaded(entries: tuple[TensorEntry, ...], load: Callable[[list[Value]], Any], index: int) -> Value:
-    value: Value = load([entry.read() for entry in entries])[index]
-    return value
+class _Latest:
+    """What a rule made of its tensors, until another's are asked for: a stack of experts is made once, not for each."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._values: Sequence[Value] = ()
+
+    def __call__(self, make: Callable[[], Sequence[Value]], key: object, index: int) -> Value:
+        if key is not self._key:
+            self._key, self._values = None, ()  # before there are others
+            self._key, self._values = key, make()
+        return self._values[index]
 
 
-def _stored(sources: list[Callable[[], Value]], store: Callable[[list[Value]], Any], index: int) -> Value:
-    value: Value = store([source() for source in sources])[index]
-    return value
+def _loaded(entries: tuple[TensorEntry, ...], load: Callable[[list[Value]], Sequence[Value]]) -> Sequence[Value]:
+    return load([entry.read() for entry in entries])
 
 
-def _refuse_inside(checkpoint: Checkpoint, destination: Path) -> None:
-    """A conversion onto its own source would be refused as existing; say what was meant."""
-    source = checkpoint.path.resolve()
-    if destination.resolve() == source:
-        raise BadInput(f"{destination} is the model that is to be converted: choose another name")
+def _stored(sources: list[Callable[[], Value]], store: Callable[[list[Value]], Sequence[Value]]) -> Sequence[Value]:
+    return store([source() for source in sources])
 
 
 def _to_folder(
@@ -192,6 +223,7 @@ def _to_folder(
         dtype = default_dtype(checkpoint)
     tensors = list(work.outgoing(lambda name, _: dtype or work.entries[name][0].dtype or default_dtype(checkpoint)))
     config = work.written_config(tensors)
+    tokenizer = text.load(checkpoint, work.config.vocab_size)  # even where its files are copied: they may not fit
     files: dict[str, bytes]
     if work.format == "hf":
         if dtype is not None or checkpoint.format != "hf":
@@ -200,7 +232,10 @@ def _to_folder(
         files = {"config.json": _json(config), **export.hf_files(checkpoint)}
     else:
         files = {"params.json": _json(config), **export.consolidated_files(checkpoint)}
-    if generation := checkpoint.generation or _ends(checkpoint):
+    generation = checkpoint.generation
+    if not generation and tokenizer is not None and tokenizer.eos_ids and checkpoint.format != "hf":
+        generation = {"eos_token_id": list(tokenizer.eos_ids)}  # which other formats say in their vocabulary
+    if generation:
         files["generation_config.json"] = _json(generation)
     family, notes = _read_back(work, config, tensors)
     with new_folder(folder) as partial_folder:
@@ -214,23 +249,21 @@ def _to_folder(
     return Conversion(folder, family, [folder / name for name in names], notes)
 
 
-def _ends(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What ends a reply, which a Hugging Face folder says here, and other formats in their vocabulary."""
-    tokenizer = None if checkpoint.format == "hf" else text.load(checkpoint)
-    return {} if tokenizer is None else {"eos_token_id": list(tokenizer.eos_ids)}
-
-
 def _to_gguf(work: _Work, path: Path, quantize: str | None, shard_bytes: int, progress: Progress | None) -> Conversion:
     if path.suffix != ".gguf":
         raise BadInput(f"{path}: a GGUF is one file: give it a name that ends in .gguf")
+    if _PART.fullmatch(path.name):
+        raise BadInput(f"{path}: so the parts of a split GGUF are called: leave the numbers out, and name --shard-size")
 
     def kind(name: str, shape: tuple[int, ...]) -> torch.dtype | str:
         if len(shape) == 1:  # as llama.cpp computes with norms and biases
             return torch.float32
+        entry = work.entries[name][0]
+        if name.endswith(".router.weight") and (quantize or not entry.quantization):  # as llama.cpp keeps them
+            return torch.float32
         if quantize in FLOATS:
             return FLOATS[quantize]
         if quantize is None or shape[-1] % 32:
-            entry = work.entries[name][0]
             return entry.quantization or (entry.dtype if entry.dtype in FILE_TYPES else torch.float32)
         return "q8_0" if name.startswith(("embed.", "head.")) else quantize
 
@@ -242,6 +275,8 @@ def _to_gguf(work: _Work, path: Path, quantize: str | None, shard_bytes: int, pr
         metadata |= {"general.file_type": FILE_TYPES[FLOATS.get(quantize, quantize)], "general.quantization_version": 2}
     tokenizer = export.gguf_metadata(work.checkpoint, vocab_size=work.config.vocab_size)
     family, notes = _read_back(work, metadata, tensors)
+    if not export.spaced_alike(work.checkpoint, tokenizer):
+        notes.append("gguf files have no place for text without a space after a control token: it gets one")
     files = write_gguf(path, {**metadata, **tokenizer}, tensors, shard_bytes=shard_bytes, progress=progress)
     return Conversion(files[0], family, files, notes)
 
@@ -279,12 +314,14 @@ def _read_back(work: _Work, config: Mapping[str, Any], tensors: list[Outgoing]) 
     return name, notes
 
 
-def _rope(network: Decoder) -> Rope:
-    return next(part.rope for part in network.modules() if isinstance(part, Attention))
+def _rope(network: Decoder) -> Rope | None:
+    return next((part.rope for part in network.modules() if isinstance(part, Attention)), None)
 
 
-def _rotate_alike(one: Rope, other: Rope, length: int) -> bool:
-    """Whether both rotate alike in a sequence of `length` tokens."""
+def _rotate_alike(one: Rope | None, other: Rope | None, length: int) -> bool:
+    """Whether both rotate alike, or neither does, in a sequence of `length` tokens."""
+    if one is None or other is None:
+        return one is other
     if one.dim != other.dim or abs(one.scaling.magnitude() - other.scaling.magnitude()) > 1e-6:
         return False
     ours, theirs = (rope.scaling.frequencies(rope.theta, rope.dim, length) for rope in (one, other))

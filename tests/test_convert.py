@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pentad import text, weights
 from pentad.convert import KINDS, convert
 from pentad.errors import BadInput
+from pentad.weights.checkpoint import TensorEntry
 from tests.helpers.gguf_llama import write_gguf
 from tests.helpers.tiny import (
     assert_equal_logits,
@@ -30,6 +34,7 @@ from tests.helpers.tiny import (
     tiny_peer,
 )
 from tests.helpers.tiny_qwen import qwen_checkpoint
+from tests.text.vocabularies import sentencepiece_model
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -120,6 +125,17 @@ def test_a_window_that_gguf_cannot_say_is_told(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b/params.json").read_text())["sliding_window"] == 12
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_space_that_llama_cpp_puts_after_control_tokens_is_told(legacy: bool, tmp_path: Path) -> None:
+    """Orca 2's tokenizer_config.json has `"legacy": false`."""
+    tiny = tiny_checkpoint(tmp_path / "a", vocab_size=700)
+    (tiny.folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    (tiny.folder / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    notes = convert(tiny.folder, tmp_path / "b.gguf", to="gguf").notes
+    assert [note for note in notes if "without a space after a control token" in note] == ([] if legacy else notes)
+    assert bool(notes) != legacy
+
+
 def test_a_scaling_for_long_texts_that_gguf_cannot_say_is_told(tmp_path: Path) -> None:
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     tiny = tiny_checkpoint(tmp_path / "a", rope_parameters=dynamic)
@@ -202,17 +218,16 @@ def test_the_tokenizer_and_what_is_recommended_go_along(tmp_path: Path) -> None:
     (tmp_path / "a/generation_config.json").write_text('{"temperature": 0.125}')
     one = load(tmp_path / "a")
     assert one.tokenizer is not None
-    for to, name in {"hf": "b", "mistral": "c"}.items():
+    for to, name in {"hf": "b", "mistral": "c", "gguf": "d.gguf"}.items():
         convert(tmp_path / "a", tmp_path / name, to=to)
-        assert json.loads((tmp_path / name / "generation_config.json").read_text()) == {"temperature": 0.125}
+        if to != "gguf":
+            assert json.loads((tmp_path / name / "generation_config.json").read_text()) == {"temperature": 0.125}
         other = load(tmp_path / name)
         assert other.tokenizer is not None
         text = "Grüße, <|im_end|> 世界 🙂\n"
         assert other.tokenizer.encode(text) == one.tokenizer.encode(text)
         messages = [{"role": "user", "content": "hi"}]
         assert other.tokenizer.chat(messages) == one.tokenizer.chat(messages)
-    with pytest.raises(BadInput, match=r"tokenizer can't be written to GGUF: llama\.cpp has no name"):
-        convert(tmp_path / "a", tmp_path / "d.gguf", to="gguf")  # its words are split as no published model does
 
 
 def test_the_same_conversion_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -222,12 +237,45 @@ def test_the_same_conversion_gives_the_same_bytes(tmp_path: Path) -> None:
         assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
+def test_experts_stored_one_by_one_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one such layout into another, a rule's tensors are put together once, not once for each of them."""
+    tiny_checkpoint(tmp_path / "a", family="mixtral", num_local_experts=4)
+    checkpoint = weights.open(tmp_path / "a")
+    reads = Counter[str]()
+
+    def counted(entry: TensorEntry) -> TensorEntry:
+        def read() -> Any:
+            reads[entry.name] += 1
+            return entry.read()
+
+        return replace(entry, read=read)
+
+    counting = replace(checkpoint, tensors={name: counted(entry) for name, entry in checkpoint.tensors.items()})
+    monkeypatch.setattr("pentad.convert.weights.open", lambda _: counting)
+    convert(tmp_path / "a", tmp_path / "b", to="mistral")
+    assert reads.keys() == checkpoint.tensors.keys()
+    assert set(reads.values()) == {1}
+
+
+def test_routers_of_a_quantized_mixture_stay_whole(tmp_path: Path) -> None:
+    """As llama.cpp keeps them."""
+    tiny_checkpoint(tmp_path / "a", family="mixtral", num_local_experts=4, dtype=torch.bfloat16, **WIDE)
+    for kind in ("q8_0", "f16", None):
+        convert(tmp_path / "a", path := tmp_path / f"{kind}.gguf", to="gguf", quantize=kind)
+        types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+        assert {types[f"blk.{layer}.ffn_gate_inp.weight"] for layer in range(2)} == {"F32"}
+        assert types["blk.1.ffn_up_exps.weight"] == (kind or "bf16").upper()
+
+
 @pytest.mark.parametrize(
     ("destination", "options", "message"),
     [
         ("a", {"to": "hf"}, "is the model that is to be converted"),
         ("full", {"to": "hf"}, "exists already"),
         ("m.bin", {"to": "gguf"}, "ends in .gguf"),
+        ("m-00001-of-00002.gguf", {"to": "gguf"}, "so the parts of a split GGUF are called"),
+        ("there.gguf/b", {"to": "hf"}, "there.gguf is a file: nothing can be put in it"),
+        ("there.gguf/b.gguf", {"to": "gguf"}, "there.gguf is a file: nothing can be put in it"),
         ("there.gguf", {"to": "gguf"}, "exists already"),
         ("b", {"to": "onnx"}, "--to is 'onnx'; it takes hf, mistral, gguf"),
         ("b", {"to": "hf", "quantize": "q4_0"}, "only GGUF is quantized"),
@@ -264,6 +312,44 @@ def test_a_scaling_that_a_format_has_no_place_for(to: str, rope: dict[str, Any],
     with pytest.raises(BadInput, match="no place for rope_parameters"):
         convert(tmp_path / "a", tmp_path / "b.gguf", to=to)
     assert not (tmp_path / "b.gguf").exists()
+
+
+def test_a_model_without_a_tokenizer_has_none_anywhere(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "a")
+    (tmp_path / "a/generation_config.json").unlink()
+    for source, name, to in (("a", "b.gguf", "gguf"), ("b.gguf", "c.gguf", "gguf"), ("c.gguf", "d", "hf")):
+        convert(tmp_path / source, tmp_path / name, to=to)
+        assert text.load(weights.open(tmp_path / name)) is None
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("to", ["hf", "mistral", "gguf"])
+def test_a_tokenizer_that_does_not_fit(to: str, tmp_path: Path) -> None:
+    talking_checkpoint(tmp_path / "a", vocab_size=200)
+    with pytest.raises(BadInput, match="its tokenizer has 257 ids, its embedding only 200 rows"):
+        convert(tmp_path / "a", tmp_path / "b.gguf", to=to)
+    assert not (tmp_path / "b.gguf").exists()
+
+
+def test_a_head_that_the_config_wrongly_calls_tied(tmp_path: Path) -> None:
+    tiny = tiny_checkpoint(tmp_path / "a", edit={"tie_word_embeddings": True})
+    assert_same_bits(tensors_of(convert(tiny.folder, tmp_path / "b", to="hf").path), tensors_of(tiny.folder))
+    file = convert(tiny.folder, tmp_path / "b.gguf", to="gguf").path
+    assert_equal_logits(logits_of(network_of(file), random_ids(9)), peer_logits(tiny.peer, random_ids(9)))
+
+
+def test_a_tied_head_with_a_bias_is_written_to_gguf(tmp_path: Path) -> None:
+    """llama.cpp reads no phi2 without one."""
+    tiny = tiny_checkpoint(tmp_path / "a", family="phi", num_key_value_heads=4, tie_word_embeddings=True)
+    file = convert(tiny.folder, tmp_path / "b.gguf", to="gguf").path
+    assert {"output.weight", "output.bias"} <= {tensor.name for tensor in GGUFReader(file).tensors}
+    assert_equal_logits(logits_of(network_of(file), random_ids(9)), peer_logits(tiny.peer, random_ids(9)))
+
+
+def test_a_bias_that_llama_cpp_has_no_place_for(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "a", family="qwen3", attention_bias=True)
+    with pytest.raises(BadInput, match="gguf files of such a qwen3 model don't exist"):
+        convert(tmp_path / "a", tmp_path / "b.gguf", to="gguf")
 
 
 def test_a_config_without_weights(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def config(**values: Any) -> Checkpoint:
     return Checkpoint(Path("somewhere"), "hf", kept, {}, {})
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "gemma2", "mixtral", "phi3"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "gemma2", "mistral3", "phi3"])
 def test_a_relative_is_called_one(name: str) -> None:
     with pytest.raises(BadInput) as raised:
         family_of(config(model_type=name))

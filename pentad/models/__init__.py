@@ -12,10 +12,15 @@ if TYPE_CHECKING:
     from pentad.weights.checkpoint import Checkpoint
     from pentad.weights.keytable import KeyTable
 
-FAMILIES = {name: f"pentad.models.{name}" for name in ("llama", "mistral", "phi", "qwen", "qwen2", "qwen3")}
+FAMILIES = {
+    name: f"pentad.models.{name}"
+    for name in ("llama", "mistral", "mixtral", "openmoe", "phi", "qwen", "qwen2", "qwen3", "switch_transformers")
+}
 ALIASES = {"phi2": "phi", "phi-msft": "phi", "mixformer-sequential": "phi"}
 """Other names that files give to a family."""
-RELATIVES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "smollm", "olmo", "granite", "stablelm")
+ARCHITECTURES = {"OpenMoeForCausalLM": "openmoe"}
+"""Classes of families whose ``config.json`` has another's model_type: OpenMoE's says "llama"."""
+RELATIVES = ("llama", "t5", "mistral", "mixtral", "qwen", "gemma", "phi", "smollm", "olmo", "granite", "stablelm")
 
 
 class Family(Protocol):
@@ -45,7 +50,7 @@ def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
         name: Any = _family_of_params(checkpoint)
     else:
         key = "general.architecture" if checkpoint.format == "gguf" else "model_type"
-        name = checkpoint.config.get(key)
+        name = _family_of_class(checkpoint.config.get("architectures")) or checkpoint.config.get(key)
         if not isinstance(name, str):
             raise BadInput(f"{checkpoint.path}: the config has no {key!r}, so its architecture is unknown")
         name = ALIASES.get(name, name)
@@ -57,6 +62,11 @@ def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
             + (f" ({name!r} is a relative, but its networks differ)" if name.startswith(RELATIVES) else "")
         )
     return name, import_module(FAMILIES[name])
+
+
+def _family_of_class(architectures: object) -> str | None:
+    published = architectures if isinstance(architectures, list) else []
+    return next((name for architecture, name in ARCHITECTURES.items() if architecture in published), None)
 
 
 def _family_of_params(checkpoint: Checkpoint) -> str:

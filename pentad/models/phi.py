@@ -1,7 +1,6 @@
 """phi-1, phi-1.5 and phi-2 (arXiv:2306.11644, 2309.05463): small models whose point is what they were taught.
 
-GPT-J's block: one LayerNorm, behind it attention and an MLP side by side; biases everywhere, the head's too; RoPE turns
-the first part of each head only.
+GPT-J's block: attention and an MLP side by side behind one LayerNorm; biases, the head's too; partly rotated heads.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ OLDER_NAMES = {  # of the configs of 2023
     "n_inner": "intermediate_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
+    "n_head_kv": "num_key_value_heads",
     "n_positions": "max_position_embeddings",
     "layer_norm_epsilon": "layer_norm_eps",
     "activation_function": "hidden_act",

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
@@ -80,6 +81,9 @@ PARAMS_FIELDS = {
 }
 """A field's name in config.json -> its name in params.json."""
 
+BEYOND = ("yarn", "llama_4_scaling", "vision_encoder")
+"""What later models of Mistral's have in their params.json, and the networks here have not."""
+
 
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     """The checkpoint with `names` of its ``config.json`` put into today's; other kinds of file stay as they are."""
@@ -101,16 +105,20 @@ def published_values(checkpoint: Checkpoint) -> dict[str, Any]:
         case "consolidated":
             return _from_params(checkpoint)
         case _:
-            return _from_hf(checkpoint.config)
+            return _from_hf(checkpoint)
 
 
-def _from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+def _from_hf(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = dict(rope) if isinstance(rope, Mapping) else {"rope_type": rope}  # refused by name
     length = config.get("max_position_embeddings", 2048)
     trained = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or length
+    values = dict(config)
+    if config.get("tie_word_embeddings") is True and _has_a_head_of_its_own(checkpoint):
+        values["tie_word_embeddings"] = False
     return {
-        **config,
+        **values,
         "rope_theta": rope.get("rope_theta") or config.get("rope_theta"),
         "partial_rotary_factor": rope.get("partial_rotary_factor") or config.get("partial_rotary_factor"),
         "rope_parameters": {
@@ -119,6 +127,15 @@ def _from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
             "original_max_position_embeddings": trained,
         },
     }
+
+
+def _has_a_head_of_its_own(checkpoint: Checkpoint) -> bool:
+    """Whether the file holds another head than the embedding: then its config is wrong, as transformers has it."""
+    both = [checkpoint.tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    embedding, head = (None if entry is None else entry.read() for entry in both)
+    if not isinstance(embedding, Tensor) or not isinstance(head, Tensor):
+        return False
+    return embedding.dtype != head.dtype or not torch.equal(embedding, head)
 
 
 def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -153,9 +170,11 @@ def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
 def _from_params(checkpoint: Checkpoint) -> dict[str, Any]:
     """Meta's params.json (Llama) gives the feed-forward width by a rule, Mistral's by its number."""
     params, path = checkpoint.config, checkpoint.path
-    required = ["dim", "n_layers", "n_heads", "vocab_size", "norm_eps"]
+    if asked := [name for name in BEYOND if params.get(name)]:
+        raise BadInput(f"{path}: params.json asks for {', '.join(asked)}, which no family here computes")
+    required = ["dim", "n_layers", "n_heads", "norm_eps"]
     if "hidden_dim" in params:
-        required += ["head_dim", "n_kv_heads"]
+        required += ["vocab_size", "head_dim", "n_kv_heads"]
     if absent := [name for name in required if name not in params]:
         raise BadInput(f"{path}: params.json lacks {', '.join(absent)}")
     values = {field: params.get(name) for field, name in PARAMS_FIELDS.items()}
@@ -166,9 +185,10 @@ def _from_params(checkpoint: Checkpoint) -> dict[str, Any]:
     if not isinstance(moe, Mapping):
         raise BadInput(f"{path}: params.json: moe is {str(moe)[:40]!r}, not what a mixture's numbers are in")
     values |= {"num_local_experts": moe.get("num_experts"), "num_experts_per_tok": moe.get("num_experts_per_tok")}
-    if values["vocab_size"] == -1:  # Llama 2: as many as the tokenizer has
+    if "hidden_dim" not in params and params.get("vocab_size", -1) == -1:  # as many as the tokenizer has
         embedding = checkpoint.tensors.get("tok_embeddings.weight")
-        values["vocab_size"] = embedding.shape[0] if embedding else None
+        # Without weights: those that wrote -1 are Llama 1 and 2. Code Llama says nothing, and has two vocabularies.
+        values["vocab_size"] = embedding.shape[0] if embedding else 32000 if "vocab_size" in params else None
     values["rope_parameters"] = {}
     if "hidden_dim" in params:
         values["max_position_embeddings"] = values["max_position_embeddings"] or 32768

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import nn
 
+from pentad.errors import BadInput
 from pentad.models.layouts import gguf_rules, hf_ignored, hf_rules
 from pentad.models.published import DecoderConfig, Spelling, read_decoder_config, written_values
 from pentad.nn.attention import Attention
@@ -27,7 +28,7 @@ class Qwen2Config(DecoderConfig):
     rms_norm_eps: float = 1e-6
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
-    max_window_layers: int = 28
+    max_window_layers: int = field(default=28, metadata={"least": 0})
     layer_types: tuple[str, ...] | None = None
 
     def window(self, layer: int) -> int | None:
@@ -37,6 +38,9 @@ class Qwen2Config(DecoderConfig):
         else:
             windowed = layer >= self.max_window_layers
         return self.sliding_window if self.use_sliding_window and windowed else None
+
+
+C = TypeVar("C", bound=Qwen2Config)
 
 
 class Qwen2(Decoder):
@@ -74,7 +78,19 @@ class Qwen2(Decoder):
 
 def config_from(checkpoint: Checkpoint) -> Qwen2Config:
     """The config of a checkpoint, from ``config.json`` or GGUF metadata."""
-    return read_decoder_config(Qwen2Config, checkpoint)
+    return checked_layer_types(read_decoder_config(Qwen2Config, checkpoint), checkpoint)
+
+
+def checked_layer_types(config: C, checkpoint: Checkpoint) -> C:
+    """The config; BadInput where `layer_types` isn't a known kind of attention for each layer."""
+    kinds = {"full_attention", "sliding_attention"}
+    said = config.layer_types or ()
+    if said and (len(said) != config.num_hidden_layers or not kinds.issuperset(said)):
+        raise BadInput(
+            f"{checkpoint.path}: layer_types is not one of {' and '.join(sorted(kinds))} for each of the "
+            f"{config.num_hidden_layers} layers"
+        )
+    return config
 
 
 def key_tables(config: Qwen2Config, format: str) -> list[KeyTable]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from pentad.models.layouts import gguf_rules, hf_ignored, hf_rules
 from pentad.models.published import Spelling, read_decoder_config, written_values
-from pentad.models.qwen2 import Qwen2Config
+from pentad.models.qwen2 import Qwen2Config, checked_layer_types
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -67,7 +67,7 @@ class Qwen3(Decoder):
 
 def config_from(checkpoint: Checkpoint) -> Qwen3Config:
     """The config of a checkpoint, from ``config.json`` or GGUF metadata."""
-    return read_decoder_config(Qwen3Config, checkpoint)
+    return checked_layer_types(read_decoder_config(Qwen3Config, checkpoint), checkpoint)
 
 
 def key_tables(config: Qwen3Config, format: str) -> list[KeyTable]:
@@ -77,7 +77,7 @@ def key_tables(config: Qwen3Config, format: str) -> list[KeyTable]:
         case "hf":
             rules = [Rule(f"layers.*.attention.{n}", f"model.layers.*.self_attn.{n}") for n in norms]
             return [KeyTable([*hf_rules(), *rules], ignored=hf_ignored(config.tie_word_embeddings))]
-        case "gguf":
+        case "gguf" if not config.attention_bias:  # llama.cpp has none on the way out of attention
             rules = [Rule(f"layers.*.attention.{n}", f"blk.*.attn_{n}") for n in norms]
             return [KeyTable([*gguf_rules(), *rules], ignored=[r"rope_freqs\.weight"])]
     return []

@@ -237,6 +237,8 @@ class Attention(nn.Module):
         window: how many keys a query sees, its own included; None for all.
         bias: whether q, k, v have a bias; `output_bias`: whether o has.
         q_norm, k_norm: norms of each head's queries and keys, before RoPE (Qwen3).
+        scale: what scores are multiplied by; 1 / sqrt(D) if None.
+        query_rope: how queries are rotated, where that is not as keys are.
         log_scale_after: each query with more than so many tokens up to and with its own is multiplied by the logarithm,
             to this base, of their number, lest attention flattens as it spreads over more keys (log-n scaling:
             arXiv:2202.12172; Qwen, arXiv:2309.16609).
@@ -256,6 +258,8 @@ class Attention(nn.Module):
         output_bias: bool = False,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
+        scale: float | None = None,
+        query_rope: Rope | None = None,
         log_scale_after: int | None = None,
     ) -> None:
         super().__init__()
@@ -271,6 +275,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, dim, bias=output_bias)
         self.q_norm = q_norm
         self.k_norm = k_norm
+        self.scale = scale
+        self.query_rope = query_rope
         self.log_scale_after = log_scale_after
 
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor:
@@ -279,16 +285,15 @@ class Attention(nn.Module):
         q_NHD, k_NGD, v_NGD = (x.view(x.shape[0], -1, self.head_dim) for x in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_NHD, k_NGD = self.q_norm(q_NHD), self.k_norm(k_NGD)
-        q_NHD, k_NGD = self.rope(q_NHD, batch), self.rope(k_NGD, batch)
+        q_NHD, k_NGD = (self.query_rope or self.rope)(q_NHD, batch), self.rope(k_NGD, batch)
         if self.log_scale_after is not None:
             q_NHD = q_NHD * _log_scale(batch, self.log_scale_after).to(q_NHD.dtype)
-        if batch.pages is None:
-            y_NHD = attention(q_NHD, k_NGD, v_NGD, batch.rows, batch.rows, causal=True, window=self.window)
-        else:
+        k, v, keys = k_NGD, v_NGD, batch.pages or batch.rows
+        if batch.pages is not None:
             k, v = batch.pages.write(self.layer, k_NGD, v_NGD)
             q_NHD = q_NHD.to(k.dtype)  # the cache may be kept in another
-            y_NHD = attention(q_NHD, k, v, batch.rows, batch.pages, causal=True, window=self.window).to(x_ND.dtype)
-        out_ND: Tensor = self.o_proj(y_NHD.flatten(-2))
+        y_NHD = attention(q_NHD, k, v, batch.rows, keys, causal=True, window=self.window, scale=self.scale)
+        out_ND: Tensor = self.o_proj(y_NHD.to(x_ND.dtype).flatten(-2))
         return out_ND
 
 

@@ -111,6 +111,19 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class SourceRows:
+    """What an encoder made of the source of each of a batch's sequences.
+
+    Attributes:
+        hidden_MD: [M, D], its hidden states.
+        rows: which of the M rows are of which sequence's source.
+    """
+
+    hidden_MD: Tensor
+    rows: Rows
+
+
+@dataclass(frozen=True)
 class Batch:
     """N tokens of any number of sequences, laid end to end; no padding, no batch axis, no mask.
 
@@ -124,6 +137,8 @@ class Batch:
         pages: where in a paged cache the sequences' keys and values are; None where nothing is cached, and each
             sequence's rows see only each other.
         rope_lengths: [B], the length each sequence's RoPE is scaled for (only scalings that depend on length look).
+        source: what an encoder-decoder's decoder looks at: the encoder's rows when training, pages that were written
+            once and are only read when decoding.
     """
 
     ids: Tensor
@@ -131,6 +146,7 @@ class Batch:
     rows: Rows
     pages: Pages | None = None
     rope_lengths: tuple[int, ...] = ()
+    source: SourceRows | Pages | None = None
     _shared: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

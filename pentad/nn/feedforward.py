@@ -36,3 +36,36 @@ class GeluMLP(nn.Module):
     def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, None]:
         """[N, dim] -> [N, dim], and no router's decisions, since there is no router."""
         return self.down_proj(F.gelu(self.up_proj(x_ND), approximate="tanh")), None
+
+
+class ReluMLP(nn.Module):
+    """down(relu(up(x))), without biases: the feed-forward layer of T5 (arXiv:1910.10683)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, None]:
+        """[N, dim] -> [N, dim], and no router's decisions, since there is no router."""
+        return self.down_proj(F.relu(self.up_proj(x_ND))), None
+
+
+class GatedSwiGLU(nn.Module):
+    """down(a * silu(b) * up(x)) with the halves a, b of gate(x): a SwiGLU (arXiv:2002.05202) that is itself a gate.
+
+    So OpenMoE computes: "swiglu" is what its gate's activation is called, and takes one half of it for a gate of the
+    other (ColossalAI's modeling_openmoe.py, `OpenMoeMLP` and `SwiGLU`).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, None]:
+        """[N, dim] -> [N, dim], and no router's decisions, since there is no router."""
+        gates, up = project(x_ND, self.gate_proj, self.up_proj)
+        a, b = gates.chunk(2, -1)
+        return self.down_proj(a * F.silu(b) * up), None

@@ -37,6 +37,10 @@ class Rope:
         cos_N1D, sin_N1D = batch.shared((self, x_NHD.dtype), lambda: self._cos_sin(batch, x_NHD.dtype))
         return torch.addcmul(x_NHD * cos_N1D, x_NHD.roll(self.dim // 2, -1), sin_N1D)
 
+    def positions(self, batch: Batch) -> Tensor:
+        """int64 [N], by which each of the batch's tokens is rotated."""
+        return batch.positions
+
     def _cos_sin(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines, and sines with the sign of rotate-half in them, both [N, 1, D]."""
         lengths = batch.rope_lengths
@@ -45,6 +49,24 @@ class Rope:
         else:
             each = torch.stack([self.scaling.frequencies(self.theta, self.dim, length) for length in lengths])
             inv = each.repeat_interleave(torch.tensor(batch.rows.lengths), dim=0)  # [N, D/2]
-        angles = batch.positions[:, None].float() * inv.to(batch.positions.device)
+        angles = self.positions(batch)[:, None].float() * inv.to(batch.positions.device)
         cos, sin = angles.cos() * self.scaling.magnitude(), angles.sin() * self.scaling.magnitude()
         return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
+
+
+class AheadRope(Rope):
+    """Rotates a token that comes alone, as in decoding, as if it stood `ahead` positions after its own.
+
+    For queries only, with 1, that is how OpenMoE decodes in ColossalAI's port (modeling_openmoe.py,
+    `apply_rotary_embedding`: ``cos[rotary_index + 1]``), unlike in the code that it was trained by (flaxformer's
+    ``cos[rotary_index]``).
+    """
+
+    def __init__(self, rope: Rope, ahead: int) -> None:
+        super().__init__(rope.dim, rope.theta, rope.scaling)
+        self.ahead = ahead
+
+    def positions(self, batch: Batch) -> Tensor:
+        """int64 [N], by which each of the batch's tokens is rotated."""
+        lengths = torch.tensor(batch.rows.lengths, device=batch.positions.device)
+        return batch.positions + self.ahead * (lengths == 1).repeat_interleave(lengths)

@@ -68,7 +68,8 @@ class TokenizersBackend:
             {token.content: i for i, token in control.items()},
             {token.content: (token.lstrip, token.rstrip) for token in control.values()},
         )
-        self._control_ids = frozenset(control)
+        self._unknown = _unknown_of(pipeline)
+        self._control_ids = frozenset(control) - {self._unknown}
         steps = _steps(pipeline.decoder, "decoders")
         kinds = {step["type"] for step in steps}
         self.byte_level = "ByteLevel" in kinds
@@ -129,6 +130,9 @@ class TokenizersBackend:
         return data[1:] if self._strips_first and token not in self._added and data[:1] == b" " else data
 
     def _spelled(self, token: int) -> list[int]:
+        if self._unknown is not None:  # there are no tokens for bytes
+            characters = (self.pipeline.token_to_id(character) for character in self._added[token])
+            return [self._unknown if i is None else i for i in characters]
         pieces = (
             (CHARACTER_OF[byte] if self.byte_level else f"<0x{byte:02X}>") for byte in self._added[token].encode()
         )
@@ -213,6 +217,18 @@ def _sentencepiece(model: bytes) -> SentencePieceProcessor:
 def _piece_bytes(piece: str) -> bytes:
     byte = BYTE_PIECE.fullmatch(piece)
     return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
+
+
+def _unknown_of(pipeline: Tokenizer) -> int | None:
+    """What a Unigram vocabulary without bytes has for a character that is not in it: a token that its files call
+    control, though any text may have it.
+    """
+    from tokenizers import models
+
+    if not isinstance(pipeline.model, models.Unigram):
+        return None
+    ids = [token.id for token in pipeline.model.tokenize("\U0010ffff")]
+    return ids[0] if len(ids) == 1 else None
 
 
 def _steps(part: Any, key: str) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pentad import text
@@ -14,12 +14,13 @@ from pentad.text.backends import Backend, SentencePieceBackend, TokenizersBacken
 from pentad.text.files import read_bytes
 from pentad.text.tokenizer import Source, Tokenizer, refusing
 
-__all__ = ["consolidated_files", "gguf_metadata", "hf_files"]
+__all__ = ["consolidated_files", "gguf_metadata", "hf_files", "spaced_alike"]
 
 _CONFIG = "tokenizer_config.json"
 _FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
     "tekken.json",
     "qwen.tiktoken",
     "vocab.json",
@@ -43,7 +44,7 @@ def hf_files(checkpoint: Source) -> dict[str, bytes]:
     Raises `BadInput` as `text.load`, and where what is made would not give the same ids.
     """
     files = _copied(checkpoint)
-    if "tokenizer.json" in files or ("tokenizer.model" in files and _CONFIG in files):
+    if files.keys() & {"tokenizer.json", "spiece.model"} or ("tokenizer.model" in files and _CONFIG in files):
         return files
     tokenizer = text.load(checkpoint)
     if tokenizer is None:
@@ -70,7 +71,7 @@ def consolidated_files(checkpoint: Source) -> dict[str, bytes]:
 
 def gguf_metadata(checkpoint: Source, vocab_size: int | None = None) -> dict[str, Any]:
     """The `tokenizer.…` keys of a GGUF file, each a string, int, bool or a list of strings, of ints (int32) or of
-    floats (float32); none where the checkpoint has no tokenizer.
+    floats (float32); where the checkpoint has no tokenizer, the one that says so.
 
     A GGUF file's own keys are taken as they are. `vocab_size`: how many rows the embedding has; tokens past the
     vocabulary become `[PAD32001]`, of type unused.
@@ -78,7 +79,7 @@ def gguf_metadata(checkpoint: Source, vocab_size: int | None = None) -> dict[str
     """
     tokenizer = text.load(checkpoint, vocab_size)
     if tokenizer is None:
-        return {}
+        return {"tokenizer.ggml.model": gguf_vocab.NONE}
     if checkpoint.format == "gguf":
         keys = {key: value for key, value in checkpoint.config.items() if key.startswith("tokenizer.")}
     else:
@@ -86,6 +87,17 @@ def gguf_metadata(checkpoint: Source, vocab_size: int | None = None) -> dict[str
             keys = gguf_export.metadata(tokenizer)
             _check_same(tokenizer, gguf_vocab.load(keys))
     return keys if vocab_size is None else gguf_export.pad(keys, vocab_size)
+
+
+def spaced_alike(checkpoint: Source, keys: Mapping[str, Any]) -> bool:
+    """Whether text after a control token has the same ids by `gguf_metadata`'s keys: of SentencePiece vocabularies,
+    some put no space in front of it, and llama.cpp always does.
+    """
+    if keys.get("tokenizer.ggml.model") != "llama":
+        return True
+    tokenizers = text.load(checkpoint), gguf_vocab.load(keys)
+    one, other = (t and t.encode(f"{next(iter(t.control), '')}a", special=True) for t in tokenizers)
+    return one == other
 
 
 def _copied(checkpoint: Source) -> dict[str, bytes]:

@@ -1,6 +1,6 @@
 """The tokenizer files of a folder -> `Tokenizer`.
 
-Read is the first of tokenizer.json, tekken.json, tokenizer.model and qwen.tiktoken that is there;
+Read is the first of tokenizer.json, tekken.json, tokenizer.model, spiece.model and qwen.tiktoken that is there;
 with tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json,
 chat_template.jinja and additional_chat_templates/, whichever are there.
 """
@@ -32,6 +32,8 @@ ROLES = (
     "mask_token",
 )
 _CONFIG = "tokenizer_config.json"
+_T5 = "spiece.model"
+_SENTINELS = 100  # how many tokens that stand for a span T5 has
 _VERSIONED = re.compile(r".*\.model\.(v\d+)(?:m\d+)?")  # as Mistral names SentencePiece models: tokenizer.model.v3
 
 
@@ -48,7 +50,8 @@ def find(folder: Path) -> Path | None:
     """The file in `folder` that holds its vocabulary; None where none does."""
     versions = {match[1]: file for file in folder.glob("*.model.v*") if (match := _VERSIONED.fullmatch(file.name))}
     newest = [versions[version] for version in sorted(versions, key=lambda version: -int(version[1:]))]
-    named = [folder / name for name in ("tokenizer.json", "tekken.json", "tokenizer.model", "qwen.tiktoken")]
+    names = ("tokenizer.json", "tekken.json", "tokenizer.model", _T5, "qwen.tiktoken")
+    named = [folder / name for name in names]
     return next((file for file in [*named[:2], *newest, *named[2:]] if file.is_file()), None)
 
 
@@ -129,6 +132,8 @@ def _sentencepiece(file: Path, config: Mapping[str, Any]) -> SentencePieceBacken
     except BadInput as error:
         raise BadInput(f"{file}: not a SentencePiece model: {error}") from None
     extra = {i: piece for i, piece in _added(file, config).items() if i >= size}
+    if file.name == _T5 and not extra:
+        extra = dict(enumerate(_sentinels(file, config), size))
     if sorted(extra) != list(range(size, size + len(extra))):
         raise BadInput(f"{file}: holds {size} tokens, which the added ones don't follow on")
     return SentencePieceBackend(
@@ -152,6 +157,14 @@ def _added(file: Path, config: Mapping[str, Any]) -> dict[int, Piece]:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInput(f"{where}: doesn't map ids to added tokens") from None
     return added
+
+
+def _sentinels(file: Path, config: Mapping[str, Any]) -> list[Piece]:
+    """The tokens that T5's code adds to its vocabulary, the last one first; tokenizer_config.json may say how many."""
+    count = config.get("extra_ids", _SENTINELS)
+    if not isinstance(count, int) or not 0 <= count <= 1000:
+        raise BadInput(f"{file.with_name(_CONFIG)}: extra_ids is {str(count)[:40]}: 0 to 1000 were expected")
+    return [_added_piece(f"<extra_id_{i}>", True) for i in reversed(range(count))]
 
 
 def _added_piece(token: str, special: bool) -> Piece:

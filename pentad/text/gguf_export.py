@@ -147,6 +147,8 @@ def _pre(backend: TokenizersBackend, state: Mapping[str, Any]) -> str:
     """The `tokenizer.ggml.pre` that splits the probe as the pipeline does, and that treats whole words alike."""
     if (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
         raise BadInput(f"its normalizer is {state['normalizer']['type']}: llama.cpp has none")
+    if not state["model"]["merges"] and not state["model"]["ignore_merges"]:
+        return "default"  # however words are split, characters stay alone
     words = _split(backend.pipeline)
     alike = [
         name

@@ -16,7 +16,10 @@ from pentad.text.control import is_control
 from pentad.text.sentencepiece_proto import SPACE, Kind, Piece, write_model
 from pentad.text.tokenizer import Tokenizer
 
-__all__ = ["load"]
+__all__ = ["NONE", "load"]
+
+NONE = "none"
+"""What `tokenizer.ggml.model` is in a file that has no vocabulary; llama.cpp reads none where it is missing."""
 
 
 def load(metadata: Mapping[str, Any]) -> Tokenizer | None:
@@ -26,7 +29,7 @@ def load(metadata: Mapping[str, Any]) -> Tokenizer | None:
     contradicts itself.
     """
     model = metadata.get("tokenizer.ggml.model")
-    if model is None:
+    if model in (None, NONE, "no_vocab"):
         return None
     tokens = _list(metadata, "tokens", str)
     if not tokens:

@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import pentad.weights
+from pentad.errors import BadInput
 from pentad.generate.step import PlainStep
+from pentad.loading import meta_network
 from tests.helpers.tiny import assert_equal_logits, logits_of, network_of, random_ids, refused
 
 SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 96, "norm_eps": 1e-5}
@@ -221,6 +224,16 @@ def test_llama_3_1_stretches_long_waves(tmp_path: Path) -> None:
     assert float((ours - described(state, params, ids, theta=500000.0)).abs().max()) > 1e-3
 
 
+def test_code_llama_does_not_say_how_many_tokens_it_knows(tmp_path: Path) -> None:
+    state = random_state(META, META_WIDTH)
+    said = {name: value for name, value in META.items() if name != "vocab_size"}
+    assert network_of(write(tmp_path, said, state)).config.vocab_size == 96
+    for file in tmp_path.glob("consolidated*"):
+        file.unlink()
+    with pytest.raises(BadInput, match="the config lacks vocab_size"):
+        meta_network(pentad.weights.open(tmp_path))
+
+
 # --- what is wrong --------------------------------------------------------------------------------
 
 
@@ -235,6 +248,8 @@ def test_llama_3_1_stretches_long_waves(tmp_path: Path) -> None:
         (META, {"multiple_of": 0}, "multiple_of 0 or ffn_dim_multiplier 1.0 can't be"),
         (META, {"n_heads": "four"}, "num_attention_heads is 'four', not of type int"),
         (META, {"n_layers": 3}, "9 missing: layers.2.attention_norm.weight"),
+        (MISTRAL, {"yarn": {"factor": 16}}, "params.json asks for yarn, which no family here computes"),
+        (MISTRAL, {"vocab_size": -1}, "vocab_size is -1, which is not a possible size"),
     ],
     ids=str,
 )

@@ -184,7 +184,7 @@ LLAMA_2_70B_PARAMS = {
     "n_kv_heads": 8,
     "n_layers": 80,
     "norm_eps": 1e-05,
-    "vocab_size": 32000,  # published as -1, since the tokenizer knows
+    "vocab_size": -1,  # as published: the tokenizer knows
 }
 LLAMA_2_7B_PARAMS = {
     "dim": 4096,
@@ -192,7 +192,7 @@ LLAMA_2_7B_PARAMS = {
     "n_heads": 32,
     "n_layers": 32,
     "norm_eps": 1e-05,
-    "vocab_size": 32000,
+    "vocab_size": -1,
 }
 
 PARAMETERS: dict[str, tuple[dict[str, Any], int]] = {

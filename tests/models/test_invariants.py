@@ -28,6 +28,7 @@ from tests.helpers.tiny import (
     random_ids,
     tiny_checkpoint,
 )
+from tests.helpers.tiny_openmoe import openmoe_checkpoint
 from tests.helpers.tiny_qwen import qwen_checkpoint
 
 # Each joins with a line: what transformers is asked for, of at least 96 ids and 256 positions; where it has no such
@@ -35,6 +36,8 @@ from tests.helpers.tiny_qwen import qwen_checkpoint
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"family": "mistral"},
+    "mixtral": {"family": "mixtral"},
+    "openmoe": {"make": openmoe_checkpoint, "router_drop_tks": False},  # else what is dropped depends on the chunk
     "phi": {"family": "phi"},
     "qwen": {"make": qwen_checkpoint, "seq_length": 24, "use_dynamic_ntk": True, "use_logn_attn": True},
     "qwen2": {"family": "qwen2"},

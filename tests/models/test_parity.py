@@ -1,4 +1,4 @@
-"""Each dense family against transformers on tiny random configs: whole, by a cache, from one file and from shards."""
+"""Each family against transformers on tiny random configs: whole, by a cache, from one file and from shards."""
 
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral, window": {"family": "mistral", "sliding_window": 12},
     "mistral, window of 2": {"family": "mistral", "sliding_window": 2},
     "mistral, wide heads, tied": {"family": "mistral", "head_dim": 20, "tie_word_embeddings": True},
+    "mixtral": {"family": "mixtral"},
+    "mixtral, 3 of 5 experts, window": {
+        "family": "mixtral",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "sliding_window": 12,
+    },
     "qwen2": {"family": "qwen2"},
     "qwen2, tied, mha": {"family": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 4},
     "qwen2, late layers have a window": {

@@ -112,6 +112,28 @@ def test_the_layouts_of_2023(tmp_path: Path, layout: str, edit: dict[str, Any]) 
     assert network.config.max_position_embeddings == 256
 
 
+def test_shared_keys_of_2023(tmp_path: Path) -> None:
+    tiny = tiny_checkpoint(tmp_path / "today", family="phi", intermediate_size=128)
+    state = load_file(tiny.folder / "model.safetensors")
+    for layer in "01":
+        for kind in ("weight", "bias"):
+            home = f"model.layers.{layer}.self_attn"
+            state[f"{home}.Wqkv.{kind}"] = torch.cat([state.pop(f"{home}.{p}_proj.{kind}") for p in "qkv"])
+    state = {
+        (name.replace("model.layers", "transformer.h").replace("self_attn.Wqkv", "mixer.Wqkv"))
+        .replace("self_attn.dense", "mixer.out_proj")
+        .replace("input_layernorm", "ln")
+        .replace("model.embed_tokens", "transformer.embd.wte")
+        .replace("lm_head", "lm_head.linear")
+        .replace("model.final_layernorm", "lm_head.ln"): tensor
+        for name, tensor in state.items()
+    }
+    checkpoint_of_2023(tmp_path / "then", "phi-msft", n_head_kv=2)
+    save_file(state, tmp_path / "then" / "model.safetensors")
+    ids = random_ids(30)
+    assert_equal_logits(logits_of(network_of(tmp_path / "then"), ids), peer_logits(tiny.peer, ids))
+
+
 def test_a_pickled_file_of_2023(tmp_path: Path) -> None:
     """As phi-1 and phi-1.5 were published first."""
     tiny = checkpoint_of_2023(tmp_path, "mixformer-sequential")

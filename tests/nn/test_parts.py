@@ -8,10 +8,11 @@ from torch import Tensor
 
 from pentad.errors import BadInput
 from pentad.nn.batch import Batch, Rows
-from pentad.nn.block import ParallelBlock, PreNormBlock
-from pentad.nn.feedforward import GeluMLP, SwiGLU
+from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
+from pentad.nn.feedforward import GatedSwiGLU, GeluMLP, SwiGLU
+from pentad.nn.moe.experts import GatedSwiGLUExperts
 from pentad.nn.norm import LayerNorm, RMSNorm
-from pentad.nn.rope import Rope
+from pentad.nn.rope import AheadRope, Rope
 from pentad.nn.rope_scaling import SCALINGS, Dynamic, DynamicSteps, inverse_frequencies, scaling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,6 +64,20 @@ def test_gelu_mlp() -> None:
 
 
 @torch.inference_mode()
+def test_gated_swiglu_and_its_experts() -> None:
+    layer, x, batch = GatedSwiGLU(8, 20), torch.randn(5, 8), Batch.of(range(5))
+    (a, b), up = layer.gate_proj(x).split(20, -1), layer.up_proj(x)
+    y, aux = layer(x, batch)
+    torch.testing.assert_close(y, layer.down_proj(a * b / (1 + (-b).exp()) * up))
+    assert aux is None
+    experts = GatedSwiGLUExperts(2, 8, 20)
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        getattr(experts, part).weight[1] = getattr(layer, part).weight
+    torch.testing.assert_close(experts(x, torch.tensor([0, 5], dtype=torch.int32)), y)
+    assert not torch.allclose(experts(x, torch.tensor([5, 5], dtype=torch.int32)), y, atol=0.01)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("bias", [False, True])
 def test_swiglu(bias: bool) -> None:
     layer, x = SwiGLU(8, 20, bias=bias), torch.randn(5, 8)
@@ -98,6 +113,14 @@ def test_a_pre_norm_block_adds_to_the_stream() -> None:
     assert aux == "routed"
 
 
+def test_an_extra_feedforward_reads_what_the_first_one_wrote() -> None:
+    block = ExtraFeedforwardBlock(Times(2), Times(3), Times(5), Times(7, "routed"), Times(11), Times(13, "ignored"))
+    y, aux = block(torch.ones(1, 4), Batch.of([0]))
+    before = 7.0 + 35 * 7.0
+    assert y.tolist() == [[before + 143 * before] * 4]
+    assert aux == "routed"
+
+
 def rotate(x: Tensor, position: int, frequencies: Tensor, magnitude: float = 1.0) -> Tensor:
     """One head's numbers as complex ones, each turned by its angle: RoFormer, equation 34."""
     half = len(x) // 2
@@ -116,6 +139,14 @@ def test_rope_turns_pairs(theta: float) -> None:
             expected = rotate(x[n, head], position, frequencies)
             torch.testing.assert_close(y[n, head].double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(y[0], x[0])
+
+
+def test_a_rope_ahead_is_ahead_for_tokens_that_come_alone() -> None:
+    x, rope = torch.randn(6, 3, 16), Rope(16, 500.0)
+    y = AheadRope(rope, 2)(x, Batch.of(range(3), [0], range(2)))
+    assert torch.equal(y[:3], rope(x[:3], Batch.of(range(3))))
+    assert torch.equal(y[3:4], rope(torch.cat((x[:2], x[3:4])), Batch.of(range(3)))[2:])
+    assert torch.equal(y[4:], rope(x[4:], Batch.of(range(2))))
 
 
 def test_a_partial_rope_leaves_the_rest_of_a_head_alone() -> None:

@@ -232,7 +232,8 @@ def test_code_that_is_not_copied_is_not_named(tmp_path: Path) -> None:
 def test_no_tokenizer_no_files(tmp_path: Path) -> None:
     for kind in ("hf", "consolidated", "gguf"):
         nothing = SimpleNamespace(path=tmp_path, format=kind, config={})
-        assert (hf_files(nothing), consolidated_files(nothing), gguf_metadata(nothing, 10)) == ({}, {}, {})
+        assert (hf_files(nothing), consolidated_files(nothing)) == ({}, {})
+        assert gguf_metadata(nothing, 10) == {"tokenizer.ggml.model": "none"}  # which llama.cpp asks for
 
 
 def test_a_gguf_files_own_keys(tmp_path: Path) -> None:

@@ -1,0 +1,209 @@
+"""Switch Transformers (arXiv:2101.03961): T5's encoder-decoder (arXiv:1910.10683), whose feed-forward layer is in some
+blocks a mixture of which a token takes one expert.
+
+An expert takes so many of a sequence's tokens, by position; the others pass the layer by on the residual stream, as in
+the paper (transformers before 5.0 added them, times their expert's probability). A cached step counts its own tokens
+only. Without sparse layers it is T5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from pentad.errors import BadInput
+from pentad.nn.block import PreNormBlock
+from pentad.nn.encoder_decoder import CrossAttendingBlock, CrossAttention, Encoder, EncoderDecoder, ScaledLinear
+from pentad.nn.feedforward import ReluMLP
+from pentad.nn.moe.experts import MLPExperts
+from pentad.nn.moe.layer import MixtureOfExperts, Router
+from pentad.nn.moe.routers import softmax_top_k
+from pentad.nn.norm import RMSNorm
+from pentad.nn.relative_bias import RelativeAttention, RelativeBias
+from pentad.weights.checkpoint import Checkpoint
+from pentad.weights.config import DEEPEST, LARGEST, read_config
+from pentad.weights.keytable import KeyTable, Rule, Stacked
+
+MOST_EXPERTS = 4096  # twice those of the largest published model
+
+
+@dataclass(frozen=True)
+class SwitchConfig:
+    """What the forward pass reads of a published ``config.json``, under its names there and with their defaults."""
+
+    vocab_size: int = 32128
+    d_model: int = 768
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 12
+    num_decoder_layers: int = 0  # as many as num_layers
+    num_heads: int = 12
+    num_experts: int = 8
+    expert_capacity: int = 64
+    num_sparse_encoder_layers: int = field(default=3, metadata={"least": 0})
+    num_sparse_decoder_layers: int = field(default=3, metadata={"least": 0})
+    router_jitter_noise: float = field(default=0.01, metadata={"least": 0})
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    dense_act_fn: str = "relu"
+    tie_word_embeddings: bool = True
+    decoder_start_token_id: int = field(default=0, metadata={"least": 0})
+    n_positions: int = 512  # tokens of a text in training; positions are relative, so that longer ones work
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The name that other families have for it."""
+        return self.n_positions
+
+
+def sparse_layers(layers: int, sparse: int) -> list[bool]:
+    """Which of a stack's blocks have a mixture: as transformers builds them, not always as many as `sparse` says.
+
+    With none asked for, the second block has one; with more than there are blocks, none has.
+    """
+    every = layers // sparse if sparse else layers
+    return [every == 1 or (every > 1 and i % every == 1) for i in range(layers)]
+
+
+class SwitchTransformers(EncoderDecoder):
+    """Attention with a bias by distance, and a ReLU layer or a mixture of them, each behind an RMSNorm."""
+
+    def __init__(self, config: SwitchConfig) -> None:
+        c = config
+        embed = nn.Embedding(c.vocab_size, c.d_model)
+        read_embed = embed if c.tie_word_embeddings else nn.Embedding(c.vocab_size, c.d_model)
+        scale = c.d_model**-0.5 if c.tie_word_embeddings else 1.0
+        super().__init__(
+            Encoder(read_embed, _encoder_blocks(c), RMSNorm(c.d_model, c.layer_norm_epsilon)),
+            embed,
+            _decoder_blocks(c),
+            RMSNorm(c.d_model, c.layer_norm_epsilon),
+            ScaledLinear(c.d_model, c.vocab_size, scale=scale),
+            tied=c.tie_word_embeddings,
+            config=c,
+            start_id=c.decoder_start_token_id,
+        )
+
+
+def _encoder_blocks(c: SwitchConfig) -> Iterator[nn.Module]:
+    bias = _relative_bias(c, bidirectional=True)
+    for sparse in sparse_layers(c.num_layers, c.num_sparse_encoder_layers):
+        yield PreNormBlock(
+            RMSNorm(c.d_model, c.layer_norm_epsilon),
+            RelativeAttention(c.d_model, heads=c.num_heads, head_dim=c.d_kv, relative_bias=bias, causal=False),
+            RMSNorm(c.d_model, c.layer_norm_epsilon),
+            _feedforward(c, sparse),
+        )
+
+
+def _decoder_blocks(c: SwitchConfig) -> Iterator[CrossAttendingBlock]:
+    bias = _relative_bias(c, bidirectional=False)
+    for layer, sparse in enumerate(sparse_layers(c.num_decoder_layers, c.num_sparse_decoder_layers)):
+        yield CrossAttendingBlock(
+            RMSNorm(c.d_model, c.layer_norm_epsilon),
+            RelativeAttention(
+                c.d_model, heads=c.num_heads, head_dim=c.d_kv, relative_bias=bias, causal=True, layer=layer
+            ),
+            RMSNorm(c.d_model, c.layer_norm_epsilon),
+            CrossAttention(c.d_model, heads=c.num_heads, head_dim=c.d_kv, layer=layer),
+            RMSNorm(c.d_model, c.layer_norm_epsilon),
+            _feedforward(c, sparse),
+        )
+
+
+def _relative_bias(c: SwitchConfig, *, bidirectional: bool) -> RelativeBias:
+    return RelativeBias(
+        c.num_heads,
+        buckets=c.relative_attention_num_buckets,
+        max_distance=c.relative_attention_max_distance,
+        bidirectional=bidirectional,
+    )
+
+
+def _feedforward(c: SwitchConfig, sparse: bool) -> nn.Module:
+    if not sparse:
+        return ReluMLP(c.d_model, c.d_ff)
+    return MixtureOfExperts(
+        Router(c.d_model, c.num_experts),
+        MLPExperts(c.num_experts, c.d_model, c.d_ff),
+        softmax_top_k,
+        top_k=1,
+        capacity=lambda tokens: c.expert_capacity,
+        jitter=c.router_jitter_noise,
+    )
+
+
+def config_from(checkpoint: Checkpoint) -> SwitchConfig:
+    """The config of a checkpoint, from ``config.json``."""
+    path = checkpoint.path
+    if checkpoint.format != "hf":
+        raise BadInput(f"{path}: no {checkpoint.format} files of switch_transformers are known")
+    layers = checkpoint.config.get("num_decoder_layers") or checkpoint.config.get("num_layers")
+    config = read_config(SwitchConfig, {**checkpoint.config, "num_decoder_layers": layers or 12}, path)
+    buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    if max(config.num_layers, config.num_decoder_layers) > DEEPEST:
+        raise BadInput(f"{path}: {config.num_layers} and {config.num_decoder_layers} layers are not possible depths")
+    if config.num_experts > MOST_EXPERTS or config.num_heads * config.d_kv > LARGEST:
+        raise BadInput(f"{path}: {config.num_experts} experts or {config.num_heads} heads are not possible numbers")
+    if buckets < 4 or buckets % 2 or distance <= buckets // 2:
+        raise BadInput(f"{path}: distances up to {distance} can't be put into {buckets} buckets")
+    if config.dense_act_fn != "relu" or checkpoint.config.get("is_gated_act"):
+        raise BadInput(f"{path}: dense_act_fn is {config.dense_act_fn!r}; this family has relu, not gated")
+    if config.decoder_start_token_id >= config.vocab_size:
+        raise BadInput(f"{path}: decoder_start_token_id {config.decoder_start_token_id} is outside the vocabulary")
+    return config
+
+
+def key_tables(config: SwitchConfig, format: str) -> list[KeyTable]:
+    """The names of the network's modules in Hugging Face folders; there are no others."""
+    if format != "hf":
+        return []
+    rules = [*_stack_rules("encoder.", "encoder", config), *_stack_rules("", "decoder", config)]
+    if config.tie_word_embeddings:
+        copies = [r"(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight"]
+        rules.append(Rule("embed", "shared"))
+    else:
+        copies = [r"shared\.weight"]
+        rules += [Rule("encoder.embed", "encoder.embed_tokens"), Rule("embed", "decoder.embed_tokens")]
+        rules.append(Rule("head", "lm_head"))
+    return [KeyTable(rules, ignored=copies)]
+
+
+def _stack_rules(ours: str, theirs: str, config: SwitchConfig) -> list[Rule]:
+    block, layers = f"{theirs}.block.*", f"{ours}layers.*"
+    last = 1 if theirs == "encoder" else 2
+    experts = range(config.num_experts)
+    rules = [
+        Rule(f"{layers}.attention_norm", f"{block}.layer.0.layer_norm"),
+        Rule(f"{layers}.attention.relative_bias", f"{block}.layer.0.SelfAttention.relative_attention_bias"),
+        Rule(f"{layers}.feedforward_norm", f"{block}.layer.{last}.layer_norm"),
+        Rule(f"{layers}.feedforward.router", f"{block}.layer.{last}.mlp.router.classifier"),
+        Rule(f"{ours}norm", f"{theirs}.final_layer_norm"),
+        Rule(f"{layers}.cross_attention_norm", f"{block}.layer.1.layer_norm"),
+    ]
+    for part in "qkvo":
+        rules.append(Rule(f"{layers}.attention.{part}_proj", f"{block}.layer.0.SelfAttention.{part}"))
+        rules.append(Rule(f"{layers}.cross_attention.{part}_proj", f"{block}.layer.1.EncDecAttention.{part}"))
+    for here, there in (("up_proj", "wi"), ("down_proj", "wo")):
+        mlp = f"{block}.layer.{last}.mlp"
+        singly = tuple(f"{mlp}.experts.expert_{e}.{there}" for e in experts)
+        rules.append(Rule(f"{layers}.feedforward.{here}", f"{mlp}.{there}"))
+        rules.append(Rule(f"{layers}.feedforward.experts.{here}", singly, Stacked()))
+    return rules
+
+
+def write_config(config: SwitchConfig, format: str) -> dict[str, Any]:
+    """The config as Hugging Face's files spell it."""
+    return {
+        "architectures": ["SwitchTransformersForConditionalGeneration"],
+        "model_type": "switch_transformers",
+        "is_encoder_decoder": True,
+        **asdict(config),
+    }
+
+
+build = SwitchTransformers

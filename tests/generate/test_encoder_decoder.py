@@ -1,0 +1,325 @@
+"""Encoder-decoders: decoding by pages that are written once, many requests together, and what the runner refuses."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import pentad
+from pentad.cli import app
+from pentad.errors import BadInput
+from pentad.generate import EncoderDecoderModel
+from pentad.generate import source as source_module
+from pentad.generate.engine import Request
+from pentad.generate.sampling import Sampling
+from pentad.generate.source import EncoderDecoderEngine, EncoderDecoderStep
+from pentad.nn.encoder_decoder import EncoderDecoder
+from tests.helpers.plain import read_pages
+from tests.helpers.tiny import assert_equal_logits, edit_json, network_of, random_ids
+from tests.helpers.tiny_switch import reading_checkpoint, switch_checkpoint
+from tests.models.test_switch import run, stepped
+
+GREEDY = {"temperature": 0.0, "max_tokens": 20}
+PROMPT = "The <extra_id_0> walks in <extra_id_1> park"
+SOURCES = [random_ids(20), random_ids(61, seed=1), random_ids(3, seed=2), random_ids(20, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> EncoderDecoder:
+    folder = tmp_path_factory.mktemp("switch")
+    switch_checkpoint(folder)
+    made = network_of(folder)
+    assert isinstance(made, EncoderDecoder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reading_checkpoint(tmp_path_factory.mktemp("reading")).folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> EncoderDecoderModel:
+    loaded = pentad.load(folder)
+    assert isinstance(loaded, EncoderDecoderModel)
+    return loaded
+
+
+def request(source: Sequence[int], max_tokens: int = 12, seed: int = 0, **options: Any) -> Request:
+    generator = torch.Generator().manual_seed(seed)
+    sampling = Sampling(**{"temperature": 0.0, **options})
+    return Request([0], sampling, generator, max_tokens, source=source)
+
+
+def texts(step: EncoderDecoderStep, *requests: Request) -> list[list[int]]:
+    engine = EncoderDecoderEngine(step)
+    for one in requests:
+        engine.submit(one)
+    while engine.requests():
+        engine.step()
+    return [one.generated for one in requests]
+
+
+def held(step: EncoderDecoderStep) -> list[int]:
+    """Pages that somebody holds, of what is written and of what is read."""
+    return [sum(count > 0 for count in cache._counts) for cache in (step.cache, step.cache.sources)]
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 256])
+@pytest.mark.parametrize("size", [1, 7, 50])
+def test_cached_is_uncached_and_chunked_is_whole(network: EncoderDecoder, size: int, page_size: int) -> None:
+    text = [0, *random_ids(49, seed=9)]
+    expected = run(network, (SOURCES[1], text))[1]
+    assert_equal_logits(stepped(network, SOURCES[1], text, size, page_size=page_size), expected)
+
+
+@torch.inference_mode()
+def test_batched_is_single(network: EncoderDecoder) -> None:
+    pairs = [(source, [0, *random_ids(5 + 9 * i, seed=i)]) for i, source in enumerate(SOURCES)]
+    singly = [run(network, pair)[1] for pair in pairs]
+    assert_equal_logits(run(network, *pairs)[1], torch.cat(singly))
+    step = EncoderDecoderStep(network, page_size=4)
+    work = [(step.cache.open_with(source), text) for source, text in pairs]
+    rows = range(sum(len(text) for _, text in pairs))
+    assert_equal_logits(step(work, rows), torch.cat(singly))
+
+
+def test_the_same_input_gives_the_same_bits(network: EncoderDecoder) -> None:
+    one, other = (stepped(network, SOURCES[1], [0, *SOURCES[0]], page_size=size) for size in (3, 256))
+    assert torch.equal(one, other)
+
+
+def test_a_cache_in_another_dtype(network: EncoderDecoder) -> None:
+    exact = stepped(network, SOURCES[1], [0, *SOURCES[0]])
+    rounded = stepped(network, SOURCES[1], [0, *SOURCES[0]], cache_dtype=torch.bfloat16)
+    assert 0 < float((rounded - exact).abs().mean()) < 0.05 * float(exact.abs().mean())
+
+
+def test_sources_are_written_once_and_only_read(network: EncoderDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = EncoderDecoder.encode
+
+    def counting(self: EncoderDecoder, batch: Any) -> Any:
+        encoded.append(len(batch.rows))
+        return encode(self, batch)
+
+    monkeypatch.setattr(EncoderDecoder, "encode", counting)
+    step = EncoderDecoderStep(network, page_size=8)
+    sequences = [step.cache.open_with(source) for source in SOURCES]
+    step([(sequence, [0]) for sequence in sequences], range(4))
+    assert encoded == [4]  # all together
+
+    def read() -> list[Tensor]:
+        pages = step.cache.sources.batch([(sequence.source, ()) for sequence in sequences]).pages
+        return [read_pages(pool, pages, i).clone() for pool in (*pages.keys, *pages.values) for i in range(4)]
+
+    written = read()
+    for token in (5, 6, 7):
+        step([(sequence, [token]) for sequence in sequences], range(4))
+    assert encoded == [4]
+    assert len(written) == 3 * 2 * 4
+    assert all(map(torch.equal, written, read()))
+    for sequence in sequences:
+        step.cache.close(sequence)
+    assert held(step) == [0, 0]
+
+
+def test_many_sources_are_encoded_in_parts(network: EncoderDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[tuple[int, ...]] = []
+    encode = EncoderDecoder.encode
+
+    def noting(self: EncoderDecoder, batch: Any) -> Any:
+        parts.append(batch.rows.lengths)
+        return encode(self, batch)
+
+    monkeypatch.setattr(EncoderDecoder, "encode", noting)
+    expected = texts(EncoderDecoderStep(network), *map(request, SOURCES))
+    assert parts.pop() == (20, 61, 3, 20)
+    monkeypatch.setattr(source_module, "ENCODED_TOGETHER", 25)
+    assert texts(EncoderDecoderStep(network), *map(request, SOURCES)) == expected
+    assert parts == [(20,), (61,), (3, 20)]
+
+
+# --- the engine -----------------------------------------------------------------------------------
+
+
+def test_requests_together_are_those_alone(network: EncoderDecoder) -> None:
+    settings: list[dict[str, Any]] = [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 5}, {"max_tokens": 3}]
+    made = [lambda i=i: request(SOURCES[i], seed=i, **settings[i]) for i in range(4)]
+    alone = [texts(EncoderDecoderStep(network, page_size=4), make())[0] for make in made]
+    together = texts(EncoderDecoderStep(network, page_size=4), *(make() for make in made))
+    assert together == alone
+    assert [len(text) for text in alone] == [12, 12, 12, 3]
+    assert len({tuple(text) for text in alone}) == 4
+
+
+def test_another_request_for_the_last_source_does_not_encode_it_again(
+    network: EncoderDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = EncoderDecoder.encode
+    monkeypatch.setattr(EncoderDecoder, "encode", lambda self, batch: encoded.append(1) or encode(self, batch))
+    engine = EncoderDecoderEngine(EncoderDecoderStep(network, page_size=4))
+    replies = []
+    for source in (SOURCES[0], SOURCES[0], SOURCES[1], SOURCES[0]):
+        engine.submit(one := request(source))
+        while engine.requests():
+            engine.step()
+        replies.append(one.generated)
+    assert replies[0] == replies[1] == replies[3]
+    assert replies[0] != replies[2]
+    assert len(encoded) == 3
+    assert held(engine.run)[1] == 5  # the pages of the last source
+
+
+# --- the runner -----------------------------------------------------------------------------------
+
+
+def test_greedy_is_transformers(tmp_path: Path) -> None:
+    tiny = reading_checkpoint(tmp_path)
+    model = pentad.load(tmp_path)
+    for text in (PROMPT, "Hello world", "a"):
+        completion = model.complete(text, special=True, **GREEDY)
+        ids = torch.tensor([completion.prompt_token_ids])
+        theirs = tiny.peer.generate(ids, max_new_tokens=20, do_sample=False)[0, 1:].tolist()
+        assert completion.token_ids == [i for i in theirs if i != 1]
+        assert completion.finish_reason == ("stop" if 1 in theirs else "length")
+
+
+def test_what_it_is_given_and_gives(model: EncoderDecoderModel) -> None:
+    tokenizer = model.tokenizer
+    first, second = tokenizer.control["<extra_id_0>"], tokenizer.control["<extra_id_1>"]
+    completion = model.complete(PROMPT, special=True, **GREEDY)
+    assert completion.prompt_token_ids == [*tokenizer.encode(PROMPT, special=True), 1]
+    assert {first, second} < set(completion.prompt_token_ids)
+    assert completion.prompt_tokens == len(completion.prompt_token_ids)
+    assert completion.text == tokenizer.decode(completion.token_ids, special=True)
+    plain = model.complete(PROMPT, **GREEDY)
+    assert first not in plain.prompt_token_ids
+    assert model.prompt_ids("</s>", special=True) == [1]  # which it ends in
+
+
+def test_spans_are_told_apart_in_the_text(model: EncoderDecoderModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    control, encode = model.tokenizer.control, model.tokenizer.encode
+    wanted = [control["<extra_id_0>"], *encode("dog"), control["<extra_id_1>"], *encode("the"), 1]
+    monkeypatch.setattr("pentad.generate.engine.sample", lambda *_: wanted.pop(0))
+    completion = model.complete(PROMPT, special=True)
+    assert completion.text == "<extra_id_0> dog<extra_id_1> the"
+    assert completion.finish_reason == "stop"
+
+
+def test_many_prompts_and_a_stream(model: EncoderDecoderModel) -> None:
+    prompts = [PROMPT, "Hello", "A much longer sentence, so that the sources have different lengths."]
+    alone = [model.complete(prompt, **GREEDY).token_ids for prompt in prompts]
+    assert [each.token_ids for each in model.complete(prompts, **GREEDY)] == alone
+    with model.stream(PROMPT, **GREEDY) as stream:
+        assert "".join(stream) == stream.completion.text
+        assert stream.completion.token_ids == alone[0]
+
+
+def test_logits(model: EncoderDecoderModel) -> None:
+    source, text = model.prompt_ids("Hello world"), [model.network.start_id, *random_ids(20)]
+    logits = model.logits(source, text)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (21, 512)
+    assert_equal_logits(logits, run(model.network, (source, text))[1])
+    assert torch.equal(model.logits(torch.tensor(source), torch.tensor(text)), logits)
+
+
+def test_loaded_without_a_tokenizer(tmp_path: Path) -> None:
+    switch_checkpoint(tmp_path)
+    model = pentad.load(tmp_path)
+    assert isinstance(model.logits([3, 1], [0]), Tensor)
+    with pytest.raises(BadInput, match="has no tokenizer"):
+        model.complete("a")
+
+
+def test_contexts(folder: Path) -> None:
+    assert pentad.load(folder).context_length == 512
+    small, large = pentad.load(folder, context=8), pentad.load(folder, context=2000)
+    assert small.complete("a", temperature=0.0).completion_tokens <= 7
+    with pytest.raises(BadInput, match=r"the prompt has .* tokens, more than the context of 8"):
+        small.complete("a " * 30)
+    with pytest.raises(BadInput, match="9 tokens don't fit the context of 8"):
+        small.logits([3], [0] * 9)
+    short, full = (small.complete("a", temperature=0.0, max_tokens=n) for n in (2, 7))
+    assert (small.is_full(short), small.is_full(full)) == (False, full.completion_tokens == 7)
+    assert large.complete("a " * 700, max_tokens=2).prompt_tokens > 600
+
+
+def test_published_lengths(tmp_path: Path) -> None:
+    reading_checkpoint(tmp_path)
+    edit_json(tmp_path / "config.json", n_positions=77)
+    assert pentad.load(tmp_path).context_length == 77
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+def test_what_an_encoder_decoder_does_not_do(model: EncoderDecoderModel, folder: Path) -> None:
+    for call in (lambda: model.chat("hi"), lambda: model.stream([{"role": "user", "content": "hi"}])):
+        with pytest.raises(BadInput, match="encoder-decoder, which doesn't chat"):
+            call()
+    with pytest.raises(BadInput, match="scores no text by itself"):
+        model.score("some text")
+    with pytest.raises(BadInput, match="logits takes ids and decoder_ids"):
+        model.logits([3, 1])
+    with pytest.raises(BadInput, match=r"context is 1; .* takes at least 2"):
+        pentad.load(folder, context=1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "decoder_ids", "message"),
+    [
+        ([], [0], "the prompt is empty"),
+        ([3], [], "the prompt is empty"),
+        ([3], [512], "token id 512 is outside the vocabulary of 512"),
+        ([-1], [0], "token id -1 is outside"),
+        ([3] * 513, [0], "513 tokens don't fit the context of 512"),
+    ],
+)
+def test_ids_that_are_wrong(model: EncoderDecoderModel, ids: list[int], decoder_ids: list[int], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        model.logits(ids, decoder_ids)
+
+
+def test_an_empty_prompt(model: EncoderDecoderModel) -> None:
+    with pytest.raises(BadInput, match="the prompt is empty"):
+        model.complete("")
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_complete_on_the_command_line(folder: Path, model: EncoderDecoderModel) -> None:
+    options = ["--model", str(folder), "--special", "--temperature", "0", "--max-tokens", "5", "--json"]
+    result = CliRunner().invoke(app, ["complete", PROMPT, *options])
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    assert answer["token_ids"] == model.complete(PROMPT, special=True, temperature=0.0, max_tokens=5).token_ids
+    assert answer["prompt_token_ids"] == model.prompt_ids(PROMPT, special=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["chat", "hi"], "doesn't chat"),
+        (["score", "-"], "scores no text by itself"),
+        (["bench"], "a source that it has read, and here it is given none"),
+    ],
+)
+def test_commands_that_do_not_apply(folder: Path, command: list[str], message: str) -> None:
+    from pentad.cli import main
+
+    result = CliRunner().invoke(app, [*command, "--model", str(folder)], input="some text")
+    assert main is not None
+    assert isinstance(result.exception, BadInput)
+    assert message in str(result.exception)

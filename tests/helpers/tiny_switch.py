@@ -1,0 +1,83 @@
+"""Tiny random Switch Transformers, made by transformers, and a vocabulary of T5's kind."""
+
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from transformers import PreTrainedModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+from tests.helpers.tiny import Tiny
+from tests.text.vocabularies import SHORT
+
+SIZES = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 48,
+    "num_layers": 4,
+    "num_decoder_layers": 3,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 1,
+    "num_heads": 4,
+    "num_experts": 4,
+    "expert_capacity": 1000,
+    "decoder_start_token_id": 0,
+}
+DENSE = {"num_sparse_encoder_layers": 9, "num_sparse_decoder_layers": 9}
+"""More than there are layers: none is sparse."""
+
+
+def switch_peer(**config: Any) -> PreTrainedModel:
+    """A random model of transformers' with eager attention. Every weight counts: attention is not flat, biases by
+    distance and routers are not near zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    settings = SwitchTransformersConfig(**{**SIZES, **config})
+    peer = SwitchTransformersForConditionalGeneration._from_config(settings, attn_implementation="eager")
+    for name, parameter in peer.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            noise = 1 + 0.2 * noise
+        elif not name.endswith(("relative_attention_bias.weight", "shared.weight", "embed_tokens.weight")):
+            noise = noise / parameter.shape[1] ** 0.5
+        parameter.data.copy_(0.5 * noise if ".q." in name else noise)
+    return peer.eval()
+
+
+def switch_checkpoint(folder: Path, **config: Any) -> Tiny:
+    """Lets transformers save a `switch_peer`."""
+    peer = switch_peer(**config)
+    peer.save_pretrained(folder)
+    return Tiny(folder, peer)
+
+
+def reading_checkpoint(folder: Path, **config: Any) -> Tiny:
+    """A tiny checkpoint with a vocabulary beside it."""
+    tiny = switch_checkpoint(folder, **{"vocab_size": 512, **config})
+    (folder / "spiece.model").write_bytes(unigram_model())
+    return tiny
+
+
+@cache
+def unigram_model(rule: str = "nmt_nfkc") -> bytes:
+    """A Unigram vocabulary with T5's first ids: <pad>, </s>, <unk>."""
+    lines = [line for text in SHORT for line in text.splitlines() if line.isprintable()]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 4),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        normalization_rule_name=rule,
+        character_coverage=0.99,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()

@@ -1,0 +1,64 @@
+"""llama.cpp reads the GGUF file that pentad writes of each family, and computes what transformers computes.
+
+Tiny random models without a tokenizer; llama.cpp keeps keys and values in float16.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pentad.convert import convert
+from tests.helpers.tiny import assert_equal_logits, peer_logits, random_ids, tiny_checkpoint
+from tests.helpers.tiny_qwen import qwen_checkpoint
+from tests.parity.golden import apart
+
+pytest.importorskip("llama_cpp", reason="make parity installs it")
+
+IDS = random_ids(90)
+BOUND = 5e-3
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, tied": {"tie_word_embeddings": True},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, wide heads": {"head_dim": 20},
+    "llama, linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "llama, llama3": {"rope_parameters": LLAMA3},
+    "mistral": {"family": "mistral"},
+    "qwen2": {"family": "qwen2"},
+    "qwen2, tied, yarn": {"family": "qwen2", "tie_word_embeddings": True, "rope_parameters": YARN},
+    "qwen3": {"family": "qwen3", "head_dim": 16},
+    "qwen3, tied": {"family": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "phi": {"family": "phi", "num_key_value_heads": 4},
+    "phi, shared keys": {"family": "phi"},
+    "phi, tied": {"family": "phi", "num_key_value_heads": 4, "tie_word_embeddings": True},
+}
+
+
+def scores(ids: list[int], path: Path) -> np.ndarray[Any, Any]:
+    """llama.cpp's logits, [tokens, vocab]."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(model_path=str(path), n_ctx=256, logits_all=True, verbose=False)
+    model.eval(ids)
+    return model.scores[: len(ids)].copy()
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "qwen"])
+def test_llama_cpp_reads_it_and_agrees(name: str, tmp_path: Path) -> None:
+    tiny = qwen_checkpoint(tmp_path / "a") if name == "qwen" else tiny_checkpoint(tmp_path / "a", **CONFIGS[name])
+    file = convert(tiny.folder, tmp_path / "b.gguf", to="gguf").path
+    theirs = torch.from_numpy(apart(partial(scores, IDS), file))
+    assert_equal_logits(theirs, peer_logits(tiny.peer, IDS), BOUND)
