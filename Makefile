@@ -32,4 +32,5 @@ docs:    ## write the generated docs
 
 clean:   ## remove what these targets made, .venv included
 	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	cd pentad/kernels && rm -rf _kernels.so CMake[CFI]* cmake_install.cmake build.ninja .[a-z]* Makefile install_manifest*
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -32,6 +32,8 @@ class Pentad:
     """pentad as a user calls it."""
 
     def __init__(self, path: str, context: int, threads: int, **options: Any) -> None:
+        import torch  # noqa: F401 - what it takes to import is told apart
+
         import pentad
 
         started = time.perf_counter()

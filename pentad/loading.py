@@ -10,11 +10,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pentad import text, weights
+from pentad import kernels, text, weights
 from pentad.errors import BadInput
-from pentad.generate import LanguageModel
+from pentad.generate import EncoderDecoderModel, LanguageModel
+from pentad.generate.plan import NotDerivable, PlanStep, has_known_parts
+from pentad.generate.source import EncoderDecoderStep
+from pentad.generate.step import PlainStep, Step
 from pentad.models import family_of
-from pentad.nn.linear import QuantizedLinear, RowwiseInt8Linear
+from pentad.nn.encoder_decoder import EncoderDecoder
+from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
 from pentad.weights.cache import Silent, task
 from pentad.weights.keytable import best_table
 from pentad.weights.quantized import QuantizedTensor
@@ -39,6 +43,7 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     cache_dtype: str | torch.dtype | None = None,
+    fast: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Load a model, as it was published, and give the runner that fits it.
@@ -46,14 +51,15 @@ def load(
     Args:
         name_or_path: a known name (``smollm2``), a file or folder, or a repository ``org/name[@revision][:Q4_K_M]``.
         device: ``cpu``, ``cuda``, ``mps``; by default CUDA where there is one, else the CPU.
-        dtype: what is computed in: float32, bfloat16 or float16. By default the dtype of the file's weights; bfloat16
-            where they are quantized.
-        quantize: None keeps the file's own quantization (where this device computes with it; else the weights are
-            dequantized), and then a quantized head is rounded to int8 rows where one or two tokens are decoded;
-            "none" dequantizes.
+        dtype: what is computed in: float32, bfloat16 or float16. By default the dtype of the file's weights. Where they
+            are quantized: by pentad's kernels on the CPU, which are near float32; or else bfloat16.
+        quantize: None keeps the file's own quantization where this device computes with it; else the weights are
+            dequantized (and, without the kernels, a quantized head is rounded to int8 rows where one or two tokens are
+            decoded); "none" dequantizes.
         threads: CPU threads, for the whole process.
         context: the longest sequence, in tokens; the model's own limit by default.
-        cache_dtype: what keys and values are kept in; `dtype` by default.
+        cache_dtype: what keys and values are kept in; by default `dtype`, and float16 by the kernels.
+        fast: let the kernels round activations to 8 bits instead of 16.
         progress: is told of downloads and of loading.
 
     Raises:
@@ -72,16 +78,47 @@ def load(
     kind = default_dtype(checkpoint) if dtype is None else dtype_named(dtype)
     if quantize not in (None, "none"):
         raise BadInput(f"quantize is {quantize!r}; it takes 'none' so far, or nothing for the file's own")
-    network = load_network(checkpoint, device=target, dtype=kind, keep_quantized=quantize is None, progress=progress)
-    return LanguageModel(
+    cache_kind = None if cache_dtype is None else dtype_named(cache_dtype)
+    step: Step | None = None
+    if quantize is None and dtype is None and target.type == "cpu" and fits_kernels(checkpoint):
+        step = _planned(checkpoint, cache_kind, fast, progress)
+    if step is None:
+        network = load_network(
+            checkpoint, device=target, dtype=kind, keep_quantized=quantize is None, progress=progress
+        )
+        if isinstance(network, EncoderDecoder):
+            step = EncoderDecoderStep(network, cache_dtype=cache_kind)
+        else:
+            step = PlainStep(network, cache_dtype=cache_kind)
+    runner: type[LanguageModel] = EncoderDecoderModel if isinstance(step, EncoderDecoderStep) else LanguageModel
+    return runner(
         str(name_or_path),
-        network,
-        _tokenizer(checkpoint, network.config.vocab_size),
+        step,
+        _tokenizer(checkpoint, step.network.config.vocab_size),
         context=context,
         generation=checkpoint.generation,
-        cache_dtype=None if cache_dtype is None else dtype_named(cache_dtype),
         load_seconds=time.perf_counter() - started,
     )
+
+
+def fits_kernels(checkpoint: Checkpoint) -> bool:
+    """Whether weights of a checkpoint are quantized, in types that the kernels compute with, and there are kernels."""
+    types = {(entry.quantization, entry.shape[-1]) for entry in checkpoint.tensors.values() if entry.quantization}
+    return bool(types) and bool(kernels.isas()) and all(kernels.packs(*each) for each in types)
+
+
+def _planned(
+    checkpoint: Checkpoint, cache_dtype: torch.dtype | None, fast: bool, progress: Progress | None
+) -> Step | None:
+    """The network with its weights in their blocks, executed by the kernels; None where it has no plan."""
+    network = meta_network(checkpoint)
+    if not has_known_parts(network):
+        return None
+    _fill(network, checkpoint, torch.float32, torch.device("cpu"), keep_quantized=True, blocks=True, progress=progress)
+    try:
+        return PlanStep(network, cache_dtype=cache_dtype, fast=fast)
+    except NotDerivable:
+        return None
 
 
 def _tokenizer(checkpoint: Checkpoint, vocab_size: int) -> text.Tokenizer | BadInput | None:
@@ -98,21 +135,34 @@ def load_network(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     keep_quantized: bool = True,
+    blocks: bool = False,
     progress: Progress | None = None,
 ) -> Decoder:
     """Build a checkpoint's network on the meta device and put its tensors in place.
 
     Tensors that already have `dtype` and `device` are the file's own mapped memory. Quantized linear weights stay in
-    blocks where torch has an operator for them; all others are dequantized.
+    blocks where torch has an operator for them; all others are dequantized. With `blocks`, all quantized matrices stay
+    in blocks, as the kernels take them.
 
     Raises:
         BadInput: an unknown family, or tensors that are missing, not used or of the wrong shape.
     """
-    device = torch.device(device)
-    network = meta_network(checkpoint)
+    return _fill(meta_network(checkpoint), checkpoint, dtype, torch.device(device), keep_quantized, blocks, progress)
+
+
+def _fill(
+    network: Decoder,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_quantized: bool,
+    blocks: bool,
+    progress: Progress | None,
+) -> Decoder:
+    """Put a checkpoint's tensors in place, in a network on the meta device."""
     if not checkpoint.tensors:
         raise BadInput(f"{checkpoint.path}: there are no weights beside the config")
-    placements = _placements(checkpoint, network, dtype, device, keep_quantized)
+    placements = _placements(checkpoint, network, dtype, device, keep_quantized, blocks)
     progress = progress or Silent()
     with task(progress, "Loading", sum(placement.nbytes for placement in placements)):
         for placement in placements:
@@ -154,7 +204,12 @@ class _Placement(NamedTuple):
 
 
 def _placements(
-    checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, device: torch.device, keep_quantized: bool
+    checkpoint: Checkpoint,
+    network: Decoder,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_quantized: bool,
+    blocks: bool = False,
 ) -> list[_Placement]:
     placements = []
     homes = tensor_names(network)
@@ -165,7 +220,8 @@ def _placements(
         linears: list[type[QuantizedLinear | RowwiseInt8Linear] | None] = []
         for name in ours:
             alone = len(homes[name]) == 1 and isinstance(network.get_submodule(name.rpartition(".")[0]), nn.Linear)
-            if alone and QuantizedLinear.takes(quantization, shapes[name], dtype, device):
+            taken = alone and QuantizedLinear.takes(quantization, shapes[name], dtype, device)
+            if taken or (blocks and quantization):
                 linears.append(QuantizedLinear)
             elif quantization and "head.weight" in homes[name] and RowwiseInt8Linear.takes(dtype, device):
                 linears.append(RowwiseInt8Linear)
@@ -208,10 +264,13 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
     for value, homes, linear in zip(values, placement.homes, placement.linears, strict=True):
         if isinstance(value, QuantizedTensor):
             if linear is QuantizedLinear:
-                owner = homes[0].rpartition(".")[0]
-                linear_layer = network.get_submodule(owner)
-                assert isinstance(linear_layer, nn.Linear)
-                network.set_submodule(owner, QuantizedLinear(value, linear_layer.bias))
+                for home in homes:
+                    owner = home.rpartition(".")[0]
+                    part = network.get_submodule(owner)
+                    kept = (
+                        QuantizedLinear(value, part.bias) if isinstance(part, nn.Linear) else QuantizedEmbedding(value)
+                    )
+                    network.set_submodule(owner, kept)
                 continue
             value = value.dequantize(dtype)
         parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
@@ -261,7 +320,8 @@ def default_dtype(checkpoint: Checkpoint) -> torch.dtype:
         sizes[entry.dtype or torch.bfloat16] += entry.nbytes
     if not sizes:
         said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-        return DTYPES.get(str(said), torch.float32)
+        silent = torch.bfloat16 if checkpoint.format == "consolidated" else torch.float32
+        return DTYPES.get(str(said), silent)
     most = sizes.most_common(1)[0][0]
     return most if most in DTYPES.values() else torch.float32
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
 import warnings
@@ -54,11 +56,14 @@ def main() -> None:
     arguments = sys.argv[1:] or ["--help"]
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is cleaned up
     sys.exit(_run([a for i, a in enumerate(arguments) if a != "--debug" or i >= len(options)], debug))
 
 
 def _run(arguments: list[str], debug: bool) -> int:
     """Run one command; whatever goes wrong becomes a line on standard error and an exit code."""
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")  # an error is one line, and libraries' warnings are none

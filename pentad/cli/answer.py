@@ -65,16 +65,15 @@ def answer(
             output.write_json(_nothing(name) if completion is None else as_fields(completion))
         elif completion is not None:
             output.write("\n")
-            if cut_off(completion, model.context_length):
+            if cut_off(completion, model):
                 output.note(f"(cut off: the context of {model.context_length} tokens is full)")
     if completion is None or completion.finish_reason == "interrupted":
         raise Exit(INTERRUPTED)
 
 
-def cut_off(completion: Completion, context: int) -> bool:
+def cut_off(completion: Completion, model: LanguageModel) -> bool:
     """Whether a reply ended because the context was full."""
-    total = completion.prompt_tokens + completion.completion_tokens
-    return completion.finish_reason == "length" and total >= context
+    return completion.finish_reason == "length" and model.is_full(completion)
 
 
 def as_fields(completion: Completion) -> dict[str, Any]:

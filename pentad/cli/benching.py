@@ -19,7 +19,7 @@ from pentad.errors import BadInput
 
 if TYPE_CHECKING:
     from pentad.generate import LanguageModel
-    from pentad.generate.step import PlainStep
+    from pentad.generate.step import Step
     from pentad.nn.cache import CachedSequence
 
 ModelArgument = Annotated[str | None, Argument(metavar="MODEL", help="The same as --model MODEL.")]
@@ -76,6 +76,7 @@ def bench(
     quantize: o.Quantize = None,
     device: o.Device = None,
     threads: o.Threads = None,
+    fast: o.Fast = False,
     context: o.Context = None,
     as_json: o.Json = False,
 ) -> None:
@@ -102,6 +103,7 @@ def bench(
         device=device,
         threads=threads,
         context=context,
+        fast=fast,
     )
     longest = max(case.depth + case.tokens for case in cases)
     if longest > loaded.context_length:
@@ -135,9 +137,7 @@ def _measure(model: LanguageModel, cases: list[Case], repeat: int) -> Iterator[R
     """Measure each case in turn, after a run that warms up."""
     import torch
 
-    from pentad.generate.step import PlainStep
-
-    step = PlainStep(model.network)
+    step = model.step
     vocabulary: int = model.network.config.vocab_size
     for case in cases:
         seconds = [_run(step, case, vocabulary) for _ in range(1 + repeat)][1:]
@@ -157,7 +157,7 @@ def _measure(model: LanguageModel, cases: list[Case], repeat: int) -> Iterator[R
         )
 
 
-def _run(step: PlainStep, case: Case, vocabulary: int) -> float:
+def _run(step: Step, case: Case, vocabulary: int) -> float:
     """Seconds that a case takes on tokens drawn at random, its depth not counted."""
     random = Random(0)
     sequences = [step.cache.open(case.depth + case.tokens) for _ in range(case.batch)]
@@ -182,7 +182,7 @@ def _run(step: PlainStep, case: Case, vocabulary: int) -> float:
     return seconds
 
 
-def _prefill(step: PlainStep, prompts: list[tuple[CachedSequence, list[int]]]) -> None:
+def _prefill(step: Step, prompts: list[tuple[CachedSequence, list[int]]]) -> None:
     """Run prompts in steps of so many tokens as the engine takes; each one's last row gives logits."""
     from pentad.generate.engine import CHUNK
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from pentad.cli import options as o
 from pentad.cli import output
 from pentad.errors import BadInput
+
+if TYPE_CHECKING:
+    from pentad.upcycle import Upcycling
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -23,9 +26,9 @@ def convert(
         Path, Argument(metavar="DST", help="A folder that isn't there yet; of GGUF, a file that isn't.")
     ],
     to: Annotated[
-        str,
+        str | None,
         Option(metavar="FORMAT", help="hf (as transformers reads), mistral (params.json and consolidated) or gguf."),
-    ],
+    ] = None,
     quantize: Annotated[
         str | None,
         Option(metavar="TYPE", help="For gguf: q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16 or f32. Default: as it is."),
@@ -33,6 +36,13 @@ def convert(
     dtype: Annotated[
         o.Dtype | None,
         Option(metavar="TYPE", help="For hf and mistral: float32, bfloat16 or float16. Default: as it is."),
+    ] = None,
+    upcycle: Annotated[
+        str | None,
+        Option(
+            metavar="NUMBERS",
+            help="Make a mixture of experts of a dense model, as hf: experts=8,top_k=2; seed=N varies the routers.",
+        ),
     ] = None,
     shard_size: Annotated[
         str, Option(metavar="SIZE", help="The most that one file of weights takes, as 500MB or 5GB.")
@@ -45,6 +55,9 @@ def convert(
     """
     from pentad.convert import convert as run
 
+    if to is None and upcycle is None:
+        raise BadInput("Missing option '--to': it takes hf, mistral or gguf")
+    to = to or "hf"
     started = time.perf_counter()
     result = run(
         source,
@@ -52,6 +65,7 @@ def convert(
         to=to,
         quantize=quantize,
         dtype=dtype,
+        upcycle=None if upcycle is None else _upcycling(upcycle),
         shard_bytes=_bytes(shard_size),
         progress=output.progress(),
     )
@@ -66,8 +80,22 @@ def convert(
     output.write(f"{result.path}: {result.family}{files}, {output.size(nbytes)}\n")
 
 
+def _upcycling(text: str) -> Upcycling:
+    from pentad.upcycle import Upcycling
+
+    pairs = [pair.strip().partition("=") for pair in text.split(",")]
+    names, known = [name for name, _, _ in pairs], [field.name for field in fields(Upcycling)]
+    if (
+        not set(names) <= set(known)
+        or len(set(names)) < len(names)
+        or not all(re.fullmatch(r"\d{1,18}", number, re.ASCII) for _, _, number in pairs)
+    ):
+        raise BadInput(f"--upcycle is {text!r}; it takes {', '.join(known)}, each a whole number: experts=8,top_k=2")
+    return Upcycling(**{name: int(number) for name, _, number in pairs})
+
+
 def _bytes(size: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)B?", size.strip().upper())
     if match is None or not (count := int(float(match[1]) * _UNITS[match[2]])):
-        raise BadInput(f"--shard-size is {size!r}; it takes a size such as 500MB or 5GB")
+        raise BadInput(f"--shard-size is {size[:40]!r}; it takes a size such as 500MB or 5GB")
     return count

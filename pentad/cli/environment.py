@@ -36,7 +36,7 @@ def env(as_json: Json = False) -> None:
     Versions, processor, devices, where caches are, what is missing.
 
     JSON: pentad, python, packages {name: version or null}, missing, platform, cpu, cores, memory,
-    threads, instructions, devices, caches.
+    threads, instructions, kernels, devices, caches.
     """
     facts = _facts()
     if as_json:
@@ -58,6 +58,7 @@ def _facts() -> dict[str, Any]:
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from pentad import kernels
     from pentad.weights.cache import cache_folder
 
     packages = {name: _version(name) for name in (*NEEDED, *PEERS)}
@@ -73,6 +74,7 @@ def _facts() -> dict[str, Any]:
         "memory": _memory(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": next(iter(kernels.isas()), None) or f"none: {kernels.reason()}",
         "devices": devices + (["mps"] if torch.backends.mps.is_available() else []),
         "packages": packages,
         "caches": {"pentad": str(cache_folder()), "hugging face": HF_HUB_CACHE},

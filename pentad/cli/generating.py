@@ -48,6 +48,7 @@ def chat(
     quantize: o.Quantize = None,
     device: o.Device = None,
     threads: o.Threads = None,
+    fast: o.Fast = False,
     context: o.Context = None,
     as_json: o.Json = False,
 ) -> None:
@@ -81,6 +82,7 @@ def chat(
         device=device,
         threads=threads,
         context=context,
+        fast=fast,
     )
     if prompt is None and sys.stdin.isatty():
         if as_json:
@@ -121,6 +123,7 @@ def complete(
     quantize: o.Quantize = None,
     device: o.Device = None,
     threads: o.Threads = None,
+    fast: o.Fast = False,
     context: o.Context = None,
     as_json: o.Json = False,
 ) -> None:
@@ -153,6 +156,7 @@ def complete(
         device=device,
         threads=threads,
         context=context,
+        fast=fast,
     )
     answer(model, load, lambda loaded: loaded.stream(text, special=special, **chosen), as_json=as_json)
 
@@ -165,6 +169,7 @@ def score(
     quantize: o.Quantize = None,
     device: o.Device = None,
     threads: o.Threads = None,
+    fast: o.Fast = False,
     context: o.Context = None,
     as_json: o.Json = False,
 ) -> None:
@@ -173,7 +178,7 @@ def score(
     JSON: model, tokens, log_likelihood (natural, summed over all tokens but the first), perplexity.
     """
     text = o.read_text(file)
-    loaded = o.load(model, dtype=dtype, quantize=quantize, device=device, threads=threads, context=context)
+    loaded = o.load(model, dtype=dtype, quantize=quantize, device=device, threads=threads, context=context, fast=fast)
     result = loaded.score(text, stride=stride)
     if as_json:
         output.write_json(asdict(result))

@@ -125,7 +125,7 @@ class Loop:
             raise
         output.write("\n\n")
         conversation.add("assistant", reply.text)
-        if cut_off(reply, conversation.model.context_length):
+        if cut_off(reply, conversation.model):
             output.note(FULL)
 
     def _reset(self, _: str) -> None:

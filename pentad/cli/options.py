@@ -50,6 +50,10 @@ Device = Annotated[
     Option(metavar="NAME", help="cpu, cuda or mps; by default CUDA where there is one."),
 ]
 Threads = Annotated[int | None, Option(min=1, max=1024, metavar="N", help="CPU threads.")]
+Fast = Annotated[
+    bool,
+    Option("--fast", help="Let the CPU's kernels round to 8 bits instead of 16 where weights are quantized."),
+]
 Context = Annotated[
     int | None,
     Option(min=1, metavar="N", help="Longest sequence in tokens; by default the model's."),
@@ -113,6 +117,7 @@ def load(
     device: str | None,
     threads: int | None,
     context: int | None,
+    fast: bool,
 ) -> LanguageModel:
     """`pentad.load`, with progress on the terminal."""
     from pentad.loading import load
@@ -124,6 +129,7 @@ def load(
         device=device,
         threads=threads,
         context=context,
+        fast=fast,
         progress=output.progress(),
     )
 

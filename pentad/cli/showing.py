@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument
+from typer import Argument, Option
 
 from pentad.cli import options as o
 from pentad.cli import output
@@ -31,16 +32,34 @@ def show(
     context: o.Context = None,
     dtype: o.Precision = None,
     quantize: o.Quantize = None,
+    experts: Annotated[
+        str | None,
+        Option(
+            metavar="TEXTFILE", help="Run a text (-: standard input) through a mixture: which experts take what of it."
+        ),
+    ] = None,
+    out: Annotated[Path | None, Option(metavar="FILE", help="With --experts: draw it, as a PNG.")] = None,
     as_json: o.Json = False,
 ) -> None:
     """Show what a model is, and what it needs.
 
-    Its family, sizes and chat template, and the memory it takes to run at --context tokens.
+    Its family, sizes and chat template, and the memory it takes to run at --context tokens. Or, with
+    --experts, what its experts do with a text, in sequences of --context tokens (1024).
 
     JSON: model, path, format, family, parameters, active_parameters, context_length, layers,
     quantization, tensors {type: how many}, dtype, context, kv_cache_bytes, weight_bytes,
     memory_bytes (weights, cache and this program), tokenizer (whether there is one), chat_template.
+    With --experts: model, tokens, layers [{layer, load (each expert's share), evenness (entropy of
+    the load, 1 is even), router_entropy (nats), drop_rate}], frequent [{token_id, token, times,
+    taken {layer: how often by each expert}}], picture.
     """
+    if out is not None and experts is None:
+        raise BadInput("--out is where a picture of --experts goes: name a text for them")
+    if experts is not None:
+        from pentad.cli.experts import show_experts
+
+        show_experts(model, experts, out, context=context, dtype=dtype, quantize=quantize, as_json=as_json)
+        return
     if quantize not in (None, "none"):
         raise BadInput(f"quantize is {quantize!r}; it takes none, or nothing for the file's own")
     facts = _facts(model, context, dtype, keep_quantized=quantize is None)
@@ -81,8 +100,9 @@ def show(
 
 def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quantized: bool) -> dict[str, Any]:
     from pentad import text, weights
-    from pentad.loading import DTYPES, default_dtype, held_bytes, meta_network
+    from pentad.loading import DTYPES, default_dtype, fits_kernels, held_bytes, meta_network
     from pentad.models import family_of
+    from pentad.nn.encoder_decoder import EncoderDecoder
     from pentad.weights import registry
 
     checkpoint = weights.open(registry.locate(name, progress=output.progress()))
@@ -93,12 +113,15 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quanti
     length = context or trained
     parameters = sum(parameter.numel() for parameter in network.parameters())
     kinds = Counter(e.quantization or str(e.dtype).removeprefix("torch.") for e in checkpoint.tensors.values())
-    layers = _attention(network)
+    cached = _cached(network)
     cache = sum(
-        2 * layer.kv_heads * layer.head_dim * min(length, layer.window or length) * precision.itemsize
-        for layer in layers
+        2 * part.kv_heads * part.head_dim * min(length, getattr(part, "window", None) or length) * precision.itemsize
+        for part in cached
     )
-    held = held_bytes(checkpoint, precision, keep_quantized=keep_quantized)
+    if dtype is None and keep_quantized and fits_kernels(checkpoint):
+        held = sum(entry.nbytes for entry in checkpoint.tensors.values())
+    else:
+        held = held_bytes(checkpoint, precision, keep_quantized=keep_quantized)
     try:
         tokenizer = text.load(checkpoint, vocab_size=network.config.vocab_size)
     except BadInput as error:  # the network runs without
@@ -110,9 +133,9 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quanti
         "format": checkpoint.format,
         "family": family,
         "parameters": parameters,
-        "active_parameters": parameters,
+        "active_parameters": parameters - _idle_parameters(network),
         "context_length": trained,
-        "layers": len(layers),
+        "layers": len(network.layers) + (len(network.encoder.layers) if isinstance(network, EncoderDecoder) else 0),
         "quantization": _quantization(checkpoint),
         "tensors": dict(kinds.most_common()),
         "dtype": str(precision).removeprefix("torch."),
@@ -125,10 +148,21 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quanti
     }
 
 
-def _attention(network: nn.Module) -> list[Any]:
+def _cached(network: nn.Module) -> list[Any]:
+    """The parts whose keys and values are kept; of an encoder-decoder also those of as long a source."""
     from pentad.nn.attention import Attention
+    from pentad.nn.encoder_decoder import CrossAttention
+    from pentad.nn.relative_bias import RelativeAttention
 
-    return [part for part in network.modules() if isinstance(part, Attention)]
+    kinds = (Attention, CrossAttention, RelativeAttention)
+    return [part for part in network.modules() if isinstance(part, kinds) and getattr(part, "causal", True)]
+
+
+def _idle_parameters(network: nn.Module) -> int:
+    """What a token doesn't use of a mixture of experts."""
+    from pentad.nn.moe.layer import MixtureOfExperts
+
+    return sum(part.idle_parameters for part in network.modules() if isinstance(part, MixtureOfExperts))
 
 
 def _quantization(checkpoint: Checkpoint) -> str | None:

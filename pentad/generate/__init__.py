@@ -1,12 +1,14 @@
 """Decoding: the step, samplers, the engine that batches, and the runner of language models."""
 
 from pentad.generate.completion import Completion, Options, Score
+from pentad.generate.encoder_decoder import EncoderDecoderModel
 from pentad.generate.engine import TokenLogprobs
 from pentad.generate.language_model import LanguageModel, Message, Stream
 from pentad.generate.sampling import Sampling
 
 __all__ = [
     "Completion",
+    "EncoderDecoderModel",
     "LanguageModel",
     "Message",
     "Options",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pentad.errors import PentadError
 from pentad.generate.sampling import Sampling, sample
-from pentad.generate.step import PlainStep
+from pentad.generate.step import Step
 from pentad.nn.cache import CachedSequence
 
 CHUNK = 512  # tokens of prompts that one step takes, so that sequences which decode don't wait for long
@@ -35,12 +35,13 @@ class Request:
     """One sequence on its way through the engine.
 
     Attributes:
-        prompt: its ids, at least one.
+        prompt: its ids, at least one; of an encoder-decoder those that the decoder begins with.
         sampling, generator: how tokens are chosen; the generator is the request's own, so that its text depends on
             nothing else that is decoded with it.
         max_tokens: how many to generate at most.
         end_ids: tokens that end it, and are not part of it.
         logprobs: None, or how many of the likeliest tokens to report with each token.
+        source: what an encoder-decoder's encoder reads.
         generated: what was generated so far.
         finish_reason: "stop" or "length" once it is finished, "error", or what `Engine.finish` was told.
         error: why it could not go on; whoever reads its tokens raises it.
@@ -52,6 +53,7 @@ class Request:
     max_tokens: int
     end_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
+    source: Sequence[int] | None = None
     generated: list[int] = field(default_factory=list)
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
@@ -66,7 +68,7 @@ class Engine:
     only prefills what is new.
     """
 
-    def __init__(self, step: PlainStep) -> None:
+    def __init__(self, step: Step) -> None:
         self.run = step
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
@@ -80,8 +82,19 @@ class Engine:
         """Those that are waited for or run."""
         return [*self._waiting, *self._active]
 
+    def renew(self) -> Step:
+        """What executes the steps, another one where the network has changed: then it runs all tokens again."""
+        run = self.run.renewed()
+        if run is not self.run:
+            self.run, self._kept = run, None
+            for request in self._active:
+                if request.sequence is not None:
+                    request.sequence = run.cache.open(request.sequence.rope_length)
+        return run
+
     def step(self) -> list[Request]:
         """Run one step; returns the requests that have one token more, or have finished."""
+        self.renew()
         while self._waiting and len(self._active) < LARGEST_BATCH:
             self._admit(self._waiting[0])  # still waiting where this is interrupted
             self._active.append(self._waiting.popleft())
@@ -91,8 +104,8 @@ class Engine:
         for request in sorted(self._active, key=lambda r: not r.generated):  # those that decode come first
             sequence = request.sequence
             assert sequence is not None
-            past = sequence.length - len(request.prompt)
-            pending = list(request.prompt[sequence.length :] if past < 0 else request.generated[past:])
+            past = max(0, sequence.length - len(request.prompt))
+            pending = [*request.prompt[sequence.length :], *request.generated[past:]]
             tokens = pending if len(pending) == 1 else pending[: max(budget, 0)]
             if not tokens:
                 continue
@@ -104,8 +117,9 @@ class Engine:
         if not work:
             return []
         logits_MV = self.run(work, [row for _, row in ready])
-        for (request, _), logits_V in zip(ready, logits_MV, strict=True):
-            self._choose(request, logits_V)
+        with self.run.choosing():
+            for (request, _), logits_V in zip(ready, logits_MV, strict=True):
+                self._choose(request, logits_V)
         return [request for request, _ in ready]
 
     def finish(self, request: Request, reason: str) -> None:

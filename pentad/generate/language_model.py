@@ -17,10 +17,9 @@ from pentad.errors import BadInput, PentadError
 from pentad.generate.completion import Completion, Options, Score
 from pentad.generate.engine import NOT_NUMBERS, Engine, Request
 from pentad.generate.sampling import Sampling
-from pentad.generate.step import PlainStep
+from pentad.generate.step import PlainStep, Step
 from pentad.generate.transcript import Transcript
 from pentad.nn.batch import Batch
-from pentad.nn.decoder import Decoder
 from pentad.text import Detokenizer, Tokenizer
 
 Message = Mapping[str, Any]
@@ -87,14 +86,15 @@ class Stream(Iterator[str]):
     @property
     def completion(self) -> Completion:
         request = self._request
+        given = request.prompt if request.source is None else request.source
         prefill = (self._first or self._last) - self._started
         return Completion(
             model=self._model.name,
             text=self._transcript.text,
             token_ids=list(request.generated),
-            prompt_token_ids=list(request.prompt),
+            prompt_token_ids=list(given),
             finish_reason=request.finish_reason or "interrupted",
-            prompt_tokens=len(request.prompt),
+            prompt_tokens=len(given),
             completion_tokens=len(request.generated),
             seconds={
                 "load": self._model.load_seconds,
@@ -119,29 +119,33 @@ class LanguageModel:
     def __init__(
         self,
         name: str,
-        network: Decoder,
+        step: Step,
         tokenizer: Tokenizer | BadInput | None,
         *,
         context: int | None = None,
         generation: Mapping[str, Any] | None = None,
-        cache_dtype: torch.dtype | None = None,
         load_seconds: float = 0.0,
     ) -> None:
-        trained: int = network.config.max_position_embeddings
+        trained: int = step.network.config.max_position_embeddings
         if context is not None and not 1 <= context <= trained:
             raise BadInput(f"context is {context}; {name} takes 1 to {trained} tokens")
         self.name = name
-        self.network = network
+        self.network = step.network
         self.context_length = context or trained
         self.sampling = Sampling.recommended(generation or {})
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
-        self._engine = Engine(PlainStep(network, cache_dtype=cache_dtype))
+        self._engine = Engine(step)
         self._streams = weakref.WeakValueDictionary[Request, Stream]()  # one that nobody holds any more is ended
 
     def __repr__(self) -> str:
         kind = type(self.network).__name__
         return f"<LanguageModel {self.name!r}: {kind}, context {self.context_length}>"
+
+    @property
+    def step(self) -> Step:
+        """What executes the network's steps, and owns their cache."""
+        return self._engine.renew()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -243,7 +247,7 @@ class LanguageModel:
 
     def _log_likelihood(self, ids: list[int], first: int) -> float:
         """Summed over ``ids[first:]``, given all that comes before; never holds the logits of the whole text."""
-        run = self._engine.run
+        run = self.step
         sequence = run.cache.open(len(ids))
         total = 0.0
         try:
@@ -270,9 +274,21 @@ class LanguageModel:
         self._check_ids(ids)
         if len(ids) > self.context_length:
             raise BadInput(f"{len(ids)} tokens don't fit the context of {self.context_length}")
+        run = self.step
+        if not isinstance(run, PlainStep):
+            sequence = run.cache.open(len(ids))
+            chunks = [ids[start : start + SCORE_CHUNK] for start in range(0, len(ids), SCORE_CHUNK)]
+            try:
+                return torch.cat([run([(sequence, chunk)], range(len(chunk))) for chunk in chunks])
+            finally:
+                run.cache.close(sequence)
         hidden_TD, _ = self.network(Batch.of(ids, device=self.network.device))
         logits: Tensor = self.network.head(hidden_TD)
         return logits.float()
+
+    def is_full(self, completion: Completion) -> bool:
+        """Whether a completion and its prompt take all of the context."""
+        return completion.prompt_tokens + completion.completion_tokens >= self.context_length
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids:
@@ -309,13 +325,15 @@ class LanguageModel:
             raise BadInput(f"there is no option {min(unknown)!r}; there are {', '.join(Options.__annotations__)}")
         generator = torch.Generator()
         generator.manual_seed(seed) if isinstance(seed, int) else generator.seed()
+        prompt, source = self._inputs(ids)
         request = Request(
-            prompt=ids,
+            prompt=prompt,
             sampling=self.sampling.but(**chosen),
             generator=generator,
             max_tokens=room if not isinstance(wanted, int) else min(wanted, room),
             end_ids=frozenset(self.tokenizer.eos_ids),
             logprobs=logprobs if isinstance(logprobs, int) else None,
+            source=source,
         )
         stops = [stop] if isinstance(stop, str) else stop or []
         if not isinstance(stops, Sequence) or not all(isinstance(one, str) for one in stops):
@@ -324,6 +342,10 @@ class LanguageModel:
         self._streams[request] = stream
         self._engine.submit(request)
         return stream
+
+    def _inputs(self, ids: list[int]) -> tuple[list[int], list[int] | None]:
+        """Of what the model is given: what its sequence begins with, and what an encoder reads."""
+        return ids, None
 
     def _advance(self) -> None:
         """Run one step for all streams that somebody holds."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +15,33 @@ from pentad.nn.decoder import Decoder
 
 Work = Sequence[tuple[CachedSequence, Sequence[int]]]
 """Sequences and the tokens that each goes on by."""
+
+
+class Step(Protocol):
+    """What executes steps of a network: plain torch, or the kernels by a plan."""
+
+    network: Decoder
+    cache: PagedCache
+
+    def rope_regime(self, length: int) -> int:
+        """Sequences admitted with lengths of the same regime may share cached keys."""
+
+    def renewed(self) -> Step:
+        """Itself; or another one, its cache empty, where the network is no longer what it was made for."""
+
+    def choosing(self) -> AbstractContextManager[None]:
+        """What is entered while tokens are chosen from logits."""
+
+    def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
+        """Run the tokens and keep them in the cache.
+
+        Args:
+            work: sequences and their next tokens.
+            wanted: rows of the batch, that is of all those tokens laid end to end, whose logits to compute.
+
+        Returns:
+            float32 [len(wanted), vocab].
+        """
 
 
 class PlainStep:
@@ -40,20 +69,16 @@ class PlainStep:
         )
 
     def rope_regime(self, length: int) -> int:
-        """Sequences admitted with lengths of the same regime may share cached keys."""
         return self._rope.scaling.regime(length)
+
+    def renewed(self) -> PlainStep:
+        return self
+
+    def choosing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @torch.inference_mode()
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
-        """Run the tokens and keep them in the cache.
-
-        Args:
-            work: sequences and their next tokens.
-            wanted: rows of the batch, that is of all those tokens laid end to end, whose logits to compute.
-
-        Returns:
-            float32 [len(wanted), vocab].
-        """
         batch = self.cache.batch(work)
         hidden_ND, _ = self.network(batch)
         for sequence, ids in work:

@@ -42,7 +42,14 @@ def test_a_note_goes_to_standard_error(pentad, tmp_path: Path) -> None:
         ([], "Missing option '--to'"),
         (["--to", "hf", "--shard-size", "many"], "--shard-size is 'many'; it takes a size such as 500MB"),
         (["--to", "hf", "--shard-size", "0"], "--shard-size is '0'"),
+        (["--to", "hf", "--shard-size", "9" * 400], "--shard-size is '999"),
         (["--to", "hf", "--quantize", "q4_0"], "only GGUF is quantized"),
+        (["--upcycle", "8"], "--upcycle is '8'; it takes experts, top_k, seed, each a whole number: experts=8,top_k=2"),
+        (["--upcycle", "experts=8,top=2"], "--upcycle is 'experts=8,top=2'"),
+        (["--upcycle", "experts=8,experts=4"], "--upcycle is 'experts=8,experts=4'"),
+        (["--upcycle", "top_k=-1"], "--upcycle is 'top_k=-1'"),
+        (["--upcycle", "experts=2,top_k=3"], "a token can't go to 3 of 2 experts"),
+        (["--upcycle", "experts=2", "--to", "gguf"], "an upcycled model is written as hf"),
     ],
     ids=str,
 )
@@ -64,3 +71,14 @@ def test_shards(pentad, source: Path, tmp_path: Path) -> None:
     done = pentad("convert", source, tmp_path / "there", "--to", "hf", "--shard-size", "20kB", "--json")
     assert len([file for file in done.json["files"] if file.endswith(".safetensors")]) > 1
     assert pentad("show", tmp_path / "there", "--json").json["family"] == "llama"
+
+
+def test_upcycling(pentad, source: Path, tmp_path: Path) -> None:
+    done = pentad("convert", source, tmp_path / "there", "--upcycle", "experts=4, top_k=1,seed=7", "--json")
+    assert (done.json["family"], done.json["format"]) == ("mixtral", "hf")
+    facts = pentad("show", tmp_path / "there", "--json").json
+    one = 3 * 32 * 48  # an expert's numbers
+    router = 4 * 32
+    dense = pentad("show", source, "--json").json["parameters"]
+    assert facts["active_parameters"] == dense + 2 * router
+    assert facts["parameters"] == dense + 2 * (router + 3 * one)

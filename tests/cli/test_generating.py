@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import pentad as package
+from pentad.generate.plan import PlanStep
 from pentad.generate.step import PlainStep
 
 ROOT = Path(__file__).parents[2]
@@ -124,16 +125,17 @@ def test_full_context_is_said(pentad, smollm2: Path) -> None:
 
 def test_ctrl_c_in_a_step_keeps_what_was_said(pentad, smollm2: Path, monkeypatch) -> None:
     steps = []
-    run = PlainStep.__call__
+    for kind in (PlainStep, PlanStep):
+        run = kind.__call__
 
-    def step(self: PlainStep, *arguments):
-        steps.append(1)
-        if len(steps) == 4:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)  # timeout(1) sends it twice
-        return run(self, *arguments)
+        def step(self, *arguments, run=run):
+            steps.append(1)
+            if len(steps) == 4:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)  # timeout(1) sends it twice
+            return run(self, *arguments)
 
-    monkeypatch.setattr(PlainStep, "__call__", step)
+        monkeypatch.setattr(kind, "__call__", step)
     done = pentad("chat", "Count to one hundred.", "--model", smollm2, "--temperature", "0", "--json")
     assert (done.code, done.err) == (130, "")
     assert done.json["finish_reason"] == "interrupted"

@@ -17,7 +17,8 @@ from torch import Tensor
 import pentad as package
 from pentad.cli.conversation import Conversation
 from pentad.cli.interactive import SETTINGS, Loop
-from pentad.generate.step import PlainStep, Work
+from pentad.generate.plan import PlanStep
+from pentad.generate.step import PlainStep, Step, Work
 
 ROOT = Path(__file__).parents[2]
 Chat = Callable[..., str]
@@ -162,16 +163,17 @@ def test_typed_bytes_that_are_no_text(chat: Chat, conversation: Conversation) ->
 def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step_number: int, times: int) -> None:
     """Ctrl-C in the middle of a step, which is a bad moment to stop at."""
     steps: list[int] = []
-    run = PlainStep.__call__
+    for kind in (PlainStep, PlanStep):
+        run = kind.__call__
 
-    def step(self: PlainStep, work: Work, wanted: Sequence[int]) -> Tensor:
-        steps.append(1)
-        if len(steps) == step_number:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-        return run(self, work, wanted)
+        def step(self: Step, work: Work, wanted: Sequence[int], run: Callable[..., Tensor] = run) -> Tensor:
+            steps.append(1)
+            if len(steps) == step_number:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            return run(self, work, wanted)
 
-    monkeypatch.setattr(PlainStep, "__call__", step)
+        monkeypatch.setattr(kind, "__call__", step)
 
 
 def test_ctrl_c_stops_a_reply(chat: Chat, conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,76 @@
+// What Python calls. Arguments are checked there (binding.py); nothing here throws.
+#include <cstdint>
+
+#include "pack.h"
+#include "plan.h"
+#include "pool.h"
+
+using namespace pentad;
+
+namespace {
+
+const Kernels* const isas[] = {
+#if defined(__x86_64__)
+    &avx512_kernels, &avx2_kernels,
+#endif
+    &portable_kernels};
+constexpr int ISAS = sizeof isas / sizeof *isas;
+
+struct Running {
+  const Op* ops;
+  const Step* step;
+  const Kernels* kernels;
+};
+
+struct Packing {
+  int type, rows, columns;
+  const uint8_t* blocks;
+  uint8_t* tiles;
+};
+constexpr int TILES_A_CHUNK = 8;
+
+}  // namespace
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// Sizes of the structures, by which Python sees that its own are alike.
+EXPORT int pentad_size_of_op() { return sizeof(Op); }
+EXPORT int pentad_size_of_step() { return sizeof(Step); }
+
+// The name of the index-th instruction set, fastest first; null where this CPU doesn't have it, "" after the last.
+EXPORT const char* pentad_isa(int index) {
+  if (index >= ISAS) return "";
+  return isas[index]->runs_here() ? isas[index]->name : nullptr;
+}
+
+EXPORT int64_t pentad_packed_bytes(int type, int rows, int columns) { return packed_bytes(type, rows, columns); }
+
+EXPORT void pentad_pack(int type, const uint8_t* blocks, int rows, int columns, uint8_t* tiles, int threads) {
+  const Packing packing = {type, rows, columns, blocks, tiles};
+  const auto chunks = [](const void* p, int) {
+    return (((const Packing*)p)->rows + 16 * TILES_A_CHUNK - 1) / (16 * TILES_A_CHUNK);
+  };
+  const auto work = [](const void* context, int, int chunk) {
+    const auto& p = *(const Packing*)context;
+    for (int tile = chunk * TILES_A_CHUNK; tile < (chunk + 1) * TILES_A_CHUNK && tile * 16 < p.rows; tile++)
+      pack_tile(p.type, p.blocks, p.rows, p.columns, tile, p.tiles);
+  };
+  run_on_pool({1, chunks, work, &packing}, threads);
+}
+
+EXPORT void pentad_run(const Op* ops, int count, const Step* step) {
+  const Running running = {ops, step, isas[step->isa]};
+  const auto chunks = [](const void* context, int phase) {
+    const auto& r = *(const Running*)context;
+    return r.kernels->chunks(r.ops[phase], *r.step);
+  };
+  const auto work = [](const void* context, int phase, int chunk) {
+    const auto& r = *(const Running*)context;
+    r.kernels->work(r.ops[phase], *r.step, chunk);
+  };
+  run_on_pool({count, chunks, work, &running}, step->threads);
+}
+
+}  // extern "C"

@@ -1,0 +1,60 @@
+// AVX2 with FMA and F16C: x86 since 2013.
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "lanes.h"
+
+namespace pentad {
+namespace {
+
+struct Isa : AnyLanes {
+  static constexpr int ROWS = 4;
+  using B = uint8_t __attribute__((vector_size(64)));
+
+  static inline F fma(F a, F b, F c) {
+    __m256 x[2], y[2], z[2];
+    std::memcpy(x, &a, 64), std::memcpy(y, &b, 64), std::memcpy(z, &c, 64);
+    for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+    std::memcpy(&c, z, 64);
+    return c;
+  }
+  template <bool Wide> static inline I dot(I sum, B w, int32_t x) {
+    __m256i s[2], v[2];
+    std::memcpy(s, &sum, 64), std::memcpy(v, &w, 64);
+    const __m256i b = _mm256_set1_epi32(x), low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+    for (int i = 0; i < 2; i++)
+      if (Wide) {  // bytes above 127: two nibbles, whose products don't saturate 16 bits
+        const __m256i l = _mm256_maddubs_epi16(_mm256_and_si256(v[i], low), b);
+        const __m256i h = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v[i], 4), low), b);
+        s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(l, one));
+        s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(h, _mm256_set1_epi16(16)));
+      } else {
+        s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(_mm256_maddubs_epi16(v[i], b), one));
+      }
+    std::memcpy(&sum, s, 64);
+    return sum;
+  }
+  template <int N> static inline B shift_right(B v) { return v >> N; }
+  template <int N> static inline B shift_left(B v) { return v << N; }
+  static inline F half(const void* p) {
+    const __m128i* h = (const __m128i*)p;
+    const __m256 x[2] = {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
+    F v;
+    std::memcpy(&v, x, 64);
+    return v;
+  }
+  static inline uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+};
+
+bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+}  // namespace
+}  // namespace pentad
+
+#include "kernels.h"
+
+namespace pentad {
+const Kernels avx2_kernels = {"avx2", runs_here, chunks, work};
+}

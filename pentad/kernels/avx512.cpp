@@ -1,0 +1,43 @@
+// AVX-512 with VNNI: Intel since Ice Lake, AMD since Zen 4.
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace pentad {
+namespace {
+
+struct Isa {
+  static constexpr int ROWS = 8;
+  using F = float __attribute__((vector_size(64)));
+  using I = int32_t __attribute__((vector_size(64)));
+  using B = uint8_t __attribute__((vector_size(64)));
+
+  static inline F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+  // sum + the products of each lane's four unsigned bytes of w with the four signed bytes of x
+  template <bool Wide> static inline I dot(I sum, B w, int32_t x) {
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+  }
+  // of whole registers: bits that cross from one byte to the next are for the caller to mask
+  template <int N> static inline B shift_right(B v) { return (B)_mm512_srli_epi16((__m512i)v, N); }
+  template <int N> static inline B shift_left(B v) { return (B)_mm512_slli_epi16((__m512i)v, N); }
+  static inline F half(const void* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static inline float sum_lanes(F v) { return _mm512_reduce_add_ps((__m512)v); }
+  static inline int32_t sum_lanes(I v) { return _mm512_reduce_add_epi32((__m512i)v); }
+  static inline float max_lanes(F v) { return _mm512_reduce_max_ps((__m512)v); }
+  static inline int32_t max_lanes(I v) { return _mm512_reduce_max_epi32((__m512i)v); }
+  static inline uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+};
+
+bool runs_here() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace
+}  // namespace pentad
+
+#include "kernels.h"
+
+namespace pentad {
+const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work};
+}

@@ -1,0 +1,41 @@
+// The arithmetic of a plan, as templates over an instruction set. Each set is one short file that defines `Isa`,
+// includes this one and is compiled with its own flags; all is in an unnamed namespace, so that no linker mixes them.
+#pragma once
+#include "attention.h"
+
+namespace pentad {
+namespace {
+
+// In how many chunks an operation is done.
+int chunks(const Op& op, const Step& s) {
+  int count = 0;
+  switch (op.kind) {
+    case MATMUL:
+    case GATED: return cut(op, s).chunks;
+    case ATTEND:
+      for (int b = 0; b < s.sequences; b++) count += chunks_of(op, sight(op, s, b));
+      return count;
+    case MERGE:
+      for (int b = 0; b < s.sequences; b++) count += sight(op, s, b).few;
+      return count;
+    default: return ceil_div(rows_of(op, s), ROWS_A_CHUNK);
+  }
+}
+
+void work(const Op& op, const Step& s, int chunk) {
+  switch (op.kind) {
+    case EMBED: return embed(op, s, chunk);
+    case NORM: return norm(op, s, chunk);
+    case QUANTIZE: return quantize(op, s, chunk);
+    case MATMUL:
+    case GATED: return matmul(op, s, chunk);
+    case ROTATE:
+      return (s.cache_type == F32 ? rotate_rows<F32> : s.cache_type == F16 ? rotate_rows<F16> : rotate_rows<BF16>)(op, s, chunk);
+    case ATTEND:
+      return (s.cache_type == F32 ? attend_rows<F32> : s.cache_type == F16 ? attend_rows<F16> : attend_rows<BF16>)(op, s, chunk);
+    case MERGE: return merge_parts(op, s, chunk);
+  }
+}
+
+}  // namespace
+}  // namespace pentad

@@ -1,0 +1,358 @@
+// Products of activations with weights: how both are laid out, and the loops that a step spends its time in.
+//
+// WEIGHTS. A quantized weight [rows, columns] is repacked into tiles of 16 rows, a tile into blocks of 32 columns:
+//
+//     tile 0 (rows 0-15):  block 0 | block 1 | ...   tile 1 (rows 16-31):  block 0 | ...
+//
+//     a block's integers, unsigned, as 8 groups of 4 columns; in a group lane r is row r:
+//       8 bits:  group g      = 64 bytes: lane r has columns 4g to 4g+3 of row r
+//       4 bits:  64 bytes g<4 = low nibbles: group g, high nibbles: group g+4
+//       6 bits:  as 4 bits; then 2 x 64 bytes, of which bits 2i and 2i+1 are the high bits of group 4h+i (h: which 64)
+//     then, for each of the 16 rows, what makes numbers of them: d, and m where the type has a minimum
+//
+// so one 64-byte register holds 4 columns of all 16 rows, and a dot product of 4 bytes a lane adds to 16 sums.
+//
+// ACTIVATIONS. A row is cut into blocks of 32 as well. "Exact": 16-bit integers with a scale a block, each split into
+// two bytes, x = scale * (256 * high + low). "Fast": one byte, with a scale for each half of a block.
+//
+// Products of integers are exact; floats are added block after block, in this order alone. So a row's result does not
+// depend on the rows beside it, on the chunk, or on the thread.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "plan.h"
+
+namespace pentad {
+namespace {
+
+using F = float __attribute__((vector_size(64)));
+using I = int32_t __attribute__((vector_size(64)));
+using B = uint8_t __attribute__((vector_size(64)));
+using S16 = int8_t __attribute__((vector_size(16)));
+using U16 = uint8_t __attribute__((vector_size(16)));
+using H16 = uint16_t __attribute__((vector_size(32)));
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")  // loops over what should be registers
+
+constexpr int LANES = 16, BLOCK = 32;
+constexpr int MOST_ROWS = Isa::ROWS;  // of activations that share one pass over a tile, and of queries over the keys
+constexpr int AHEAD = 3072;      // bytes of weights that are fetched before they are needed
+constexpr int SPLIT = 128;       // keys whose softmax is one part; parts begin at multiples of it
+constexpr int MOST_DIMS = 256;   // a head
+constexpr int FEW_QUERIES = 4;   // up to here a sequence's keys, not its queries, are shared out
+
+template <class V> INLINE V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> INLINE void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+INLINE F all(float x) { return x - F{}; }
+INLINE I all(int32_t x) { return x - I{}; }
+INLINE I bits(F x) { return (I)x; }
+INLINE F number(I x) { return (F)x; }
+INLINE F most(F a, F b) { return a > b ? a : b; }
+INLINE F load_part(const float* p, int count) {
+  F v = {};
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
+}
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int least(int a, int b) { return a < b ? a : b; }
+constexpr int greatest(int a, int b) { return a > b ? a : b; }
+
+// e^x to about 2 units in the last place; 0 below -87; NaN stays NaN.
+INLINE F exponential(F x) {
+  const F bounded = x < -87.0f ? all(-87.0f) : x > 88.0f ? all(88.0f) : x;
+  const F magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
+  const F shifted = Isa::fma(bounded, all(1.44269504f), magic);
+  const F n = shifted - magic;
+  F r = Isa::fma(n, all(-0.693359375f), bounded);
+  r = Isa::fma(n, all(2.12194440e-4f), r);
+  F p = all(1.9875691500e-4f);  // Cephes' polynomial
+  p = Isa::fma(p, r, all(1.3981999507e-3f));
+  p = Isa::fma(p, r, all(8.3334519073e-3f));
+  p = Isa::fma(p, r, all(4.1665795894e-2f));
+  p = Isa::fma(p, r, all(1.6666665459e-1f));
+  p = Isa::fma(p, r, all(5.0000001201e-1f));
+  p = Isa::fma(p, r * r, r + 1.0f);
+  const F power = number((bits(shifted) - bits(magic) + 127) << 23);
+  return x < -87.0f ? F{} : p * power;
+}
+
+// ---- Activations in int8 ----
+
+template <bool Exact> struct Activations;
+template <> struct Activations<true> {
+  int8_t high[BLOCK], low[BLOCK];
+  float scale[1];         // of high * 256 + low
+  int32_t minus_half[2];  // minus the sums of the first and of the last 16 integers
+  int32_t minus_all;
+  float total;  // the sum of the numbers
+  int32_t minus_sum() const { return minus_all; }
+};
+template <> struct Activations<false> {
+  int8_t low[BLOCK];
+  float scale[2];  // of the first and of the last 16
+  int32_t minus_half[2];
+  float total;
+  int32_t minus_sum() const { return 0; }
+};
+
+// Whole numbers n and a scale with x near n * scale, |n| <= Limit. Where x is not finite, neither is the scale.
+template <int Limit, int N> INLINE float to_integers(const F (&x)[N], I (&n)[N]) {
+  I largest = bits(x[0]) & 0x7fffffff;
+  for (int i = 1; i < N; i++) {
+    const I size = bits(x[i]) & 0x7fffffff;  // as integers, absolute values are in order, NaN above infinity
+    largest = size > largest ? size : largest;
+  }
+  const int32_t most_bits = Isa::max_lanes(largest);
+  float amax;
+  std::memcpy(&amax, &most_bits, 4);
+  const float inverse = amax < 1e-30f ? 0.0f : Limit / amax;  // numbers that small are taken for 0
+  const F magic = all(12582912.0f);
+  for (int i = 0; i < N; i++) n[i] = bits(x[i] * inverse + magic) - bits(magic);
+  return amax < 1e-30f ? 0.0f : amax * (1.0f / Limit);
+}
+
+INLINE void quantize_block(const float* x, Activations<true>& out) {
+  const F in[2] = {load<F>(x), load<F>(x + LANES)};
+  I n[2];
+  out.scale[0] = to_integers<32512>(in, n);  // 127 * 256, so that the high byte never passes 127
+  for (int i = 0; i < 2; i++) {
+    const I high = (n[i] + 128) >> 8;
+    store(out.high + i * LANES, __builtin_convertvector(high, S16));
+    store(out.low + i * LANES, __builtin_convertvector(n[i] - (high << 8), S16));
+    out.minus_half[i] = -Isa::sum_lanes(n[i]);
+  }
+  out.minus_all = out.minus_half[0] + out.minus_half[1];
+  out.total = -out.scale[0] * float(out.minus_all);
+}
+
+INLINE void quantize_block(const float* x, Activations<false>& out) {
+  out.total = 0;
+  for (int i = 0; i < 2; i++) {
+    const F in[1] = {load<F>(x + i * LANES)};
+    I n[1];
+    out.scale[i] = to_integers<127>(in, n);
+    store(out.low + i * LANES, __builtin_convertvector(n[0], S16));
+    out.minus_half[i] = -Isa::sum_lanes(n[0]);
+    out.total -= out.scale[i] * float(out.minus_half[i]);
+  }
+}
+
+// ---- Blocks of weights ----
+
+// What follows the integers of each type's blocks. `span` blocks share a head of `head` bytes; SHIFT: the integers are
+// unsigned by an offset of 2^SHIFT (-1: none); HALVES: columns 0-15 and 16-31 have scales of their own.
+template <int T> struct Format;
+template <int Head, int Span, int Block, int Shift, bool Minimum, bool Halves> struct Layout {
+  static constexpr int head = Head, span = Span, block = Block, shift = Shift;
+  static constexpr bool minimum = Minimum, halves = Halves;
+};
+template <> struct Format<Q4_0> : Layout<0, 1, 256 + 32, 3, false, false> {};
+template <> struct Format<Q4_1> : Layout<0, 1, 256 + 64, -1, true, false> {};
+template <> struct Format<Q8_0> : Layout<0, 1, 512 + 32, 7, false, false> {};
+template <> struct Format<Q4_K> : Layout<64, 8, 256 + 32, -1, true, false> {};
+template <> struct Format<Q6_K> : Layout<32, 8, 384 + 32, 5, false, true> {};
+
+template <int T> constexpr size_t tile_bytes(int columns) {
+  return size_t(columns / BLOCK / Format<T>::span) * (Format<T>::head + Format<T>::span * Format<T>::block);
+}
+
+struct Scales {
+  F d, m;        // number = d * integer + m
+  F first, last; // HALVES: factors of d for columns 0-15 and 16-31
+};
+
+template <int T> INLINE void integers(const uint8_t* block, B (&w)[8]) {
+  if constexpr (T == Q8_0) {
+    UNROLL
+    for (int g = 0; g < 8; g++) w[g] = load<B>(block + 64 * g);
+  } else {
+    UNROLL
+    for (int g = 0; g < 4; g++) {
+      const B v = load<B>(block + 64 * g);
+      w[g] = v & 15;
+      w[g + 4] = Isa::shift_right<4>(v) & 15;
+    }
+    if constexpr (T == Q6_K) {
+      const B a = load<B>(block + 256), b = load<B>(block + 320);
+      w[0] |= Isa::shift_left<4>(a & 3), w[4] |= Isa::shift_left<4>(b & 3);
+      w[1] |= Isa::shift_left<2>(a & 12), w[5] |= Isa::shift_left<2>(b & 12);
+      w[2] |= a & 48, w[6] |= b & 48;
+      w[3] |= Isa::shift_right<2>(a & 192), w[7] |= Isa::shift_right<2>(b & 192);
+    }
+  }
+}
+
+template <class Bytes> INLINE F from_bytes(const uint8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), I), F);
+}
+
+template <int T> INLINE Scales scales(const uint8_t* head, const uint8_t* block) {
+  const uint8_t* after = block + Format<T>::block;
+  if constexpr (T == Q4_1) return {Isa::half(after - 64), Isa::half(after - 32), F{}, F{}};
+  if constexpr (T == Q4_K) {
+    const F d = Isa::half(head) * from_bytes<U16>(after - 32), m = Isa::half(head + 32) * from_bytes<U16>(after - 16);
+    return {d, -m, F{}, F{}};
+  }
+  if constexpr (T == Q6_K) return {Isa::half(head), F{}, from_bytes<S16>(after - 32), from_bytes<S16>(after - 16)};
+  return {Isa::half(after - 32), F{}, F{}, F{}};
+}
+
+// ---- Matrix products ----
+
+template <bool Wide> INLINE I dot(I sum, B w, const int8_t* x) {
+  return Isa::template dot<Wide>(sum, w, load<int32_t>(x));
+}
+
+// v[r] = the whole numbers' product of groups First to Last with row r of activations. Sums of integers are exact in any
+// order: rows take turns, so that no addition waits for the one before.
+template <int T, bool Exact, int R, int First, int Last>
+INLINE void products(const B (&w)[8], const Activations<Exact>* x, ptrdiff_t stride, F (&v)[R]) {
+  constexpr bool wide = T == Q8_0;
+  I high[R], low[R];
+  UNROLL
+  for (int r = 0; r < R; r++) {
+    high[r] = low[r] = I{};
+    if constexpr (Format<T>::shift > 0)
+      low[r] = all(Last - First == 8 ? x[r * stride].minus_sum() : x[r * stride].minus_half[First / 4]) << Format<T>::shift;
+  }
+  UNROLL
+  for (int g = First; g < Last; g++)
+    UNROLL
+    for (int r = 0; r < R; r++) {
+      if constexpr (Exact) high[r] = dot<wide>(high[r], w[g], x[r * stride].high + 4 * g);
+      low[r] = dot<wide>(low[r], w[g], x[r * stride].low + 4 * g);
+    }
+  UNROLL
+  for (int r = 0; r < R; r++) v[r] = __builtin_convertvector(Exact ? (high[r] << 8) + low[r] : low[r], F);
+}
+
+// 16 rows of a weight times R rows of activations: out[r] has the 16 results of row r.
+template <int T, bool Exact, int R>
+INLINE void multiply_tile(const uint8_t* tile, int blocks, const Activations<Exact>* x, ptrdiff_t stride, F* out) {
+  using Fmt = Format<T>;
+  F sums[R];
+  UNROLL
+  for (int r = 0; r < R; r++) sums[r] = F{};
+  const uint8_t* block = tile;
+  for (int b = 0; b < blocks; b += Fmt::span) {
+    const uint8_t* head = block;
+    block += Fmt::head;
+    for (int i = 0; i < Fmt::span; i++, block += Fmt::block, x++) {
+      UNROLL
+      for (int ahead = 0; ahead < Fmt::block; ahead += 64) __builtin_prefetch(block + AHEAD + ahead);
+      B w[8];
+      integers<T>(block, w);
+      const Scales s = scales<T>(head, block);
+      F v[R];
+      if constexpr (Exact && !Fmt::halves) {
+        products<T, Exact, R, 0, 8>(w, x, stride, v);
+        UNROLL
+        for (int r = 0; r < R; r++) v[r] *= x[r * stride].scale[0];
+      } else {
+        F last[R];
+        products<T, Exact, R, 0, 4>(w, x, stride, v);
+        products<T, Exact, R, 4, 8>(w, x, stride, last);
+        UNROLL
+        for (int r = 0; r < R; r++) {
+          if constexpr (Fmt::halves) v[r] *= s.first, last[r] *= s.last;
+          if constexpr (Exact) v[r] = (v[r] + last[r]) * x[r * stride].scale[0];
+          else v[r] = Isa::fma(last[r], all(x[r * stride].scale[1]), v[r] * x[r * stride].scale[0]);
+        }
+      }
+      UNROLL
+      for (int r = 0; r < R; r++) {
+        sums[r] = Isa::fma(v[r], s.d, sums[r]);
+        if constexpr (Fmt::minimum) sums[r] = Isa::fma(s.m, all(x[r * stride].total), sums[r]);
+      }
+    }
+  }
+  UNROLL
+  for (int r = 0; r < R; r++) out[r] = sums[r];
+}
+
+template <int T> INLINE F floats(const uint8_t* p) {
+  if constexpr (T == F32) return load<F>(p);
+  if constexpr (T == F16) return Isa::half(p);
+  return number(__builtin_convertvector(load<H16>(p), I) << 16);  // BF16
+}
+constexpr int size_of(int type) { return type == F32 ? 4 : 2; }
+
+template <int T> INLINE F floats_part(const uint8_t* p, int count) {
+  uint8_t whole[64] = {};
+  std::memcpy(whole, p, count * size_of(T));
+  return floats<T>(whole);
+}
+
+// The same for a weight of floats, row after row, of which there are `rows` up to 16.
+template <int T, int R>
+INLINE void multiply_rows(const uint8_t* w, int rows, int columns, const float* x, ptrdiff_t stride, F* out) {
+  constexpr int AT_ONCE = 4;
+  const ptrdiff_t row_bytes = ptrdiff_t(columns) * size_of(T);
+  float results[R][LANES] = {};
+  for (int first = 0; first < rows; first += AT_ONCE) {
+    const int last = least(rows, first + AT_ONCE) - 1;
+    F sums[AT_ONCE][R];
+    UNROLL
+    for (int j = 0; j < AT_ONCE; j++) {
+      UNROLL
+      for (int r = 0; r < R; r++) sums[j][r] = F{};
+    }
+    const int whole = columns / LANES * LANES;
+    for (int k = 0; k < columns; k += LANES) {
+      F wk[AT_ONCE];
+      UNROLL
+      for (int j = 0; j < AT_ONCE; j++) {
+        const uint8_t* p = w + least(first + j, last) * row_bytes + ptrdiff_t(k) * size_of(T);
+        wk[j] = k < whole ? floats<T>(p) : floats_part<T>(p, columns - whole);
+      }
+      UNROLL
+      for (int r = 0; r < R; r++) {
+        const float* p = x + r * stride + k;
+        const F xk = k < whole ? load<F>(p) : load_part(p, columns - whole);
+        UNROLL
+        for (int j = 0; j < AT_ONCE; j++) sums[j][r] = Isa::fma(wk[j], xk, sums[j][r]);
+      }
+    }
+    for (int j = 0; first + j <= last; j++)
+      for (int r = 0; r < R; r++) results[r][first + j] = Isa::sum_lanes(sums[j][r]);
+  }
+  for (int r = 0; r < R; r++) out[r] = load<F>(results[r]);
+}
+
+struct Inputs {  // rows of activations in both forms
+  const void* blocks;
+  const float* floats;
+  int width;
+};
+
+template <int T, int R> void multiply(const Matrix& m, int tile, const Inputs& in, int row, bool fast, F* out) {
+  if constexpr (T <= F16) {
+    const int first = tile * LANES;
+    multiply_rows<T, R>(m.data + ptrdiff_t(first) * m.columns * size_of(T), least(LANES, m.rows - first), m.columns,
+                        in.floats + ptrdiff_t(row) * in.width, in.width, out);
+  } else {
+    const int blocks = m.columns / BLOCK;
+    const uint8_t* data = m.data + tile_bytes<T>(m.columns) * tile;
+    if (fast)
+      multiply_tile<T, false, R>(data, blocks, (const Activations<false>*)in.blocks + ptrdiff_t(row) * blocks, blocks, out);
+    else
+      multiply_tile<T, true, R>(data, blocks, (const Activations<true>*)in.blocks + ptrdiff_t(row) * blocks, blocks, out);
+  }
+}
+
+using Multiply = void (*)(const Matrix&, int, const Inputs&, int, bool, F*);
+template <int R> constexpr Multiply multiply_by_type[] = {
+    multiply<F32, R>,  multiply<BF16, R>, multiply<F16, R>,  multiply<Q4_0, R>,
+    multiply<Q4_1, R>, multiply<Q8_0, R>, multiply<Q4_K, R>, multiply<Q6_K, R>};
+
+// One tile of a weight times `rows` rows from `row` on: R of them together, what is left by halves of R.
+template <int R> INLINE void multiply_some(const Matrix& m, int tile, const Inputs& in, int row, int rows, bool fast, F* out) {
+  for (; rows >= R; rows -= R, row += R, out += R) multiply_by_type<R>[m.type](m, tile, in, row, fast, out);
+  if constexpr (R > 1) multiply_some<R / 2>(m, tile, in, row, rows, fast, out);
+}
+
+}  // namespace
+}  // namespace pentad

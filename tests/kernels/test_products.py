@@ -1,0 +1,202 @@
+"""Products of rows with weights, against float64 on the dequantized weights."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pentad import kernels
+from pentad.kernels import Weight
+from pentad.kernels.program import GATES, LOGITS, NORMED, RESIDUAL
+from tests.helpers.blocks import HALVES, dequantized, random_blocks
+from tests.helpers.programs import every_isa, needs_kernels, packed, product, program, run_rows
+
+pytestmark = needs_kernels
+FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+KINDS = [*HALVES, *FLOATS]
+
+
+def random_x(rows: int, columns: int, seed: int = 1) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_of(kind: str, rows: int, columns: int, seed: int = 0) -> tuple[Weight, Tensor]:
+    """A weight for the kernels, and its numbers in float64."""
+    if kind in FLOATS:
+        numbers = random_x(rows, columns, seed).to(FLOATS[kind])
+        return Weight.floats(numbers), numbers.double()
+    blocks = random_blocks(kind, rows, columns, seed)
+    return packed(blocks), dequantized(blocks)
+
+
+def bound(x_NK: Tensor, w_MK: Tensor, fast: bool) -> Tensor:
+    """[N, M], how far a result may be: each activation is off by half a step of its block's integers at most, and sums
+    in float32 by a few units in the last place of the sum of absolute products."""
+    x, w = x_NK.double(), w_MK.double()
+    size, steps = (16, 127) if fast else (32, 32512)
+    padded = torch.nn.functional.pad(x.abs(), (0, -x.shape[1] % size))
+    largest = padded.unflatten(1, (-1, size)).amax(2).repeat_interleave(size, 1)[:, : x.shape[1]]
+    rounding = (0.51 * largest / steps + 1e-30) @ w.abs().T
+    return rounding + 3e-6 * (x.abs() @ w.abs().T)
+
+
+def assert_product(y: Tensor, x: Tensor, w: Tensor, fast: bool) -> None:
+    assert y.dtype == torch.float32
+    assert ((y.double() - x.double() @ w.T).abs() <= bound(x, w, fast)).all()
+
+
+@every_isa
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_near_float64(kind: str, fast: bool, isa: str) -> None:
+    for rows, columns, n in ((16, 256, 1), (37, 512, 7), (130, 256, 130), (1, 768, 3)):
+        weight, numbers = weight_of(kind, rows, columns)
+        x = random_x(n, columns)
+        assert_product(product(x, weight, isa=isa, fast=fast), x, numbers, fast)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(KINDS))
+    step = 1 if kind in FLOATS else 256 if kind.endswith("k") else 32
+    columns = step * data.draw(st.integers(1, 300 if step == 1 else 4))
+    rows, n = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 130))
+    fast, isa = data.draw(st.booleans()), data.draw(st.sampled_from(list(kernels.isas())))
+    weight, numbers = weight_of(kind, rows, columns, data.draw(st.integers(0, 99)))
+    x = random_x(n, columns) * 10.0 ** data.draw(st.integers(-6, 6))
+    assert_product(product(x, weight, isa=isa, fast=fast), x, numbers, fast)
+
+
+@every_isa
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_bits_in_any_company(kind: str, isa: str) -> None:
+    weight, _ = weight_of(kind, 53, 512)
+    x = random_x(130, 512)
+    for fast in (False, True):
+        whole = product(x, weight, isa=isa, fast=fast)
+        for rows in ([0], [129], range(5, 8), range(3, 26), [7, 100, 7]):
+            assert torch.equal(product(x, weight, isa=isa, fast=fast, rows=rows), whole[list(rows)])
+        for threads in (1, 3, 5):
+            assert torch.equal(product(x, weight, isa=isa, fast=fast, threads=threads), whole)
+
+
+@every_isa
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("kind", HALVES)
+def test_extreme_activations(kind: str, fast: bool, isa: str) -> None:
+    weight, numbers = weight_of(kind, 32, 256)
+    for scale in (0.0, 1e-42, 1e-35, 1e-28, 1e28):
+        x = random_x(4, 256) * scale
+        assert_product(product(x, weight, isa=isa, fast=fast), x, numbers, fast)
+    x = random_x(4, 256)
+    x[:, 17] = 1e4  # one that dwarfs its block
+    x[:, 32:64] = 0
+    assert_product(product(x, weight, isa=isa, fast=fast), x, numbers, fast)
+
+
+@every_isa
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_a_number_stays_in_its_row(kind: str, bad: float, isa: str) -> None:
+    weight, numbers = weight_of(kind, 20, 256)
+    x = random_x(5, 256)
+    x[2, 40] = bad
+    for fast in (False, True):
+        y = product(x, weight, isa=isa, fast=fast)
+        assert not torch.isfinite(y[2]).any()
+        rest = [0, 1, 3, 4]
+        assert_product(y[rest], x[rest], numbers, fast)
+
+
+@every_isa
+@pytest.mark.parametrize("kind", HALVES)
+def test_a_damaged_scale_stays_in_its_column(kind: str, isa: str) -> None:
+    blocks = random_blocks(kind, 20, 256)
+    halves = blocks.blocks.view(
+        20, -1, blocks.blocks.shape[1] * 32 // 256 if kind[-1] != "k" else blocks.blocks.shape[1]
+    )
+    halves[3, 0].view(torch.float16)[HALVES[kind][0]] = math.nan
+    y = product(random_x(3, 256), packed(blocks), isa=isa)
+    assert y[:, 3].isnan().all()
+    assert torch.isfinite(y[:, [i for i in range(20) if i != 3]]).all()
+
+
+@every_isa
+def test_largest_integers_do_not_overflow(isa: str) -> None:
+    """All weights and activations at the ends of their ranges."""
+    for kind in HALVES:
+        blocks = random_blocks(kind, 16, 256)
+        integers = torch.full_like(blocks.blocks, 255 if kind != "q8_0" else 127)
+        halves = blocks.blocks.view(torch.float16).view(16, -1)
+        kept = halves.clone()
+        blocks.blocks.copy_(integers)
+        size = halves.shape[1] if kind.endswith("k") else halves.shape[1] // 8
+        for place in HALVES[kind]:
+            halves[:, place::size] = kept[:, place::size]
+        numbers = dequantized(blocks)
+        for sign in (1, -1):
+            x = torch.full((3, 256), 3.0 * sign)
+            assert_product(product(x, packed(blocks), isa=isa), x, numbers, False)
+
+
+@every_isa
+def test_several_weights_side_by_side(isa: str) -> None:
+    """Of different types and heights, with and without a bias."""
+    blocks, other = random_blocks("q4_1", 40, 256), random_blocks("q8_0", 9, 256)
+    bias, floats = random_x(1, 40)[0], random_x(23, 256)
+    x = random_x(11, 256)
+    y = product(x, packed(blocks, bias), packed(other), Weight.floats(floats), isa=isa)
+    assert y.shape == (11, 72)
+    assert_product(y[:, :40] - bias, x, dequantized(blocks), False)
+    assert_product(y[:, 40:49], x, dequantized(other), False)
+    assert_product(y[:, 49:], x, floats.double(), False)
+
+
+@every_isa
+@pytest.mark.parametrize("kind", KINDS)
+def test_embedding(kind: str, isa: str) -> None:
+    weight, numbers = weight_of(kind, 50, 256)
+    made = program(isa=isa)
+    made.embed(weight, LOGITS)
+    ids = [0, 49, 17, 17, 3, *range(50)]
+    assert (run_rows(made, ids).double() - numbers[ids]).abs().max() <= 1e-6 * numbers.abs().max()
+
+
+@every_isa
+@pytest.mark.parametrize("width", [8, 24, 96, 576])
+def test_norm(width: int, isa: str) -> None:
+    """Of the wanted rows alone."""
+    x, weight = random_x(40, width), random_x(1, width, seed=2)[0]
+    made = program(isa=isa)
+    made.embed(Weight.floats(x))
+    made.norm(weight, 1e-5, quantize=width % 32 == 0, wanted=True)
+    made.matmul([Weight.floats(torch.eye(width))], NORMED, LOGITS, wanted=True)
+    wanted = [0, 39, 5]
+    y = run_rows(made, range(40), wanted)
+    exact = torch.rms_norm(x[wanted].double(), (width,), eps=1e-5) * weight.double()
+    assert (y.double() - exact).abs().max() <= 1e-5
+
+
+@every_isa
+@pytest.mark.parametrize("kind", ["q4_1", "f32"])
+def test_gated_and_added(kind: str, isa: str) -> None:
+    """x + down(silu(gate(x)) * up(x))."""
+    (gate, g), (up, u), (down, d) = (
+        weight_of(kind, *shape, seed=i) for i, shape in enumerate([(96, 64), (96, 64), (64, 96)])
+    )
+    x = random_x(19, 64)
+    made = program(isa=isa)
+    made.embed(Weight.floats(x))
+    made.quantize(RESIDUAL)
+    made.gated(gate, up, RESIDUAL)
+    made.quantize(GATES)
+    made.matmul([down], GATES, RESIDUAL, add=True)
+    made.matmul([Weight.floats(torch.eye(64))], RESIDUAL, LOGITS)
+    y = run_rows(made, range(19)).double()
+    gates = x.double() @ g.T
+    exact = x + (gates * gates.sigmoid() * (x.double() @ u.T)) @ d.T
+    assert (y - exact).abs().max() <= 1e-3 * exact.abs().max()

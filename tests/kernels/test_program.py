@@ -1,0 +1,221 @@
+"""What is refused before C++ sees it, how kernels are chosen, and the threads that run them."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pentad import kernels
+from pentad.kernels import CachePools, Program, Tokens, Weight
+from pentad.kernels.program import LOGITS, NORMED, PROJECTED, RESIDUAL
+from tests.helpers.blocks import random_blocks
+from tests.helpers.programs import needs_kernels, packed, product, program, run_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def small(**options: Any) -> Program:
+    """Embedding, attention of 2 heads of 16, and a product."""
+    made = Program(head_dim=16, kv_heads=1, layers=1, threads=2, **options)
+    made.embed(Weight.floats(torch.randn(10, 64)), PROJECTED)
+    made.attention(0, 2)
+    made.matmul([Weight.floats(torch.randn(5, 32))], 3, LOGITS, wanted=True)
+    return made
+
+
+def tokens(**changes: Any) -> Tokens:
+    fields = {"ids": [1, 2, 3], "past": 0, "dropped": 0, "pages": [2], "rotation": torch.zeros(64, 2, 8)}
+    return Tokens(**{**fields, **changes})
+
+
+def pools(**changes: Any) -> CachePools:
+    fields = {"keys": [torch.zeros(64, 1, 16)], "values": [torch.zeros(64, 1, 16)], "page_size": 16}
+    return CachePools(**{**fields, **changes})
+
+
+@needs_kernels
+def test_it_runs() -> None:
+    assert torch.isfinite(small().run([tokens()], [0, 2], pools())).all()
+    assert small().run([tokens()], [], pools()).shape == (0, 5)
+    assert small().run([], [], pools()).shape == (0, 5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"ids": [10]},
+        {"ids": [-1]},
+        {"pages": []},
+        {"pages": [4]},
+        {"pages": [-1]},
+        {"past": 14},
+        {"past": -1},
+        {"past": 20, "pages": [0, 1], "dropped": 8},
+        {"past": 4, "dropped": 16},
+        {"past": 62, "pages": [0, 1, 2, 3, 0]},
+        {"rotation": torch.zeros(64, 2, 7)},
+        {"rotation": torch.zeros(2, 2, 8)},
+        {"rotation": torch.zeros(64, 2, 8, dtype=torch.float64)},
+        {"rotation": torch.zeros(64, 8, 2).mT},
+    ],
+)
+def test_tokens_that_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        small().run([tokens(**bad)], [0], pools())
+
+
+@needs_kernels
+@pytest.mark.parametrize("wanted", [[3], [-1]])
+def test_rows_that_are_refused(wanted: list[int]) -> None:
+    with pytest.raises(ValueError, match="wanted row"):
+        small().run([tokens()], wanted, pools())
+
+
+@needs_kernels
+def test_a_plan_that_gives_all_rows_is_not_asked_for_some() -> None:
+    made = program()
+    made.embed(Weight.floats(torch.zeros(8, 4)), LOGITS)
+    with pytest.raises(ValueError, match="all 3 rows"):
+        run_rows(made, [1, 2, 3], [0])
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"keys": []},
+        {"keys": [torch.zeros(64, 2, 16)], "values": [torch.zeros(64, 2, 16)]},
+        {"values": [torch.zeros(32, 1, 16)]},
+        {"values": [torch.zeros(64, 1, 16, dtype=torch.float16)]},
+        {"keys": [torch.zeros(64, 1, 16).double()], "values": [torch.zeros(64, 1, 16).double()]},
+        {"keys": [torch.zeros(64, 1, 32)[..., ::2]], "values": [torch.zeros(64, 1, 32)[..., ::2]]},
+        {"page_size": 8},
+        {"page_size": 0},
+    ],
+)
+def test_pools_that_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        small().run([tokens()], [0], pools(**bad))
+
+
+@needs_kernels
+def test_weights_that_are_refused() -> None:
+    blocks = random_blocks("q4_1", 4, 64)
+    for wrong in (blocks.blocks[:, :20], blocks.blocks[:3], blocks.blocks.char(), blocks.blocks.repeat(1, 2)[:, ::2]):
+        with pytest.raises(ValueError, match="blocks"):
+            Weight.packed(wrong, "q4_1", (4, 64))
+    for kind, columns in (("q4_1", 48), ("q4_k", 128), ("q5_0", 64), ("f32", 64), ("q4_1", 0)):
+        assert not kernels.packs(kind, columns)
+        with pytest.raises(ValueError, match="no kernel"):
+            Weight.packed(blocks.blocks, kind, (4, columns))
+    for wrong in (torch.zeros(4), torch.zeros(4, 4).double(), torch.zeros(4, 8).T, torch.zeros(4, 4, device="meta")):
+        with pytest.raises(ValueError, match="matrix"):
+            Weight.floats(wrong)
+    with pytest.raises(ValueError, match="4 numbers"):
+        Weight.floats(torch.zeros(4, 4), torch.zeros(5))
+
+
+@needs_kernels
+def test_operations_that_do_not_fit_together_are_refused() -> None:
+    made = program()
+    made.embed(Weight.floats(torch.zeros(8, 64)))
+    narrow, wide = Weight.floats(torch.zeros(3, 32)), Weight.floats(torch.zeros(3, 64))
+    with pytest.raises(ValueError, match="columns"):
+        made.matmul([wide, narrow], RESIDUAL, LOGITS)
+    with pytest.raises(ValueError, match="rows of 32"):
+        made.matmul([narrow], RESIDUAL, LOGITS)
+    with pytest.raises(ValueError, match="rows of 64"):
+        made.matmul([wide], NORMED, LOGITS)
+    with pytest.raises(ValueError, match="quantized first"):
+        made.matmul([packed(random_blocks("q4_1", 4, 64))], RESIDUAL, LOGITS)
+    with pytest.raises(ValueError, match="64 numbers"):
+        made.norm(torch.ones(32), 1e-5, quantize=False)
+    with pytest.raises(ValueError, match="heads"):
+        made.attention(0, 2)
+    with pytest.raises(ValueError, match="gate"):
+        made.gated(wide, Weight.floats(torch.zeros(4, 64)), RESIDUAL)
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
+@pytest.mark.skipif(os.environ.get("PENTAD_KERNELS") == "off", reason="they are switched off")
+def test_they_were_built() -> None:
+    """An install succeeds without them, so that a test has to say when they are missing."""
+    assert kernels.reason() is None
+
+
+def test_they_can_be_switched_off() -> None:
+    report = "from pentad import kernels; print(list(kernels.isas()), kernels.reason())"
+    assert run_python(report, PENTAD_KERNELS="off") == "[] PENTAD_KERNELS is off"
+    assert run_python(report, PENTAD_KERNELS="abacus").startswith("[] ")
+
+
+@needs_kernels
+def test_one_can_be_chosen() -> None:
+    report = "from pentad import kernels; print(*kernels.isas())"
+    assert run_python(report, PENTAD_KERNELS="portable") == "portable"
+    assert run_python(report).split() == list(kernels.isas())
+
+
+@needs_kernels
+def test_steps_of_several_threads_do_not_mix() -> None:
+    """All share one pool."""
+    weights = [packed(random_blocks("q4_1", 64, 256, seed=i)) for i in range(4)]
+    xs = [torch.randn(9, 256) for _ in weights]
+    expected = [product(x, weight) for x, weight in zip(xs, weights, strict=True)]
+    same: list[bool] = []
+
+    def work(i: int) -> None:
+        same.extend(torch.equal(product(xs[i], weights[i], threads=1 + i), expected[i]) for _ in range(50))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == [True] * 200
+
+
+@needs_kernels
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    code = (
+        "import os, torch\n"
+        "from tests.helpers.programs import *\n"
+        "from tests.helpers.blocks import random_blocks\n"
+        "x, weight = torch.randn(9, 256), packed(random_blocks('q4_1', 640, 256))\n"
+        "expected = product(x, weight, threads=4)\n"
+        "child = os.fork()\n"
+        "same = all(torch.equal(product(x, weight, threads=4), expected) for _ in range(20))\n"
+        "if child == 0: os._exit(0 if same else 1)\n"
+        "assert same and os.waitpid(child, 0)[1] == 0\n"
+    )
+    run_python(code)
+
+
+@needs_kernels
+def test_more_threads_than_cores_come_to_an_end() -> None:
+    x, weight = torch.randn(40, 256), packed(random_blocks("q8_0", 640, 256))
+    expected = product(x, weight, threads=1)
+    for _ in range(5):
+        assert torch.equal(product(x, weight, threads=17), expected)
+
+
+@needs_kernels
+def test_a_table_may_be_looked_up_in_any_order() -> None:
+    made = program()
+    made.embed(Weight.floats(torch.arange(40.0).view(10, 4)), LOGITS)
+    assert run_rows(made, [9, 0, 9])[:, 0].tolist() == [36, 0, 36]
