@@ -6,13 +6,15 @@ Legend: E experts, S rows sorted by expert, I numbers of a row that come in, O t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 64  # of each expert: up to here a product takes hardly longer than reading its weight
+SLAB_ROWS = 1024  # of a few experts together: what lies between their products stays in a CPU's caches
+EVERY = slice(None)
 
 
 class GroupedLinear(nn.Module):
@@ -32,12 +34,12 @@ class GroupedLinear(nn.Module):
         bound = 1 / math.sqrt(in_features)
         nn.init.uniform_(self.weight, -bound, bound)  # as nn.Linear's
 
-    def forward(self, x_SI: Tensor, ends_E: Tensor) -> Tensor:
-        """[S, I], the rows of expert 0 first, and int32 [E], where each one's rows end -> [S, O].
+    def forward(self, x_SI: Tensor, ends_E: Tensor, which: slice = EVERY) -> Tensor:
+        """[S, I], the rows of the first expert first, and int32 [E], where each one's rows end -> [S, O].
 
-        Weights of experts without rows are not read.
+        Weights of experts without rows are not read. `which`: the experts that there are rows of.
         """
-        return grouped_linear(x_SI, self.weight, ends_E)
+        return grouped_linear(x_SI, self.weight[which], ends_E)
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
@@ -46,8 +48,6 @@ class GroupedLinear(nn.Module):
 class Experts(nn.Module):
     """What a mixture asks of its experts, whatever they compute.
 
-    They are called with [S, D], the rows of expert 0 first, and int32 [E], where each one's rows end, and give [S, D].
-
     Args:
         count: E. Every parameter's first dimension is that.
     """
@@ -55,6 +55,32 @@ class Experts(nn.Module):
     def __init__(self, count: int) -> None:
         super().__init__()
         self.count = count
+
+    def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
+        """[S, D], the rows of expert 0 first, and int32 [E], where each one's rows end -> [S, D]."""
+        learns = torch.is_grad_enabled() and (x_SD.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if learns or len(x_SD) <= SLAB_ROWS or x_SD.device.type != "cpu":
+            return self.compute(x_SD, ends_E, EVERY)
+        parts, start = [], 0
+        for which, stop in _slabs(ends_E.tolist()):
+            parts.append(self.compute(x_SD[start:stop], ends_E[which] - start, which))
+            start = stop
+        return torch.cat(parts)
+
+    def compute(self, x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
+        """The same of some experts, `which` are neighbors: only theirs are the rows."""
+        raise NotImplementedError
+
+
+def _slabs(ends: list[int]) -> Iterator[tuple[slice, int]]:
+    """Neighboring experts that have few rows together, or one that has many; and where their rows end."""
+    first, start = 0, 0
+    for expert, end in enumerate(ends):
+        following = ends[expert + 1] if expert + 1 < len(ends) else None
+        if following is None or following - start > SLAB_ROWS:
+            if end > start:
+                yield slice(first, expert + 1), end
+            first, start = expert + 1, end
 
 
 class SwiGLUExperts(Experts):
@@ -66,12 +92,12 @@ class SwiGLUExperts(Experts):
         self.up_proj = GroupedLinear(experts, dim, hidden_dim)
         self.down_proj = GroupedLinear(experts, hidden_dim, dim)
 
-    def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
-        gate_SH, up_SH = self.gate_proj(x_SD, ends_E), self.up_proj(x_SD, ends_E)
+    def compute(self, x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
+        gate_SH, up_SH = self.gate_proj(x_SD, ends_E, which), self.up_proj(x_SD, ends_E, which)
         learns = gate_SH.requires_grad or up_SH.requires_grad
         # In place where it can be: fresh memory costs as much as the product.
         h_SH = F.silu(gate_SH) * up_SH if learns else F.silu(gate_SH, inplace=True).mul_(up_SH)
-        y_SD: Tensor = self.down_proj(h_SH, ends_E)
+        y_SD: Tensor = self.down_proj(h_SH, ends_E, which)
         return y_SD
 
 
@@ -84,9 +110,9 @@ class GatedSwiGLUExperts(Experts):
         self.up_proj = GroupedLinear(experts, dim, hidden_dim)
         self.down_proj = GroupedLinear(experts, hidden_dim, dim)
 
-    def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
-        a_SH, b_SH = self.gate_proj(x_SD, ends_E).chunk(2, -1)
-        y_SD: Tensor = self.down_proj(a_SH * F.silu(b_SH) * self.up_proj(x_SD, ends_E), ends_E)
+    def compute(self, x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
+        a_SH, b_SH = self.gate_proj(x_SD, ends_E, which).chunk(2, -1)
+        y_SD: Tensor = self.down_proj(a_SH * F.silu(b_SH) * self.up_proj(x_SD, ends_E, which), ends_E, which)
         return y_SD
 
 
@@ -101,8 +127,8 @@ class MLPExperts(Experts):
         self.up_proj = GroupedLinear(experts, dim, hidden_dim)
         self.down_proj = GroupedLinear(experts, hidden_dim, dim)
 
-    def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
-        y_SD: Tensor = self.down_proj(self.activation(self.up_proj(x_SD, ends_E)), ends_E)
+    def compute(self, x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
+        y_SD: Tensor = self.down_proj(self.activation(self.up_proj(x_SD, ends_E, which)), ends_E, which)
         return y_SD
 
 

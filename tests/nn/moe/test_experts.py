@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pentad.nn.moe.experts import GroupedLinear, MLPExperts, SwiGLUExperts, grouped_linear
+from pentad.nn.moe.experts import Experts, GroupedLinear, MLPExperts, SwiGLUExperts, grouped_linear
 
 COUNTS = [3, 0, 4, 0, 1]
 
@@ -154,3 +154,31 @@ def test_modules() -> None:
         torch.testing.assert_close(part(x, ends), by_loop(hidden, part.down_proj.weight, COUNTS))
     assert "experts=5, in_features=16, out_features=24" in repr(swiglu)
     assert 0.2 < float(GroupedLinear(4, 16, 512).weight.detach().max()) <= 0.25  # 1 / sqrt(16), as nn.Linear's
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "counts",
+    [[5, 0, 3, 0, 4], [0, 12, 0, 0, 0], [1, 1, 1, 1, 8], [4, 4, 4, 0, 0], [2, 2, 2, 2, 2], [0, 0, 0, 0, 9]],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [SwiGLUExperts, MLPExperts])
+def test_a_few_experts_at_a_time(kind: type[Experts], counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, x, ends = kind(5, 16, 24), torch.randn(sum(counts), 16), ends_of(counts)  # type: ignore[call-arg]
+    whole, seen, compute = experts(x, ends), [], experts.compute
+
+    def seeing(x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
+        seen.append((len(x_SD), len(range(5)[which])))
+        return compute(x_SD, ends_E, which)
+
+    monkeypatch.setattr("pentad.nn.moe.experts.SLAB_ROWS", 4)
+    monkeypatch.setattr(experts, "compute", seeing)
+    torch.testing.assert_close(experts(x, ends), whole)
+    assert sum(rows for rows, _ in seen) == sum(counts)
+    assert all(0 < rows <= 4 or rows in counts for rows, _ in seen)
+
+
+def test_learning_takes_all_experts_at_once(monkeypatch: pytest.MonkeyPatch, uses: list[int]) -> None:
+    monkeypatch.setattr("pentad.nn.moe.experts.SLAB_ROWS", 1)
+    MLPExperts(5, 16, 24)(torch.randn(8, 16), ends_of(COUNTS)).sum().backward()
+    assert uses == [1, 1]
