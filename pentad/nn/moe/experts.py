@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 64  # of each expert: up to here a product takes hardly longer than reading its weight
-SLAB_ROWS = 1024  # of a few experts together: what lies between their products stays in a CPU's caches
+SLAB_ROWS = 2048  # computed at a time: what lies between products stays in memory that a CPU has at hand
 EVERY = slice(None)
 
 
@@ -61,10 +61,9 @@ class Experts(nn.Module):
         learns = torch.is_grad_enabled() and (x_SD.requires_grad or any(p.requires_grad for p in self.parameters()))
         if learns or len(x_SD) <= SLAB_ROWS or x_SD.device.type != "cpu":
             return self.compute(x_SD, ends_E, EVERY)
-        parts, start = [], 0
-        for which, stop in _slabs(ends_E.tolist()):
-            parts.append(self.compute(x_SD[start:stop], ends_E[which] - start, which))
-            start = stop
+        parts = []
+        for start, stop, which in _slabs(ends_E.tolist()):
+            parts.append(self.compute(x_SD[start:stop], (ends_E[which] - start).clamp(max=stop - start), which))
         return torch.cat(parts)
 
     def compute(self, x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
@@ -72,15 +71,18 @@ class Experts(nn.Module):
         raise NotImplementedError
 
 
-def _slabs(ends: list[int]) -> Iterator[tuple[slice, int]]:
-    """Neighboring experts that have few rows together, or one that has many; and where their rows end."""
-    first, start = 0, 0
+def _slabs(ends: list[int]) -> Iterator[tuple[int, int, slice]]:
+    """Where some rows start and end, and whose they are: of neighboring experts, or a part of the many that one has."""
+    start, first = 0, 0
     for expert, end in enumerate(ends):
-        following = ends[expert + 1] if expert + 1 < len(ends) else None
-        if following is None or following - start > SLAB_ROWS:
+        while end - start > SLAB_ROWS and first == expert:
+            yield start, start + SLAB_ROWS, slice(expert, expert + 1)
+            start += SLAB_ROWS
+        following = ends[expert + 1] if expert + 1 < len(ends) else math.inf
+        if following - start > SLAB_ROWS:
             if end > start:
-                yield slice(first, expert + 1), end
-            first, start = expert + 1, end
+                yield start, end, slice(first, expert + 1)
+            start, first = end, expert + 1
 
 
 class SwiGLUExperts(Experts):
