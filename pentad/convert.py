@@ -127,6 +127,8 @@ def convert(
         raise BadInput("a GGUF's numbers are chosen by --quantize f32, f16, bf16, …, not by --dtype")
     if upcycle is not None and to != "hf":
         raise BadInput(f"an upcycled model is written as hf; convert that to {to} afterwards")
+    if to != "gguf" and Path(destination).suffix == ".gguf":
+        raise BadInput(f"{destination}: {to} is a folder: give it a name that doesn't end in .gguf")
     if shard_bytes < 1:
         raise BadInput(f"shards of {shard_bytes} bytes can't hold a tensor")
     checkpoint = weights.open(registry.locate(source, progress=progress))

@@ -273,6 +273,7 @@ def test_routers_of_a_quantized_mixture_stay_whole(tmp_path: Path) -> None:
         ("a", {"to": "hf"}, "is the model that is to be converted"),
         ("full", {"to": "hf"}, "exists already"),
         ("m.bin", {"to": "gguf"}, "ends in .gguf"),
+        ("m.gguf", {"to": "hf"}, "hf is a folder"),
         ("m-00001-of-00002.gguf", {"to": "gguf"}, "so the parts of a split GGUF are called"),
         ("there.gguf/b", {"to": "hf"}, "there.gguf is a file: nothing can be put in it"),
         ("there.gguf/b.gguf", {"to": "gguf"}, "there.gguf is a file: nothing can be put in it"),
@@ -309,9 +310,10 @@ def test_refusals(destination: str, options: dict[str, str], message: str, tmp_p
 )
 def test_a_scaling_that_a_format_has_no_place_for(to: str, rope: dict[str, Any], tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a", rope_parameters={"rope_theta": 10000.0, **rope})
+    there = tmp_path / ("b.gguf" if to == "gguf" else "b")
     with pytest.raises(BadInput, match="no place for rope_parameters"):
-        convert(tmp_path / "a", tmp_path / "b.gguf", to=to)
-    assert not (tmp_path / "b.gguf").exists()
+        convert(tmp_path / "a", there, to=to)
+    assert not there.exists()
 
 
 def test_a_model_without_a_tokenizer_has_none_anywhere(tmp_path: Path) -> None:
@@ -326,9 +328,10 @@ def test_a_model_without_a_tokenizer_has_none_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["hf", "mistral", "gguf"])
 def test_a_tokenizer_that_does_not_fit(to: str, tmp_path: Path) -> None:
     talking_checkpoint(tmp_path / "a", vocab_size=200)
+    there = tmp_path / ("b.gguf" if to == "gguf" else "b")
     with pytest.raises(BadInput, match="its tokenizer has 257 ids, its embedding only 200 rows"):
-        convert(tmp_path / "a", tmp_path / "b.gguf", to=to)
-    assert not (tmp_path / "b.gguf").exists()
+        convert(tmp_path / "a", there, to=to)
+    assert not (there).exists()
 
 
 def test_a_head_that_the_config_wrongly_calls_tied(tmp_path: Path) -> None:

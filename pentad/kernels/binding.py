@@ -57,7 +57,7 @@ class CStep(ctypes.Structure):
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    if os.environ.get("PENTAD_KERNELS") == "off":
+    if os.environ.get("PENTAD_KERNELS", "").lower() in ("off", "0"):
         return "PENTAD_KERNELS is off"
     if not _LIBRARY.exists():
         return "they were not built (there was no C++ compiler when pentad was installed)"

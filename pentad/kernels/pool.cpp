@@ -83,15 +83,13 @@ class Pool {
     std::lock_guard<std::mutex> one_at_a_time(running_);
     job_ = &job;
     phase_ = -1;
-    finished_.store(false, std::memory_order_relaxed);
     const int helpers = grow(threads - 1);
     const auto start = Clock::now();
     started_ = start;
     const int active = start < retreat_end_ ? std::min(helpers, retreat_to_) : helpers;
     active_.store(active, std::memory_order_relaxed);
     lost_.store(0, std::memory_order_relaxed);
-    advance();
-    if (!finished_.load(std::memory_order_acquire)) {
+    if (advance()) {
       if (active > 0) call_helpers();
       take_part(-1);
     }
@@ -116,8 +114,9 @@ class Pool {
         continue;
       }
       auto changed = [&] { return claims_.epoch() != claim.epoch; };
-      // The epoch changes when a job is finished, too: `finished_` is set before.
-      if (finished_.load(std::memory_order_acquire) || index >= active_.load(std::memory_order_relaxed)) return;
+      // A finished job is a last phase of no chunks. The caller leaves when it sees that, not before: who has finished
+      // the job may be about to open it, and would open it over the next job's first.
+      if (claim.count == 0 || (index >= 0 && index >= active_.load(std::memory_order_relaxed))) return;
       const Clock::duration opened(opened_at_.load(std::memory_order_relaxed));
       if (spin(STALL + (Clock::now().time_since_epoch() - opened), changed)) continue;
       wait_out_a_stall(changed);
@@ -140,19 +139,19 @@ class Pool {
 
   // Opens the next phase. Only who has finished the last chunk of the one before comes here; what is one chunk is done
   // at once, without the others.
-  void advance() {
+  // Whether there was one.
+  bool advance() {
     for (;;) {
       phase_++;
       if (phase_ == job_->phases) {
-        finished_.store(true, std::memory_order_release);
         publish(0);
-        return;
+        return false;
       }
       const int count = job_->chunks(job_->context, phase_);
       if (count == 1) job_->work(job_->context, phase_, 0);
       if (count <= 1) continue;
       publish(count);
-      return;
+      return true;
     }
   }
 
@@ -204,7 +203,6 @@ class Pool {
   int phase_ = 0;
   Clock::time_point started_{};
   std::atomic<Clock::rep> opened_at_{0};
-  std::atomic<bool> finished_{true};
   std::atomic<Clock::rep> lost_{0};
   std::atomic<int> active_{0};
   std::atomic<int> sleepers_{0}, parked_count_{0};
