@@ -127,13 +127,13 @@ def convert(
         raise BadInput("a GGUF's numbers are chosen by --quantize f32, f16, bf16, …, not by --dtype")
     if upcycle is not None and to != "hf":
         raise BadInput(f"an upcycled model is written as hf; convert that to {to} afterwards")
-    if to != "gguf" and Path(destination).suffix == ".gguf":
+    destination = Path(destination)
+    if to != "gguf" and destination.suffix == ".gguf":
         raise BadInput(f"{destination}: {to} is a folder: give it a name that doesn't end in .gguf")
     if shard_bytes < 1:
         raise BadInput(f"shards of {shard_bytes} bytes can't hold a tensor")
     checkpoint = weights.open(registry.locate(source, progress=progress))
     work = _Work(checkpoint, FORMATS[to], upcycle)
-    destination = Path(destination)
     if destination.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{destination} is the model that is to be converted: choose another name")
     if to == "gguf":
@@ -164,9 +164,9 @@ class _Work:
         if not tables:
             raise BadInput(f"{checkpoint.path}: {format} files of such a {self.family_name} model don't exist")
         self.table: KeyTable = tables[0]
-        self.tied = "head.weight" not in self.sources
+        tied = "head.weight" not in self.sources
         # Consolidated files have no word for a tied head, and in GGUF one that has a bias is never tied.
-        if self.tied and (format == "consolidated" or (format == "gguf" and "head.bias" in self.sources)):
+        if tied and (format == "consolidated" or (format == "gguf" and "head.bias" in self.sources)):
             self.entries["head.weight"] = self.entries["embed.weight"]
             self.sources["head.weight"] = self.sources["embed.weight"]
 
