@@ -19,6 +19,7 @@ from pentad.generate.step import PlainStep, Step
 from pentad.models import family_of
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
+from pentad.nn.moe.experts import GroupedLinear, QuantizedGroupedLinear
 from pentad.weights.cache import Silent, task
 from pentad.weights.keytable import best_table
 from pentad.weights.quantized import QuantizedTensor
@@ -266,11 +267,7 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
             if linear is QuantizedLinear:
                 for home in homes:
                     owner = home.rpartition(".")[0]
-                    part = network.get_submodule(owner)
-                    kept = (
-                        QuantizedLinear(value, part.bias) if isinstance(part, nn.Linear) else QuantizedEmbedding(value)
-                    )
-                    network.set_submodule(owner, kept)
+                    network.set_submodule(owner, _in_blocks(network.get_submodule(owner), value))
                 continue
             value = value.dequantize(dtype)
         parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
@@ -281,6 +278,13 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
             head = network.get_submodule("head")
             assert isinstance(head, nn.Linear)
             network.set_submodule("head", RowwiseInt8Linear(parameter, head.bias))
+
+
+def _in_blocks(part: nn.Module, weight: QuantizedTensor) -> nn.Module:
+    """What takes a part's place where its weight stays in blocks."""
+    if isinstance(part, nn.Linear):
+        return QuantizedLinear(weight, part.bias)
+    return QuantizedGroupedLinear(weight) if isinstance(part, GroupedLinear) else QuantizedEmbedding(weight)
 
 
 def meta_network(checkpoint: Checkpoint) -> Decoder:

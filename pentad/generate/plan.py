@@ -17,28 +17,48 @@ from torch.nn.modules import module as torch_module
 
 from pentad import kernels
 from pentad.generate.step import PlainStep, Step, Work
-from pentad.kernels import CachePools, Program, Tokens, Weight
-from pentad.kernels.program import ATTENDED, GATES, LOGITS, NORMED, PROJECTED, RESIDUAL
+from pentad.kernels import CachePools, Norm, Program, Tokens, Weight, pool_dim
+from pentad.kernels.program import ATTENDED, GATES, GELU, LOGITS, NORMED, PAIRED, PROJECTED, RESIDUAL, SCORES
 from pentad.nn.attention import Attention
-from pentad.nn.block import PreNormBlock
+from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
 from pentad.nn.cache import PagedCache
 from pentad.nn.decoder import Decoder
-from pentad.nn.feedforward import SwiGLU
+from pentad.nn.feedforward import GatedSwiGLU, GeluMLP, SwiGLU
 from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
-from pentad.nn.norm import RMSNorm
-from pentad.nn.rope import Rope
+from pentad.nn.moe.experts import GatedSwiGLUExperts, GroupedLinear, QuantizedGroupedLinear, SwiGLUExperts
+from pentad.nn.moe.layer import MixtureOfExperts, Router
+from pentad.nn.moe.routers import mixtral_top_k, softmax_top_k
+from pentad.nn.norm import LayerNorm, RMSNorm
+from pentad.nn.rope import AheadRope, Rope
 from pentad.weights.quantized import QuantizedTensor
 
 KNOWN: dict[type[nn.Module], set[str]] = {
     PreNormBlock: {"attention_norm", "attention", "feedforward_norm", "feedforward"},
+    ExtraFeedforwardBlock: {
+        *("attention_norm", "attention", "feedforward_norm", "feedforward", "extra_norm", "extra_feedforward"),
+    },
+    ParallelBlock: {"norm", "attention", "feedforward"},
     Attention: {
         *("heads", "kv_heads", "head_dim", "rope", "layer", "window", "log_scale_after"),
         *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "scale", "query_rope"),
     },
     SwiGLU: {"gate_proj", "up_proj", "down_proj"},
+    GatedSwiGLU: {"gate_proj", "up_proj", "down_proj"},
+    GeluMLP: {"up_proj", "down_proj"},
+    MixtureOfExperts: {
+        *("router", "experts", "route", "top_k", "capacity", "training_capacity"),
+        *("group_size", "jitter", "generator"),
+    },
+    SwiGLUExperts: {"count", "gate_proj", "up_proj", "down_proj"},
+    GatedSwiGLUExperts: {"count", "gate_proj", "up_proj", "down_proj"},
     RMSNorm: {"dim", "weight", "eps"},
+    LayerNorm: {"dim", "weight", "bias", "eps"},
 }
 """What the parts of the house have. One that has more computes something that is not known here."""
+
+PLAIN = (nn.ModuleList, nn.Embedding, nn.Linear, Router, GroupedLinear)
+ROUTES = {mixtral_top_k: True, softmax_top_k: False}
+"""Routers -> whether a row's weights are a softmax over its experts alone."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 MOST_TABLES = 64  # of RoPE's angles; only scalings that depend on length have more than one or two
@@ -113,63 +133,129 @@ class Derivation:
         self._packed: dict[int, Weight] = {}
         embed, layers, norm, head = self.watch.read(network, "embed", "layers", "norm", "head")
         blocks = [self.watch.read(layers, name) for name in layers._modules]
-        attentions = [
-            _exactly(self.watch.read(_exactly(block, PreNormBlock), "attention"), Attention) for block in blocks
-        ]
+        kinds = PreNormBlock, ExtraFeedforwardBlock, ParallelBlock
+        attentions = [_exactly(self.watch.read(_exactly(block, *kinds), "attention"), Attention) for block in blocks]
         if not attentions:
             raise NotDerivable("there are no layers")
-        first = _exactly(attentions[0], Attention)
+        self.first = first = attentions[0]
         self.rope = _rope(first)
         self.windows = [attention.window for attention in attentions]
         self.program = Program(
             head_dim=first.head_dim,
             kv_heads=first.kv_heads,
             layers=len(blocks),
+            rotary_dim=self.rope.dim,
             threads=threads,
             fast=fast,
             isa=isa,
         )
         self.program.embed(self.table(embed))
-        for block, attention in zip(blocks, attentions, strict=True):
-            self._block(block, attention, first)
+        for block in blocks:
+            self._block(block)
         weight = self.linear(head)
         self._norm(norm, [weight], wanted=True)
         self.program.matmul([weight], NORMED, LOGITS, wanted=True)
         if not self.watch.unchanged():
             raise NotDerivable("a part has a hook")
 
-    def _block(self, block: PreNormBlock, attention: Attention, first: Attention) -> None:
-        read, program = self.watch.read, self.program
-        attention_norm, feedforward_norm, feedforward = read(block, "attention_norm", "feedforward_norm", "feedforward")
-        shape = read(_exactly(attention, Attention), "kv_heads", "head_dim", "rope")
-        if shape != (first.kv_heads, first.head_dim, first.rope):
-            raise NotDerivable("layers differ in their key/value heads or their RoPE")
-        heads, layer, window, q_norm, k_norm = read(attention, "heads", "layer", "window", "q_norm", "k_norm")
-        if read(attention, "log_scale_after") is not None:
-            raise NotDerivable("queries are scaled by their place")
-        if read(attention, "scale", "query_rope") != (None, None):
-            raise NotDerivable("scores are scaled, or queries rotated, in a way of their own")
-        q, k, v, o = (self.linear(part) for part in read(attention, "q_proj", "k_proj", "v_proj", "o_proj"))
-        self._norm(attention_norm, [q, k, v])
-        program.matmul([q, k, v], NORMED, PROJECTED)
-        norms: dict[str, Any] = {}
-        if q_norm is not None and k_norm is not None:
-            norms["q_norm"], norms["eps"] = read(_exactly(q_norm, RMSNorm), "weight", "eps")
-            norms["k_norm"], eps = read(_exactly(k_norm, RMSNorm), "weight", "eps")
-            if eps != norms["eps"]:
-                raise NotDerivable("the norms of queries and keys differ in eps")
-        program.attention(layer, heads, window=window, **norms)
-        self._product(o, ATTENDED)
-        gate, up, down = (
-            self.linear(part) for part in read(_exactly(feedforward, SwiGLU), "gate_proj", "up_proj", "down_proj")
-        )
-        self._norm(feedforward_norm, [gate, up])
-        program.gated(gate, up)
+    def _block(self, block: nn.Module) -> None:
+        if type(block) is ParallelBlock:
+            return self._parallel_block(block)
+        read = self.watch.read
+        attention_norm, attention = read(block, "attention_norm", "attention")
+        qkv = self._linears(attention, "q_proj", "k_proj", "v_proj")
+        self._norm(attention_norm, qkv)
+        self.program.matmul(qkv, NORMED, PROJECTED)
+        self._attend(attention)
+        self._feedforward(*read(block, "feedforward_norm", "feedforward"))
+        if type(block) is ExtraFeedforwardBlock:
+            self._feedforward(*read(block, "extra_norm", "extra_feedforward"))
+
+    def _parallel_block(self, block: ParallelBlock) -> None:
+        norm, attention, feedforward = self.watch.read(block, "norm", "attention", "feedforward")
+        qkv = self._linears(attention, "q_proj", "k_proj", "v_proj")
+        up, down = self._linears(_exactly(feedforward, GeluMLP), "up_proj", "down_proj")
+        self._norm(norm, [*qkv, up])
+        self.program.matmul(qkv, NORMED, PROJECTED)
+        self.program.matmul([up], NORMED, GATES, activation=GELU)
+        self._attend(attention)
         self._product(down, GATES)
 
+    def _attend(self, attention: Attention) -> None:
+        """From queries, keys and values to what is added to the residual stream."""
+        read, first = self.watch.read, self.first
+        if read(attention, "kv_heads", "head_dim", "rope") != (first.kv_heads, first.head_dim, first.rope):
+            raise NotDerivable("layers differ in their key/value heads or their RoPE")
+        heads, layer, window, scale, log_scale_after = read(
+            attention, "heads", "layer", "window", "scale", "log_scale_after"
+        )
+        q_norm, k_norm, query_rope = read(attention, "q_norm", "k_norm", "query_rope")
+        norms: dict[str, Norm] = {}
+        if q_norm is not None and k_norm is not None:
+            norms = {"q_norm": self._numbers(q_norm), "k_norm": self._numbers(k_norm)}
+        try:
+            self.program.attention(
+                layer,
+                heads,
+                scale=scale,
+                window=window,
+                ahead=_ahead(query_rope, self.rope),
+                log_scale_after=log_scale_after or 0,
+                **norms,
+            )
+        except ValueError as error:
+            raise NotDerivable(str(error)) from None
+        self._product(self.linear(read(attention, "o_proj")), ATTENDED)
+
+    def _feedforward(self, norm: nn.Module, part: nn.Module) -> None:
+        if type(part) is MixtureOfExperts:
+            return self._mixture(norm, part)
+        if type(part) is GeluMLP:
+            up, down = self._linears(part, "up_proj", "down_proj")
+            self._norm(norm, [up])
+            self.program.matmul([up], NORMED, GATES, activation=GELU)
+        else:
+            gates, down = self._gates(part)
+            self._norm(norm, gates)
+            self.program.gated(gates)
+        self._product(down, GATES)
+
+    def _gates(self, part: nn.Module) -> tuple[list[Weight], Weight]:
+        """What is multiplied in a SwiGLU or its like, and what comes after; of experts, stacks."""
+        if type(part) in (GatedSwiGLU, GatedSwiGLUExperts):
+            gate, up, down = self.watch.read(part, "gate_proj", "up_proj", "down_proj")
+            a, b = self._halves(gate)
+            return [b, self.linear(up), a], self.linear(down)
+        known = SwiGLUExperts if type(part) is SwiGLUExperts else SwiGLU
+        gate, up, down = self._linears(_exactly(part, known), "gate_proj", "up_proj", "down_proj")
+        return [gate, up], down
+
+    def _mixture(self, norm: nn.Module, part: MixtureOfExperts) -> None:
+        read, program = self.watch.read, self.program
+        router, experts, route, top_k = read(_exactly(part, MixtureOfExperts), "router", "experts", "route", "top_k")
+        capacity, group_size, training = read(part, "capacity", "group_size", "training")
+        if route not in ROUTES or group_size is not None or training:
+            raise NotDerivable("a mixture routes in a way that is not known to the plan, or is being trained")
+        scores = self.linear(router)
+        gates, down = self._gates(experts)
+        self._norm(norm, [scores])
+        program.matmul([scores], NORMED, SCORES)
+        program.route(top_k, normalized=ROUTES[route], capacity=capacity)
+        program.gather(quantize=any(weight.is_quantized for weight in gates))
+        program.gated(gates, PAIRED)
+        if down.is_quantized:
+            program.quantize(GATES)
+        program.matmul([down], GATES, PAIRED)
+        program.combine()
+
     def _norm(self, norm: nn.Module, readers: Sequence[Weight], *, wanted: bool = False) -> None:
-        weight, eps = self.watch.read(_exactly(norm, RMSNorm), "weight", "eps")
-        self.program.norm(weight, eps, quantize=any(weight.is_quantized for weight in readers), wanted=wanted)
+        quantize = any(weight.is_quantized for weight in readers)
+        self.program.norm(self._numbers(norm), quantize=quantize, wanted=wanted)
+
+    def _numbers(self, norm: nn.Module) -> Norm:
+        if type(norm) is LayerNorm:
+            return Norm(*self.watch.read(_exactly(norm, LayerNorm), "weight", "eps", "bias"))
+        return Norm(*self.watch.read(_exactly(norm, RMSNorm), "weight", "eps"))
 
     def _product(self, weight: Weight, source: int) -> None:
         """Added to the residual stream."""
@@ -177,59 +263,66 @@ class Derivation:
             self.program.quantize(source)
         self.program.matmul([weight], source, RESIDUAL, add=True)
 
+    def _linears(self, part: nn.Module, *names: str) -> list[Weight]:
+        return [self.linear(linear) for linear in self.watch.read(part, *names)]
+
     def linear(self, part: nn.Module) -> Weight:
+        if type(part) in (GroupedLinear, QuantizedGroupedLinear):
+            return self._weight(self.watch.read(part, "weight"))
         weight, bias = self.watch.read(part, "weight", "bias")
-        if type(part) is QuantizedLinear:
-            return self._pack(weight, bias)
-        return self._floats(part if type(part) is RowwiseInt8Linear else _exactly(part, nn.Linear), bias)
+        if type(part) not in (QuantizedLinear, RowwiseInt8Linear):
+            _exactly(part, nn.Linear, Router)
+        return self._weight(weight, bias)
 
     def table(self, part: nn.Module) -> Weight:
         weight = self.watch.read(part, "weight")
-        if type(part) is QuantizedEmbedding:
-            return self._pack(weight, None)
-        if _exactly(part, nn.Embedding).max_norm is not None:
+        if type(part) is not QuantizedEmbedding and _exactly(part, nn.Embedding).max_norm is not None:
             raise NotDerivable("the embedding renormalizes its rows")
-        return self._floats(part, None)
+        return self._weight(weight)
 
-    def _floats(self, part: Any, bias: Tensor | None) -> Weight:
+    def _halves(self, part: nn.Module) -> tuple[Weight, Weight]:
+        """The first and the last half of a linear layer's rows, or of each expert's."""
+        if type(part) in (GroupedLinear, QuantizedGroupedLinear):
+            weight, bias = self.watch.read(part, "weight"), None
+        else:
+            weight, bias = self.watch.read(part, "weight", "bias")
+            if bias is not None:
+                raise NotDerivable("gates have a bias")
+        first, last = weight.chunk(2, -2)
+        return self._weight(first), self._weight(last)
+
+    def _weight(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> Weight:
+        """Floats where they lie; blocks in tiles, of which those used twice (embedding and head) are packed once."""
         try:
-            return Weight.floats(part.weight, bias)
+            if isinstance(weight, Tensor):
+                return Weight.floats(weight, bias)
+            packed = self._packed.get(id(weight))
+            if packed is None:
+                packed = Weight.packed(weight.blocks, weight.type, weight.shape, threads=self.threads)
+                self._packed[id(weight)] = packed
+            self.quantized = True
+            return packed.with_bias(bias)
         except ValueError as error:
             raise NotDerivable(str(error)) from None
 
-    def _pack(self, weight: QuantizedTensor, bias: Tensor | None) -> Weight:
-        """A weight in tiles; one that is used twice (embedding and head) is packed once."""
-        rows, columns = weight.shape
-        packed = self._packed.get(id(weight))
-        if packed is None:
-            try:
-                packed = Weight.packed(weight.blocks, weight.type, (rows, columns), bias, self.threads)
-            except ValueError as error:
-                raise NotDerivable(str(error)) from None
-            self._packed[id(weight)] = packed
-        self.quantized = True
-        return packed
 
-
-def _exactly(part: nn.Module, kind: type[Any]) -> Any:
-    if type(part) is not kind:
-        raise NotDerivable(f"there is a {type(part).__name__} where the plan knows {kind.__name__}")
+def _exactly(part: nn.Module, *kinds: type[Any]) -> Any:
+    if type(part) not in kinds:
+        raise NotDerivable(f"there is a {type(part).__name__} where the plan knows {kinds[0].__name__}")
     attributes = {name for place in (part._modules, part._parameters, vars(part)) for name in place if name[0] != "_"}
-    if kind in KNOWN and (unknown := attributes - KNOWN[kind] - {"training"}):
-        raise NotDerivable(f"{kind.__name__}.{min(unknown)} is not known to the plan")
+    known = KNOWN.get(type(part))
+    if known is not None and (unknown := attributes - known - {"training"}):
+        raise NotDerivable(f"{type(part).__name__}.{min(unknown)} is not known to the plan")
     return part
 
 
 def has_known_parts(network: nn.Module) -> bool:
     """Whether a network (its weights may be on the meta device) is made of parts that a plan knows."""
     try:
-        for block in _exactly_decoder(network).layers:
-            known: PreNormBlock = _exactly(block, PreNormBlock)
-            _exactly(known.attention, Attention)
-            _exactly(known.feedforward, SwiGLU)
+        parts = (part for part in _exactly_decoder(network).modules() if part is not network)
+        return all(type(part) in KNOWN or type(part) in PLAIN for part in parts)
     except NotDerivable:
         return False
-    return True
 
 
 def _exactly_decoder(network: nn.Module) -> Decoder:
@@ -239,10 +332,19 @@ def _exactly_decoder(network: nn.Module) -> Decoder:
 
 
 def _rope(attention: Attention) -> Rope:
-    rope = attention.rope
-    if type(rope) is not Rope or rope.dim != attention.head_dim:
-        raise NotDerivable("RoPE isn't over all of a head")
-    return rope
+    if type(attention.rope) is not Rope:
+        raise NotDerivable(f"there is a {type(attention.rope).__name__} where the plan knows Rope")
+    return attention.rope
+
+
+def _ahead(query_rope: Rope | None, rope: Rope) -> int:
+    """By how many positions queries that come alone are ahead."""
+    if query_rope is None:
+        return 0
+    alike = (query_rope.dim, query_rope.theta, query_rope.scaling) == (rope.dim, rope.theta, rope.scaling)
+    if type(query_rope) is not AheadRope or not alike:
+        raise NotDerivable("queries are rotated in a way of their own")
+    return query_rope.ahead
 
 
 class PlanStep:
@@ -251,7 +353,8 @@ class PlanStep:
     Args:
         network: a decoder-only language model of `pentad.models`, its weights on the CPU. They are packed anew: what a
             part held before, mapped from its file, is read no more.
-        cache_dtype: what keys and values are kept in: by default float16 where a weight is quantized, else float32.
+        cache_dtype: what keys and values are kept in: by default float16 where a weight is quantized, else float32;
+            also bfloat16, and int8 with a scale for each token and head.
         page_size: tokens a page, a multiple of 16.
         fast: activations in 8 bits instead of 16.
         threads: how many are used; by default as many as torch uses.
@@ -284,11 +387,12 @@ class PlanStep:
         self._plan = plan = Derivation(network, fast=fast, threads=threads or torch.get_num_threads(), isa=isa)
         self._tables: dict[int, Tensor] = {}
         windows = [window for window in plan.windows if window is not None]
+        dtype = cache_dtype or (torch.float16 if plan.quantized else torch.float32)
         self.cache = PagedCache(
             plan.program.layers,
             plan.program.kv_heads,
-            plan.program.padded_dim,
-            dtype=cache_dtype or (torch.float16 if plan.quantized else torch.float32),
+            pool_dim(plan.program.head_dim, dtype),
+            dtype=dtype,
             page_size=page_size,
             window=max(windows) if len(windows) == len(plan.windows) else None,
         )
@@ -315,13 +419,13 @@ class PlanStep:
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
         if len(self._tables) > MOST_TABLES:
             self._tables.clear()
-        cache, tokens = self.cache, []
+        cache, plan, tokens = self.cache, self._plan, []
         for sequence, ids in work:
             cache.reserve(sequence, len(ids))
-            rotation = self._rotation(sequence.rope_length, sequence.length + len(ids))
+            rotation = self._rotation(sequence.rope_length, sequence.length + len(ids) + plan.program.ahead)
             tokens.append(Tokens(ids, sequence.length, sequence.dropped, sequence.pages, rotation))
         pools = CachePools(cache.keys, cache.values, cache.page_size)
-        logits_MV = self._plan.program.run(tokens, wanted, pools)
+        logits_MV = plan.program.run(tokens, wanted, pools)
         for sequence, ids in work:
             cache.advance(sequence, len(ids))
         return logits_MV

@@ -5,7 +5,7 @@ has none of its instruction sets, or with ``PENTAD_KERNELS=off`` in the environm
 """
 
 from pentad.kernels.binding import isas, reason
-from pentad.kernels.program import CachePools, Program, Tokens
+from pentad.kernels.program import CachePools, Norm, Program, Tokens, pool_dim
 from pentad.kernels.weight import Weight, packs
 
-__all__ = ["CachePools", "Program", "Tokens", "Weight", "isas", "packs", "reason"]
+__all__ = ["CachePools", "Norm", "Program", "Tokens", "Weight", "isas", "packs", "pool_dim", "reason"]

@@ -1,8 +1,11 @@
 // RoPE, the cache, and attention over it.
 //
 // A page of the cache holds `page_size` tokens of one layer, head after head: values as [tokens][dims]; keys in tiles of
-// 16 tokens as [dims][16], so that one register holds a dimension of 16 keys, and scores need no sum over lanes.
+// 16 tokens as [dims][16], so that one register holds a dimension of 16 keys, and scores need no sum over lanes. In I8 each
+// token's are whole numbers up to 127, and the page's scales, one float a token, lie behind them.
 #pragma once
+#include <cmath>
+
 #include "rows.h"
 
 namespace pentad {
@@ -10,6 +13,7 @@ namespace {
 
 template <int T> struct Element { using type = uint16_t; };
 template <> struct Element<F32> { using type = float; };
+template <> struct Element<I8> { using type = int8_t; };
 
 template <int T> INLINE typename Element<T>::type narrow(float x) {
   if constexpr (T == F32) return x;
@@ -25,12 +29,13 @@ template <int T> struct Cache {  // one head of one sequence
   const int32_t* table;
   int dropped, page_size, dims;
   E *keys, *values;      // the head's place in page 0
-  ptrdiff_t page_stride;
+  ptrdiff_t page_stride, scales;  // from one page to the next; from the head's place to its scales
 
   Cache(const Op& op, const Step& s, int sequence, int head)
       : table(s.tables + ptrdiff_t(sequence) * s.table_width), dropped(s.dropped[sequence]), page_size(s.page_size),
         dims(s.padded_dim) {
-    const ptrdiff_t head_stride = ptrdiff_t(page_size) * dims;
+    scales = ptrdiff_t(page_size) * dims;
+    const ptrdiff_t head_stride = scales + (T == I8 ? page_size * sizeof(float) : 0);
     page_stride = head_stride * op.kv_heads;
     keys = (E*)s.keys[op.layer] + head * head_stride;
     values = (E*)s.values[op.layer] + head * head_stride;
@@ -43,7 +48,21 @@ template <int T> struct Cache {  // one head of one sequence
     const int at = position - dropped;
     return values + table[at / page_size] * page_stride + ptrdiff_t(at % page_size) * dims;
   }
+  INLINE float* scale(E* pool, int position) const {  // of I8
+    const int at = position - dropped;
+    return (float*)(pool + table[at / page_size] * page_stride + scales) + at % page_size;
+  }
 };
+
+// A head's numbers as whole ones up to 127; their scale.
+INLINE float to_bytes(const float* x, int dim, int8_t* out) {
+  F in[MOST_DIMS / LANES] = {};
+  I n[MOST_DIMS / LANES];
+  for (int i = 0; i < dim; i += LANES) in[i / LANES] = load_from(x, i, dim);
+  const float scale = to_integers<127>(in, n);
+  for (int i = 0; i < dim; i++) out[i] = int8_t(n[i / LANES][i % LANES]);
+  return scale;
+}
 
 INLINE int sequence_of(const Step& s, int row) {
   int b = 0;
@@ -51,37 +70,59 @@ INLINE int sequence_of(const Step& s, int row) {
   return b;
 }
 
-INLINE void rotate_head(float* x, const float* cosines, int half, float factor) {
+INLINE void rotate_head(float* x, const float* cosines, int half) {
   const float* sines = cosines + half;
   for (int i = 0; i < half; i++) {
     const float a = x[i], b = x[i + half];
-    x[i] = (a * cosines[i] - b * sines[i]) * factor;
-    x[i + half] = (b * cosines[i] + a * sines[i]) * factor;
+    x[i] = a * cosines[i] - b * sines[i];
+    x[i + half] = b * cosines[i] + a * sines[i];
   }
 }
 
+// A token's key and value go to the cache.
+template <int T> INLINE void keep(const Cache<T>& cache, int position, const float* k, const float* v, int dim) {
+  auto* keys = cache.key_tile(position & -LANES) + position % LANES;
+  auto* values = cache.value(position);
+  if constexpr (T == I8) {
+    int8_t bytes[MOST_DIMS];
+    *cache.scale(cache.keys, position) = to_bytes(k, dim, bytes);
+    for (int i = 0; i < dim; i++) keys[i * LANES] = bytes[i];
+    *cache.scale(cache.values, position) = to_bytes(v, dim, values);
+  } else {
+    for (int i = 0; i < dim; i++) {
+      keys[i * LANES] = narrow<T>(k[i]);
+      values[i] = narrow<T>(v[i]);
+    }
+  }
+  for (int i = dim; i < cache.dims; i++) values[i] = 0;
+}
+
+// What a query at a position is multiplied by, besides the scores' scale.
+INLINE float log_scale(const Op& op, int position) {
+  return op.log_scale_after && position + 1 > op.log_scale_after
+             ? float(std::log(double(position + 1)) / std::log(double(op.log_scale_after)))
+             : 1.0f;
+}
+
 template <int T> void rotate_rows(const Op& op, const Step& s, int chunk) {
-  const int dim = op.head_dim;
+  const int dim = op.head_dim, half = op.rotary_dim / 2;
+  const bool centered = op.flags & CENTERED;
   for (int row = chunk * ROWS_A_CHUNK; row < last_row_of(op, s, chunk); row++) {
     const int b = sequence_of(s, row), position = s.positions[row];
-    const float* cosines = s.rotations[b] + ptrdiff_t(position) * dim;
+    const float* cosines = s.rotations[b] + ptrdiff_t(position) * op.rotary_dim;
+    const bool alone = s.starts[b + 1] - s.starts[b] == 1;
+    const float* ahead = cosines + (alone ? ptrdiff_t(op.ahead) * op.rotary_dim : 0);
+    const float factor = op.scale * log_scale(op, position);
     float* x = buffer(s, op.out) + ptrdiff_t(row) * op.out_width;
     for (int h = 0; h < op.heads; h++, x += dim) {
-      if (op.weight) rms_norm(x, op.weight, op.eps, dim, x);
-      rotate_head(x, cosines, dim / 2, op.scale);
+      if (op.weight) normalize(x, op.weight, op.bias, centered, op.eps, dim, x);
+      rotate_head(x, ahead, half);
+      for (int i = 0; i < dim; i++) x[i] *= factor;
     }
     for (int g = 0; g < op.kv_heads; g++, x += dim) {
-      if (op.weight2) rms_norm(x, op.weight2, op.eps, dim, x);
-      rotate_head(x, cosines, dim / 2, 1.0f);
-      const Cache<T> cache(op, s, b, g);
-      auto* keys = cache.key_tile(position & -LANES) + position % LANES;
-      auto* values = cache.value(position);
-      const float* v = x + op.kv_heads * dim;
-      for (int i = 0; i < dim; i++) {
-        keys[i * LANES] = narrow<T>(x[i]);
-        values[i] = narrow<T>(v[i]);
-      }
-      for (int i = dim; i < cache.dims; i++) values[i] = 0;
+      if (op.weight2) normalize(x, op.weight2, op.bias2, centered, op.eps, dim, x);
+      rotate_head(x, cosines, half);
+      keep<T>(Cache<T>(op, s, b, g), position, x, x + op.kv_heads * dim, dim);
     }
   }
 }
@@ -139,6 +180,7 @@ INLINE void score(const Cache<T>& cache, const Query* queries, int position, int
     UNROLL
     for (int r = 0; r < R; r++) {
       F x = sums[r][n];
+      if constexpr (T == I8) x *= load<F>(cache.scale(cache.keys, at));
       if (at < queries[r].from || at + LANES > queries[r].to)
         x = ((p >= queries[r].from) & (p < queries[r].to)) ? x : all(-__builtin_inff());
       store(scores[r] + at % SPLIT, x);
@@ -198,9 +240,10 @@ void attend_split(const Cache<T>& cache, const Query* queries, int split, int di
     const float base = parts[r].most == -__builtin_inff() ? 0.0f : parts[r].most;
     F sum = {};
     for (at = first; at < to; at += LANES) {
-      const F p = exponential(load<F>(scores[r] + at % SPLIT) - base);
-      store(scores[r] + at % SPLIT, p);
+      F p = exponential(load<F>(scores[r] + at % SPLIT) - base);
       sum += p;
+      if constexpr (T == I8) p *= load<F>(cache.scale(cache.values, at));
+      store(scores[r] + at % SPLIT, p);
     }
     parts[r].sum = Isa::sum_lanes(sum);
   }

@@ -8,10 +8,10 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
-TYPES = {"f32": 0, "bf16": 1, "f16": 2, "q4_0": 3, "q4_1": 4, "q8_0": 5, "q4_k": 6, "q6_k": 7}
-"""How a weight's numbers are stored; the last five are ggml's blocks."""
+TYPES = {"f32": 0, "bf16": 1, "f16": 2, "q4_0": 3, "q4_1": 4, "q8_0": 5, "q4_k": 6, "q6_k": 7, "i8": 8}
+"""How a weight's numbers, or a cache's, are stored: floats, ggml's blocks, and the cache's bytes with their scales."""
 
-BUFFERS, BLOCKS_BUFFER, PARTS_BUFFER = 8, 6, 7
+BUFFERS, BLOCKS_BUFFER, PARTS_BUFFER, ROUTES_BUFFER = 11, 8, 9, 10
 BLOCK_BYTES = 84  # of 32 activations in int8, the larger of the two forms
 SPLIT = 128  # keys whose softmax is one part
 FEW_QUERIES = 4  # of a sequence, up to which its keys are shared out among threads
@@ -25,21 +25,18 @@ class CMatrix(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p),
         ("bias", c_void_p),
-        ("type", c_int32),
-        ("rows", c_int32),
-        ("columns", c_int32),
-        ("reserved", c_int32),
+        ("stride", c_int64),
+        *((name, c_int32) for name in ("type", "rows", "columns")),
     )
 
 
 class COp(ctypes.Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("kind", "flags", "in_", "out", "in_width", "out_width", "count", "layer")),
-        *((name, c_int32) for name in ("heads", "kv_heads", "head_dim", "window")),
-        ("eps", c_float),
-        ("scale", c_float),
-        ("weight", c_void_p),
-        ("weight2", c_void_p),
+        *((name, c_int32) for name in ("kind", "flags", "in_", "out", "in_width", "out_width", "count", "activation")),
+        *((name, c_int32) for name in ("layer", "heads", "kv_heads", "head_dim", "window", "rotary_dim", "ahead")),
+        *((name, c_int32) for name in ("log_scale_after", "experts", "capacity")),
+        *((name, c_float) for name in ("eps", "scale")),
+        *((name, c_void_p) for name in ("weight", "bias", "weight2", "bias2")),
         ("w", CMatrix * 3),
     )
 
@@ -49,7 +46,7 @@ class CStep(ctypes.Structure):
         *((name, c_int32) for name in ("rows", "wanted", "sequences", "threads", "fast", "isa", "page_size")),
         *((name, c_int32) for name in ("cache_type", "padded_dim", "table_width")),
         *((name, c_void_p) for name in ("ids", "positions", "wanted_rows", "starts", "lengths", "dropped", "tables")),
-        *((name, c_void_p) for name in ("rotations", "keys", "values")),
+        *((name, c_void_p) for name in ("limits", "rotations", "keys", "values")),
         ("buffers", c_void_p * BUFFERS),
     )
 

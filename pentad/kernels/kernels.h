@@ -2,6 +2,7 @@
 // includes this one and is compiled with its own flags; all is in an unnamed namespace, so that no linker mixes them.
 #pragma once
 #include "attention.h"
+#include "mixture.h"
 
 namespace pentad {
 namespace {
@@ -11,7 +12,8 @@ int chunks(const Op& op, const Step& s) {
   int count = 0;
   switch (op.kind) {
     case MATMUL:
-    case GATED: return cut(op, s).chunks;
+    case GATED: return chunks_of_product(op, s);
+    case ROUTE: return 1;
     case ATTEND:
       for (int b = 0; b < s.sequences; b++) count += chunks_of(op, sight(op, s, b));
       return count;
@@ -30,10 +32,25 @@ void work(const Op& op, const Step& s, int chunk) {
     case MATMUL:
     case GATED: return matmul(op, s, chunk);
     case ROTATE:
-      return (s.cache_type == F32 ? rotate_rows<F32> : s.cache_type == F16 ? rotate_rows<F16> : rotate_rows<BF16>)(op, s, chunk);
+      switch (s.cache_type) {
+        case F32: return rotate_rows<F32>(op, s, chunk);
+        case F16: return rotate_rows<F16>(op, s, chunk);
+        case BF16: return rotate_rows<BF16>(op, s, chunk);
+        case I8: return rotate_rows<I8>(op, s, chunk);
+      }
+      return;
     case ATTEND:
-      return (s.cache_type == F32 ? attend_rows<F32> : s.cache_type == F16 ? attend_rows<F16> : attend_rows<BF16>)(op, s, chunk);
+      switch (s.cache_type) {
+        case F32: return attend_rows<F32>(op, s, chunk);
+        case F16: return attend_rows<F16>(op, s, chunk);
+        case BF16: return attend_rows<BF16>(op, s, chunk);
+        case I8: return attend_rows<I8>(op, s, chunk);
+      }
+      return;
     case MERGE: return merge_parts(op, s, chunk);
+    case ROUTE: return route(op, s);
+    case GATHER: return gather(op, s, chunk);
+    case COMBINE: return combine(op, s, chunk);
   }
 }
 

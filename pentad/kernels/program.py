@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pentad.errors import BadInput
 from pentad.kernels.binding import (
     BLOCK_BYTES,
     BLOCKS_BUFFER,
@@ -23,6 +24,7 @@ from pentad.kernels.binding import (
     MOST_DIMS,
     MOST_ROWS,
     PARTS_BUFFER,
+    ROUTES_BUFFER,
     SPLIT,
     TYPES,
     CMatrix,
@@ -33,12 +35,17 @@ from pentad.kernels.binding import (
 )
 from pentad.kernels.weight import FLOATS, LARGEST, Weight, vector
 
-EMBED, NORM, QUANTIZE, MATMUL, GATED, ROTATE, ATTEND, MERGE = range(8)
-QUANTIZED, ADD, WANTED = 1, 4, 8  # flags
+EMBED, NORM, QUANTIZE, MATMUL, GATED, ROTATE, ATTEND, MERGE, ROUTE, GATHER, COMBINE = range(11)
+QUANTIZED, CENTERED, ADD, WANTED, PAIRS, NORMALIZED = 1, 2, 4, 8, 16, 32  # flags
+LINEAR, GELU = range(2)  # activations
 
-RESIDUAL, NORMED, PROJECTED, ATTENDED, GATES, LOGITS = range(6)
+RESIDUAL, NORMED, PROJECTED, ATTENDED, GATES, LOGITS, SCORES, PAIRED = range(8)
 """The buffers: the residual stream; what a norm gives; queries, keys and values; attention's output; the feed-forward
-layer's middle; the result."""
+layer's middle; the result; a router's scores; rows for experts, and then what those make of them."""
+
+
+CACHE_TYPES = {**FLOATS, torch.int8: "i8"}
+"""What keys and values may be kept in."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Tokens:
         past: how many tokens the sequence has before them.
         dropped: how many of those are no longer in the cache, a multiple of the page size.
         pages: where the others are, and these will be.
-        rotation: float32 [positions, 2, head_dim / 2], cosines and sines for every position.
+        rotation: float32 [positions, 2, rotary_dim / 2], cosines and sines for every position.
     """
 
     ids: Sequence[int]
@@ -62,9 +69,9 @@ class Tokens:
 
 @dataclass
 class CachePools:
-    """Memory for keys and values: for each layer a pool [pages * page_size, kv_heads, padded_dim].
+    """Memory for keys and values: for each layer a pool [pages * page_size, kv_heads, pool_dim(…)].
 
-    Within a page the kernels have an order of their own (kernels.h).
+    Within a page the kernels have an order of their own (attention.h).
     """
 
     keys: list[Tensor]
@@ -72,24 +79,61 @@ class CachePools:
     page_size: int
 
 
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm's, or where it is `centered` a LayerNorm's, numbers.
+
+    Attributes:
+        weight, bias: [width]; of a LayerNorm there are both.
+    """
+
+    weight: Tensor
+    eps: float
+    bias: Tensor | None = None
+
+    @property
+    def centered(self) -> bool:
+        return self.bias is not None
+
+
+def pool_dim(head_dim: int, dtype: torch.dtype) -> int:
+    """Numbers of a token and head in the cache: rounded up to a multiple of 16; in int8 four more bytes, a scale."""
+    return -(-head_dim // 16) * 16 + (4 if dtype == torch.int8 else 0)
+
+
 class Program:
     """Operations in order, the weights that they read and the buffers between them.
 
     Args:
-        head_dim, kv_heads, layers: what the cache holds; `padded_dim` is `head_dim` rounded up to a multiple of 16.
+        head_dim, kv_heads, layers: what the cache holds.
+        rotary_dim: numbers of a head that RoPE rotates; all by default.
         fast: activations in one int8 instead of two (16 bits in all).
         threads: how many are used.
         isa: one of `isas()`; the fastest by default.
     """
 
     def __init__(
-        self, *, head_dim: int, kv_heads: int, layers: int, threads: int, fast: bool = False, isa: str | None = None
+        self,
+        *,
+        head_dim: int,
+        kv_heads: int,
+        layers: int,
+        threads: int,
+        rotary_dim: int | None = None,
+        fast: bool = False,
+        isa: str | None = None,
     ) -> None:
-        if not 2 <= head_dim <= MOST_DIMS or head_dim % 2 or kv_heads < 1 or layers < 1 or threads < 1:
-            raise ValueError(f"heads of {head_dim} numbers, {kv_heads} of them, {layers} layers, {threads} threads")
         self.head_dim, self.kv_heads, self.layers = head_dim, kv_heads, layers
-        self.padded_dim = -(-head_dim // 16) * 16
-        self._heads = 0
+        self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        if not 2 <= head_dim <= MOST_DIMS or kv_heads < 1 or layers < 1 or threads < 1:
+            raise ValueError(f"heads of {head_dim} numbers, {kv_heads} of them, {layers} layers, {threads} threads")
+        if not 0 < self.rotary_dim <= head_dim or self.rotary_dim % 2:
+            raise ValueError(f"RoPE on {self.rotary_dim} numbers of {head_dim}")
+        self._heads = self.ahead = 0
+        self._experts = self._top_k = 0  # of the last router
+        self._routes = self._most_experts = 0  # of all: integers a row that one leaves, and experts
+        self._paired: set[int] = set()  # buffers whose rows are pairs of a row and one of its experts
+        self._capacities: list[Callable[[int], int]] = []
         self._ops: list[COp] = []
         self._kept: list[Weight | Tensor] = []  # what the operations point to
         self._widths = [0] * BUFFERS  # floats a row that an operation has left; of the int8 blocks, numbers
@@ -97,7 +141,7 @@ class Program:
         self._blocks_of: int | None = None  # the buffer whose numbers the int8 blocks are
         self._vocab = LARGEST
         self._step = CStep(threads=threads, fast=fast, isa=isas()[isa or next(iter(isas()))])
-        self._step.padded_dim = self.padded_dim
+        self._step.padded_dim = pool_dim(head_dim, torch.float32)
         self._buffers: list[Tensor] = []
         self._pools: tuple[Tensor, ...] = ()  # what `_step` points to
         self._array: ctypes.Array[COp] | None = None
@@ -114,41 +158,57 @@ class Program:
         self._vocab = table.rows
         self._add(EMBED, out=out, out_width=table.columns, weights=[table])
 
-    def norm(self, weight: Tensor, eps: float, *, quantize: bool, wanted: bool = False) -> None:
-        """NORMED = RMS norm of RESIDUAL (of the wanted rows), in int8 too where `quantize`."""
+    def norm(self, norm: Norm, *, quantize: bool, wanted: bool = False) -> None:
+        """NORMED = the norm of RESIDUAL (of the wanted rows), in int8 too where `quantize`."""
         width = self._widths[RESIDUAL]
-        flags = (QUANTIZED if quantize else 0) | (WANTED if wanted else 0)
-        self._add(NORM, flags, RESIDUAL, NORMED, width, width, eps=eps, vectors=[vector(weight, width)])
+        flags = (QUANTIZED if quantize else 0) | (WANTED if wanted else 0) | (CENTERED if norm.centered else 0)
+        vectors = {"weight": vector(norm.weight, width), "bias": _vector_or_none(norm.bias, width)}
+        self._add(NORM, flags, RESIDUAL, NORMED, width, width, vectors=vectors, eps=norm.eps)
 
     def quantize(self, source: int) -> None:
         """The int8 blocks of a buffer, for the products that follow."""
-        self._add(QUANTIZE, in_=source, in_width=self._widths[source], out=source)
+        self._add(QUANTIZE, 0, source, source, self._widths[source], self._widths[source])
 
     def matmul(
-        self, weights: Sequence[Weight], source: int, out: int, *, add: bool = False, wanted: bool = False
+        self,
+        weights: Sequence[Weight],
+        source: int,
+        out: int,
+        *,
+        add: bool = False,
+        wanted: bool = False,
+        activation: int = LINEAR,
     ) -> None:
-        """out = source times each weight, side by side; or added to what is there."""
+        """out = activation(source times each weight), side by side; or added to what is there.
+
+        A stack of weights takes the rows of PAIRED or what was made of them, each expert's by its own.
+        """
         flags = (ADD if add else 0) | (WANTED if wanted else 0)
         width = sum(weight.rows for weight in weights)
-        self._add(MATMUL, flags, source, out, weights[0].columns, width, weights=weights)
+        self._add(MATMUL, flags, source, out, weights[0].columns, width, weights=weights, activation=activation)
 
-    def gated(self, gate: Weight, up: Weight, source: int = NORMED, out: int = GATES) -> None:
-        """out = silu(source times gate) * (source times up)."""
-        if gate.rows != up.rows:
-            raise ValueError(f"a gate of {gate.rows} rows beside {up.rows}")
-        self._add(GATED, 0, source, out, gate.columns, gate.rows, weights=[gate, up])
+    def gated(self, weights: Sequence[Weight], source: int = NORMED, out: int = GATES) -> None:
+        """out = silu(source times the first weight), times source times each other weight; there are two or three."""
+        if len({weight.rows for weight in weights}) != 1:
+            raise ValueError(f"gates of {', '.join(str(weight.rows) for weight in weights)} rows")
+        self._add(GATED, 0, source, out, weights[0].columns, weights[0].rows, weights=weights)
 
     def attention(
         self,
         layer: int,
         heads: int,
         *,
+        scale: float | None = None,
         window: int | None = None,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        eps: float = 0.0,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+        ahead: int = 0,
+        log_scale_after: int = 0,
     ) -> None:
-        """ATTENDED = attention of the queries in PROJECTED; its keys and values go to the layer's pools first."""
+        """ATTENDED = attention of the queries in PROJECTED; its keys and values go to the layer's pools first.
+
+        The arguments are those of `pentad.nn.attention.Attention`.
+        """
         dim, width = self.head_dim, (heads + 2 * self.kv_heads) * self.head_dim
         if heads % self.kv_heads or not 0 <= layer < self.layers or self._widths[PROJECTED] != width:
             raise ValueError(
@@ -156,7 +216,11 @@ class Program:
             )
         if window is not None and window < 1:
             raise ValueError(f"a window of {window} keys")
-        self._heads = max(self._heads, heads)
+        if q_norm and k_norm and (q_norm.eps, q_norm.centered) != (k_norm.eps, k_norm.centered):
+            raise ValueError("the norms of queries and keys differ in their kind")
+        if not 0 <= ahead <= LARGEST or (log_scale_after and not 1 < log_scale_after <= LARGEST):
+            raise ValueError(f"queries ahead by {ahead}, scaled after {log_scale_after} tokens")
+        self._heads, self.ahead = max(self._heads, heads), max(self.ahead, ahead)
         about: dict[str, Any] = {
             "layer": layer,
             "heads": heads,
@@ -164,10 +228,53 @@ class Program:
             "head_dim": dim,
             "window": window or 0,
         }
-        norms = [None if weight is None else vector(weight, dim) for weight in (q_norm, k_norm)]
-        self._add(ROTATE, out=PROJECTED, out_width=width, vectors=norms, scale=dim**-0.5, eps=eps, **about)
+        rotation: dict[str, Any] = {
+            "rotary_dim": self.rotary_dim,
+            "ahead": ahead,
+            "log_scale_after": log_scale_after,
+            "scale": dim**-0.5 if scale is None else scale,
+        }
+        vectors: dict[str, Tensor | None] = {}
+        for norm, n in ((q_norm, ""), (k_norm, "2")):
+            if norm is not None:
+                vectors |= {f"weight{n}": vector(norm.weight, dim), f"bias{n}": _vector_or_none(norm.bias, dim)}
+                rotation["eps"] = norm.eps
+        centered = CENTERED if q_norm and q_norm.centered else 0
+        self._add(ROTATE, centered, out=PROJECTED, out_width=width, vectors=vectors, **about, **rotation)
         for kind in (ATTEND, MERGE):
             self._add(kind, 0, PROJECTED, ATTENDED, width, heads * dim, **about)
+
+    def route(self, top_k: int, *, normalized: bool, capacity: Callable[[int], int] | None = None) -> None:
+        """Decide which `top_k` experts each row goes to, by SCORES: the experts' logits.
+
+        Args:
+            top_k: experts of a row.
+            normalized: whether weights are a softmax over those alone, not over all experts.
+            capacity: from a sequence's number of rows to how many of them an expert takes; None: all.
+        """
+        experts = self._widths[SCORES]
+        if not 0 < top_k <= experts:
+            raise ValueError(f"{top_k} of {experts} experts")
+        self._experts, self._top_k = experts, top_k
+        if capacity is not None and capacity not in self._capacities:
+            self._capacities.append(capacity)
+        at = -1 if capacity is None else self._capacities.index(capacity)
+        self._routes = max(self._routes, 4 * top_k)
+        self._most_experts = max(self._most_experts, experts)
+        flags = NORMALIZED if normalized else 0
+        self._add(ROUTE, flags, SCORES, SCORES, experts, experts, count=top_k, experts=experts, capacity=at)
+
+    def gather(self, *, quantize: bool) -> None:
+        """PAIRED = a copy of its row in NORMED for each pair of a row and one of its experts, in int8 too."""
+        width = self._widths[NORMED]
+        self._paired = {PAIRED}
+        self._add(GATHER, QUANTIZED if quantize else 0, NORMED, PAIRED, width, width, count=self._top_k)
+
+    def combine(self) -> None:
+        """RESIDUAL += what a row's experts have left in PAIRED, by their weights."""
+        width = self._widths[RESIDUAL]
+        self._add(COMBINE, 0, PAIRED, RESIDUAL, width, width, count=self._top_k, experts=self._experts)
+        self._paired = set()
 
     def _add(
         self,
@@ -179,40 +286,50 @@ class Program:
         out_width: int = 0,
         *,
         weights: Sequence[Weight] = (),
-        vectors: Sequence[Tensor | None] = (),
+        vectors: Mapping[str, Tensor | None] | None = None,
         **about: float,
     ) -> None:
-        quantized = any(weight.is_quantized for weight in weights)
+        writes_blocks = kind == QUANTIZE or bool(flags & QUANTIZED)
+        if kind == GATHER or (kind in (QUANTIZE, MATMUL, GATED) and in_ in self._paired):
+            flags |= PAIRS
+            about["experts"] = self._experts
+            self._paired.add(out)
+        self._check_widths(kind, in_, in_width, out_width, writes_blocks)
+        self._check_weights(kind, in_, in_width, weights, self._experts if flags & PAIRS else 0)
+        copies = self._top_k if flags & PAIRS else 1
+        if writes_blocks:
+            self._blocks_of = out
+            self._widest[BLOCKS_BUFFER] = max(self._widest[BLOCKS_BUFFER], in_width * copies)
+        elif out == self._blocks_of:
+            self._blocks_of = None
+        self._widths[out] = out_width
+        self._widest[out] = max(self._widest[out], out_width * copies)
+        self._gives_all |= out == LOGITS and not flags & WANTED
+        pointers = {name: v.data_ptr() for name, v in (vectors or {}).items() if v is not None}
+        matrices = (CMatrix * 3)(*(weight.struct() for weight in weights))
+        about = {"count": len(weights), **about, **pointers}
+        self._ops.append(COp(kind, flags, in_, out, in_width, out_width, w=matrices, **about))
+        self._kept += [*weights, *(v for v in (vectors or {}).values() if v is not None)]
+        self._array = None
+
+    def _check_widths(self, kind: int, in_: int, in_width: int, out_width: int, writes_blocks: bool) -> None:
+        if in_width and self._widths[in_] != in_width:
+            raise ValueError(f"rows of {in_width} numbers wanted, the buffer has {self._widths[in_]}")
+        if not 0 <= max(in_width, out_width) <= LARGEST:
+            raise ValueError(f"{in_width} to {out_width} numbers")
+        if writes_blocks and in_width % 32:
+            raise ValueError(f"rows of {in_width} numbers are not whole blocks of 32")
+
+    def _check_weights(self, kind: int, in_: int, in_width: int, weights: Sequence[Weight], experts: int) -> None:
+        if len(weights) > 3:
+            raise ValueError(f"{len(weights)} weights")
         for weight in weights:
             if kind != EMBED and weight.columns != in_width:
                 raise ValueError(f"weights of {weight.columns} columns for rows of {in_width} numbers")
-        if in_width and kind != NORM and self._widths[in_] != in_width:
-            raise ValueError(f"rows of {in_width} numbers wanted, the buffer has {self._widths[in_]}")
-        if len(weights) > 3 or not 0 <= max(in_width, out_width) <= LARGEST:
-            raise ValueError(f"{len(weights)} weights, {in_width} to {out_width} numbers")
-        if (kind == QUANTIZE or flags & QUANTIZED) and in_width % 32:
-            raise ValueError(f"rows of {in_width} numbers are not whole blocks of 32")
-        if kind in (MATMUL, GATED) and quantized and self._blocks_of != in_:
-            raise ValueError("quantized weights want activations that are quantized first")
-        if kind == QUANTIZE or flags & QUANTIZED:
-            self._blocks_of = in_ if kind == QUANTIZE else out
-            self._widest[BLOCKS_BUFFER] = max(self._widest[BLOCKS_BUFFER], in_width)
-        else:
-            self._blocks_of = None if out == self._blocks_of else self._blocks_of
-        if kind != QUANTIZE:
-            self._widths[out] = out_width
-            self._widest[out] = max(self._widest[out], out_width)
-            self._gives_all |= out == LOGITS and not flags & WANTED
-        matrices = (CMatrix * 3)(*(weight.struct() for weight in weights))
-        pointers = {
-            name: v.data_ptr() for name, v in zip(("weight", "weight2"), vectors, strict=False) if v is not None
-        }
-        op = COp(kind, flags, in_, out, in_width, out_width, len(weights), w=matrices, **pointers)
-        for name, value in about.items():
-            setattr(op, name, value)
-        self._ops.append(op)
-        self._kept += [*weights, *(v for v in vectors if v is not None)]
-        self._array = None
+            if kind != EMBED and weight.is_quantized and self._blocks_of != in_:
+                raise ValueError("quantized weights want activations that are quantized first")
+            if weight.experts != experts:
+                raise ValueError(f"weights of {weight.experts} experts for rows of {experts}")
 
     # Running it
 
@@ -246,9 +363,11 @@ class Program:
         dropped = array("i", [tokens.dropped for tokens in work])
         rotations = (ctypes.c_void_p * len(work))(*(tokens.rotation.data_ptr() for tokens in work))
         rows = array("i", wanted)
+        limits = array("i", [_limit(capacity, len(t.ids)) for capacity in self._capacities for t in work])
         step.rows, step.wanted, step.sequences, step.table_width = len(ids), len(rows), len(work), width
-        for name, values in (("ids", ids), ("positions", positions), ("wanted_rows", rows), ("starts", starts),
-                             ("lengths", lengths), ("dropped", dropped), ("tables", tables)):  # fmt: skip
+        arrays = {"ids": ids, "positions": positions, "wanted_rows": rows, "starts": starts, "lengths": lengths}
+        arrays |= {"dropped": dropped, "tables": tables, "limits": limits}
+        for name, values in arrays.items():
             setattr(step, name, values.buffer_info()[0])
         step.page_size = pools.page_size
         step.rotations = ctypes.addressof(rotations)
@@ -279,10 +398,10 @@ class Program:
             if tokens.pages and not 0 <= min(tokens.pages) <= max(tokens.pages) < pages:
                 raise ValueError(f"a page is outside the pool's {pages}")
             table = tokens.rotation
-            if table.shape[1:] != (2, self.head_dim // 2) or len(table) < length or table.dtype != torch.float32:
+            if table.shape[1:] != (2, self.rotary_dim // 2) or len(table) < length + self.ahead:
                 raise ValueError(f"a rotation of {tuple(table.shape)} for {length} positions")
-            if table.device.type != "cpu" or not table.is_contiguous():
-                raise ValueError("a rotation is contiguous, and on the CPU")
+            if table.dtype != torch.float32 or table.device.type != "cpu" or not table.is_contiguous():
+                raise ValueError("a rotation is contiguous float32 on the CPU")
 
     def _point_to(self, pools: CachePools) -> None:
         """Let the step point to the pools, where they are others than before: a cache has new ones when it grows."""
@@ -295,16 +414,13 @@ class Program:
         for pool in given:
             if pool.shape != first.shape or pool.dtype != first.dtype or not pool.is_contiguous():
                 raise ValueError("the pools differ, or are not contiguous")
-        if (
-            first.shape[1:] != (self.kv_heads, self.padded_dim)
-            or first.dtype not in FLOATS
-            or not first.device.type == "cpu"
-        ):
+        shape = self.kv_heads, pool_dim(self.head_dim, first.dtype)
+        if first.shape[1:] != shape or first.dtype not in CACHE_TYPES or first.device.type != "cpu":
             raise ValueError(f"a pool of {first.dtype} {tuple(first.shape)}")
         pointers = ctypes.c_void_p * self.layers
         self._pool_pointers = [pointers(*(pool.data_ptr() for pool in each)) for each in (pools.keys, pools.values)]
         self._step.keys, self._step.values = (ctypes.addressof(each) for each in self._pool_pointers)
-        self._step.cache_type = TYPES[FLOATS[first.dtype]]
+        self._step.cache_type = TYPES[CACHE_TYPES[first.dtype]]
         self._pools = given
 
     def _parts(self, work: Sequence[Tokens]) -> int:
@@ -321,7 +437,8 @@ class Program:
         sizes = [most * width for width in self._widest]
         sizes[LOGITS] = 0
         sizes[BLOCKS_BUFFER] = most * (self._widest[BLOCKS_BUFFER] // 32) * BLOCK_BYTES // 4
-        sizes[PARTS_BUFFER] = parts * (self.padded_dim + 2)
+        sizes[PARTS_BUFFER] = parts * (self._step.padded_dim + 2)
+        sizes[ROUTES_BUFFER] = most * self._routes + 2 * self._most_experts
         if not self._buffers:
             self._buffers = [torch.empty(0)] * BUFFERS
         for i, size in enumerate(sizes):
@@ -331,3 +448,14 @@ class Program:
         logits_MV = torch.empty(wanted, self._widths[LOGITS])
         self._step.buffers[LOGITS] = logits_MV.data_ptr()
         return logits_MV
+
+
+def _limit(capacity: Callable[[int], int], tokens: int) -> int:
+    limit = capacity(tokens)
+    if limit < 1:
+        raise BadInput(f"an expert's capacity for {tokens} tokens is {limit}; it takes at least 1")
+    return min(limit, LARGEST)
+
+
+def _vector_or_none(values: Tensor | None, size: int) -> Tensor | None:
+    return None if values is None else vector(values, size)

@@ -6,13 +6,19 @@ namespace pentad {
 namespace {
 
 INLINE float* buffer(const Step& s, int index) { return (float*)s.buffers[index]; }
-INLINE int rows_of(const Op& op, const Step& s) { return op.flags & WANTED ? s.wanted : s.rows; }
 INLINE Inputs inputs(const Op& op, const Step& s) { return {s.buffers[BLOCKS_BUFFER], buffer(s, op.in), op.in_width}; }
 
-// How the tiles and the rows of a product are cut into chunks.
+// Where each expert's pairs end, as mixture.h's routing has left it.
+INLINE const int32_t* ends_of(const Step& s) { return (const int32_t*)s.buffers[ROUTES_BUFFER]; }
+
+INLINE int rows_of(const Op& op, const Step& s) {
+  return op.flags & PAIRS ? ends_of(s)[op.experts - 1] : op.flags & WANTED ? s.wanted : s.rows;
+}
+
+// How the tiles and the rows of a product are cut into chunks; those of pairs expert by expert.
 struct Cut {
   int tiles, tiles_a_chunk, columns;  // chunks side by side: `columns` of them over the tiles
-  int rows, rows_a_chunk, chunks;
+  int rows_a_chunk;
 };
 INLINE int tiles_of(const Op& op) {
   int tiles = 0;
@@ -20,42 +26,74 @@ INLINE int tiles_of(const Op& op) {
   return tiles;
 }
 INLINE Cut cut(const Op& op, const Step& s) {
-  Cut c;
-  c.rows = rows_of(op, s);
-  c.tiles = tiles_of(op);
-  c.rows_a_chunk = least(c.rows, 128);
-  c.tiles_a_chunk = greatest(1, least(c.tiles / (4 * s.threads), 32));
-  c.columns = ceil_div(c.tiles, c.tiles_a_chunk);
-  c.chunks = c.rows ? c.columns * ceil_div(c.rows, c.rows_a_chunk) : 0;
-  return c;
+  const int tiles = tiles_of(op), each = greatest(1, least(tiles / (4 * s.threads), 32));
+  return {tiles, each, ceil_div(tiles, each), 128};
+}
+INLINE int chunks_of_product(const Op& op, const Step& s) {
+  const Cut c = cut(op, s);
+  if (!(op.flags & PAIRS)) return c.columns * ceil_div(rows_of(op, s), c.rows_a_chunk);
+  int count = 0;
+  for (int e = 0, start = 0; e < op.experts; start = ends_of(s)[e++]) count += ceil_div(ends_of(s)[e] - start, c.rows_a_chunk);
+  return c.columns * count;
 }
 
-void matmul(const Op& op, const Step& s, int chunk) {
+// One chunk of a product.
+struct Piece {
+  int first, last;          // tiles
+  int first_row, last_row;
+  int expert;
+};
+INLINE Piece piece(const Op& op, const Step& s, int chunk) {
   const Cut c = cut(op, s);
-  const int first_row = chunk / c.columns * c.rows_a_chunk, last_row = least(c.rows, first_row + c.rows_a_chunk);
   const int first = chunk % c.columns * c.tiles_a_chunk, last = least(c.tiles, first + c.tiles_a_chunk);
+  int block = chunk / c.columns, expert = 0, start = 0, end = rows_of(op, s);
+  if (op.flags & PAIRS)
+    for (;; start = ends_of(s)[expert++]) {
+      end = ends_of(s)[expert];
+      const int blocks = ceil_div(end - start, c.rows_a_chunk);
+      if (block < blocks) break;
+      block -= blocks;
+    }
+  start += block * c.rows_a_chunk;
+  return {first, last, start, least(end, start + c.rows_a_chunk), expert};
+}
+
+INLINE F silu(F x) { return x / (exponential(-x) + 1.0f); }
+// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), by tanh(z) = 2 / (1 + e^(-2 z)) - 1
+INLINE F gelu(F x) { return x / (exponential(x * (x * x * 0.044715f + 1.0f) * -1.5957691216f) + 1.0f); }
+
+void matmul(const Op& op, const Step& s, int chunk) {
+  const Piece p = piece(op, s, chunk);
   const Inputs in = inputs(op, s);
-  for (int tile = first; tile < last; tile++) {
+  for (int tile = p.first; tile < p.last; tile++) {
     int which = 0, at = tile, column = 0;  // the matrix, the tile in it, the output's column where the matrix begins
     if (op.kind == MATMUL)
       while (at >= ceil_div(op.w[which].rows, LANES)) {
         at -= ceil_div(op.w[which].rows, LANES);
         column += op.w[which++].rows;
       }
-    const Matrix& m = op.w[which];
-    const int lanes = least(LANES, m.rows - at * LANES);
-    for (int row = first_row; row < last_row; row += MOST_ROWS) {
-      const int rows = least(MOST_ROWS, last_row - row);
-      F y[MOST_ROWS], up[MOST_ROWS];
+    const int lanes = least(LANES, op.w[which].rows - at * LANES);
+    const auto multiply = [&](int i, int row, int rows, F* y) {
+      Matrix m = op.w[i];
+      m.data += p.expert * m.stride;
       multiply_some<MOST_ROWS>(m, at, in, row, rows, s.fast, y);
-      if (op.kind == GATED) multiply_some<MOST_ROWS>(op.w[1], at, in, row, rows, s.fast, up);
+      if (m.bias)
+        for (int r = 0; r < rows; r++) y[r] += load_part(m.bias + at * LANES, lanes);
+    };
+    for (int row = p.first_row; row < p.last_row; row += MOST_ROWS) {
+      const int rows = least(MOST_ROWS, p.last_row - row);
+      F y[MOST_ROWS], factor[MOST_ROWS];
+      multiply(which, row, rows, y);
+      if (op.kind == GATED) {
+        for (int r = 0; r < rows; r++) y[r] = silu(y[r]);
+        for (int i = 1; i < op.count; i++) {
+          multiply(i, row, rows, factor);
+          for (int r = 0; r < rows; r++) y[r] *= factor[r];
+        }
+      }
       for (int r = 0; r < rows; r++) {
         float* out = buffer(s, op.out) + ptrdiff_t(row + r) * op.out_width + column + at * LANES;
-        if (m.bias) y[r] += load_part(m.bias + at * LANES, lanes);
-        if (op.kind == GATED) {
-          if (op.w[1].bias) up[r] += load_part(op.w[1].bias + at * LANES, lanes);
-          y[r] = y[r] / (exponential(-y[r]) + 1.0f) * up[r];
-        }
+        if (op.activation == GELU) y[r] = gelu(y[r]);
         if (op.flags & ADD) y[r] += load_part(out, lanes);
         std::memcpy(out, &y[r], lanes * sizeof(float));
       }
@@ -71,17 +109,33 @@ INLINE void quantize_row(const Step& s, const float* x, int row, int width) {
   s.fast ? quantize_row<false>(s, x, row, width) : quantize_row<true>(s, x, row, width);
 }
 
-INLINE void rms_norm(const float* x, const float* weight, float eps, int width, float* y) {
-  const int whole = width / LANES * LANES;
-  F squares = {};
-  for (int i = 0; i < whole; i += LANES) squares = Isa::fma(load<F>(x + i), load<F>(x + i), squares);
-  if (whole < width) {
-    const F v = load_part(x + whole, width - whole);
-    squares = Isa::fma(v, v, squares);
+INLINE F load_from(const float* x, int at, int width) {  // a register from `at` on, zeros behind the row's end
+  return at + LANES <= width ? load<F>(x + at) : load_part(x + at, width - at);
+}
+INLINE float mean(const float* x, int width) {
+  F sum = {};
+  for (int i = 0; i < width; i += LANES) sum += load_from(x, i, width);
+  return Isa::sum_lanes(sum) / width;
+}
+INLINE float mean_square(const float* x, float less, int width) {
+  F sum = {};
+  for (int i = 0; i < width; i += LANES) {
+    F v = load_from(x, i, width) - less;
+    for (int j = width - i; j < LANES; j++) v[j] = 0;
+    sum = Isa::fma(v, v, sum);
   }
-  const float inverse = 1.0f / __builtin_sqrtf(Isa::sum_lanes(squares) / width + eps);
-  for (int i = 0; i < whole; i += LANES) store(y + i, load<F>(x + i) * inverse * load<F>(weight + i));
-  for (int i = whole; i < width; i++) y[i] = x[i] * inverse * weight[i];
+  return Isa::sum_lanes(sum) / width;
+}
+
+// y = x / rms(x) * weight + bias, of x less its mean where `centered`.
+INLINE void normalize(const float* x, const float* weight, const float* bias, bool centered, float eps, int width, float* y) {
+  const float middle = centered ? mean(x, width) : 0.0f;
+  const float inverse = 1.0f / __builtin_sqrtf(mean_square(x, middle, width) + eps);
+  for (int i = 0; i < width; i += LANES) {
+    F v = (load_from(x, i, width) - middle) * inverse * load_from(weight, i, width);
+    if (bias) v += load_from(bias, i, width);
+    std::memcpy(y + i, &v, least(LANES, width - i) * sizeof(float));
+  }
 }
 
 constexpr int ROWS_A_CHUNK = 8;  // of operations row by row; so few are done by one thread while the others wait
@@ -94,7 +148,8 @@ void norm(const Op& op, const Step& s, int chunk) {
   for (int row = chunk * ROWS_A_CHUNK; row < last_row_of(op, s, chunk); row++) {
     const int from = op.flags & WANTED ? s.wanted_rows[row] : row;
     float* y = buffer(s, op.out) + ptrdiff_t(row) * op.in_width;
-    rms_norm(buffer(s, op.in) + ptrdiff_t(from) * op.in_width, op.weight, op.eps, op.in_width, y);
+    normalize(buffer(s, op.in) + ptrdiff_t(from) * op.in_width, op.weight, op.bias, op.flags & CENTERED, op.eps,
+              op.in_width, y);
     if (op.flags & QUANTIZED) quantize_row(s, y, row, op.in_width);
   }
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ LARGEST = 1 << 30  # rows or columns: products of them with a block's bytes stay
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A matrix [rows, columns] and perhaps a bias, and the memory that they are in.
+    """A matrix [rows, columns] and perhaps a bias, or a stack of matrices, and the memory that they are in.
 
     Attributes:
         type: a key of `binding.TYPES`.
         data: the matrix itself, or uint8 tiles.
         bias: float32 [rows] or None.
+        experts: how many matrices there are, one behind the other; 0: it is no stack.
     """
 
     type: str
@@ -29,38 +31,51 @@ class Weight:
     columns: int
     data: Tensor
     bias: Tensor | None = None
+    experts: int = 0
 
     @classmethod
     def floats(cls, matrix: Tensor, bias: Tensor | None = None) -> Weight:
-        """A matrix of floats, read where it lies. Raises ValueError where it can't be."""
-        if matrix.ndim != 2 or matrix.dtype not in FLOATS or matrix.device.type != "cpu" or not matrix.is_contiguous():
-            raise ValueError(f"a matrix of floats on the CPU is wanted, not {matrix.dtype} {tuple(matrix.shape)}")
-        rows, columns = matrix.shape
-        return cls(FLOATS[matrix.dtype], rows, columns, matrix.detach(), _bias(bias, rows))
+        """A matrix of floats or a stack of them, read where it lies; if it is a transposed one, a copy.
+
+        Raises ValueError where the kernels can't read it.
+        """
+        about = f"{matrix.dtype} {tuple(matrix.shape)}"
+        if matrix.ndim not in (2, 3) or matrix.dtype not in FLOATS or matrix.device.type != "cpu" or not matrix.numel():
+            raise ValueError(f"a matrix of floats on the CPU is wanted, not {about}")
+        *stack, rows, columns = matrix.shape
+        if matrix.stride()[-2:] != (columns, 1):
+            matrix = matrix.contiguous()
+        return cls(FLOATS[matrix.dtype], rows, columns, matrix.detach(), _bias(bias, rows), *stack)
 
     @classmethod
     def packed(
-        cls, blocks: Tensor, type: str, shape: tuple[int, int], bias: Tensor | None = None, threads: int = 1
+        cls, blocks: Tensor, type: str, shape: Sequence[int], bias: Tensor | None = None, threads: int = 1
     ) -> Weight:
-        """A quantized matrix, its blocks (uint8 [rows, bytes a row]) repacked.
+        """A quantized matrix or a stack of them, its blocks (uint8 [all rows, bytes a row]) repacked.
 
         Raises ValueError where the type is not known, or the three do not fit together.
         """
-        rows, columns = shape
-        if not packs(type, columns) or not 0 < rows <= LARGEST:
-            raise ValueError(f"there is no kernel for {type} [{rows}, {columns}]")
+        *stack, rows, columns = shape
+        if not packs(type, columns) or not all(0 < size <= LARGEST for size in shape) or len(stack) > 1:
+            raise ValueError(f"there is no kernel for {type} {list(shape)}")
         if blocks.dtype != torch.uint8 or blocks.device.type != "cpu" or not blocks.is_contiguous():
             raise ValueError("blocks are contiguous uint8 on the CPU")
-        if blocks.shape != (rows, columns // BLOCKS[type][0] * BLOCKS[type][1]):
-            raise ValueError(f"{type} blocks of [{rows}, {columns}] are not uint8 {tuple(blocks.shape)}")
+        if blocks.shape != (math.prod(shape[:-1]), columns // BLOCKS[type][0] * BLOCKS[type][1]):
+            raise ValueError(f"{type} blocks of {list(shape)} are not uint8 {tuple(blocks.shape)}")
         size = library().pentad_packed_bytes(TYPES[type], rows, columns)
-        tiles = torch.empty(size, dtype=torch.uint8)
-        library().pentad_pack(TYPES[type], blocks.data_ptr(), rows, columns, tiles.data_ptr(), threads)
-        return cls(type, rows, columns, tiles, _bias(bias, rows))
+        tiles = torch.empty(math.prod(stack), size, dtype=torch.uint8)
+        for matrix, out in zip(blocks.view(len(tiles), rows, -1), tiles, strict=True):
+            library().pentad_pack(TYPES[type], matrix.data_ptr(), rows, columns, out.data_ptr(), threads)
+        return cls(type, rows, columns, tiles, _bias(bias, rows), *stack)
+
+    def with_bias(self, bias: Tensor | None) -> Weight:
+        """The same matrix, with another bias."""
+        return replace(self, bias=_bias(bias, self.rows))
 
     def struct(self) -> CMatrix:
         bias = None if self.bias is None else self.bias.data_ptr()
-        return CMatrix(self.data.data_ptr(), bias, TYPES[self.type], self.rows, self.columns, 0)
+        stride = self.data.stride(0) * self.data.element_size() if self.experts else 0
+        return CMatrix(self.data.data_ptr(), bias, stride, TYPES[self.type], self.rows, self.columns)
 
     @property
     def is_quantized(self) -> bool:

@@ -107,6 +107,18 @@ class QuantizedTensor:
         blocks = self.blocks[start:stop]
         return QuantizedTensor(blocks, self.type, (blocks.shape[0], self.shape[-1]))
 
+    def chunk(self, count: int, dim: int = -2) -> tuple[QuantizedTensor, ...]:
+        """As `Tensor.chunk`, along the rows: the matrix, or each of a stack, in `count` parts of equal height.
+
+        Raises ValueError where its rows are not so many equal parts, or for another dimension.
+        """
+        *stack, rows, columns = self.shape
+        if dim != -2 or rows % count:
+            raise ValueError(f"{rows} rows are not {count} equal parts (dimension {dim})")
+        parts = self.blocks.view(*stack, count, rows // count, -1).unbind(-3)
+        shape = (*stack, rows // count, columns)
+        return tuple(QuantizedTensor(part.reshape(-1, self.blocks.shape[1]), self.type, shape) for part in parts)
+
     def take_rows(self, index: Tensor) -> QuantizedTensor:
         """The flattened rows that `index` (integers of any shape) names.
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +11,52 @@ import torch
 from torch import Tensor, nn
 
 import pentad
+from pentad.convert import convert
+from pentad.errors import BadInput
 from pentad.generate.engine import Engine, Request
 from pentad.generate.plan import NotDerivable, PlanStep, step_for
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep, Step
 from pentad.kernels import Program
 from pentad.loading import load_network
+from pentad.models import FAMILIES as FAMILIES_OF_THE_HOUSE
 from pentad.nn.attention import Attention
 from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear
-from tests.helpers.gguf_llama import write_gguf
+from pentad.nn.moe.dispatch import EvenCapacity
+from pentad.nn.moe.routers import expert_choice
 from tests.helpers.programs import every_isa, needs_kernels
-from tests.helpers.tiny import assert_equal_logits, network_of, random_ids, rms, tiny_checkpoint, tiny_peer
+from tests.helpers.tiny import assert_equal_logits, network_of, random_ids, rms, talking_checkpoint, tiny_checkpoint
+from tests.helpers.tiny_openmoe import openmoe_checkpoint
+from tests.helpers.tiny_qwen import qwen_checkpoint
 
 pytestmark = needs_kernels
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama, tied, with biases": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-    "mistral": {"family": "mistral"},
-    "qwen2": {"family": "qwen2"},
-    "qwen3": {"family": "qwen3", "head_dim": 16},
-    "odd sizes": {"hidden_size": 36, "intermediate_size": 50, "vocab_size": 97, "num_attention_heads": 6},
-    "dynamic RoPE": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+FAMILIES: dict[str, Callable[[Path], Any]] = {
+    "llama": tiny_checkpoint,
+    "llama, tied, with biases": partial(tiny_checkpoint, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "mistral": partial(tiny_checkpoint, family="mistral", sliding_window=20),
+    "qwen": qwen_checkpoint,
+    "qwen, past its length": partial(qwen_checkpoint, use_logn_attn=True, use_dynamic_ntk=True),
+    "qwen2": partial(tiny_checkpoint, family="qwen2"),
+    "qwen3": partial(tiny_checkpoint, family="qwen3", head_dim=16),
+    "phi": partial(tiny_checkpoint, family="phi"),
+    "phi, norms of queries": partial(tiny_checkpoint, family="phi", qk_layernorm=True, partial_rotary_factor=0.75),
+    "mixtral": partial(tiny_checkpoint, family="mixtral", num_local_experts=5, num_experts_per_tok=2),
+    "mixtral, one expert": partial(tiny_checkpoint, family="mixtral", num_local_experts=3, num_experts_per_tok=1),
+    "openmoe": partial(openmoe_checkpoint, router_drop_tks=False),
+    "odd sizes": partial(tiny_checkpoint, hidden_size=36, intermediate_size=50, vocab_size=97, num_attention_heads=6),
+    "dynamic RoPE": partial(
+        tiny_checkpoint, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    ),
 }
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    return network_of(tiny_checkpoint(tmp_path_factory.mktemp("family"), **FAMILIES[request.param]).folder)
+    return network_of(FAMILIES[request.param](tmp_path_factory.mktemp("family")).folder)
+
+
+def test_there_is_one_of_each_family() -> None:
+    assert {name.split(",")[0] for name in FAMILIES} >= set(FAMILIES_OF_THE_HOUSE) - {"switch_transformers"}
 
 
 @pytest.fixture
@@ -44,14 +64,16 @@ def llama(tmp_path: Path) -> nn.Module:
     return network_of(tiny_checkpoint(tmp_path).folder)
 
 
-@pytest.fixture(scope="module", params=["Q4_0", "Q4_1", "Q8_0"])
+@pytest.fixture(scope="module", params=["q4_0", "q4_1", "q8_0", "mixtral", "phi"])
 def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    """All matrices in blocks, embedding and head too, which are tied."""
-    path = tmp_path_factory.mktemp("quantized") / "tiny.gguf"
-    peer = tiny_peer(hidden_size=64, intermediate_size=96, tie_word_embeddings=True)
-    with torch.no_grad():
-        write_gguf(path, peer, request.param)
-    return load_network(pentad.weights.open(path), blocks=True)
+    """All matrices in blocks, embedding and head too, which are tied; of a mixture, the experts'."""
+    folder = tmp_path_factory.mktemp("quantized")
+    family = request.param if request.param in FAMILIES else "llama"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": family != "phi"}
+    talking_checkpoint(folder / "floats", family=family, **sizes)
+    quantization = "q4_0" if family == request.param else request.param
+    convert(folder / "floats", folder / "tiny.gguf", to="gguf", quantize=quantization)
+    return load_network(pentad.weights.open(folder / "tiny.gguf"), blocks=True)
 
 
 def runs_of(step: Step, ids: Sequence[int], sizes: Sequence[int] = (1000,)) -> Tensor:
@@ -239,11 +261,57 @@ def test_what_is_replaced_is_not_read_any_more(llama: nn.Module, change: Callabl
     assert not torch.allclose(runs_of(again, ids), before)
 
 
+@pytest.mark.parametrize("sizes", [[1000], [7, 30], [1]])
+@pytest.mark.parametrize("options", [{"router_capacity_factor_eval": 0.5}, {"query_ahead_at_decode": 1}])
+def test_quirks_that_depend_on_the_cut(tmp_path: Path, options: dict[str, Any], sizes: list[int]) -> None:
+    """Of OpenMoE: what an expert takes of a step's tokens, and queries that are ahead in decoding."""
+    network = network_of(openmoe_checkpoint(tmp_path, **options).folder)
+    plan, plain, ids = PlanStep(network), PlainStep(network), random_ids(90)
+    assert_equal_logits(runs_of(plan, ids, sizes), runs_of(plain, ids, sizes))
+    if sizes == [1000]:  # each of several sequences has its own
+        work = [ids[:40], ids[:3], ids[40:]]
+        ours, theirs = (
+            step([(step.cache.open(), part) for part in work], range(len(ids[:43] + ids[40:])))
+            for step in (plan, plain)
+        )
+        assert_equal_logits(ours, theirs)
+
+
+def test_an_expert_takes_at_least_one_token(tmp_path: Path) -> None:
+    network = network_of(openmoe_checkpoint(tmp_path).folder)
+    network.layers[1].feedforward.capacity = EvenCapacity(0.1, 8, 0)
+    for step in (PlanStep(network), PlainStep(network)):
+        with pytest.raises(BadInput, match="capacity for 3 tokens is 0"):
+            runs_of(step, [1, 2, 3])
+
+
+def test_mixtures_that_are_not_known(tmp_path: Path) -> None:
+    network = network_of(tiny_checkpoint(tmp_path, family="mixtral").folder)
+    mixture = network.layers[1].feedforward
+    for name, value in {"route": expert_choice, "group_size": 8, "training": True}.items():
+        before = getattr(mixture, name)
+        setattr(mixture, name, value)
+        with pytest.raises(NotDerivable, match="mixture"):
+            PlanStep(network)
+        setattr(mixture, name, before)
+    assert type(step_for(network)) is PlanStep
+
+
+def test_a_cache_of_bytes(llama: nn.Module) -> None:
+    ids = random_ids(90)
+    exact, plan = runs_of(PlainStep(llama), ids), PlanStep(llama, cache_dtype=torch.int8, page_size=16)
+    y = runs_of(plan, ids)
+    assert plan.cache.keys[0].dtype == torch.int8
+    assert 1e-5 * rms(exact) <= rms(y - exact) <= 0.02 * rms(exact)
+    assert torch.equal(runs_of(plan, ids, [1, 5, 17]), y)
+
+
 def test_replaced_blocks(quantized: nn.Module) -> None:
     network = copy.copy(quantized)
     network._modules = dict(quantized._modules)
     plan, ids = PlanStep(network), random_ids(20)
-    network.head = QuantizedLinear(network.head.weight.rows(8, 40))
+    bias = network.head.bias
+    network.head = QuantizedLinear(network.head.weight.rows(8, 40), bias if bias is None else bias[8:40])
     again = plan.renewed()
     assert again is not plan
     assert torch.equal(runs_of(again, ids), runs_of(plan, ids)[:, 8:40])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pentad import kernels
-from pentad.kernels import Weight
+from pentad.kernels import Norm, Weight
 from pentad.kernels.program import GATES, LOGITS, NORMED, RESIDUAL
 from tests.helpers.blocks import HALVES, dequantized, random_blocks
 from tests.helpers.programs import every_isa, needs_kernels, packed, product, program, run_rows
@@ -173,7 +173,7 @@ def test_norm(width: int, isa: str) -> None:
     x, weight = random_x(40, width), random_x(1, width, seed=2)[0]
     made = program(isa=isa)
     made.embed(Weight.floats(x))
-    made.norm(weight, 1e-5, quantize=width % 32 == 0, wanted=True)
+    made.norm(Norm(weight, 1e-5), quantize=width % 32 == 0, wanted=True)
     made.matmul([Weight.floats(torch.eye(width))], NORMED, LOGITS, wanted=True)
     wanted = [0, 39, 5]
     y = run_rows(made, range(40), wanted)
@@ -192,7 +192,7 @@ def test_gated_and_added(kind: str, isa: str) -> None:
     made = program(isa=isa)
     made.embed(Weight.floats(x))
     made.quantize(RESIDUAL)
-    made.gated(gate, up, RESIDUAL)
+    made.gated([gate, up], RESIDUAL)
     made.quantize(GATES)
     made.matmul([down], GATES, RESIDUAL, add=True)
     made.matmul([Weight.floats(torch.eye(64))], RESIDUAL, LOGITS)

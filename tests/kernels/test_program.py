@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pentad import kernels
-from pentad.kernels import CachePools, Program, Tokens, Weight
+from pentad.kernels import CachePools, Norm, Program, Tokens, Weight
 from pentad.kernels.program import LOGITS, NORMED, PROJECTED, RESIDUAL
 from tests.helpers.blocks import random_blocks
 from tests.helpers.programs import needs_kernels, packed, product, program, run_rows
@@ -115,7 +115,7 @@ def test_weights_that_are_refused() -> None:
         assert not kernels.packs(kind, columns)
         with pytest.raises(ValueError, match="no kernel"):
             Weight.packed(blocks.blocks, kind, (4, columns))
-    for wrong in (torch.zeros(4), torch.zeros(4, 4).double(), torch.zeros(4, 8).T, torch.zeros(4, 4, device="meta")):
+    for wrong in (torch.zeros(4), torch.zeros(4, 4).double(), torch.zeros(4, 0), torch.zeros(4, 4, device="meta")):
         with pytest.raises(ValueError, match="matrix"):
             Weight.floats(wrong)
     with pytest.raises(ValueError, match="4 numbers"):
@@ -136,11 +136,11 @@ def test_operations_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(ValueError, match="quantized first"):
         made.matmul([packed(random_blocks("q4_1", 4, 64))], RESIDUAL, LOGITS)
     with pytest.raises(ValueError, match="64 numbers"):
-        made.norm(torch.ones(32), 1e-5, quantize=False)
+        made.norm(Norm(torch.ones(32), 1e-5), quantize=False)
     with pytest.raises(ValueError, match="heads"):
         made.attention(0, 2)
     with pytest.raises(ValueError, match="gate"):
-        made.gated(wide, Weight.floats(torch.zeros(4, 64)), RESIDUAL)
+        made.gated([wide, Weight.floats(torch.zeros(4, 64))], RESIDUAL)
 
 
 def run_python(code: str, **environment: str) -> str:

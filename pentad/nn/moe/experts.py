@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pentad.weights.quantized import QuantizedTensor
 
 FEW_ROWS = 64  # of each expert: up to here a product takes hardly longer than reading its weight
 SLAB_ROWS = 2048  # computed at a time: what lies between products stays in memory that a CPU has at hand
@@ -40,6 +43,32 @@ class GroupedLinear(nn.Module):
         Weights of experts without rows are not read. `which`: the experts that there are rows of.
         """
         return grouped_linear(x_SI, self.weight[which], ends_E)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+class QuantizedGroupedLinear(nn.Module):
+    """`GroupedLinear` whose weight stays in its file's quantized blocks; an expert's is dequantized when rows come.
+
+    Args:
+        weight: [E, O, I], mapped blocks.
+    """
+
+    def __init__(self, weight: QuantizedTensor) -> None:
+        super().__init__()
+        self.experts, self.out_features, self.in_features = weight.shape
+        self.weight: Final = weight
+
+    def forward(self, x_SI: Tensor, ends_E: Tensor, which: slice = EVERY) -> Tensor:
+        """As `GroupedLinear.forward`."""
+        out, start = [x_SI.new_empty(0, self.out_features)], 0
+        for expert, end in zip(range(self.experts)[which], ends_E.tolist(), strict=True):
+            if end > start:
+                weight = self.weight.rows(expert * self.out_features, (expert + 1) * self.out_features)
+                out.append(F.linear(x_SI[start:end], weight.dequantize(x_SI.dtype)))
+            start = end
+        return torch.cat(out)
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
