@@ -287,38 +287,41 @@ template <int T> INLINE F floats_part(const uint8_t* p, int count) {
   return floats<T>(whole);
 }
 
-// The same for a weight of floats, row after row, of which there are `rows` up to 16.
+// The same for a weight of floats, row after row, of which there are `rows` up to 16: sums over a register's lanes, for as
+// many rows of both at once as registers hold.
 template <int T, int R>
 INLINE void multiply_rows(const uint8_t* w, int rows, int columns, const float* x, ptrdiff_t stride, F* out) {
-  constexpr int AT_ONCE = 4;
+  constexpr int AT_ONCE = R >= 8 ? 2 : 4;
   const ptrdiff_t row_bytes = ptrdiff_t(columns) * size_of(T);
+  const int whole = columns / LANES * LANES;
   float results[R][LANES] = {};
   for (int first = 0; first < rows; first += AT_ONCE) {
-    const int last = least(rows, first + AT_ONCE) - 1;
-    F sums[AT_ONCE][R];
+    const uint8_t* from[AT_ONCE];
+    F sums[AT_ONCE * R];
     UNROLL
-    for (int j = 0; j < AT_ONCE; j++) {
-      UNROLL
-      for (int r = 0; r < R; r++) sums[j][r] = F{};
-    }
-    const int whole = columns / LANES * LANES;
-    for (int k = 0; k < columns; k += LANES) {
+    for (int j = 0; j < AT_ONCE; j++) from[j] = w + least(first + j, rows - 1) * row_bytes;
+    UNROLL
+    for (int i = 0; i < AT_ONCE * R; i++) sums[i] = F{};
+    const auto add = [&](auto weights, auto activations) __attribute__((always_inline)) {
       F wk[AT_ONCE];
       UNROLL
-      for (int j = 0; j < AT_ONCE; j++) {
-        const uint8_t* p = w + least(first + j, last) * row_bytes + ptrdiff_t(k) * size_of(T);
-        wk[j] = k < whole ? floats<T>(p) : floats_part<T>(p, columns - whole);
-      }
+      for (int j = 0; j < AT_ONCE; j++) wk[j] = weights(from[j]);
       UNROLL
       for (int r = 0; r < R; r++) {
-        const float* p = x + r * stride + k;
-        const F xk = k < whole ? load<F>(p) : load_part(p, columns - whole);
+        const F xk = activations(x + r * stride);
         UNROLL
-        for (int j = 0; j < AT_ONCE; j++) sums[j][r] = Isa::fma(wk[j], xk, sums[j][r]);
+        for (int j = 0; j < AT_ONCE; j++) sums[r * AT_ONCE + j] = Isa::fma(wk[j], xk, sums[r * AT_ONCE + j]);
       }
-    }
-    for (int j = 0; first + j <= last; j++)
-      for (int r = 0; r < R; r++) results[r][first + j] = Isa::sum_lanes(sums[j][r]);
+    };
+    for (int k = 0; k < whole; k += LANES)
+      add([&](const uint8_t* p) { return floats<T>(p + ptrdiff_t(k) * size_of(T)); }, [&](const float* p) { return load<F>(p + k); });
+    if (whole < columns)
+      add([&](const uint8_t* p) { return floats_part<T>(p + ptrdiff_t(whole) * size_of(T), columns - whole); },
+          [&](const float* p) { return load_part(p + whole, columns - whole); });
+    float each[AT_ONCE * R];
+    Isa::sum_lanes_of<AT_ONCE * R>(sums, each);
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < AT_ONCE && first + j < rows; j++) results[r][first + j] = each[r * AT_ONCE + j];
   }
   for (int r = 0; r < R; r++) out[r] = load<F>(results[r]);
 }
