@@ -8,7 +8,8 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
-TYPES = {"f32": 0, "bf16": 1, "f16": 2, "q4_0": 3, "q4_1": 4, "q8_0": 5, "q4_k": 6, "q6_k": 7, "i8": 8}
+_FLOATS, _BLOCKS = ("f32", "bf16", "f16"), ("q4_0", "q4_1", "q8_0", "q4_k", "q6_k", "q5_0", "q5_1", "q5_k")
+TYPES = {name: number for number, name in enumerate((*_FLOATS, *_BLOCKS, "i8"))}
 """How a weight's numbers, or a cache's, are stored: floats, ggml's blocks, and the cache's bytes with their scales."""
 
 BUFFERS, BLOCKS_BUFFER, PARTS_BUFFER, ROUTES_BUFFER = 11, 8, 9, 10

@@ -7,7 +7,7 @@ namespace pentad {
 
 // How a weight's numbers are stored. The quantized types are ggml's blocks, repacked into the tiles of kernels.h; the
 // float types are read where they lie, row after row. I8 is the cache's alone, with a scale for each token and head.
-enum Type : int32_t { F32, BF16, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, I8 };
+enum Type : int32_t { F32, BF16, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, Q5_0, Q5_1, Q5_K, I8 };
 
 struct Matrix {
   const uint8_t* data;  // of a quantized type: tiles, aligned to 64 bytes

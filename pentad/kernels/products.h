@@ -7,6 +7,7 @@
 //     a block's integers, unsigned, as 8 groups of 4 columns; in a group lane r is row r:
 //       8 bits:  group g      = 64 bytes: lane r has columns 4g to 4g+3 of row r
 //       4 bits:  64 bytes g<4 = low nibbles: group g, high nibbles: group g+4
+//       5 bits:  as 4 bits; then 64 bytes, of which bit g is the high bit of group g
 //       6 bits:  as 4 bits; then 2 x 64 bytes, of which bits 2i and 2i+1 are the high bits of group 4h+i (h: which 64)
 //     then, for each of the 16 rows, what makes numbers of them: d, and m where the type has a minimum
 //
@@ -151,8 +152,11 @@ template <int Head, int Span, int Block, int Shift, bool Minimum, bool Halves> s
 };
 template <> struct Format<Q4_0> : Layout<0, 1, 256 + 32, 3, false, false> {};
 template <> struct Format<Q4_1> : Layout<0, 1, 256 + 64, -1, true, false> {};
+template <> struct Format<Q5_0> : Layout<0, 1, 320 + 32, 4, false, false> {};
+template <> struct Format<Q5_1> : Layout<0, 1, 320 + 64, -1, true, false> {};
 template <> struct Format<Q8_0> : Layout<0, 1, 512 + 32, 7, false, false> {};
 template <> struct Format<Q4_K> : Layout<64, 8, 256 + 32, -1, true, false> {};
+template <> struct Format<Q5_K> : Layout<64, 8, 320 + 32, -1, true, false> {};
 template <> struct Format<Q6_K> : Layout<32, 8, 384 + 32, 5, false, true> {};
 
 template <int T> constexpr size_t tile_bytes(int columns) {
@@ -175,6 +179,13 @@ template <int T> INLINE void integers(const uint8_t* block, B (&w)[8]) {
       w[g] = v & 15;
       w[g + 4] = Isa::shift_right<4>(v) & 15;
     }
+    if constexpr (T == Q5_0 || T == Q5_1 || T == Q5_K) {
+      const B h = load<B>(block + 256);
+      w[0] |= Isa::shift_left<4>(h) & 16, w[4] |= h & 16;
+      w[1] |= Isa::shift_left<3>(h) & 16, w[5] |= Isa::shift_right<1>(h) & 16;
+      w[2] |= Isa::shift_left<2>(h) & 16, w[6] |= Isa::shift_right<2>(h) & 16;
+      w[3] |= Isa::shift_left<1>(h) & 16, w[7] |= Isa::shift_right<3>(h) & 16;
+    }
     if constexpr (T == Q6_K) {
       const B a = load<B>(block + 256), b = load<B>(block + 320);
       w[0] |= Isa::shift_left<4>(a & 3), w[4] |= Isa::shift_left<4>(b & 3);
@@ -191,8 +202,8 @@ template <class Bytes> INLINE F from_bytes(const uint8_t* p) {
 
 template <int T> INLINE Scales scales(const uint8_t* head, const uint8_t* block) {
   const uint8_t* after = block + Format<T>::block;
-  if constexpr (T == Q4_1) return {Isa::half(after - 64), Isa::half(after - 32), F{}, F{}};
-  if constexpr (T == Q4_K) {
+  if constexpr (T == Q4_1 || T == Q5_1) return {Isa::half(after - 64), Isa::half(after - 32), F{}, F{}};
+  if constexpr (T == Q4_K || T == Q5_K) {
     const F d = Isa::half(head) * from_bytes<U16>(after - 32), m = Isa::half(head + 32) * from_bytes<U16>(after - 16);
     return {d, -m, F{}, F{}};
   }
@@ -350,7 +361,8 @@ template <int T, int R> void multiply(const Matrix& m, int tile, const Inputs& i
 using Multiply = void (*)(const Matrix&, int, const Inputs&, int, bool, F*);
 template <int R> constexpr Multiply multiply_by_type[] = {
     multiply<F32, R>,  multiply<BF16, R>, multiply<F16, R>,  multiply<Q4_0, R>,
-    multiply<Q4_1, R>, multiply<Q8_0, R>, multiply<Q4_K, R>, multiply<Q6_K, R>};
+    multiply<Q4_1, R>, multiply<Q8_0, R>, multiply<Q4_K, R>, multiply<Q6_K, R>,
+    multiply<Q5_0, R>, multiply<Q5_1, R>, multiply<Q5_K, R>};
 
 // One tile of a weight times `rows` rows from `row` on: R of them together, what is left by halves of R.
 template <int R> INLINE void multiply_some(const Matrix& m, int tile, const Inputs& in, int row, int rows, bool fast, F* out) {

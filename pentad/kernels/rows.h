@@ -191,7 +191,8 @@ template <int T> void copy_row(const Matrix& m, int row, float* out) {
 void embed(const Op& op, const Step& s, int chunk) {
   using Read = void (*)(const Matrix&, int, float*);
   constexpr Read read[] = {copy_row<F32>,    copy_row<BF16>,   copy_row<F16>,    dequantize<Q4_0>,
-                           dequantize<Q4_1>, dequantize<Q8_0>, dequantize<Q4_K>, dequantize<Q6_K>};
+                           dequantize<Q4_1>, dequantize<Q8_0>, dequantize<Q4_K>, dequantize<Q6_K>,
+                           dequantize<Q5_0>, dequantize<Q5_1>, dequantize<Q5_K>};
   for (int row = chunk * ROWS_A_CHUNK; row < last_row_of(op, s, chunk); row++)
     read[op.w[0].type](op.w[0], s.ids[row], buffer(s, op.out) + ptrdiff_t(row) * op.out_width);
 }

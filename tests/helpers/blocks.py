@@ -5,7 +5,16 @@ from torch import Tensor
 
 from pentad.weights.quantized import BLOCKS, QuantizedTensor
 
-HALVES = {"q4_0": (0,), "q4_1": (0, 1), "q8_0": (0,), "q4_k": (0, 1), "q6_k": (104,)}
+HALVES = {
+    "q4_0": (0,),
+    "q4_1": (0, 1),
+    "q5_0": (0,),
+    "q5_1": (0, 1),
+    "q8_0": (0,),
+    "q4_k": (0, 1),
+    "q5_k": (0, 1),
+    "q6_k": (104,),
+}
 """Where each type's blocks have their float16 numbers."""
 
 

@@ -111,7 +111,7 @@ def test_weights_that_are_refused() -> None:
     for wrong in (blocks.blocks[:, :20], blocks.blocks[:3], blocks.blocks.char(), blocks.blocks.repeat(1, 2)[:, ::2]):
         with pytest.raises(ValueError, match="blocks"):
             Weight.packed(wrong, "q4_1", (4, 64))
-    for kind, columns in (("q4_1", 48), ("q4_k", 128), ("q5_0", 64), ("f32", 64), ("q4_1", 0)):
+    for kind, columns in (("q4_1", 48), ("q4_k", 128), ("q3_k", 256), ("f32", 64), ("q4_1", 0)):
         assert not kernels.packs(kind, columns)
         with pytest.raises(ValueError, match="no kernel"):
             Weight.packed(blocks.blocks, kind, (4, columns))
