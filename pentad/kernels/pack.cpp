@@ -88,8 +88,8 @@ template <bool Fifth> void q4_k(const uint8_t* in, int lane, uint8_t* out) {
   for (int b = 0; b < 8; b++) {
     uint8_t* block = out + 64 + b * (integers + 32);
     const int i = b % 4;
-    block[integers + lane] = b < 4 ? d[i] & 63 : (low[i] & 15) | (d[i] >> 2 & 48);
-    block[integers + 16 + lane] = b < 4 ? m[i] & 63 : low[i] >> 4 | (m[i] >> 2 & 48);
+    block[integers + 2 * lane] = b < 4 ? d[i] & 63 : (low[i] & 15) | (d[i] >> 2 & 48);
+    block[integers + 2 * lane + 1] = b < 4 ? m[i] & 63 : low[i] >> 4 | (m[i] >> 2 & 48);
     if (Fifth) {
       uint32_t bits = 0;
       for (int g = 0; g < 8; g++) bits |= (word(high + 4 * g) >> b & 0x01010101) << g;
@@ -120,7 +120,7 @@ void q6_k(const uint8_t* in, int lane, uint8_t* out) {
       uint32_t bits = 0;
       for (int i = 0; i < 4; i++) bits |= (word(h + half * 16 + 4 * i) >> pair & 0x03030303) << 2 * i;
       put(block + 256 + 64 * half + 4 * lane, bits);
-      block[384 + 16 * half + lane] = scales[b * 2 + half];
+      block[384 + 2 * lane + half] = scales[b * 2 + half];
     }
   }
 }

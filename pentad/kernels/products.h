@@ -9,7 +9,8 @@
 //       4 bits:  64 bytes g<4 = low nibbles: group g, high nibbles: group g+4
 //       5 bits:  as 4 bits; then 64 bytes, of which bit g is the high bit of group g
 //       6 bits:  as 4 bits; then 2 x 64 bytes, of which bits 2i and 2i+1 are the high bits of group 4h+i (h: which 64)
-//     then, for each of the 16 rows, what makes numbers of them: d, and m where the type has a minimum
+//     then what makes numbers of them: d of each of the 16 rows, then m of each where the type has a minimum; of K types
+//     two bytes of each row, by which the d and m in the head are multiplied (Q6_K: d, for either half of the columns)
 //
 // so one 64-byte register holds 4 columns of all 16 rows, and a dot product of 4 bytes a lane adds to 16 sums.
 //
@@ -32,7 +33,6 @@ using F = float __attribute__((vector_size(64)));
 using I = int32_t __attribute__((vector_size(64)));
 using B = uint8_t __attribute__((vector_size(64)));
 using S16 = int8_t __attribute__((vector_size(16)));
-using U16 = uint8_t __attribute__((vector_size(16)));
 using H16 = uint16_t __attribute__((vector_size(32)));
 
 #define INLINE inline __attribute__((always_inline))
@@ -51,6 +51,8 @@ INLINE F all(float x) { return x - F{}; }
 INLINE I all(int32_t x) { return x - I{}; }
 INLINE I bits(F x) { return (I)x; }
 INLINE F number(I x) { return (F)x; }
+INLINE I shorts(const void* p) { return __builtin_convertvector(load<H16>(p), I); }
+INLINE F to_floats(I x) { return __builtin_convertvector(x, F); }
 INLINE F most(F a, F b) { return a > b ? a : b; }
 INLINE F load_part(const float* p, int count) {
   F v = {};
@@ -196,18 +198,17 @@ template <int T> INLINE void integers(const uint8_t* block, B (&w)[8]) {
   }
 }
 
-template <class Bytes> INLINE F from_bytes(const uint8_t* p) {
-  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), I), F);
-}
-
 template <int T> INLINE Scales scales(const uint8_t* head, const uint8_t* block) {
   const uint8_t* after = block + Format<T>::block;
   if constexpr (T == Q4_1 || T == Q5_1) return {Isa::half(after - 64), Isa::half(after - 32), F{}, F{}};
   if constexpr (T == Q4_K || T == Q5_K) {
-    const F d = Isa::half(head) * from_bytes<U16>(after - 32), m = Isa::half(head + 32) * from_bytes<U16>(after - 16);
-    return {d, -m, F{}, F{}};
+    const I pairs = shorts(after - 32);
+    return {Isa::half(head) * to_floats(pairs & 255), -Isa::half(head + 32) * to_floats(pairs >> 8), F{}, F{}};
   }
-  if constexpr (T == Q6_K) return {Isa::half(head), F{}, from_bytes<S16>(after - 32), from_bytes<S16>(after - 16)};
+  if constexpr (T == Q6_K) {
+    const I pairs = shorts(after - 32);
+    return {Isa::half(head), F{}, to_floats(pairs << 24 >> 24), to_floats(pairs << 16 >> 24)};
+  }
   return {Isa::half(after - 32), F{}, F{}, F{}};
 }
 
@@ -237,7 +238,7 @@ INLINE void products(const B (&w)[8], const Activations<Exact>* x, ptrdiff_t str
       low[r] = dot<wide>(low[r], w[g], x[r * stride].low + 4 * g);
     }
   UNROLL
-  for (int r = 0; r < R; r++) v[r] = __builtin_convertvector(Exact ? (high[r] << 8) + low[r] : low[r], F);
+  for (int r = 0; r < R; r++) v[r] = to_floats(Exact ? (high[r] << 8) + low[r] : low[r]);
 }
 
 // 16 rows of a weight times R rows of activations: out[r] has the 16 results of row r.
@@ -287,8 +288,8 @@ INLINE void multiply_tile(const uint8_t* tile, int blocks, const Activations<Exa
 template <int T> INLINE F floats(const uint8_t* p) {
   if constexpr (T == F32) return load<F>(p);
   if constexpr (T == F16) return Isa::half(p);
-  if constexpr (T == I8) return __builtin_convertvector(__builtin_convertvector(load<S16>(p), I), F);
-  return number(__builtin_convertvector(load<H16>(p), I) << 16);  // BF16
+  if constexpr (T == I8) return from_bytes<S16>(p);
+  return number(shorts(p) << 16);  // BF16
 }
 constexpr int size_of(int type) { return type == F32 ? 4 : 2; }
 
