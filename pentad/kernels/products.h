@@ -288,7 +288,7 @@ INLINE void multiply_tile(const uint8_t* tile, int blocks, const Activations<Exa
 template <int T> INLINE F floats(const uint8_t* p) {
   if constexpr (T == F32) return load<F>(p);
   if constexpr (T == F16) return Isa::half(p);
-  if constexpr (T == I8) return from_bytes<S16>(p);
+  if constexpr (T == I8) return __builtin_convertvector(__builtin_convertvector(load<S16>(p), I), F);
   return number(shorts(p) << 16);  // BF16
 }
 constexpr int size_of(int type) { return type == F32 ? 4 : 2; }

@@ -64,16 +64,35 @@ def llama(tmp_path: Path) -> nn.Module:
     return network_of(tiny_checkpoint(tmp_path).folder)
 
 
-@pytest.fixture(scope="module", params=["q4_0", "q4_1", "q8_0", "mixtral", "phi"])
-def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    """All matrices in blocks, embedding and head too, which are tied; of a mixture, the experts'."""
+MIXES = {
+    **{kind: (kind, 64, {}) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")},
+    "Q4_K_M": ("Q4_K", 256, {"token_embd": "Q6_K", "attn_v": "Q6_K", "blk.0.ffn_down": "Q6_K"}),
+    "Q5_K_M": ("Q5_K", 256, {"token_embd": "Q6_K", "attn_v": "Q6_K", "blk.0.ffn_down": "Q6_K"}),
+    "Q4_K_M, odd sizes": ("Q5_0", 64, {"token_embd": "Q8_0", "attn_v": "Q8_0", "blk.0.ffn_down": "Q8_0"}),
+}
+"""What llama.cpp's files of that name have: most matrices' kind, a width that it fits, kinds of some others."""
+
+
+@pytest.fixture(scope="module", params=[*MIXES, "mixtral", "phi"])
+def quantized_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All matrices in blocks, embedding and head too, which are mostly tied; a mixture's experts."""
     folder = tmp_path_factory.mktemp("quantized")
-    family = request.param if request.param in FAMILIES else "llama"
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": family != "phi"}
-    talking_checkpoint(folder / "floats", family=family, **sizes)
-    quantization = "q4_0" if family == request.param else request.param
-    convert(folder / "floats", folder / "tiny.gguf", to="gguf", quantize=quantization)
-    return load_network(pentad.weights.open(folder / "tiny.gguf"), blocks=True)
+    path = folder / "tiny.gguf"
+    if request.param in FAMILIES:
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": request.param == "mixtral"}
+        talking_checkpoint(folder / "floats", family=request.param, **sizes)
+        convert(folder / "floats", path, to="gguf", quantize="q4_0")
+        return path
+    kind, width, others = MIXES[request.param]
+    peer = tiny_peer(hidden_size=width, intermediate_size=2 * width, tie_word_embeddings=True)
+    with torch.no_grad():
+        write_gguf(path, peer, kind, other_kinds=others)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(quantized_file: Path) -> nn.Module:
+    return load_network(pentad.weights.open(quantized_file), blocks=True)
 
 
 def runs_of(step: Step, ids: Sequence[int], sizes: Sequence[int] = (1000,)) -> Tensor:
@@ -315,6 +334,10 @@ def test_replaced_blocks(quantized: nn.Module) -> None:
     again = plan.renewed()
     assert again is not plan
     assert torch.equal(runs_of(again, ids), runs_of(plan, ids)[:, 8:40])
+
+
+def test_a_quantized_file_is_loaded_with_its_plan(quantized_file: Path) -> None:
+    assert type(pentad.load(quantized_file).step) is PlanStep
 
 
 def test_without_kernels_it_is_plain_torch(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

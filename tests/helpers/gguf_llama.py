@@ -10,6 +10,8 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.blocks import random_blocks
+
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -45,12 +47,15 @@ def write_gguf(
     peer: LlamaForCausalLM,
     kind: str = "F32",
     *,
+    other_kinds: dict[str, str] | None = None,
     skip: tuple[str, ...] = (),
     extra: dict[str, np.ndarray] | None = None,
     rope: dict[str, object] | None = None,
 ) -> None:
     """Writes `peer`'s weights, matrices in `kind`, and puts into `peer` what the file then holds.
 
+    `other_kinds`: those of some matrices, by a part of the file's name. In K kinds, which ggml's package doesn't write,
+    numbers are random ones.
     `skip` leaves tensors out by the file's names, `extra` adds some; `rope`: what to say of its
     scaling: {"type", "factor", "original_context_length"}.
     """
@@ -92,9 +97,14 @@ def write_gguf(
         if weight.ndim == 1:
             writer.add_tensor(gguf_name(name), numbers)
             continue
-        blocks = quantize(numbers, GGMLQuantizationType[kind])
-        writer.add_tensor(gguf_name(name), blocks, raw_dtype=GGMLQuantizationType[kind])
-        held = torch.from_numpy(np.array(dequantize(blocks, GGMLQuantizationType[kind])))
+        kinds = [other for part, other in (other_kinds or {}).items() if part in gguf_name(name)]
+        stored_as = GGMLQuantizationType[kinds[0] if kinds else kind]
+        if stored_as.name.endswith("_K"):
+            blocks = random_blocks(stored_as.name.lower(), *numbers.shape, scale=1e-4).blocks.numpy()
+        else:
+            blocks = quantize(numbers, stored_as)
+        writer.add_tensor(gguf_name(name), blocks, raw_dtype=stored_as)
+        held = torch.from_numpy(np.array(dequantize(blocks, stored_as)))
         if permuted:  # the same rows, put back
             order = interleaved(torch.arange(len(held)), permuted[0])
             held = held[order.argsort()]
