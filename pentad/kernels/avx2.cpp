@@ -13,7 +13,8 @@ struct Isa : AnyLanes {
   static constexpr int ROWS = 4;
   using B = uint8_t __attribute__((vector_size(64)));
 
-  static inline F fma(F a, F b, F c) {
+  // always in line: a call would pass 64-byte vectors through memory
+  static inline __attribute__((always_inline)) F fma(F a, F b, F c) {
     __m256 x[2], y[2], z[2];
     std::memcpy(x, &a, 64), std::memcpy(y, &b, 64), std::memcpy(z, &c, 64);
     for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
