@@ -24,8 +24,17 @@ from pentad.nn.attention import Attention
 from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear
 from pentad.nn.moe.dispatch import EvenCapacity
 from pentad.nn.moe.routers import expert_choice
+from tests.helpers.gguf_llama import write_gguf
 from tests.helpers.programs import every_isa, needs_kernels
-from tests.helpers.tiny import assert_equal_logits, network_of, random_ids, rms, talking_checkpoint, tiny_checkpoint
+from tests.helpers.tiny import (
+    assert_equal_logits,
+    network_of,
+    random_ids,
+    rms,
+    talking_checkpoint,
+    tiny_checkpoint,
+    tiny_peer,
+)
 from tests.helpers.tiny_openmoe import openmoe_checkpoint
 from tests.helpers.tiny_qwen import qwen_checkpoint
 
