@@ -101,7 +101,7 @@ class Watch:
         self._places.append(place)
         self._names.append(name)
         self._values.append(value)
-        tensor = value.blocks if isinstance(value, QuantizedTensor) else value
+        tensor = value.stored if isinstance(value, QuantizedTensor) else value
         if isinstance(tensor, Tensor) and not tensor.is_inference():
             base = tensor if tensor._base is None else tensor._base  # views count changes together
             if id(base) not in self._tensors:
@@ -299,6 +299,7 @@ class Derivation:
             packed = self._packed.get(id(weight))
             if packed is None:
                 packed = Weight.packed(weight.blocks, weight.type, weight.shape, threads=self.threads)
+                weight.give_back()
                 self._packed[id(weight)] = packed
             self.quantized = True
             return packed.with_bias(bias)

@@ -6,12 +6,10 @@ endian. Every size in a header is checked against the file before anything of th
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import re
 import struct
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +19,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from pentad.errors import PentadError
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
 from pentad.weights.files import refuse
+from pentad.weights.mapped import map_file
 from pentad.weights.quantized import BLOCKS, QuantizedTensor
 
 __all__ = ["MAGIC", "first_part", "open_gguf"]
@@ -153,7 +151,7 @@ def _check_split(parts: list[tuple[Path, _Header]]) -> None:
 def _entries(path: Path, header: _Header) -> Iterator[TensorEntry]:
     if not header.infos:
         return
-    mapped = _map(path)
+    mapped = map_file(path)
     for info in header.infos:
         dtype = _PLAIN.get(info.type)
         quantization = None if dtype else info.type
@@ -161,25 +159,12 @@ def _entries(path: Path, header: _Header) -> Iterator[TensorEntry]:
         yield TensorEntry(info.name, info.shape, dtype, quantization, info.nbytes, read)
 
 
-def _map(path: Path) -> Tensor:
-    """A file's bytes, mapped: what is written to them stays in this process."""
-    with contextlib.suppress(RuntimeError):
-        return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    # Such a mapping counts as memory, and the file is larger than there is of that. One that can't be written doesn't.
-    try:
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
-    except OSError as error:
-        raise PentadError(f"{path}: cannot be mapped into memory: {error.strerror}") from error
-
-
 def _read(mapped: Tensor, info: _Info) -> Tensor | QuantizedTensor:
     """One tensor, as a view of the mapped file."""
     data = mapped[info.start : info.start + info.nbytes]
     if info.type in _PLAIN:
         return data.view(_PLAIN[info.type]).view(info.shape)
-    return QuantizedTensor(data.view(math.prod(info.shape[:-1]), -1), info.type, info.shape)
+    return QuantizedTensor(data.view(math.prod(info.shape[:-1]), -1), info.type, info.shape, mapped=True)
 
 
 def _read_header(path: Path) -> _Header:

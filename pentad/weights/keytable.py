@@ -119,7 +119,7 @@ class Stacked:
         if isinstance(value, Tensor):
             return value.unbind()
         count = value.shape[1]
-        return [value.rows(start, start + count) for start in range(0, len(value.blocks), count)]
+        return [value.rows(start, start + count) for start in range(0, value.shape[0] * count, count)]
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pentad.errors import PentadError
+from pentad.weights.mapped import drop_pages
 
 __all__ = ["BLOCKS", "Affine4", "QuantizedTensor"]
 
@@ -67,14 +68,18 @@ class Affine4(NamedTuple):
 class QuantizedTensor:
     """A weight in the blocks of its file, most often a view of the mapped file itself.
 
-    `blocks` is uint8 [rows, bytes a row]; `type` a key of BLOCKS; `shape` the shape of the numbers
+    `stored` is uint8 [rows, bytes a row]; `type` a key of BLOCKS; `shape` the shape of the numbers
     in torch's order. Of a shape with more than two dimensions (stacked experts), all but the last
-    are flattened into the rows of `blocks`. Raises ValueError where the three do not fit together.
+    are flattened into rows. `order` (int64) names the rows of `stored` that are meant, where they
+    aren't all of them as they come. `mapped` says that `stored` is a view of a mapped file. Raises
+    ValueError where these do not fit together.
     """
 
-    blocks: Tensor
+    stored: Tensor
     type: str
     shape: tuple[int, ...]
+    order: Tensor | None = None
+    mapped: bool = False
 
     def __post_init__(self) -> None:
         if self.type not in BLOCKS:
@@ -83,19 +88,23 @@ class QuantizedTensor:
         rows, columns = math.prod(self.shape[:-1]), self.shape[-1]
         if columns % size:
             raise ValueError(f"{columns} columns are not whole {self.type} blocks of {size}")
-        if self.blocks.dtype != torch.uint8 or self.blocks.shape != (
-            rows,
-            columns // size * nbytes,
-        ):
+        wanted = rows, columns // size * nbytes
+        given = len(self.stored if self.order is None else self.order), *self.stored.shape[1:]
+        if self.stored.dtype != torch.uint8 or given != wanted:
             raise ValueError(
-                f"{self.type} blocks of {self.shape} are uint8 {(rows, columns // size * nbytes)}, "
-                f"not {self.blocks.dtype} {tuple(self.blocks.shape)}"
+                f"{self.type} blocks of {self.shape} are uint8 {wanted}, not {self.stored.dtype} {given}"
             )
+
+    @property
+    def blocks(self) -> Tensor:
+        """uint8 [rows, bytes a row]: `stored` itself, or a new copy of its rows in `order`."""
+        return self.stored if self.order is None else self.stored.index_select(0, self.order)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the blocks."""
-        return self.blocks.numel()
+        size, nbytes = BLOCKS[self.type]
+        return math.prod(self.shape) // size * nbytes
 
     @property
     def is_affine4(self) -> bool:
@@ -104,8 +113,10 @@ class QuantizedTensor:
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """Rows start to stop of the flattened rows, as a view: shape (stop - start, columns)."""
-        blocks = self.blocks[start:stop]
-        return QuantizedTensor(blocks, self.type, (blocks.shape[0], self.shape[-1]))
+        if self.order is not None:
+            return self.take_rows(torch.arange(start, min(stop, len(self.order))))
+        stored = self.stored[start:stop]
+        return replace(self, stored=stored, shape=(len(stored), self.shape[-1]))
 
     def chunk(self, count: int, dim: int = -2) -> tuple[QuantizedTensor, ...]:
         """As `Tensor.chunk`, along the rows: the matrix, or each of a stack, in `count` parts of equal height.
@@ -120,13 +131,22 @@ class QuantizedTensor:
         return tuple(QuantizedTensor(part.reshape(-1, self.blocks.shape[1]), self.type, shape) for part in parts)
 
     def take_rows(self, index: Tensor) -> QuantizedTensor:
-        """The flattened rows that `index` (integers of any shape) names.
+        """The flattened rows that `index` (integers of any shape) names, as a view.
 
         The result's shape is (*index.shape, columns). Nothing is lost: a permutation of rows, or an
         embedding's gather. Raises IndexError for a row that is not there.
         """
-        blocks = self.blocks.index_select(0, index.reshape(-1))
-        return QuantizedTensor(blocks, self.type, (*index.shape, self.shape[-1]))
+        every = torch.arange(len(self.stored)) if self.order is None else self.order
+        order = every.index_select(0, index.reshape(-1))
+        return replace(self, order=order, shape=(*index.shape, self.shape[-1]))
+
+    def give_back(self) -> None:
+        """Let go of the memory that the blocks of a mapped file take; they are read again when they are wanted again.
+
+        For whoever has made something else of them.
+        """
+        if self.mapped:
+            drop_pages(self.stored)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers, as a tensor [*shape]: computed in float32, then rounded to `dtype`.

@@ -75,7 +75,7 @@ def pieces(tensor: Outgoing) -> Iterator[memoryview]:
         raise ValueError(f"tensor {tensor.name!r} was to be {tensor.shape}, and is {tuple(value.shape)}")
     if isinstance(value, QuantizedTensor):
         rows = max(1, _SLAB // value.shape[-1])
-        for start in range(0, len(value.blocks), rows):
+        for start in range(0, math.prod(value.shape[:-1]), rows):
             part = value.rows(start, start + rows)
             same = value.type == tensor.kind
             yield _bytes(part.blocks) if same else _encode(part.dequantize(), tensor.kind, tensor.name)
