@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -57,7 +58,9 @@ def main() -> None:
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is cleaned up
-    sys.exit(_run([a for i, a in enumerate(arguments) if a != "--debug" or i >= len(options)], debug))
+    code = _run([a for i, a in enumerate(arguments) if a != "--debug" or i >= len(options)], debug)
+    gc.freeze()  # what is left goes with the process: nobody needs to look for cycles in it
+    sys.exit(code)
 
 
 def _run(arguments: list[str], debug: bool) -> int:

@@ -385,7 +385,9 @@ class PlanStep:
             "threads": threads,
             "isa": isa,
         }
-        self._plan = plan = Derivation(network, fast=fast, threads=threads or torch.get_num_threads(), isa=isa)
+        threads = threads or torch.get_num_threads()
+        with self.choosing():
+            self._plan = plan = Derivation(network, fast=fast, threads=threads, isa=isa)
         self._tables: dict[int, Tensor] = {}
         windows = [window for window in plan.windows if window is not None]
         dtype = cache_dtype or (torch.float16 if plan.quantized else torch.float32)

@@ -16,11 +16,15 @@ def load(checkpoint: Source, vocab_size: int | None = None) -> Tokenizer | None:
     Raises `BadInput` where the files are there but broken, of a kind that pentad can't read, or
     don't fit the embedding.
     """
-    from pentad.text import folder_vocab, gguf_vocab
-
     with refusing(f"{checkpoint.path}: its tokenizer can't be read"):
-        gguf = checkpoint.format == "gguf"
-        tokenizer = gguf_vocab.load(checkpoint.config) if gguf else folder_vocab.load(checkpoint)
+        if checkpoint.format == "gguf":
+            from pentad.text import gguf_vocab
+
+            tokenizer = gguf_vocab.load(checkpoint.config)
+        else:
+            from pentad.text import folder_vocab
+
+            tokenizer = folder_vocab.load(checkpoint)
     if tokenizer is not None and vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise BadInput(
             f"{checkpoint.path}: its tokenizer has {tokenizer.vocab_size} ids, its embedding only {vocab_size} rows: "

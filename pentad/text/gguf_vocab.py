@@ -82,8 +82,9 @@ def _types(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
         return [Kind.NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise BadInput(f"GGUF vocabulary: {len(tokens)} tokens but {len(types)} token types")
+    user_defined = Kind.USER_DEFINED
     return [
-        Kind.CONTROL if kind == Kind.USER_DEFINED and is_control(token) else kind
+        Kind.CONTROL if kind == user_defined and is_control(token) else kind
         for kind, token in zip(types, tokens, strict=True)
     ]
 
@@ -119,15 +120,16 @@ def _byte_level_bpe(tokens: Sequence[str], types: Sequence[int], merges: Sequenc
         if not space:
             raise BadInput(f"GGUF vocabulary: the merge {merge!r} is not two tokens with a space between them")
         pairs.append((merge[0] + left, right))
-    kinds = list(zip(tokens, types, strict=True))
+    word = Kind.NORMAL
+    added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind != word and token]
     try:
         pipeline = byte_level.build(
             vocabulary,
             pairs,
             SPLITS[pre],
             whole_words=pre in WHOLE_WORDS,
-            control=[token for token, kind in kinds if kind in (Kind.CONTROL, Kind.UNKNOWN) and token],
-            user_defined=[token for token, kind in kinds if kind == Kind.USER_DEFINED and token],
+            control=[token for token, kind in added if kind in (Kind.CONTROL, Kind.UNKNOWN)],
+            user_defined=[token for token, kind in added if kind == Kind.USER_DEFINED],
         )
     except Exception as error:  # the library raises no narrower class
         raise BadInput(f"GGUF vocabulary: {error}") from None
