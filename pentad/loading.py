@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from pentad import kernels, text, weights
 from pentad.errors import BadInput
 from pentad.generate import EncoderDecoderModel, LanguageModel
-from pentad.generate.plan import NotDerivable, PlanStep, has_known_parts
+from pentad.generate.plan import NotDerivable, PlanStep, check_parts
 from pentad.generate.source import EncoderDecoderStep
 from pentad.generate.step import PlainStep, Step
 from pentad.models import family_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pentad.weights.checkpoint import Checkpoint, TensorEntry
     from pentad.weights.keytable import Operation, Pairing
 
+_logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,17 +82,21 @@ def load(
     if quantize not in (None, "none"):
         raise BadInput(f"quantize is {quantize!r}; it takes 'none' so far, or nothing for the file's own")
     cache_kind = None if cache_dtype is None else dtype_named(cache_dtype)
-    step: Step | None = None
-    if quantize is None and dtype is None and target.type == "cpu" and fits_kernels(checkpoint):
-        step = _planned(checkpoint, cache_kind, fast, progress)
-    if step is None:
+    step: Step
+    try:
+        network = meta_network(checkpoint)
+        check_plan(checkpoint, network, device=target, dtype=dtype, quantize=quantize)
+        _fill(network, checkpoint, torch.float32, target, keep_quantized=True, blocks=True, progress=progress)
+        step = PlanStep(network, cache_dtype=cache_kind, fast=fast)
+    except NotDerivable as why:
         network = load_network(
             checkpoint, device=target, dtype=kind, keep_quantized=quantize is None, progress=progress
         )
         if isinstance(network, EncoderDecoder):
             step = EncoderDecoderStep(network, cache_dtype=cache_kind)
         else:
-            step = PlainStep(network, cache_dtype=cache_kind)
+            step = PlainStep(network, cache_dtype=cache_kind, why=str(why))
+    _logger.info("%s runs %s", name_or_path, step.how)
     runner: type[LanguageModel] = EncoderDecoderModel if isinstance(step, EncoderDecoderStep) else LanguageModel
     return runner(
         str(name_or_path),
@@ -102,24 +108,35 @@ def load(
     )
 
 
-def fits_kernels(checkpoint: Checkpoint) -> bool:
-    """Whether weights of a checkpoint are quantized, in types that the kernels compute with, and there are kernels."""
+def check_plan(
+    checkpoint: Checkpoint,
+    network: Decoder,
+    *,
+    device: torch.device,
+    dtype: object = None,
+    quantize: str | None = None,
+) -> None:
+    """Raise NotDerivable, which says why, where `load` with these options lets plain torch execute a checkpoint.
+
+    Args:
+        checkpoint: its headers are looked at.
+        network: of the checkpoint; its weights may be on the meta device.
+        device: where it is to run.
+        dtype, quantize: as `load` takes them.
+    """
+    if device.type != "cpu":
+        raise NotDerivable(f"it is on {device}")
+    if dtype is not None or quantize is not None:
+        raise NotDerivable(f"{'a dtype' if quantize is None else 'dequantizing'} was asked for")
+    if not kernels.isas():
+        raise NotDerivable(f"there are no kernels: {kernels.reason()}")
     types = {(entry.quantization, entry.shape[-1]) for entry in checkpoint.tensors.values() if entry.quantization}
-    return bool(types) and bool(kernels.isas()) and all(kernels.packs(*each) for each in types)
-
-
-def _planned(
-    checkpoint: Checkpoint, cache_dtype: torch.dtype | None, fast: bool, progress: Progress | None
-) -> Step | None:
-    """The network with its weights in their blocks, executed by the kernels; None where it has no plan."""
-    network = meta_network(checkpoint)
-    if not has_known_parts(network):
-        return None
-    _fill(network, checkpoint, torch.float32, torch.device("cpu"), keep_quantized=True, blocks=True, progress=progress)
-    try:
-        return PlanStep(network, cache_dtype=cache_dtype, fast=fast)
-    except NotDerivable:
-        return None
+    if not types:
+        raise NotDerivable("its weights are not quantized")
+    for kind, columns in sorted(types):
+        if not kernels.packs(kind, columns):
+            raise NotDerivable(f"the kernels don't take {kind} in rows of {columns}")
+    check_parts(network)
 
 
 def _tokenizer(checkpoint: Checkpoint, vocab_size: int) -> text.Tokenizer | BadInput | None:
@@ -222,7 +239,7 @@ def _placements(
         for name in ours:
             alone = len(homes[name]) == 1 and isinstance(network.get_submodule(name.rpartition(".")[0]), nn.Linear)
             taken = alone and QuantizedLinear.takes(quantization, shapes[name], dtype, device)
-            if taken or (blocks and quantization):
+            if taken or (blocks and quantization and all(_holds_blocks(network, home) for home in homes[name])):
                 linears.append(QuantizedLinear)
             elif quantization and "head.weight" in homes[name] and RowwiseInt8Linear.takes(dtype, device):
                 linears.append(RowwiseInt8Linear)
@@ -230,6 +247,12 @@ def _placements(
                 linears.append(None)
         placements.append(_Placement(entries, operation, [homes[name] for name in ours], linears))
     return placements
+
+
+def _holds_blocks(network: nn.Module, name: str) -> bool:
+    """Whether a tensor is the matrix of a part that has a counterpart whose weight is quantized."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "weight" and type(network.get_submodule(owner)) in (nn.Linear, nn.Embedding)
 
 
 def tensor_names(network: nn.Module) -> dict[str, list[str]]:
@@ -261,7 +284,8 @@ def pairings(checkpoint: Checkpoint, network: Decoder) -> list[Pairing]:
 
 def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device: torch.device) -> None:
     """Read the tensors of one rule and put them where they go."""
-    values = placement.operation.load([entry.read() for entry in placement.entries])
+    read = [entry.read() for entry in placement.entries]
+    values = placement.operation.load(read)
     for value, homes, linear in zip(values, placement.homes, placement.linears, strict=True):
         if isinstance(value, QuantizedTensor):
             if linear is QuantizedLinear:
@@ -278,6 +302,9 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
             head = network.get_submodule("head")
             assert isinstance(head, nn.Linear)
             network.set_submodule("head", RowwiseInt8Linear(parameter, head.bias))
+    for value in read:
+        if isinstance(value, QuantizedTensor):
+            value.give_back()
 
 
 def _in_blocks(part: nn.Module, weight: QuantizedTensor) -> nn.Module:

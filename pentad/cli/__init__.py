@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -48,6 +50,7 @@ def _root(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; goes with any command.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say what runs the model; goes with any command.")] = False,
 ) -> None:
     """Run small open models, from the files they were published in."""
 
@@ -58,8 +61,10 @@ def main() -> None:
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is cleaned up
-    code = _run([a for i, a in enumerate(arguments) if a != "--debug" or i >= len(options)], debug)
-    gc.freeze()  # what is left goes with the process: nobody needs to look for cycles in it
+    atexit.register(gc.freeze)  # what is left then goes with the process: nobody needs to look for cycles in it
+    rest = [a for i, a in enumerate(arguments) if a not in ("--debug", "--verbose") or i >= len(options)]
+    with output.log() if "--verbose" in options else nullcontext():
+        code = _run(rest, debug)
     sys.exit(code)
 
 

@@ -62,6 +62,7 @@ class Row:
     threads: int
     dtype: str
     device: str
+    runs: str
 
 
 def bench(
@@ -88,7 +89,7 @@ def bench(
     is measured, after one run to warm up.
 
     JSON lines: model, test, batch, depth, tokens_per_second, slowest, fastest, repeat, threads,
-    dtype, device.
+    dtype, device, runs (by the kernels, or as plain torch and why).
     """
     lengths = [(True, n) for n in _numbers("--prompt", prompt, least=0) if n]
     lengths += [(False, n) for n in _numbers("--generate", generate, least=0) if n]
@@ -154,6 +155,7 @@ def _measure(model: LanguageModel, cases: list[Case], repeat: int) -> Iterator[R
             threads=torch.get_num_threads(),
             dtype=str(model.network.dtype).removeprefix("torch."),
             device=str(model.network.device),
+            runs=step.how,
         )
 
 

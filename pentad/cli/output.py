@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,6 +53,26 @@ def note(text: str) -> None:
 def fail(message: str) -> None:
     """Write an error to standard error: one line, whatever is in it."""
     note("pentad: " + " ".join(message.split()))
+
+
+@contextmanager
+def log() -> Iterator[None]:
+    """While it lasts, what pentad logs is written to standard error."""
+    import logging
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note("pentad: " + record.getMessage())
+
+    logger, notes = logging.getLogger("pentad"), Notes()
+    level = logger.level
+    logger.addHandler(notes)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(notes)
+        logger.setLevel(level)
 
 
 def size(nbytes: int) -> str:

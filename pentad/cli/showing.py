@@ -47,8 +47,9 @@ def show(
     --experts, what its experts do with a text, in sequences of --context tokens (1024).
 
     JSON: model, path, format, family, parameters, active_parameters, context_length, layers,
-    quantization, tensors {type: how many}, dtype, context, kv_cache_bytes, weight_bytes,
-    memory_bytes (weights, cache and this program), tokenizer (whether there is one), chat_template.
+    quantization, runs (what executes it on a CPU), tensors {type: how many}, dtype, context,
+    kv_cache_bytes, weight_bytes, memory_bytes (weights, cache and this program), tokenizer (whether
+    there is one), chat_template.
     With --experts: model, tokens, layers [{layer, load (each expert's share), evenness (entropy of
     the load, 1 is even), router_entropy (nats), drop_rate}], frequent [{token_id, token, times,
     taken {layer: how often by each expert}}], picture.
@@ -62,7 +63,7 @@ def show(
         return
     if quantize not in (None, "none"):
         raise BadInput(f"quantize is {quantize!r}; it takes none, or nothing for the file's own")
-    facts = _facts(model, context, dtype, keep_quantized=quantize is None)
+    facts = _facts(model, context, dtype, quantize)
     if as_json:
         output.write_json(facts)
         return
@@ -78,6 +79,7 @@ def show(
         ("context", f"{trained} tokens"),
         ("quantization", facts["quantization"] or "none"),
         ("tensors", tensors or "none, only a config"),
+        ("runs", f"{facts['runs']} (on a CPU)"),
         ("weights", f"{output.size(facts['weight_bytes'])} in memory"),
         (
             "cache",
@@ -98,9 +100,12 @@ def show(
     output.write("\nchat template\n" + template.rstrip("\n") + "\n" if template else "\nno chat template\n")
 
 
-def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quantized: bool) -> dict[str, Any]:
+def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str | None) -> dict[str, Any]:
+    from torch import device
+
     from pentad import text, weights
-    from pentad.loading import DTYPES, default_dtype, fits_kernels, held_bytes, meta_network
+    from pentad.generate.plan import NotDerivable
+    from pentad.loading import DTYPES, check_plan, default_dtype, held_bytes, meta_network
     from pentad.models import family_of
     from pentad.nn.encoder_decoder import EncoderDecoder
     from pentad.weights import registry
@@ -118,10 +123,11 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quanti
         2 * part.kv_heads * part.head_dim * min(length, getattr(part, "window", None) or length) * precision.itemsize
         for part in cached
     )
-    if dtype is None and keep_quantized and fits_kernels(checkpoint):
-        held = sum(entry.nbytes for entry in checkpoint.tensors.values())
-    else:
-        held = held_bytes(checkpoint, precision, keep_quantized=keep_quantized)
+    try:
+        check_plan(checkpoint, network, device=device("cpu"), dtype=dtype, quantize=quantize)
+        runs, held = "by the kernels", sum(entry.nbytes for entry in checkpoint.tensors.values())
+    except NotDerivable as why:
+        runs, held = f"as plain torch: {why}", held_bytes(checkpoint, precision, keep_quantized=quantize is None)
     try:
         tokenizer = text.load(checkpoint, vocab_size=network.config.vocab_size)
     except BadInput as error:  # the network runs without
@@ -137,6 +143,7 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, *, keep_quanti
         "context_length": trained,
         "layers": len(network.layers) + (len(network.encoder.layers) if isinstance(network, EncoderDecoder) else 0),
         "quantization": _quantization(checkpoint),
+        "runs": runs,
         "tensors": dict(kinds.most_common()),
         "dtype": str(precision).removeprefix("torch."),
         "context": length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pentad.nn.cache import CachedSequence
 CHUNK = 512  # tokens of prompts that one step takes, so that sequences which decode don't wait for long
 LARGEST_BATCH = 32  # sequences decoded together; further ones wait
 NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite): its weights are damaged"
+_logger = logging.getLogger(__name__)
 HEADROOM = 256  # tokens reserved beyond the prompt at first, so that a sequence's pages are neighbors
 
 
@@ -86,6 +88,7 @@ class Engine:
         """What executes the steps, another one where the network has changed: then it runs all tokens again."""
         run = self.run.renewed()
         if run is not self.run:
+            _logger.info("the network has changed: it runs %s", run.how)
             self.run, self._kept = run, None
             for request in self._active:
                 if request.sequence is not None:

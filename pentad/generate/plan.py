@@ -24,7 +24,7 @@ from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
 from pentad.nn.cache import PagedCache
 from pentad.nn.decoder import Decoder
 from pentad.nn.feedforward import GatedSwiGLU, GeluMLP, SwiGLU
-from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
+from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear, keep_numbers
 from pentad.nn.moe.experts import GatedSwiGLUExperts, GroupedLinear, QuantizedGroupedLinear, SwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import mixtral_top_k, softmax_top_k
@@ -317,13 +317,11 @@ def _exactly(part: nn.Module, *kinds: type[Any]) -> Any:
     return part
 
 
-def has_known_parts(network: nn.Module) -> bool:
-    """Whether a network (its weights may be on the meta device) is made of parts that a plan knows."""
-    try:
-        parts = (part for part in _exactly_decoder(network).modules() if part is not network)
-        return all(type(part) in KNOWN or type(part) in PLAIN for part in parts)
-    except NotDerivable:
-        return False
+def check_parts(network: nn.Module) -> None:
+    """Raise NotDerivable where a network (its weights may be on the meta device) has parts that no plan knows."""
+    for part in _exactly_decoder(network).modules():
+        if part is not network and type(part) not in KNOWN and type(part) not in PLAIN:
+            raise NotDerivable(f"there is a {type(part).__name__}, which the plan does not know")
 
 
 def _exactly_decoder(network: nn.Module) -> Decoder:
@@ -388,6 +386,7 @@ class PlanStep:
         threads = threads or torch.get_num_threads()
         with self.choosing():
             self._plan = plan = Derivation(network, fast=fast, threads=threads, isa=isa)
+        self.how = f"by the kernels ({isa or next(iter(kernels.isas()))}, {threads} threads)"
         self._tables: dict[int, Tensor] = {}
         windows = [window for window in plan.windows if window is not None]
         dtype = cache_dtype or (torch.float16 if plan.quantized else torch.float32)
@@ -456,5 +455,8 @@ def step_for(
     """A network's plan where it has one, else plain torch."""
     try:
         return PlanStep(network, cache_dtype=cache_dtype, page_size=page_size, **options)
-    except NotDerivable:
-        return PlainStep(network, cache_dtype=cache_dtype, page_size=page_size)
+    except NotDerivable as reason:
+        why, nbytes = str(reason), keep_numbers(network, network.dtype)
+        if nbytes:
+            why += f" (its quantized weights are now {nbytes / 1e6:.0f} MB of numbers)"
+        return PlainStep(network, cache_dtype=cache_dtype, page_size=page_size, why=why)

@@ -74,6 +74,7 @@ class EncoderDecoderStep(Step):
         self, network: EncoderDecoder, *, cache_dtype: torch.dtype | None = None, page_size: int = 256
     ) -> None:
         self.network = network
+        self.how = "as plain torch: it is an encoder-decoder"
         self.cache = SourcedCache(network, cache_dtype or network.dtype, page_size)
 
     def rope_regime(self, length: int) -> int:

@@ -18,10 +18,17 @@ Work = Sequence[tuple[CachedSequence, Sequence[int]]]
 
 
 class Step(Protocol):
-    """What executes steps of a network: plain torch, or the kernels by a plan."""
+    """What executes steps of a network: plain torch, or the kernels by a plan.
+
+    Attributes:
+        network: the network.
+        cache: keys and values of the sequences that it runs.
+        how: how it executes, and why so: "as plain torch: a part has a hook".
+    """
 
     network: Decoder
     cache: PagedCache
+    how: str
 
     def rope_regime(self, length: int) -> int:
         """Sequences admitted with lengths of the same regime may share cached keys."""
@@ -51,10 +58,19 @@ class PlainStep:
         network: a decoder-only language model of `pentad.models`.
         cache_dtype: what keys and values are kept in; the network's own dtype by default.
         page_size: tokens a page.
+        why: the reason that it isn't executed by the kernels.
     """
 
-    def __init__(self, network: Decoder, *, cache_dtype: torch.dtype | None = None, page_size: int = 256) -> None:
+    def __init__(
+        self,
+        network: Decoder,
+        *,
+        cache_dtype: torch.dtype | None = None,
+        page_size: int = 256,
+        why: str = "as was asked for",
+    ) -> None:
         self.network = network
+        self.how = f"as plain torch: {why}"
         layers = [part for part in network.modules() if isinstance(part, Attention)]
         self._rope = layers[0].rope
         windows = [layer.window for layer in layers]

@@ -32,6 +32,7 @@ class QuantizedLinear(nn.Module):
         self.bias = bias
         self._packed: tuple[Tensor, Tensor] | None = None
         self._packed_with: tuple[nn.Module, ...] = ()  # whose weights `_packed` holds, this one's first
+        self._numbers: Tensor | None = None
 
     @staticmethod
     def takes(quantization: str | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
@@ -41,11 +42,23 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         if x_ND.shape[0] > FEW_ROWS or not self._has_operator(x_ND):
-            return F.linear(x_ND, self.weight.dequantize(x_ND.dtype), self.bias)
+            numbers = self._numbers
+            if numbers is None or numbers.dtype != x_ND.dtype:
+                numbers = self.weight.dequantize(x_ND.dtype)
+            return F.linear(x_ND, numbers, self.bias)
         if self._packed is None or len(self._packed_with) > 1:
             self._pack([self])
         y = torch._weight_int4pack_mm_for_cpu(x_ND, self._packed[0], 32, self._packed[1])  # type: ignore[index]
         return y if self.bias is None else y + self.bias
+
+    def keep_numbers(self, dtype: torch.dtype) -> int:
+        """Dequantize the weight for good, if torch has no operator for it; returns the bytes that this takes."""
+        if self.takes(self.weight.type, self.weight.shape, dtype, self.weight.stored.device):
+            return 0
+        if self._numbers is None or self._numbers.dtype != dtype:
+            self._numbers = self.weight.dequantize(dtype)
+            self.weight.give_back()
+        return self._numbers.nbytes
 
     def _has_operator(self, x_ND: Tensor) -> bool:
         return self.takes(self.weight.type, self.weight.shape, x_ND.dtype, x_ND.device)
@@ -87,6 +100,11 @@ def project(x_ND: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
         if outputs is not None:
             return outputs
     return [linear(x_ND) for linear in linears]
+
+
+def keep_numbers(network: nn.Module, dtype: torch.dtype) -> int:
+    """Have a network's layers dequantize once what they would dequantize in every step; returns the bytes it takes."""
+    return sum(part.keep_numbers(dtype) for part in network.modules() if isinstance(part, QuantizedLinear))
 
 
 class QuantizedEmbedding(nn.Module):

@@ -91,9 +91,7 @@ class QuantizedTensor:
         wanted = rows, columns // size * nbytes
         given = len(self.stored if self.order is None else self.order), *self.stored.shape[1:]
         if self.stored.dtype != torch.uint8 or given != wanted:
-            raise ValueError(
-                f"{self.type} blocks of {self.shape} are uint8 {wanted}, not {self.stored.dtype} {given}"
-            )
+            raise ValueError(f"{self.type} blocks of {self.shape} are uint8 {wanted}, not {self.stored.dtype} {given}")
 
     @property
     def blocks(self) -> Tensor:
