@@ -30,7 +30,7 @@ none is renamed. Logs, progress and errors go to standard error; progress only w
 | 130 | interrupted by Ctrl-C |
 
 An error is one line that says what is wrong and what to do. `--debug`, anywhere in a command, shows the
-traceback.
+traceback. `--verbose`, likewise, says what runs the model: pentad's kernels, or plain torch and why.
 """
 
 

@@ -130,7 +130,7 @@ class Derivation:
         self.watch = Watch()
         self.threads = threads
         self.quantized = False
-        self._packed: dict[int, Weight] = {}
+        self._packed: dict[QuantizedTensor, Weight] = {}
         embed, layers, norm, head = self.watch.read(network, "embed", "layers", "norm", "head")
         blocks = [self.watch.read(layers, name) for name in layers._modules]
         kinds = PreNormBlock, ExtraFeedforwardBlock, ParallelBlock
@@ -296,11 +296,11 @@ class Derivation:
         try:
             if isinstance(weight, Tensor):
                 return Weight.floats(weight, bias)
-            packed = self._packed.get(id(weight))
+            packed = self._packed.get(weight)
             if packed is None:
                 packed = Weight.packed(weight.blocks, weight.type, weight.shape, threads=self.threads)
                 weight.give_back()
-                self._packed[id(weight)] = packed
+                self._packed[weight] = packed
             self.quantized = True
             return packed.with_bias(bias)
         except ValueError as error:

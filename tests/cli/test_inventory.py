@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pentad import kernels
 from pentad.weights.registry import KNOWN
 
 LLAMA = {
@@ -113,8 +114,10 @@ def test_show_of_the_real_model(pentad, smollm2: Path) -> None:
     assert (shown["family"], shown["quantization"]) == ("llama", "q4_1")
     assert shown["parameters"] == 134_515_008
     assert shown["kv_cache_bytes"] == 30 * 2 * 3 * 64 * 2048 * 2
+    assert shown["runs"].startswith("by the kernels" if kernels.isas() else "as plain torch: there are no kernels: ")
     assert "<|im_start|>" in shown["chat_template"]
     dequantized = pentad("show", smollm2, "--json", "--quantize", "none").json
+    assert dequantized["runs"] == "as plain torch: dequantizing was asked for"
     assert dequantized["weight_bytes"] == 2 * 134_515_008 > shown["weight_bytes"] > 96_000_000
     assert shown["chat_template"].splitlines()[0] in pentad("show", smollm2).out
 

@@ -120,6 +120,16 @@ def test_debug_can_be_said(pentad) -> None:
     assert "nobody" in done.error
 
 
+@pytest.mark.parametrize("flags", [["--verbose"], ["--debug", "--verbose"]])
+def test_verbose_says_what_runs(pentad, smollm2: Path, flags: list[str]) -> None:
+    ran = [pentad(*flags, "complete", "one", "--max-tokens", 1), pentad("complete", "one", "--max-tokens", 1, *flags)]
+    for done in ran:
+        assert done.code == 0
+        assert done.err.startswith("pentad: smollm2 runs ")
+        assert done.err.count("\n") == 1
+    assert pentad("complete", "one", "--max-tokens", 1).err == ""
+
+
 def test_ctrl_c_is_130(pentad, monkeypatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt

@@ -1,0 +1,89 @@
+"""What executes a network is known, and why; what falls back to plain torch later isn't slow."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import pentad
+from pentad.generate.plan import step_for
+from pentad.loading import load_network
+from pentad.nn.norm import RMSNorm
+from pentad.weights.quantized import QuantizedTensor
+from tests.helpers.blocks import random_blocks
+from tests.helpers.gguf_llama import write_gguf
+from tests.helpers.programs import needs_kernels
+from tests.helpers.tiny import assert_equal_logits, logits_of, network_of, random_ids, tiny_checkpoint, tiny_peer
+
+
+def write(folder: Path, kind: str = "Q8_0") -> Path:
+    """A Llama, all matrices in blocks of a type."""
+    with torch.no_grad():
+        write_gguf(folder / "m.gguf", tiny_peer(hidden_size=64, intermediate_size=96, num_hidden_layers=1), kind)
+    return folder / "m.gguf"
+
+
+@needs_kernels
+def test_a_hook_is_named_and_weights_are_dequantized_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, ids = write(tmp_path), random_ids(20)
+    caplog.set_level(logging.INFO, "pentad")
+    model = pentad.load(file)
+    assert model.step.how.startswith("by the kernels (")
+    assert caplog.messages == [f"{file} runs {model.step.how}"]
+    calls = []
+    model.network.layers[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    assert_equal_logits(model.logits(ids), logits_of(network_of(file, keep_quantized=False), ids))
+    assert calls
+    numbers = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96 + 96 * 64)
+    how = f"as plain torch: a part has a hook (its quantized weights are now {numbers / 1e6:.0f} MB of numbers)"
+    assert model.step.how == how
+    assert caplog.messages[1:] == [f"the network has changed: it runs {how}"]
+    dequantized = []
+    once = QuantizedTensor.dequantize
+    monkeypatch.setattr(
+        QuantizedTensor, "dequantize", lambda self, *a: dequantized.append(self.shape) or once(self, *a)
+    )
+    model.logits(ids)
+    assert dequantized == [(20, 64)]  # the embedding's rows
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"dtype": "float32"}, "a dtype was asked for"),
+        ({"quantize": "none"}, "dequantizing was asked for"),
+    ],
+)
+def test_what_was_asked_for_is_the_reason(tmp_path: Path, options: dict[str, str], why: str) -> None:
+    assert pentad.load(write(tmp_path), **options).step.how == f"as plain torch: {why}"
+
+
+@needs_kernels
+def test_files_that_the_kernels_have_no_use_for(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "folder")
+    assert pentad.load(tmp_path / "folder").step.how == "as plain torch: its weights are not quantized"
+
+
+def test_without_kernels_the_reason_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pentad.kernels.isas", dict)
+    monkeypatch.setattr("pentad.kernels.reason", lambda: "nobody built them")
+    model = pentad.load(write(tmp_path))
+    assert model.step.how == "as plain torch: there are no kernels: nobody built them"
+    assert step_for(model.network).how == model.step.how
+
+
+def test_only_matrices_stay_in_blocks(tmp_path: Path) -> None:
+    """Whatever a file has quantized, a norm's weight is numbers."""
+    checkpoint = pentad.weights.open(write(tmp_path))
+    name = "output_norm.weight"
+    blocks = random_blocks("q8_0", 1, 64)
+    norm = QuantizedTensor(blocks.blocks, "q8_0", (64,))
+    tensors = {**checkpoint.tensors}
+    tensors[name] = replace(tensors[name], dtype=None, quantization="q8_0", read=lambda: norm)
+    network = load_network(replace(checkpoint, tensors=tensors), blocks=True)
+    assert type(network.norm) is RMSNorm
+    assert torch.equal(network.norm.weight, norm.dequantize())
