@@ -54,14 +54,16 @@ def load(
     Args:
         name_or_path: a known name (``smollm2``), a file or folder, or a repository ``org/name[@revision][:Q4_K_M]``.
         device: ``cpu``, ``cuda``, ``mps``; by default CUDA where there is one, else the CPU.
-        dtype: what is computed in: float32, bfloat16 or float16. By default the dtype of the file's weights. Where they
-            are quantized: by pentad's kernels on the CPU, which are near float32; or else bfloat16.
+        dtype: what torch computes in: float32, bfloat16 or float16. By default pentad's kernels compute on the CPU: they
+            take the file's weights as they are, and are near float32. Where they can't: the dtype of the file's
+            weights, bfloat16 if they are quantized.
         quantize: None keeps the file's own quantization where this device computes with it; else the weights are
             dequantized (and, without the kernels, a quantized head is rounded to int8 rows where one or two tokens are
             decoded); "none" dequantizes.
         threads: CPU threads, for the whole process.
         context: the longest sequence, in tokens; the model's own limit by default.
-        cache_dtype: what keys and values are kept in; by default `dtype`, and float16 by the kernels.
+        cache_dtype: what keys and values are kept in: a dtype, or int8 by the kernels. By default `dtype`; by the
+            kernels float16 where weights are quantized, else float32.
         fast: let the kernels round activations to 8 bits instead of 16.
         progress: is told of downloads and of loading.
 
@@ -81,14 +83,17 @@ def load(
     kind = default_dtype(checkpoint) if dtype is None else dtype_named(dtype)
     if quantize not in (None, "none"):
         raise BadInput(f"quantize is {quantize!r}; it takes 'none' so far, or nothing for the file's own")
-    cache_kind = None if cache_dtype is None else dtype_named(cache_dtype)
+    cache_kind = None if cache_dtype is None else _cache_dtype(cache_dtype)
     step: Step
     try:
         network = meta_network(checkpoint)
         check_plan(checkpoint, network, device=target, dtype=dtype, quantize=quantize)
-        _fill(network, checkpoint, torch.float32, target, keep_quantized=True, blocks=True, progress=progress)
+        floats = torch.float32 if _is_quantized(checkpoint) else kind
+        _fill(network, checkpoint, floats, target, keep_quantized=True, blocks=True, progress=progress)
         step = PlanStep(network, cache_dtype=cache_kind, fast=fast)
     except NotDerivable as why:
+        if cache_kind == torch.int8:
+            raise BadInput(f"a cache in int8 is the kernels', but plain torch runs {name_or_path}: {why}") from None
         network = load_network(
             checkpoint, device=target, dtype=kind, keep_quantized=quantize is None, progress=progress
         )
@@ -131,12 +136,14 @@ def check_plan(
     if not kernels.isas():
         raise NotDerivable(f"there are no kernels: {kernels.reason()}")
     types = {(entry.quantization, entry.shape[-1]) for entry in checkpoint.tensors.values() if entry.quantization}
-    if not types:
-        raise NotDerivable("its weights are not quantized")
     for kind, columns in sorted(types):
         if not kernels.packs(kind, columns):
             raise NotDerivable(f"the kernels don't take {kind} in rows of {columns}")
     check_parts(network)
+
+
+def _is_quantized(checkpoint: Checkpoint) -> bool:
+    return any(entry.quantization for entry in checkpoint.tensors.values())
 
 
 def _tokenizer(checkpoint: Checkpoint, vocab_size: int) -> text.Tokenizer | BadInput | None:
@@ -252,7 +259,7 @@ def _placements(
 def _holds_blocks(network: nn.Module, name: str) -> bool:
     """Whether a tensor is the matrix of a part that has a counterpart whose weight is quantized."""
     owner, _, leaf = name.rpartition(".")
-    return leaf == "weight" and type(network.get_submodule(owner)) in (nn.Linear, nn.Embedding)
+    return leaf == "weight" and type(network.get_submodule(owner)) in (nn.Linear, nn.Embedding, GroupedLinear)
 
 
 def tensor_names(network: nn.Module) -> dict[str, list[str]]:
@@ -363,6 +370,10 @@ def dtype_named(name: str | torch.dtype) -> torch.dtype:
     if kind is None:
         raise BadInput(f"dtype is {name}; it takes one of {', '.join(DTYPES)}")
     return kind
+
+
+def _cache_dtype(name: str | torch.dtype) -> torch.dtype:
+    return torch.int8 if str(name).removeprefix("torch.") == "int8" else dtype_named(name)
 
 
 def _device(name: str | torch.device | None) -> torch.device:

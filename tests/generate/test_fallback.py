@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pentad
+from pentad.errors import BadInput
 from pentad.generate.plan import step_for
 from pentad.loading import load_network
 from pentad.nn.norm import RMSNorm
@@ -63,9 +64,22 @@ def test_what_was_asked_for_is_the_reason(tmp_path: Path, options: dict[str, str
 
 
 @needs_kernels
-def test_files_that_the_kernels_have_no_use_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_quantized(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Read where they lie, in the file's dtype."""
+    tiny_checkpoint(tmp_path / "folder", dtype=dtype)
+    model = pentad.load(tmp_path / "folder")
+    assert model.step.how.startswith("by the kernels (")
+    assert model.network.dtype == dtype
+    assert model.step.cache.keys[0].dtype == torch.float32
+
+
+@needs_kernels
+def test_a_cache_of_bytes_takes_the_kernels(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "folder")
-    assert pentad.load(tmp_path / "folder").step.how == "as plain torch: its weights are not quantized"
+    assert pentad.load(tmp_path / "folder", cache_dtype="int8").step.cache.keys[0].dtype == torch.int8
+    with pytest.raises(BadInput, match="a cache in int8 is the kernels', but plain torch runs .*: a dtype was asked"):
+        pentad.load(tmp_path / "folder", cache_dtype="int8", dtype="float32")
 
 
 def test_without_kernels_the_reason_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
