@@ -14,9 +14,11 @@ from torch.overrides import TorchFunctionMode
 from pentad import kernels, text, weights
 from pentad.errors import BadInput
 from pentad.generate import EncoderDecoderModel, LanguageModel
-from pentad.generate.plan import NotDerivable, PlanStep, check_parts
+from pentad.generate.plan import check_parts
+from pentad.generate.plan_step import PlanStep
 from pentad.generate.source import EncoderDecoderStep
 from pentad.generate.step import PlainStep, Step
+from pentad.generate.watch import NotDerivable
 from pentad.models import family_of
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
@@ -54,8 +56,8 @@ def load(
     Args:
         name_or_path: a known name (``smollm2``), a file or folder, or a repository ``org/name[@revision][:Q4_K_M]``.
         device: ``cpu``, ``cuda``, ``mps``; by default CUDA where there is one, else the CPU.
-        dtype: what torch computes in: float32, bfloat16 or float16. By default pentad's kernels compute on the CPU: they
-            take the file's weights as they are, and are near float32. Where they can't: the dtype of the file's
+        dtype: what torch computes in: float32, bfloat16 or float16. By default pentad's kernels compute on the CPU,
+            with the file's weights as they are, and are near float32. Where they can't: the dtype of the file's
             weights, bfloat16 if they are quantized.
         quantize: None keeps the file's own quantization where this device computes with it; else the weights are
             dequantized (and, without the kernels, a quantized head is rounded to int8 rows where one or two tokens are

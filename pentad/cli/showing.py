@@ -104,7 +104,7 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str 
     from torch import device
 
     from pentad import text, weights
-    from pentad.generate.plan import NotDerivable
+    from pentad.generate.watch import NotDerivable
     from pentad.loading import DTYPES, check_plan, default_dtype, held_bytes, meta_network
     from pentad.models import family_of
     from pentad.nn.encoder_decoder import EncoderDecoder

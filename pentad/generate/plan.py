@@ -1,30 +1,26 @@
 """The plan: a network's parts read off into a flat list of kernel operations, of which one call runs a whole step.
 
 What can be read off is what `Derivation` says: parts of exactly the known types, with their plain attributes. All else
-(a hook, an adapter, a part of another type, weights off the CPU) is `NotDerivable`, and runs as plain torch.
+(a hook, an adapter, a part of another type, weights off the CPU) is `NotDerivable`, and runs as plain torch. Who runs a
+plan is in `pentad.generate.plan_step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from operator import getitem, is_
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from pentad import kernels
-from pentad.generate.step import PlainStep, Step, Work
-from pentad.kernels import CachePools, Norm, Program, Tokens, Weight, pool_dim
+from pentad.generate.watch import NotDerivable, Watch
+from pentad.kernels import Norm, Program, Weight
 from pentad.kernels.program import ATTENDED, GATES, GELU, LOGITS, NORMED, PAIRED, PROJECTED, RESIDUAL, SCORES
 from pentad.nn.attention import Attention
 from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
-from pentad.nn.cache import PagedCache
 from pentad.nn.decoder import Decoder
 from pentad.nn.feedforward import GatedSwiGLU, GeluMLP, SwiGLU
-from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear, keep_numbers
+from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
 from pentad.nn.moe.experts import GatedSwiGLUExperts, GroupedLinear, QuantizedGroupedLinear, SwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import mixtral_top_k, softmax_top_k
@@ -59,65 +55,6 @@ KNOWN: dict[type[nn.Module], set[str]] = {
 PLAIN = (nn.ModuleList, nn.Embedding, nn.Linear, Router, GroupedLinear)
 ROUTES = {mixtral_top_k: True, softmax_top_k: False}
 """Routers -> whether a row's weights are a softmax over its experts alone."""
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-MOST_TABLES = 64  # of RoPE's angles; only scalings that depend on length have more than one or two
-
-
-class NotDerivable(Exception):
-    """Why a network has no plan; it runs as plain torch."""
-
-
-class Watch:
-    """Whether a network still is what was read: the same parts, attributes and tensors, unchanged, and no hooks."""
-
-    def __init__(self) -> None:
-        self._places: list[dict[str, Any]] = []
-        self._names: list[str] = []
-        self._values: list[object] = []
-        self._hooks: list[dict[Any, Any]] = [
-            hooks
-            for name, hooks in vars(torch_module).items()
-            if name.startswith("_global_") and isinstance(hooks, dict)
-        ]
-        self._tensors: dict[int, Tensor] = {}
-        self._versions: list[int] = []
-
-    def read(self, part: nn.Module, *names: str) -> Any:
-        """The attributes of a part, noted; one alone, or a tuple of several."""
-        if "forward" in vars(part):
-            raise NotDerivable(f"{type(part).__name__}.forward was replaced")
-        self._hooks += [getattr(part, hooks) for hooks in HOOKS]
-        values = [self._read(part, name) for name in names]
-        return values[0] if len(values) == 1 else tuple(values)
-
-    def _read(self, part: nn.Module, name: str) -> object:
-        for place in (part._modules, part._parameters, vars(part)):
-            if name in place:
-                break
-        else:
-            raise NotDerivable(f"{type(part).__name__} has no {name}")
-        value = place[name]
-        self._places.append(place)
-        self._names.append(name)
-        self._values.append(value)
-        tensor = value.stored if isinstance(value, QuantizedTensor) else value
-        if isinstance(tensor, Tensor) and not tensor.is_inference():
-            base = tensor if tensor._base is None else tensor._base  # views count changes together
-            if id(base) not in self._tensors:
-                self._tensors[id(base)] = base
-                self._versions.append(base._version)
-        return value
-
-    def unchanged(self) -> bool:
-        try:
-            return (
-                not any(self._hooks)
-                and all(map(is_, map(getitem, self._places, self._names), self._values))
-                and [tensor._version for tensor in self._tensors.values()] == self._versions
-            )
-        except KeyError:
-            return False
 
 
 class Derivation:
@@ -344,119 +281,3 @@ def _ahead(query_rope: Rope | None, rope: Rope) -> int:
     if type(query_rope) is not AheadRope or not alike:
         raise NotDerivable("queries are rotated in a way of their own")
     return query_rope.ahead
-
-
-class PlanStep:
-    """Executes steps by the kernels, and owns the cache that they fill; takes the place of a `PlainStep`.
-
-    Args:
-        network: a decoder-only language model of `pentad.models`, its weights on the CPU. They are packed anew: what a
-            part held before, mapped from its file, is read no more.
-        cache_dtype: what keys and values are kept in: by default float16 where a weight is quantized, else float32;
-            also bfloat16, and int8 with a scale for each token and head.
-        page_size: tokens a page, a multiple of 16.
-        fast: activations in 8 bits instead of 16.
-        threads: how many are used; by default as many as torch uses.
-        isa: one of `pentad.kernels.isas()`; the fastest by default.
-
-    Raises:
-        NotDerivable: the network has no plan, or there are no kernels.
-    """
-
-    def __init__(
-        self,
-        network: Decoder,
-        *,
-        cache_dtype: torch.dtype | None = None,
-        page_size: int = 256,
-        fast: bool = False,
-        threads: int | None = None,
-        isa: str | None = None,
-    ) -> None:
-        if page_size % 16:
-            raise ValueError(f"pages of {page_size} tokens; the kernels take multiples of 16")
-        self.network = network
-        self._options: dict[str, Any] = {
-            "cache_dtype": cache_dtype,
-            "page_size": page_size,
-            "fast": fast,
-            "threads": threads,
-            "isa": isa,
-        }
-        threads = threads or torch.get_num_threads()
-        with self.choosing():
-            self._plan = plan = Derivation(network, fast=fast, threads=threads, isa=isa)
-        self.how = f"by the kernels ({isa or next(iter(kernels.isas()))}, {threads} threads)"
-        self._tables: dict[int, Tensor] = {}
-        windows = [window for window in plan.windows if window is not None]
-        dtype = cache_dtype or (torch.float16 if plan.quantized else torch.float32)
-        self.cache = PagedCache(
-            plan.program.layers,
-            plan.program.kv_heads,
-            pool_dim(plan.program.head_dim, dtype),
-            dtype=dtype,
-            page_size=page_size,
-            window=max(windows) if len(windows) == len(plan.windows) else None,
-        )
-
-    def rope_regime(self, length: int) -> int:
-        return self._plan.rope.scaling.regime(length)
-
-    def renewed(self) -> Step:
-        if self._plan.watch.unchanged():
-            return self
-        return step_for(self.network, **self._options)
-
-    @contextmanager
-    def choosing(self) -> Iterator[None]:
-        """By one thread: torch's others would go on spinning for a while, on the cores that the next step needs."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-    @torch.inference_mode()
-    def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
-        if len(self._tables) > MOST_TABLES:
-            self._tables.clear()
-        cache, plan, tokens = self.cache, self._plan, []
-        for sequence, ids in work:
-            cache.reserve(sequence, len(ids))
-            rotation = self._rotation(sequence.rope_length, sequence.length + len(ids) + plan.program.ahead)
-            tokens.append(Tokens(ids, sequence.length, sequence.dropped, sequence.pages, rotation))
-        pools = CachePools(cache.keys, cache.values, cache.page_size)
-        logits_MV = plan.program.run(tokens, wanted, pools)
-        for sequence, ids in work:
-            cache.advance(sequence, len(ids))
-        return logits_MV
-
-    def _rotation(self, rope_length: int, positions: int) -> Tensor:
-        """Cosines and sines of a sequence's RoPE, float32 [at least `positions`, 2, D / 2]."""
-        rope = self._plan.rope
-        regime = rope.scaling.regime(rope_length)
-        table = self._tables.get(regime)
-        if table is None or len(table) < positions:
-            at = torch.arange(max(512, 2 * positions), dtype=torch.float32)
-            angles = at[:, None] * rope.scaling.frequencies(rope.theta, rope.dim, rope_length)
-            table = torch.stack((angles.cos(), angles.sin()), 1) * rope.scaling.magnitude()
-            self._tables[regime] = table
-        return table
-
-
-def step_for(
-    network: Decoder,
-    *,
-    cache_dtype: torch.dtype | None = None,
-    page_size: int = 256,
-    **options: Any,
-) -> Step:
-    """A network's plan where it has one, else plain torch."""
-    try:
-        return PlanStep(network, cache_dtype=cache_dtype, page_size=page_size, **options)
-    except NotDerivable as reason:
-        why, nbytes = str(reason), keep_numbers(network, network.dtype)
-        if nbytes:
-            why += f" (its quantized weights are now {nbytes / 1e6:.0f} MB of numbers)"
-        return PlainStep(network, cache_dtype=cache_dtype, page_size=page_size, why=why)

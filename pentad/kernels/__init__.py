@@ -4,8 +4,9 @@ They are optional: `isas()` is empty where there is no library (no compiler when
 has none of its instruction sets, or with ``PENTAD_KERNELS=off`` in the environment.
 """
 
+from pentad.kernels.arguments import CachePools, Tokens, pool_dim
 from pentad.kernels.binding import isas, reason
-from pentad.kernels.program import CachePools, Norm, Program, Tokens, pool_dim
+from pentad.kernels.program import Norm, Program
 from pentad.kernels.weight import Weight, packs
 
 __all__ = ["CachePools", "Norm", "Program", "Tokens", "Weight", "isas", "packs", "pool_dim", "reason"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
+from pentad.kernels.arguments import CACHE_TYPES, CachePools, Tokens, pool_dim
 from pentad.kernels.binding import (
     BLOCK_BYTES,
     BLOCKS_BUFFER,
@@ -33,7 +34,7 @@ from pentad.kernels.binding import (
     isas,
     library,
 )
-from pentad.kernels.weight import FLOATS, LARGEST, Weight, vector
+from pentad.kernels.weight import LARGEST, Weight, vector
 
 EMBED, NORM, QUANTIZE, MATMUL, GATED, ROTATE, ATTEND, MERGE, ROUTE, GATHER, COMBINE = range(11)
 QUANTIZED, CENTERED, ADD, WANTED, PAIRS, NORMALIZED = 1, 2, 4, 8, 16, 32  # flags
@@ -42,41 +43,6 @@ LINEAR, GELU = range(2)  # activations
 RESIDUAL, NORMED, PROJECTED, ATTENDED, GATES, LOGITS, SCORES, PAIRED = range(8)
 """The buffers: the residual stream; what a norm gives; queries, keys and values; attention's output; the feed-forward
 layer's middle; the result; a router's scores; rows for experts, and then what those make of them."""
-
-
-CACHE_TYPES = {**FLOATS, torch.int8: "i8"}
-"""What keys and values may be kept in."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The next tokens of one sequence.
-
-    Attributes:
-        ids: the tokens.
-        past: how many tokens the sequence has before them.
-        dropped: how many of those are no longer in the cache, a multiple of the page size.
-        pages: where the others are, and these will be.
-        rotation: float32 [positions, 2, rotary_dim / 2], cosines and sines for every position.
-    """
-
-    ids: Sequence[int]
-    past: int
-    dropped: int
-    pages: Sequence[int]
-    rotation: Tensor
-
-
-@dataclass
-class CachePools:
-    """Memory for keys and values: for each layer a pool [pages * page_size, kv_heads, pool_dim(…)].
-
-    Within a page the kernels have an order of their own (attention.h).
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    page_size: int
 
 
 @dataclass(frozen=True)
@@ -94,11 +60,6 @@ class Norm:
     @property
     def centered(self) -> bool:
         return self.bias is not None
-
-
-def pool_dim(head_dim: int, dtype: torch.dtype) -> int:
-    """Numbers of a token and head in the cache: rounded up to a multiple of 16; in int8 four more bytes, a scale."""
-    return -(-head_dim // 16) * 16 + (4 if dtype == torch.int8 else 0)
 
 
 class Program:
@@ -359,7 +320,7 @@ class Program:
         tables = array("i")
         for tokens in work:
             tables.extend((*tokens.pages, *[0] * (width - len(tokens.pages))))
-        lengths = array("i", [tokens.past + len(tokens.ids) for tokens in work])
+        lengths = array("i", [tokens.length for tokens in work])
         dropped = array("i", [tokens.dropped for tokens in work])
         rotations = (ctypes.c_void_p * len(work))(*(tokens.rotation.data_ptr() for tokens in work))
         rows = array("i", wanted)
@@ -380,7 +341,6 @@ class Program:
     def _check(self, work: Sequence[Tokens], ids: array[int], wanted: Sequence[int], pools: CachePools) -> None:
         if pools.page_size < 16 or pools.page_size % 16:
             raise ValueError(f"pages of {pools.page_size} tokens, which are not a multiple of 16")
-        pages = len(pools.keys[0]) // pools.page_size
         if max(len(ids), len(wanted)) > MOST_ROWS:
             raise ValueError(f"{len(ids)} tokens in one step; it takes {MOST_ROWS}")
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab:
@@ -390,43 +350,24 @@ class Program:
         if self._gives_all and len(wanted) != len(ids):
             raise ValueError(f"the plan gives all {len(ids)} rows, {len(wanted)} are wanted")
         for tokens in work:
-            length = tokens.past + len(tokens.ids)
-            if not 0 <= tokens.dropped <= tokens.past or tokens.dropped % pools.page_size:
-                raise ValueError(f"{tokens.dropped} tokens dropped of {tokens.past}, in pages of {pools.page_size}")
-            if len(tokens.pages) * pools.page_size < length - tokens.dropped:
-                raise ValueError(f"{len(tokens.pages)} pages don't hold {length - tokens.dropped} tokens")
-            if tokens.pages and not 0 <= min(tokens.pages) <= max(tokens.pages) < pages:
-                raise ValueError(f"a page is outside the pool's {pages}")
-            table = tokens.rotation
-            if table.shape[1:] != (2, self.rotary_dim // 2) or len(table) < length + self.ahead:
-                raise ValueError(f"a rotation of {tuple(table.shape)} for {length} positions")
-            if table.dtype != torch.float32 or table.device.type != "cpu" or not table.is_contiguous():
-                raise ValueError("a rotation is contiguous float32 on the CPU")
+            tokens.check(pools, self.rotary_dim, self.ahead)
 
     def _point_to(self, pools: CachePools) -> None:
         """Let the step point to the pools, where they are others than before: a cache has new ones when it grows."""
         given = (*pools.keys, *pools.values)
         if len(given) == len(self._pools) and all(map(is_, given, self._pools)):
             return
-        if len(pools.keys) != self.layers or len(pools.values) != self.layers:
-            raise ValueError(f"{len(pools.keys)} pools of keys for {self.layers} layers")
-        first = given[0]
-        for pool in given:
-            if pool.shape != first.shape or pool.dtype != first.dtype or not pool.is_contiguous():
-                raise ValueError("the pools differ, or are not contiguous")
-        shape = self.kv_heads, pool_dim(self.head_dim, first.dtype)
-        if first.shape[1:] != shape or first.dtype not in CACHE_TYPES or first.device.type != "cpu":
-            raise ValueError(f"a pool of {first.dtype} {tuple(first.shape)}")
+        pools.check(self.layers, self.kv_heads, self.head_dim)
         pointers = ctypes.c_void_p * self.layers
         self._pool_pointers = [pointers(*(pool.data_ptr() for pool in each)) for each in (pools.keys, pools.values)]
         self._step.keys, self._step.values = (ctypes.addressof(each) for each in self._pool_pointers)
-        self._step.cache_type = TYPES[CACHE_TYPES[first.dtype]]
+        self._step.cache_type = TYPES[CACHE_TYPES[given[0].dtype]]
         self._pools = given
 
     def _parts(self, work: Sequence[Tokens]) -> int:
         """Parts of attention that are put together later, at most."""
         return sum(
-            len(tokens.ids) * self._heads * (-(-(tokens.past + len(tokens.ids)) // SPLIT))
+            len(tokens.ids) * self._heads * -(-tokens.length // SPLIT)
             for tokens in work
             if len(tokens.ids) <= FEW_QUERIES
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pentad as package
-from pentad.generate.plan import PlanStep
+from pentad.generate.plan_step import PlanStep
 from pentad.generate.step import PlainStep
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from torch import Tensor
 import pentad as package
 from pentad.cli.conversation import Conversation
 from pentad.cli.interactive import SETTINGS, Loop
-from pentad.generate.plan import PlanStep
+from pentad.generate.plan_step import PlanStep
 from pentad.generate.step import PlainStep, Step, Work
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import torch
 
 import pentad
 from pentad.errors import BadInput
-from pentad.generate.plan import step_for
+from pentad.generate.plan_step import step_for
 from pentad.loading import load_network
 from pentad.nn.norm import RMSNorm
 from pentad.weights.quantized import QuantizedTensor
@@ -78,7 +78,7 @@ def test_weights_that_are_not_quantized(tmp_path: Path, dtype: torch.dtype) -> N
 def test_a_cache_of_bytes_takes_the_kernels(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "folder")
     assert pentad.load(tmp_path / "folder", cache_dtype="int8").step.cache.keys[0].dtype == torch.int8
-    with pytest.raises(BadInput, match="a cache in int8 is the kernels', but plain torch runs .*: a dtype was asked"):
+    with pytest.raises(BadInput, match=r"a cache in int8 is the kernels', but plain torch runs .*: a dtype was asked"):
         pentad.load(tmp_path / "folder", cache_dtype="int8", dtype="float32")
 
 

@@ -14,9 +14,10 @@ import pentad
 from pentad.convert import convert
 from pentad.errors import BadInput
 from pentad.generate.engine import Engine, Request
-from pentad.generate.plan import NotDerivable, PlanStep, step_for
+from pentad.generate.plan_step import PlanStep, step_for
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep, Step
+from pentad.generate.watch import NotDerivable
 from pentad.kernels import Program
 from pentad.loading import load_network
 from pentad.models import FAMILIES as FAMILIES_OF_THE_HOUSE

@@ -18,7 +18,7 @@ import pentad
 import pentad.weights
 from pentad.convert import convert
 from pentad.errors import BadInput, PentadError
-from pentad.generate.plan import step_for
+from pentad.generate.plan_step import step_for
 from pentad.generate.step import PlainStep
 from pentad.models import family_of, openmoe
 from pentad.nn.batch import Batch

@@ -1,0 +1,137 @@
+"""Steps executed by the kernels, or by plain torch where a network has no plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pentad import kernels
+from pentad.generate.plan import Derivation
+from pentad.generate.step import PlainStep, Step, Work
+from pentad.generate.watch import NotDerivable
+from pentad.kernels import CachePools, Tokens, pool_dim
+from pentad.nn.cache import PagedCache
+from pentad.nn.decoder import Decoder
+from pentad.nn.linear import keep_numbers
+
+MOST_TABLES = 64  # of RoPE's angles; only scalings that depend on length have more than one or two
+
+
+class PlanStep:
+    """Executes steps by the kernels, and owns the cache that they fill; takes the place of a `PlainStep`.
+
+    Args:
+        network: a decoder-only language model of `pentad.models`, its weights on the CPU. They are packed anew: what a
+            part held before, mapped from its file, is read no more.
+        cache_dtype: what keys and values are kept in: by default float16 where a weight is quantized, else float32;
+            also bfloat16, and int8 with a scale for each token and head.
+        page_size: tokens a page, a multiple of 16.
+        fast: activations in 8 bits instead of 16.
+        threads: how many are used; by default as many as torch uses.
+        isa: one of `pentad.kernels.isas()`; the fastest by default.
+
+    Raises:
+        NotDerivable: the network has no plan, or there are no kernels.
+    """
+
+    def __init__(
+        self,
+        network: Decoder,
+        *,
+        cache_dtype: torch.dtype | None = None,
+        page_size: int = 256,
+        fast: bool = False,
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        if page_size % 16:
+            raise ValueError(f"pages of {page_size} tokens; the kernels take multiples of 16")
+        self.network = network
+        self._options: dict[str, Any] = {
+            "cache_dtype": cache_dtype,
+            "page_size": page_size,
+            "fast": fast,
+            "threads": threads,
+            "isa": isa,
+        }
+        threads = threads or torch.get_num_threads()
+        with self.choosing():
+            self._plan = plan = Derivation(network, fast=fast, threads=threads, isa=isa)
+        self.how = f"by the kernels ({isa or next(iter(kernels.isas()))}, {threads} threads)"
+        self._tables: dict[int, Tensor] = {}
+        windows = [window for window in plan.windows if window is not None]
+        dtype = cache_dtype or (torch.float16 if plan.quantized else torch.float32)
+        self.cache = PagedCache(
+            plan.program.layers,
+            plan.program.kv_heads,
+            pool_dim(plan.program.head_dim, dtype),
+            dtype=dtype,
+            page_size=page_size,
+            window=max(windows) if len(windows) == len(plan.windows) else None,
+        )
+
+    def rope_regime(self, length: int) -> int:
+        return self._plan.rope.scaling.regime(length)
+
+    def renewed(self) -> Step:
+        if self._plan.watch.unchanged():
+            return self
+        return step_for(self.network, **self._options)
+
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """By one thread: torch's others would go on spinning for a while, on the cores that the next step needs."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
+        if len(self._tables) > MOST_TABLES:
+            self._tables.clear()
+        cache, plan, tokens = self.cache, self._plan, []
+        for sequence, ids in work:
+            cache.reserve(sequence, len(ids))
+            rotation = self._rotation(sequence.rope_length, sequence.length + len(ids) + plan.program.ahead)
+            tokens.append(Tokens(ids, sequence.length, sequence.dropped, sequence.pages, rotation))
+        pools = CachePools(cache.keys, cache.values, cache.page_size)
+        logits_MV = plan.program.run(tokens, wanted, pools)
+        for sequence, ids in work:
+            cache.advance(sequence, len(ids))
+        return logits_MV
+
+    def _rotation(self, rope_length: int, positions: int) -> Tensor:
+        """Cosines and sines of a sequence's RoPE, float32 [at least `positions`, 2, D / 2]."""
+        rope = self._plan.rope
+        regime = rope.scaling.regime(rope_length)
+        table = self._tables.get(regime)
+        if table is None or len(table) < positions:
+            at = torch.arange(max(512, 2 * positions), dtype=torch.float32)
+            angles = at[:, None] * rope.scaling.frequencies(rope.theta, rope.dim, rope_length)
+            table = torch.stack((angles.cos(), angles.sin()), 1) * rope.scaling.magnitude()
+            self._tables[regime] = table
+        return table
+
+
+def step_for(
+    network: Decoder,
+    *,
+    cache_dtype: torch.dtype | None = None,
+    page_size: int = 256,
+    **options: Any,
+) -> Step:
+    """A network's plan where it has one, else plain torch."""
+    try:
+        return PlanStep(network, cache_dtype=cache_dtype, page_size=page_size, **options)
+    except NotDerivable as reason:
+        why, nbytes = str(reason), keep_numbers(network, network.dtype)
+        if nbytes:
+            why += f" (its quantized weights are now {nbytes / 1e6:.0f} MB of numbers)"
+        return PlainStep(network, cache_dtype=cache_dtype, page_size=page_size, why=why)

@@ -1,0 +1,69 @@
+"""Reading a network's parts, and noticing when they are no longer what was read."""
+
+from __future__ import annotations
+
+from operator import getitem, is_
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from pentad.weights.quantized import QuantizedTensor
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class NotDerivable(Exception):
+    """Why a network has no plan; it runs as plain torch."""
+
+
+class Watch:
+    """Whether a network still is what was read: the same parts, attributes and tensors, unchanged, and no hooks."""
+
+    def __init__(self) -> None:
+        self._places: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[object] = []
+        self._hooks: list[dict[Any, Any]] = [
+            hooks
+            for name, hooks in vars(torch_module).items()
+            if name.startswith("_global_") and isinstance(hooks, dict)
+        ]
+        self._tensors: dict[int, Tensor] = {}
+        self._versions: list[int] = []
+
+    def read(self, part: nn.Module, *names: str) -> Any:
+        """The attributes of a part, noted; one alone, or a tuple of several."""
+        if "forward" in vars(part):
+            raise NotDerivable(f"{type(part).__name__}.forward was replaced")
+        self._hooks += [getattr(part, hooks) for hooks in HOOKS]
+        values = [self._read(part, name) for name in names]
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def _read(self, part: nn.Module, name: str) -> object:
+        for place in (part._modules, part._parameters, vars(part)):
+            if name in place:
+                break
+        else:
+            raise NotDerivable(f"{type(part).__name__} has no {name}")
+        value = place[name]
+        self._places.append(place)
+        self._names.append(name)
+        self._values.append(value)
+        tensor = value.stored if isinstance(value, QuantizedTensor) else value
+        if isinstance(tensor, Tensor) and not tensor.is_inference():
+            base = tensor if tensor._base is None else tensor._base  # views count changes together
+            if id(base) not in self._tensors:
+                self._tensors[id(base)] = base
+                self._versions.append(base._version)
+        return value
+
+    def unchanged(self) -> bool:
+        try:
+            return (
+                not any(self._hooks)
+                and all(map(is_, map(getitem, self._places, self._names), self._values))
+                and [tensor._version for tensor in self._tensors.values()] == self._versions
+            )
+        except KeyError:
+            return False
