@@ -5,12 +5,15 @@
 
 All is stated as ratios of medians within the run. In the same run rows of every forward pass are checked against each
 expert written out in float64, and gradients against transformers'. Tokens have a direction in common, so that experts
-are used unevenly, as they are in models.
+are used unevenly, as they are in models, and each run has tokens of its own, so that an expert has never as many as
+before. Freed memory stays with the process (glibc): else a dense layer takes up to twice its time, by what was freed
+before.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import sys
 import time
@@ -36,7 +39,7 @@ from pentad.nn.moe.routers import Routing, mixtral_top_k
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest difference, relative to the largest number
 PEERS = ("eager", "batched_mm", "grouped_mm")  # transformers' experts_implementation
 FACTORS = (1.0, 1.25, 2.0)  # of an even share
-Run = Callable[[], Tensor]
+Run = Callable[[Tensor], Tensor]
 
 
 def mixture(args: argparse.Namespace, dtype: torch.dtype) -> MixtureOfExperts:
@@ -115,16 +118,28 @@ def check(layer: MixtureOfExperts, x_ND: Tensor, batch: Batch) -> None:
     near(y_ND[list(rows)], torch.stack(wanted), x_ND.dtype)
 
 
-def measure(cases: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each, turn by turn; each runs twice and the second counts: memory is as the first left it."""
+def measure(cases: dict[str, Run], draw: Callable[[], Tensor], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each, turn by turn; each runs twice and the second counts: memory is as the first left it.
+
+    Tokens are drawn anew for each run: oneDNN compiles its products for a number of rows, and keeps them.
+    """
     times: dict[str, list[float]] = {case: [] for case in cases}
     for _ in range(repeats):
         for case, run in cases.items():
-            run()
+            run(draw())
+            x_ND = draw()
             started = time.perf_counter()
-            run()
+            run(x_ND)
             times[case].append(1e3 * (time.perf_counter() - started))
     return times
+
+
+def keep_memory() -> None:
+    """Have glibc's malloc give nothing back: new pages cost as much as the products that are written to them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX
 
 
 def table(title: str, times: dict[str, list[float]], beside: str, notes: dict[str, str] | None = None) -> None:
@@ -155,9 +170,9 @@ def compare_forward(args: argparse.Namespace, layer: MixtureOfExperts, dtype: to
         layers[f"capacity factor {factor}"] = variant(layer, capacity=Capacity(factor * share, args.experts))
     for each in layers.values():
         check(each, x_ND, batch)
-    cases: dict[str, Run] = {"dense": lambda: dense(x_ND, batch)[0]}
-    cases |= {case: (lambda each=each: each(x_ND, batch)[0]) for case, each in layers.items()}
-    times = measure(cases, args.repeats)
+    cases: dict[str, Run] = {"dense": lambda x_ND: dense(x_ND, batch)[0]}
+    cases |= {case: (lambda x_ND, each=each: each(x_ND, batch)[0]) for case, each in layers.items()}
+    times = measure(cases, lambda: tokens(args, args.tokens, dtype), args.repeats)
     notes = {
         case: f"{1 - float(each(x_ND, batch)[1].kept.float().mean()):.1%} dropped" for case, each in layers.items()
     }
@@ -176,13 +191,13 @@ def compare_decoding(args: argparse.Namespace, layer: MixtureOfExperts, dtype: t
     x_ND, batch = tokens(args, count, dtype), Batch(*[torch.zeros(count).long()] * 2, Rows.of([1] * count))
     check(layer, x_ND, batch)
     peers = {each: peer(args, layer, each) for each in PEERS}
-    cases: dict[str, Run] = {"pentad": lambda: layer(x_ND, batch)[0]}
+    cases: dict[str, Run] = {"pentad": lambda x_ND: layer(x_ND, batch)[0]}
     ours, routing = layer(x_ND, batch)
     for each, block in peers.items():
         same = (block.gate(x_ND)[2] == routing.experts).all(1)  # a router in fewer bits may decide otherwise
         near(block(x_ND[None])[0][same], ours[same], dtype)
-        cases[f"transformers, {each}"] = lambda block=block: block(x_ND[None])
-    times = measure(cases, 4 * args.repeats)
+        cases[f"transformers, {each}"] = lambda x_ND, block=block: block(x_ND[None])
+    times = measure(cases, lambda: tokens(args, count, dtype), 4 * args.repeats)
     table(f"decoding {count} tokens, {name(dtype)}", times, "pentad")
     middle = {case: statistics.median(taken) for case, taken in times.items()}
     best = min(middle[f"transformers, {each}"] for each in PEERS)
@@ -191,28 +206,28 @@ def compare_decoding(args: argparse.Namespace, layer: MixtureOfExperts, dtype: t
 
 def compare_training(args: argparse.Namespace, layer: MixtureOfExperts, dtype: torch.dtype) -> dict[str, float]:
     """Forward and backward, beside transformers' three ways."""
-    x_ND, batch = tokens(args, args.tokens, dtype).requires_grad_(), Batch.of([0] * args.tokens)
+    x_ND, batch = tokens(args, args.tokens, dtype), Batch.of([0] * args.tokens)
     out_ND = torch.randn(args.tokens, args.width)
 
-    def step(module: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
+    def step(module: nn.Module, forward: Run, x_ND: Tensor) -> Tensor:
         module.zero_grad()
-        x_ND.grad = None
-        (forward().float() * out_ND).sum().backward()
+        x_ND = x_ND.detach().requires_grad_()
+        (forward(x_ND).float() * out_ND).sum().backward()
         assert x_ND.grad is not None
         return x_ND.grad
 
-    cases: dict[str, Run] = {"pentad": lambda: step(layer, lambda: layer(x_ND, batch)[0])}
-    ours, routing = cases["pentad"]().clone(), layer(x_ND, batch)[1]
+    cases: dict[str, Run] = {"pentad": lambda x_ND: step(layer, lambda x_ND: layer(x_ND, batch)[0], x_ND)}
+    ours, routing = cases["pentad"](x_ND), layer(x_ND, batch)[1]
     for each in PEERS:
         if each == "batched_mm":
             continue  # which copies every pair's weights: at so many tokens more than memory holds
         block = peer(args, layer, each)
-        cases[f"transformers, {each}"] = lambda block=block: step(block, lambda: block(x_ND[None])[0])
+        cases[f"transformers, {each}"] = lambda x_ND, block=block: step(block, lambda x_ND: block(x_ND[None])[0], x_ND)
         # A router that computes in fewer bits sends some tokens elsewhere: those tell nothing.
         same = (block.gate(x_ND)[2] == routing.experts).all(1)
         assert same.float().mean() > 0.9
-        near(cases[f"transformers, {each}"]()[same], ours[same], dtype)
-    times = measure(cases, args.repeats)
+        near(cases[f"transformers, {each}"](x_ND)[same], ours[same], dtype)
+    times = measure(cases, lambda: tokens(args, args.tokens, dtype), args.repeats)
     table(f"forward and backward, {args.tokens:,} tokens, {name(dtype)}", times, "pentad")
     middle = {case: statistics.median(taken) for case, taken in times.items()}
     return {"training: transformers' eager / pentad": middle["transformers, eager"] / middle["pentad"]}
@@ -232,6 +247,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--parts", default="forward,decoding,training")
     args = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(machine())

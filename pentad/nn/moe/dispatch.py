@@ -1,11 +1,12 @@
 """Dispatch: tokens to their experts and back.
 
 How it came about. GShard and Switch give each expert a buffer of so many tokens, its capacity: what doesn't fit is
-dropped, and what isn't filled is computed in vain. MegaBlocks (arXiv:2211.15841) drops nothing and pads nothing: tokens
-are sorted by expert, so that each expert's are neighbors, and the experts' products are one: its kernels write them as
-products with a block-sparse matrix (section 4: the rows of an expert's tokens have blocks in that expert's columns and
-nowhere else; a test builds that matrix), and `torch.nn.functional.grouped_mm` takes the experts' weights in a stack and
-where each one's rows end. Here both are the second way: a capacity only leaves tokens out before they are sorted.
+dropped, and what isn't filled is computed in vain. MegaBlocks (arXiv:2211.15841) drops nothing and pads to whole blocks
+of rows at most: tokens are sorted by expert, so each expert's are neighbors, and the experts' products are one: its
+kernels write them as products with a block-sparse matrix (section 4: the rows of an expert's tokens have blocks in that
+expert's columns and nowhere else; a test builds that matrix), and `torch.nn.functional.grouped_mm` takes the experts'
+weights in a stack and where each one's rows end. Here both are the second way: a capacity only leaves tokens out before
+they are sorted.
 
 Legend: N tokens, K experts of a token, E experts, D width, S pairs of a token and one of its experts that are computed.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from pentad.errors import BadInput
 from pentad.nn.batch import Rows
+from pentad.nn.moe.experts import BLOCK_ROWS
 from pentad.nn.moe.routers import Routing
 
 
@@ -35,7 +37,8 @@ def dispatch(x_ND: Tensor, routing: Routing, experts: int, compute: Callable[[Te
         x_ND: [N, D].
         routing: what the router decided.
         experts: E.
-        compute: from [S, D], the rows of expert 0 first, and int32 [E], where each expert's rows end, to [S, D].
+        compute: from [S, D], the rows of expert 0 first, and int32 [E], where each expert's rows end, to [S, D]. Many
+            rows of 16-bit numbers come to a CPU in whole blocks, as MegaBlocks' do: some rows are spare.
 
     Returns:
         float32 [N, D]. The sums are the same whatever other tokens there are.
@@ -49,13 +52,27 @@ def dispatch(x_ND: Tensor, routing: Routing, experts: int, compute: Callable[[Te
     ends_E = torch.searchsorted(sorted_S, every_E, right=True, out_int32=True)
     if not routing.all_kept:
         order_S = order_S[: int(ends_E[-1])]
-    y_SD = compute(x_ND.index_select(0, order_S // choices), ends_E).contiguous()  # else its rows are slow to gather
-    rows_S = torch.arange(len(y_SD), device=x_ND.device)
+    tokens_S, rows_S = order_S // choices, torch.arange(len(order_S), device=x_ND.device)
+    if x_ND.device.type == "cpu" and x_ND.element_size() == 2 and len(order_S) > experts * BLOCK_ROWS:
+        ends_E, spare_E = _in_blocks(ends_E)
+        rows_S += spare_E.index_select(0, sorted_S[: len(rows_S)])
+        tokens_S = tokens_S.new_zeros(int(ends_E[-1])).index_copy(0, rows_S, tokens_S)  # spare: the first token's
+    y_SD = compute(x_ND.index_select(0, tokens_S), ends_E).contiguous()  # else its rows are slow to gather
+    back_NK = order_S.new_full((tokens * choices,), len(y_SD)).index_copy(0, order_S, rows_S).view(tokens, choices)
     if not routing.all_kept:
         y_SD = F.pad(y_SD, (0, 0, 0, 1))  # a row of zeros, for pairs that aren't there
-    back_NK = order_S.new_full((tokens * choices,), len(rows_S)).index_copy(0, order_S, rows_S)
-    y_NKD = y_SD.index_select(0, back_NK).view(tokens, choices, y_SD.shape[1])
-    return (y_NKD * routing.weights[:, :, None]).sum(1)
+    y_ND = y_SD.index_select(0, back_NK[:, 0]) * routing.weights[:, :1]
+    for k in range(1, choices):
+        y_ND.addcmul_(y_SD.index_select(0, back_NK[:, k]), routing.weights[:, k, None])
+    return y_ND
+
+
+def _in_blocks(ends_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each expert's rows end when each has whole blocks, and how many spare rows are in front of its first."""
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    spare_E = -counts_E % BLOCK_ROWS
+    before_E = spare_E.cumsum(0, dtype=ends_E.dtype)
+    return ends_E + before_E, before_E - spare_E
 
 
 @dataclass(frozen=True)

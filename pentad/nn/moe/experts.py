@@ -17,6 +17,8 @@ from pentad.weights.quantized import QuantizedTensor
 
 FEW_ROWS = 64  # of each expert: up to here a product takes hardly longer than reading its weight
 SLAB_ROWS = 2048  # computed at a time: what lies between products stays in memory that a CPU has at hand
+SLAB_ROWS_16_BIT = 352  # up to here W x^T is faster, which reads the weight as it lies: x W^T puts it in tiles first
+BLOCK_ROWS = 32  # of 16-bit numbers: for each new number of rows oneDNN compiles a product, longer than it computes it
 EVERY = slice(None)
 
 
@@ -88,10 +90,11 @@ class Experts(nn.Module):
     def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
         """[S, D], the rows of expert 0 first, and int32 [E], where each one's rows end -> [S, D]."""
         learns = torch.is_grad_enabled() and (x_SD.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if learns or len(x_SD) <= SLAB_ROWS or x_SD.device.type != "cpu":
+        most = SLAB_ROWS_16_BIT if x_SD.element_size() == 2 else SLAB_ROWS
+        if learns or len(x_SD) <= most or x_SD.device.type != "cpu":
             return self.compute(x_SD, ends_E, EVERY)
         parts = []
-        for start, stop, which in _slabs(ends_E.tolist()):
+        for start, stop, which in _slabs(ends_E.tolist(), most):
             parts.append(self.compute(x_SD[start:stop], (ends_E[which] - start).clamp(max=stop - start), which))
         return torch.cat(parts)
 
@@ -100,15 +103,19 @@ class Experts(nn.Module):
         raise NotImplementedError
 
 
-def _slabs(ends: list[int]) -> Iterator[tuple[int, int, slice]]:
-    """Where some rows start and end, and whose they are: of neighboring experts, or a part of the many that one has."""
+def _slabs(ends: list[int], most: int) -> Iterator[tuple[int, int, slice]]:
+    """Where some rows start and end, at most `most`, and whose they are: of neighboring experts, or a part of the many
+    that one has, in parts of about the same size."""
     start, first = 0, 0
     for expert, end in enumerate(ends):
-        while end - start > SLAB_ROWS and first == expert:
-            yield start, start + SLAB_ROWS, slice(expert, expert + 1)
-            start += SLAB_ROWS
+        parts = math.ceil((end - start) / most)
+        if parts > 1:  # then `first` is this expert
+            rows = min(most, math.ceil((end - start) / parts / BLOCK_ROWS) * BLOCK_ROWS)
+            for part in range(start, end, rows):
+                yield part, min(part + rows, end), slice(expert, expert + 1)
+            start, first = end, expert + 1
         following = ends[expert + 1] if expert + 1 < len(ends) else math.inf
-        if following - start > SLAB_ROWS:
+        if following - start > most:
             if end > start:
                 yield start, end, slice(first, expert + 1)
             start, first = end, expert + 1
@@ -216,6 +223,6 @@ def _aligned(x_IS: Tensor) -> bool:
 
 def _reads_rows_of_weights(x_SI: Tensor, weight_EOI: Tensor) -> bool:
     """Whether W x^T is faster than x W^T: on a CPU, for a few rows of each expert. Its backward is pickier."""
-    few = len(x_SI) <= FEW_ROWS * len(weight_EOI)
+    few = len(x_SI) <= FEW_ROWS * len(weight_EOI) or (x_SI.element_size() == 2 and len(x_SI) <= SLAB_ROWS_16_BIT)
     learns = torch.is_grad_enabled() and (x_SI.requires_grad or weight_EOI.requires_grad)
     return few and not learns and x_SI.device.type == "cpu" and weight_EOI.stride(-1) == 1

@@ -179,6 +179,32 @@ def test_a_few_experts_at_a_time(kind: type[Experts], counts: list[int], monkeyp
     assert len(seen) <= sum(counts) // 4 + sum(count > 0 for count in counts)
 
 
+@torch.inference_mode()
+def test_16_bits_come_in_slabs_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole blocks, so that few products are compiled, and with W x^T, so that no weight is put in tiles."""
+    counts = [32 * count for count in (40, 0, 12, 3, 1)]
+    experts, ends, sizes = MLPExperts(5, 16, 24).bfloat16(), ends_of(counts), []
+    x, compute, operator = torch.randn(sum(counts), 16).bfloat16(), experts.compute, F.grouped_mm
+
+    def seeing(x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
+        sizes.append(len(x_SD))
+        return compute(x_SD, ends_E, which)
+
+    def watched(one: Tensor, other: Tensor, *, offs: Tensor) -> Tensor:
+        assert one.data_ptr() in [
+            each.data_ptr() for part in (experts.up_proj, experts.down_proj) for each in part.weight
+        ]
+        return operator(one, other, offs=offs)
+
+    monkeypatch.setattr(experts, "compute", seeing)
+    monkeypatch.setattr(F, "grouped_mm", watched)
+    y = experts(x, ends)
+    assert sizes == [320, 320, 320, 320, 192, 192, 128]
+    up, down = experts.up_proj.weight.float(), experts.down_proj.weight.float()
+    hidden = by_loop(x.float(), up, counts).relu().bfloat16().float()
+    torch.testing.assert_close(y.float(), by_loop(hidden, down, counts), rtol=0.02, atol=0.02)
+
+
 def test_learning_takes_all_experts_at_once(monkeypatch: pytest.MonkeyPatch, uses: list[int]) -> None:
     monkeypatch.setattr("pentad.nn.moe.experts.SLAB_ROWS", 1)
     MLPExperts(5, 16, 24)(torch.randn(8, 16), ends_of(COUNTS)).sum().backward()
