@@ -16,6 +16,8 @@ namespace {
 const Kernels* const isas[] = {
 #if defined(__x86_64__)
     &avx512_kernels, &avx2_kernels,
+#elif defined(__aarch64__)
+    &neon_dotprod_kernels, &neon_kernels,
 #endif
     &portable_kernels};
 constexpr int ISAS = sizeof isas / sizeof *isas;

@@ -97,6 +97,6 @@ struct Kernels {
   void (*work)(const Op&, const Step&, int chunk);
 };
 
-extern const Kernels avx512_kernels, avx2_kernels, portable_kernels;
+extern const Kernels avx512_kernels, avx2_kernels, neon_dotprod_kernels, neon_kernels, portable_kernels;
 
 }  // namespace pentad
