@@ -85,7 +85,7 @@ class Pool {
     phase_ = -1;
     const int helpers = grow(threads - 1);
     const auto start = Clock::now();
-    started_ = start;
+    started_at_.store(start.time_since_epoch().count(), std::memory_order_relaxed);
     const int active = start < retreat_end_ ? std::min(helpers, retreat_to_) : helpers;
     active_.store(active, std::memory_order_relaxed);
     lost_.store(0, std::memory_order_relaxed);
@@ -133,7 +133,8 @@ class Pool {
     }
     const auto end = Clock::now();
     const Clock::duration lost(lost_.fetch_add((end - start + STALL).count(), std::memory_order_relaxed));
-    if (lost > milliseconds(5) + (end - started_) / 4)  // a long step doesn't wait for its end to retreat
+    const Clock::duration started(started_at_.load(std::memory_order_relaxed));
+    if (lost > milliseconds(5) + (end.time_since_epoch() - started) / 4)  // a long step doesn't wait for its end to retreat
       active_.store(std::max(0, active_.load(std::memory_order_relaxed) - 1), std::memory_order_relaxed);
   }
 
@@ -201,8 +202,7 @@ class Pool {
   alignas(128) std::atomic<int> done_{0};
   alignas(128) const Job* job_ = nullptr;  // this and the next change only between phases
   int phase_ = 0;
-  Clock::time_point started_{};
-  std::atomic<Clock::rep> opened_at_{0};
+  std::atomic<Clock::rep> started_at_{0}, opened_at_{0};
   std::atomic<Clock::rep> lost_{0};
   std::atomic<int> active_{0};
   std::atomic<int> sleepers_{0}, parked_count_{0};

@@ -101,7 +101,7 @@ template <> struct Activations<false> {
   int32_t minus_sum() const { return 0; }
 };
 
-// Whole numbers n and a scale with x near n * scale, |n| <= Limit. Where x is not finite, neither is the scale.
+// Whole numbers n and a scale with x near n * scale, |n| <= Limit. Where x is not finite, neither is the scale, and n is 0.
 template <int Limit, int N> INLINE float to_integers(const F (&x)[N], I (&n)[N]) {
   I largest = bits(x[0]) & 0x7fffffff;
   for (int i = 1; i < N; i++) {
@@ -113,7 +113,7 @@ template <int Limit, int N> INLINE float to_integers(const F (&x)[N], I (&n)[N])
   std::memcpy(&amax, &most_bits, 4);
   const float inverse = amax < 1e-30f ? 0.0f : Limit / amax;  // numbers that small are taken for 0
   const F magic = all(12582912.0f);
-  for (int i = 0; i < N; i++) n[i] = bits(x[i] * inverse + magic) - bits(magic);
+  for (int i = 0; i < N; i++) n[i] = most_bits < 0x7f800000 ? bits(x[i] * inverse + magic) - bits(magic) : I{};
   return amax < 1e-30f ? 0.0f : amax * (1.0f / Limit);
 }
 
