@@ -1,7 +1,7 @@
 # Each target makes what it needs, .venv included. `make` alone lists them.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format bench parity gpu docs clean
+.PHONY: help demo test check format bench parity gpu sanitize docs clean
 
 help:    ## this list
 	@sed -n 's/^\([a-z]*\): *## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -26,6 +26,9 @@ parity:  ## compare with llama.cpp, which is compiled first
 
 gpu:     ## run the tests and benchmarks that need a GPU, with the packages at hand
 	@scripts/gpu
+
+sanitize: ## check the kernels with sanitizers, and NEON in an emulator
+	@scripts/sanitize
 
 docs:    ## write the generated docs
 	@scripts/docs

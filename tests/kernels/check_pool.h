@@ -1,0 +1,118 @@
+// The pool of threads under stress: tiny steps, several callers, busy cores, forks.
+#pragma once
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <thread>
+
+#include "check.h"
+
+namespace {
+
+// The pool reads the clock where it opens a phase: there, and wherever else it is read, microseconds are lost at random.
+std::atomic<bool> clocks_lose_time{false};
+
+// Tiny steps whose results are known: an operation is two to five chunks of a few numbers.
+class TinySteps {
+ public:
+  explicit TinySteps(int isa) : random_(isa), table_(random_.numbers(WIDTH * 8)), plan_({isa}) {
+    for (int i = 0; i < MOST; i++) ids_.push_back(i % 8);
+    plan_.step.ids = ids_.data();
+    for (int out = 0; out < OPS; out++) {
+      Matrix& m = plan_.add(EMBED, 0, 0, out, WIDTH).w[0];
+      m.data = reinterpret_cast<const uint8_t*>(table_.data());
+      m.type = F32, m.rows = 8, m.columns = WIDTH;
+      plan_.buffers[out].resize(MOST * WIDTH);
+      plan_.step.buffers[out] = plan_.buffers[out].data();
+    }
+  }
+  // Some steps, one right after the other; whether all of them was done.
+  bool run(int threads) {
+    seconds_without_progress = 0;
+    const int ops = 1 + random_.below(OPS), rows = 9 + random_.below(MOST - 8);
+    plan_.step.rows = rows, plan_.step.threads = threads;
+    for (int out = 0; out < ops; out++) std::fill_n(plan_.buffers[out].begin(), rows * WIDTH, NAN);
+    for (int first = 0, count; first < ops; first += count) {
+      count = 1 + random_.below(ops - first);
+      pentad_run(&plan_.ops[first], count, &plan_.step);
+    }
+    bool ok = true;
+    for (int out = 0; out < ops; out++)
+      for (int i = 0; i < rows * WIDTH; i++) ok &= plan_.buffers[out][i] == table_[i % table_.size()];
+    return ok;
+  }
+
+ private:
+  static constexpr int WIDTH = 2, MOST = 40, OPS = 4;
+  Random random_;
+  Floats table_;
+  Ints ids_;
+  Plan plan_;
+};
+
+// Several callers at once, each with 1 to 5 threads, beside threads that keep the cores busy.
+void stress(int isa, int callers, int busy, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+  std::atomic<bool> over{false}, ok{true};
+  std::vector<std::thread> calling, idling;
+  for (int i = 0; i < busy; i++)
+    idling.emplace_back([&] {
+      while (!over) {}
+    });
+  for (int i = 0; i < callers; i++)
+    calling.emplace_back([&] {
+      TinySteps tiny(isa);
+      for (int n = 0; Clock::now() < end; n++) {
+        const auto start = Clock::now();
+        if (!tiny.run(n % 5 + 1)) ok = false;
+        // After a stall the pool does with fewer threads for a while, which would be most of the time.
+        const auto took = Clock::now() - start;
+        if (took > std::chrono::microseconds(200)) std::this_thread::sleep_for(9 * took);
+      }
+    });
+  for (auto& thread : calling) thread.join();
+  over = true;
+  for (auto& thread : idling) thread.join();
+  expect(ok, "tiny steps of " + std::to_string(callers) + " callers beside " + std::to_string(busy) + " busy threads");
+}
+
+// A child of this process has threads of its own, even where it was born amid others' steps.
+void check_forks(int isa, int count) {
+  std::atomic<bool> over{false}, ok{true};
+  std::thread other([&] {
+    for (TinySteps tiny(isa); !over;)
+      if (!tiny.run(3)) ok = false;
+  });
+  TinySteps tiny(isa);
+  for (int i = 0; i < count; i++) {
+    tiny.run(4);
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(1);
+      bool right = true;
+      for (int n = 0; n < 100; n++) right &= tiny.run(n % 5 + 1);
+      _exit(!right);
+    }
+    int status = 1;
+    expect(child > 0 && waitpid(child, &status, 0) == child && status == 0, "steps in a forked child");
+  }
+  over = true;
+  other.join();
+  expect(ok, "steps beside forks");
+}
+
+}  // namespace
+
+#if defined(__linux__)
+extern "C" int clock_gettime(clockid_t clock, timespec* time) {
+  static thread_local uint32_t state = uint32_t(reinterpret_cast<uintptr_t>(&state) >> 12);
+  state = state * 1664525 + 1013904223;
+  if (clocks_lose_time && state >> 29 == 0)
+    for (volatile uint32_t i = state >> 18 & 2047; i > 0; i = i - 1) {}
+  return int(syscall(SYS_clock_gettime, clock, time));
+}
+#endif
