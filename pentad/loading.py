@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from pentad.weights.keytable import Operation, Pairing
 
 _logger = logging.getLogger(__name__)
+IN_BLOCKS = {nn.Linear, nn.Embedding, GroupedLinear}
+"""Parts that have a counterpart whose weight stays in its file's blocks; `_in_blocks` makes it."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -246,9 +248,11 @@ def _placements(
         quantization = types.pop() if len(types) == 1 and keep_quantized else None
         linears: list[type[QuantizedLinear | RowwiseInt8Linear] | None] = []
         for name in ours:
-            alone = len(homes[name]) == 1 and isinstance(network.get_submodule(name.rpartition(".")[0]), nn.Linear)
+            owners = [home.rpartition(".") for home in homes[name]]
+            kinds = {type(network.get_submodule(owner)) if leaf == "weight" else None for owner, _, leaf in owners}
+            alone = len(owners) == 1 and kinds == {nn.Linear}
             taken = alone and QuantizedLinear.takes(quantization, shapes[name], dtype, device)
-            if taken or (blocks and quantization and all(_holds_blocks(network, home) for home in homes[name])):
+            if taken or (blocks and quantization and kinds <= IN_BLOCKS):
                 linears.append(QuantizedLinear)
             elif quantization and "head.weight" in homes[name] and RowwiseInt8Linear.takes(dtype, device):
                 linears.append(RowwiseInt8Linear)
@@ -256,12 +260,6 @@ def _placements(
                 linears.append(None)
         placements.append(_Placement(entries, operation, [homes[name] for name in ours], linears))
     return placements
-
-
-def _holds_blocks(network: nn.Module, name: str) -> bool:
-    """Whether a tensor is the matrix of a part that has a counterpart whose weight is quantized."""
-    owner, _, leaf = name.rpartition(".")
-    return leaf == "weight" and type(network.get_submodule(owner)) in (nn.Linear, nn.Embedding, GroupedLinear)
 
 
 def tensor_names(network: nn.Module) -> dict[str, list[str]]:

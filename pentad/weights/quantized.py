@@ -121,12 +121,11 @@ class QuantizedTensor:
 
         Raises ValueError where its rows are not so many equal parts, or for another dimension.
         """
-        *stack, rows, columns = self.shape
+        *stack, rows, _ = self.shape
         if dim != -2 or rows % count:
             raise ValueError(f"{rows} rows are not {count} equal parts (dimension {dim})")
-        parts = self.blocks.view(*stack, count, rows // count, -1).unbind(-3)
-        shape = (*stack, rows // count, columns)
-        return tuple(QuantizedTensor(part.reshape(-1, self.blocks.shape[1]), self.type, shape) for part in parts)
+        index = torch.arange(math.prod(self.shape[:-1])).view(*stack, count, rows // count)
+        return tuple(self.take_rows(part) for part in index.unbind(-2))
 
     def take_rows(self, index: Tensor) -> QuantizedTensor:
         """The flattened rows that `index` (integers of any shape) names, as a view.
