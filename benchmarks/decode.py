@@ -1,37 +1,40 @@
 """pentad, llama.cpp and transformers on one GGUF: the same prompts, context and threads, turn by turn.
 
     make bench                                      # SmolLM2, 2 threads
-    python benchmarks/decode.py --threads 4 --repeats 5 --model FILE.gguf
+    python benchmarks/decode.py --threads 4 --repeats 9 --model FILE.gguf
+    python benchmarks/decode.py --shape mistral --type q4_k    # random weights of that model's layer sizes
 
 Speed is stated as a ratio of medians within the run; the answers are checked in the same run, against float32 on the
-dequantized weights, by the bounds that docs/benchmarks.md states.
+dequantized weights, by the bounds that docs/benchmarks.md states. "Q4_0" is the same model, requantized by llama.cpp.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
-from multiprocessing.connection import Connection
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import engines
+import record
+from hardware import machine
+from processes import Remote, competitors, in_a_process, whole
 
 ENGINES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "pentad": (engines.Pentad, {}),
     "pentad --fast": (engines.Pentad, {"fast": True}),
+    "pentad Q4_0": (engines.Pentad, {}),
     "llama.cpp": (engines.LlamaCpp, {}),
+    "llama.cpp Q4_0": (engines.LlamaCpp, {}),
     "transformers": (engines.Transformers, {}),
 }
+SHAPED = ["pentad", "pentad --fast", "llama.cpp"]  # of random weights
 # Of the logits' rms, of the worst greedy token, of the perplexity: see docs/benchmarks.md.
 EXACT, STOCK = (0.02, 0.1, 0.001), (0.2, 0.75, 0.01)
 PROMPTS = [
@@ -45,50 +48,47 @@ PROMPTS = [
     "The capital of France is a city that",
 ]
 LENGTH = 8  # tokens of each of these prompts that are used
+LONG = 2000  # tokens of the longest prompt
+NEW = 64  # tokens that are decoded
+Speeds = dict[str, dict[str, list[float]]]
+"""Row -> engine -> tokens a second, of each repeat."""
 
 
-def serve(name: str, path: str, context: int, threads: int, options: dict[str, Any], pipe: Connection) -> None:
-    """An engine's process: answer calls until the pipe closes."""
-    kind, defaults = ENGINES[name]
-    engine = kind(path, context, threads, **{**defaults, **options})
-    pipe.send(engine.load_seconds)
-    while (call := pipe.recv()) is not None:
-        method, *arguments = call
-        pipe.send(memory() if method == "memory" else getattr(engine, method)(*arguments))
+@dataclass(frozen=True)
+class Row:
+    """What is measured: a call that gives the seconds that so many tokens take, of some engines or of all."""
+
+    name: str
+    call: tuple[Any, ...]
+    tokens: int
+    only: Sequence[str] | None = None
 
 
-def spin() -> None:
-    """A process that wants a core for itself."""
-    while True:
-        pass
+@dataclass(frozen=True)
+class Files:
+    given: Path
+    q4_0: Path
+
+    def of(self, engine: str) -> Path:
+        return self.q4_0 if engine.endswith("Q4_0") else self.given
 
 
-def memory() -> dict[str, int]:
-    """This process's resident memory now and at its peak, in MB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    values = {line.split(":")[0]: int(line.split()[1]) // 1000 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
-    return {"now": values["VmRSS"], "peak": values["VmHWM"]}
+def start(name: str, files: Files, context: int, threads: int, **more: Any) -> Remote:
+    kind, options = ENGINES[name]
+    return Remote(name, kind, str(files.of(name)), context, threads, **{**options, **more})
 
 
-class Remote:
-    """An engine in a process of its own."""
-
-    def __init__(self, name: str, args: argparse.Namespace, **options: Any) -> None:
-        self.name = name
-        self._pipe, theirs = multiprocessing.Pipe()
-        call = (name, str(args.model), args.context, args.threads, options, theirs)
-        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=call, daemon=True)
-        self._process.start()
-        theirs.close()
-        self.load_seconds: float = self._pipe.recv()
-
-    def __call__(self, *call: Any) -> Any:
-        self._pipe.send(call)
-        return self._pipe.recv()
-
-    def close(self) -> None:
-        self._pipe.send(None)
-        self._process.join()
+def measure(running: Sequence[Remote], rows: Sequence[Row], repeats: int, warm: int = 1) -> Speeds:
+    """Engines take turns in each row, and rows in each repeat."""
+    speeds: Speeds = {row.name: {} for row in rows}
+    for repeat in range(warm + repeats):
+        for row in rows:
+            for engine in running:
+                if row.only is None or engine.name in row.only:
+                    seconds = engine(*row.call)
+                    if repeat >= warm:
+                        speeds[row.name].setdefault(engine.name, []).append(row.tokens / seconds)
+    return speeds
 
 
 def quality(engine: Remote, reference: Remote, texts: list[list[int]]) -> dict[str, float]:
@@ -110,114 +110,115 @@ def quality(engine: Remote, reference: Remote, texts: list[list[int]]) -> dict[s
     return {"rms": float(numpy.mean(squares) ** 0.5), "margin": float(max(margins)), "perplexity": perplexity}
 
 
-def processes(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Whole processes in turn: one token of chat, and the import of torch that it can't do without."""
-    pentad = [sys.executable, "-m", "pentad", "chat", "hi", "--max-tokens", "1", "--temperature", "0"]
-    commands = {
-        "pentad chat hi --max-tokens 1": [*pentad, "--model", str(args.model), "--threads", str(args.threads)],
-        'python -c "import torch"': [sys.executable, "-c", "import torch"],
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(args.repeats + 1):
-        for name, command in commands.items():
-            started = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: values[1:] for name, values in seconds.items()}  # the first warms the disk
+def check(
+    running: Sequence[Remote], files: Files, context: int, threads: int, texts: list[list[int]]
+) -> dict[str, dict[str, float]]:
+    """Each engine's quality, against float32 on the file that it runs."""
+    found = {}
+    for path in dict.fromkeys(files.of(engine.name) for engine in running):
+        exact = Remote("float32", engines.Pentad, str(path), context, threads, dtype="float32", quantize="none")
+        found |= {
+            engine.name: quality(engine, exact, texts) for engine in running if files.of(engine.name) == path
+        }
+        exact.close()
+    return {engine.name: found[engine.name] for engine in running}
 
 
-def machine() -> str:
-    """What it was measured on."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        named = {key.strip(): value.strip() for key, value in lines.items()}
-        flags = [flag for flag in ("avx2", "avx512_vnni", "amx_int8") if flag in named.get("flags", "").split()]
-        cpu = f"{named.get('model name', cpu)} ({', '.join(flags)})"
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "llama_cpp_python")]
-    return f"{cpu}, {os.cpu_count()} CPUs; Python {platform.python_version()}, {', '.join(versions)}"
+def load(names: Sequence[str], files: Files, args: argparse.Namespace, prompt: list[int]) -> dict[str, dict[str, list[float]]]:
+    """From file to ready, and memory after one short answer, in fresh processes with room for one sequence."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for _ in range(args.repeats):
+        for name in names:
+            more = {"sequences": 1} if ENGINES[name][0] is engines.LlamaCpp else {}
+            engine = start(name, files, args.context, args.threads, **more)
+            engine("decode", [prompt], NEW)
+            for what, value in {"seconds": engine.load_seconds, **engine("memory")}.items():
+                found[name].setdefault(what, []).append(value)
+            engine.close()
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a GGUF file of Llama's architecture; SmolLM2 by default")
+    parser.add_argument("--shape", choices=["tinyllama", "mistral", "mixtral"], help="random weights instead")
+    parser.add_argument("--type", default="q4_0", help="of the random weights")
+    parser.add_argument("--layers", type=int, default=2, help="of the random weights")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--context", type=int, default=2304)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--engines", help=f"which, of {', '.join(ENGINES)}; all by default")
+    parser.add_argument("--json", action="store_true", help="also print everything that was measured")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a GGUF file of Llama's architecture; SmolLM2 by default")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--engines", default=",".join(ENGINES), help="which, by name")
-    parser.add_argument("--beside", type=int, default=0, metavar="N", help="keep N other processes busy meanwhile")
-    parser.add_argument("--json", action="store_true", help="also print everything that was measured")
-    args = parser.parse_args()
-    from pentad.weights.registry import locate
+    args = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        run(args, Path(folder))
 
-    args.model = Path(args.model or locate("smollm2")).resolve()
-    names = args.engines.split(",")
 
-    reference = Remote("pentad", args, dtype="float32", quantize="none")
+def run(args: argparse.Namespace, folder: Path) -> None:
     import pentad.text
     import pentad.weights
+    from pentad.weights.registry import locate
 
-    tokenizer = pentad.text.load(pentad.weights.open(args.model))
+    path = Path(args.model or locate("smollm2")).resolve()
+    tokenizer = pentad.text.load(pentad.weights.open(path))
     assert tokenizer is not None
-    long = tokenizer.encode((Path(__file__).parent.parent / "LICENSE").read_text())[:512]
+    names = args.engines.split(",") if args.engines else SHAPED if args.shape else list(ENGINES)
+    if args.shape:
+        import shapes
+
+        path = shapes.write(folder / f"{args.shape}-{args.type}.gguf", args.shape, args.type, args.layers, path)
+    files = Files(path, folder / "q4_0.gguf")
+    if any(name.endswith("Q4_0") for name in names):
+        in_a_process(engines.requantize, str(path), str(files.q4_0))
+    long = tokenizer.encode((Path(__file__).parent.parent / "LICENSE").read_text())[:LONG]
     prompts = [tokenizer.encode(prompt)[:LENGTH] for prompt in PROMPTS]
     texts = [long[100:200], *(tokenizer.encode(prompt) for prompt in PROMPTS[:4])]
+    single = Row(record.DECODE, ("decode", prompts[:1], NEW), NEW)
+    stream = Row(record.STREAM, ("stream",), 1, only=["pentad"])
+    together = [
+        Row(record.PREFILL, ("prefill", long[:512]), 512),
+        single,
+        stream,
+        Row(record.BATCH, ("decode", prompts, NEW), len(prompts) * NEW),
+        Row(record.AFTER, ("decode", [long], NEW), NEW),
+    ]
+    print(machine("torch", "transformers", "llama_cpp_python"))
+    print(f"{path.name}, context {args.context}, {args.threads} threads, {args.repeats} repeats\n", flush=True)
 
-    running = [Remote(name, args) for name in names]
-    print(machine())
-    how = f"context {args.context}, {args.threads} threads, {args.repeats} repeats"
-    print(f"{args.model.name}, {how}, beside {args.beside} busy processes\n")
-    checked = {engine.name: quality(engine, reference, texts) for engine in running}
-    reference.close()
-    busy = [multiprocessing.get_context("spawn").Process(target=spin, daemon=True) for _ in range(args.beside)]
-    for process in busy:
-        process.start()
-    calls = {
-        "prefill, 512 tokens": (("prefill", long), len(long)),
-        "decode, batch 1": (("decode", prompts[:1]), engines.NEW),
-        "decode, batch 8": (("decode", prompts), 8 * engines.NEW),
-    }
-    speeds: dict[str, dict[str, list[float]]] = {what: {name: [] for name in names} for what in calls}
-    for repeat in range(args.repeats + 1):
-        for what, (call, tokens) in calls.items():
-            for engine in running:
-                seconds = engine(*call)
-                if repeat:  # the first one warms
-                    speeds[what][engine.name].append(tokens / seconds)
-    print(f"{'tokens/s, median (best)':28}" + "".join(f"{name:>20}" for name in names))
-    for what, by_name in speeds.items():
-        cells = [f"{statistics.median(v):.0f} ({max(v):.0f})" for v in by_name.values()]
-        print(f"{what:28}" + "".join(f"{cell:>20}" for cell in cells))
-    print("\npentad's median against")
-    for name in names[1:]:
-        ratios = [
-            f"{what}: {statistics.median(v['pentad']) / statistics.median(v[name]):.2f} x" for what, v in speeds.items()
-        ]
-        print(f"  {name:14} {', '.join(ratios)}")
-    print("\nagainst float32 on the dequantized weights")
-    for name, values in checked.items():
-        print(
-            f"  {name:14} rms of logits {values['rms']:.3f}, worst greedy token {values['margin']:.2f} logits below the"
-            f" best, perplexity {values['perplexity']:+.2%}"
-        )
-    used = {engine.name: engine("memory") for engine in running}
-    print("\nload and memory")
+    running = [start(name, files, args.context, args.threads) for name in names]
+    checked = check(running, files, args.context, args.threads, texts)
+    speeds = measure(running, together, args.repeats)
+    if not args.shape:
+        with competitors(1):
+            row = Row(record.BESIDE, ("decode", prompts[:1], NEW // 2), NEW // 2)
+            speeds |= measure(running, [row], 3, warm=0)
     for engine in running:
-        print(
-            f"  {engine.name:14} {engine.load_seconds:.2f} s, {used[engine.name]['now']} MB, at the peak"
-            f" {used[engine.name]['peak']} MB"
-        )
         engine.close()
-    print("\nwhole processes")
-    whole = processes(args)
-    for name, values in whole.items():
-        print(f"  {name:32} {statistics.median(values):.2f} s ({min(values):.2f})")
+    loads, processes = {}, {}
+    if not args.shape:
+        quick = [name for name in names if name != "transformers"]
+        running = [start(name, files, args.context, 1) for name in quick if name != "pentad --fast"]
+        alone = measure(running, [single, stream], args.repeats)
+        speeds |= {f"{name}, 1 thread": by_name for name, by_name in alone.items()}
+        for engine in running:
+            engine.close()
+        loads = load(quick, files, args, prompts[0])
+        processes = whole(path, args.threads, args.repeats)
     if args.json:
-        print(json.dumps({"tokens_per_second": speeds, "quality": checked, "memory": used, "processes": whole}))
+        print(json.dumps({"speeds": speeds, "quality": checked, "loads": loads, "processes": processes}))
+    record.print_speeds(speeds, names)
+    record.print_quality(checked)
+    record.print_loads(loads, processes)
+    record.print_record(speeds, loads, processes)
 
     from pentad import kernels  # only now, and here: the engines' processes import this file too, some without torch
 
-    for name, bounds in {"pentad": EXACT if kernels.isas() else STOCK, "pentad --fast": STOCK}.items():
+    exact = EXACT if kernels.isas() else STOCK
+    for name, bounds in {"pentad": exact, "pentad Q4_0": exact, "pentad --fast": STOCK}.items():
         if name in checked:
             within = (abs(value) <= bound for value, bound in zip(checked[name].values(), bounds, strict=True))
             assert all(within), f"{name}: {checked[name]} exceed {bounds}"

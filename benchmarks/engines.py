@@ -1,4 +1,4 @@
-"""The engines that are compared: each loads the same GGUF and answers the same four questions, greedily.
+"""The engines that are compared: each loads the same GGUF and answers the same questions, greedily.
 
 An engine lives in a process of its own (two OpenMP runtimes in one process fight), and measures itself from the inside,
 so that what is compared is the work, not the pipe to it.
@@ -7,10 +7,13 @@ so that what is compared is the work, not the pipe to it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-NEW = 64  # tokens generated after the first
+from hardware import memory, streaming
+
+SEQUENCES = 8  # at most, together
+CHUNK = 512  # tokens of a prompt that one step takes, in pentad and llama.cpp
 
 
 class Engine(Protocol):
@@ -21,11 +24,14 @@ class Engine(Protocol):
     def prefill(self, ids: list[int]) -> float:
         """From a prompt to its first token."""
 
-    def decode(self, prompts: list[list[int]]) -> float:
-        """From the first to the last of NEW further tokens of prompts that are decoded together."""
+    def decode(self, prompts: list[list[int]], count: int) -> float:
+        """From the first to the last of `count` further tokens of prompts that are decoded together."""
 
     def logits(self, ids: list[int]) -> Any:
         """float32 numpy [T, vocab]."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the process, now and at its peak."""
 
 
 class Pentad:
@@ -36,9 +42,11 @@ class Pentad:
 
         import pentad
 
+        self.imported = memory()["peak"]
         started = time.perf_counter()
         self.model = pentad.load(path, context=context, threads=threads, **options)
         self.load_seconds = time.perf_counter() - started
+        self._stream: Callable[[], float] | None = None
 
     def _text(self, ids: list[int]) -> str:
         text = self.model.tokenizer.decode(ids)
@@ -50,19 +58,35 @@ class Pentad:
         done = self.model.complete(self._text(ids), max_tokens=1, temperature=0)
         return done.seconds["prefill"]
 
-    def decode(self, prompts: list[list[int]]) -> float:
-        done = self.model.complete([self._text(ids) for ids in prompts], max_tokens=NEW + 1, temperature=0)
-        assert all(completion.completion_tokens == NEW + 1 for completion in done), "a prompt ended early"
+    def decode(self, prompts: list[list[int]], count: int) -> float:
+        done = self.model.complete([self._text(ids) for ids in prompts], max_tokens=count + 1, temperature=0)
+        assert all(completion.completion_tokens == count + 1 for completion in done), "a prompt ended early"
         return max(completion.seconds["decode"] for completion in done)
 
     def logits(self, ids: list[int]) -> Any:
         return self.model.logits(ids).numpy()
 
+    def memory(self) -> dict[str, int]:
+        """Also: at the peak once torch and pentad were imported, of the weights as they are held, and of the cache."""
+        from operations import held_bytes, operations
+
+        step = self.model.step
+        held = held_bytes(operations(step))
+        return {**memory(), "imported": self.imported, "weights": held, "cache": step.cache.nbytes}
+
+    def stream(self) -> float:
+        """Reading as many bytes as the weights of one token have, by as many threads, and no more than that."""
+        from operations import operations, token_bytes
+
+        if self._stream is None:
+            self._stream = streaming(token_bytes(operations(self.model.step)))
+        return self._stream()
+
 
 class LlamaCpp:
     """llama.cpp by its own C functions, so that no Python stands between it and the clock."""
 
-    def __init__(self, path: str, context: int, threads: int) -> None:
+    def __init__(self, path: str, context: int, threads: int, sequences: int = SEQUENCES) -> None:
         import llama_cpp
 
         self.c = llama_cpp
@@ -73,12 +97,12 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx = context * 8
-        parameters.n_seq_max = 8
-        parameters.n_batch = parameters.n_ubatch = 512
+        parameters.n_ctx = context * sequences
+        parameters.n_seq_max = sequences
+        parameters.n_batch = parameters.n_ubatch = CHUNK
         parameters.n_threads = parameters.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
-        self.memory = llama_cpp.llama_get_memory(self.context)
+        self.cache = llama_cpp.llama_get_memory(self.context)
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.greedy = llama_cpp.llama_sampler_init_greedy()
         self.load_seconds = time.perf_counter() - started
@@ -94,21 +118,25 @@ class LlamaCpp:
         self.c.llama_batch_free(batch)
 
     def _start(self, prompts: list[list[int]]) -> list[int]:
-        self.c.llama_memory_clear(self.memory, True)
+        self.c.llama_memory_clear(self.cache, True)
         rows = [(t, p, s, p == len(ids) - 1) for s, ids in enumerate(prompts) for p, t in enumerate(ids)]
-        self._run(rows)
-        ends = [i for i, row in enumerate(rows) if row[3]]
-        return [self.c.llama_sampler_sample(self.greedy, self.context, i) for i in ends]
+        firsts = []
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            self._run(chunk)
+            ends = [i for i, row in enumerate(chunk) if row[3]]
+            firsts += [self.c.llama_sampler_sample(self.greedy, self.context, i) for i in ends]
+        return firsts
 
     def prefill(self, ids: list[int]) -> float:
         started = time.perf_counter()
         self._start([ids])
         return time.perf_counter() - started
 
-    def decode(self, prompts: list[list[int]]) -> float:
+    def decode(self, prompts: list[list[int]], count: int) -> float:
         tokens = self._start(prompts)
         started = time.perf_counter()
-        for step in range(NEW):
+        for step in range(count):
             self._run([(t, len(prompts[s]) + step, s, True) for s, t in enumerate(tokens)])
             tokens = [self.c.llama_sampler_sample(self.greedy, self.context, s) for s in range(len(tokens))]
         return time.perf_counter() - started
@@ -116,10 +144,13 @@ class LlamaCpp:
     def logits(self, ids: list[int]) -> Any:
         import numpy
 
-        self.c.llama_memory_clear(self.memory, True)
+        self.c.llama_memory_clear(self.cache, True)
         self._run([(token, position, 0, True) for position, token in enumerate(ids)])
         rows = [self.c.llama_get_logits_ith(self.context, i) for i in range(len(ids))]
         return numpy.stack([numpy.ctypeslib.as_array(row, shape=(self.vocab,)).copy() for row in rows])
+
+    def memory(self) -> dict[str, int]:
+        return memory()
 
 
 class Transformers:
@@ -156,9 +187,24 @@ class Transformers:
     def prefill(self, ids: list[int]) -> float:
         return self._generate([ids], 1)
 
-    def decode(self, prompts: list[list[int]]) -> float:
-        return self._generate(prompts, NEW + 1) - self._generate(prompts, 1)
+    def decode(self, prompts: list[list[int]], count: int) -> float:
+        return self._generate(prompts, count + 1) - self._generate(prompts, 1)
 
     def logits(self, ids: list[int]) -> Any:
         with self.torch.inference_mode():
             return self.model(self.torch.tensor([ids])).logits[0].float().numpy()
+
+    def memory(self) -> dict[str, int]:
+        return memory()
+
+
+def requantize(source: str, target: str) -> None:
+    """Write a GGUF once more as Q4_0, by llama.cpp's own quantizer: for that type it has its fastest kernels."""
+    import llama_cpp
+
+    silence = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silence, None)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+    if llama_cpp.llama_model_quantize(source.encode(), target.encode(), options):
+        raise RuntimeError(f"llama.cpp can't requantize {source}")
