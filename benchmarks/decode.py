@@ -117,14 +117,14 @@ def check(
     found = {}
     for path in dict.fromkeys(files.of(engine.name) for engine in running):
         exact = Remote("float32", engines.Pentad, str(path), context, threads, dtype="float32", quantize="none")
-        found |= {
-            engine.name: quality(engine, exact, texts) for engine in running if files.of(engine.name) == path
-        }
+        found |= {engine.name: quality(engine, exact, texts) for engine in running if files.of(engine.name) == path}
         exact.close()
     return {engine.name: found[engine.name] for engine in running}
 
 
-def load(names: Sequence[str], files: Files, args: argparse.Namespace, prompt: list[int]) -> dict[str, dict[str, list[float]]]:
+def load(
+    names: Sequence[str], files: Files, args: argparse.Namespace, prompt: list[int]
+) -> dict[str, dict[str, list[float]]]:
     """From file to ready, and memory after one short answer, in fresh processes with room for one sequence."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for _ in range(args.repeats):

@@ -1,7 +1,7 @@
 """The machine that something is measured on: what it is, and what it gives at best, by torch's own operators.
 
 Both were held against loops of a few lines in C and assembly: `stream_seconds` reaches 93 to 100 % of one that only
-loads and prefetches, `int8_products` all of one that only multiplies registers.
+loads and prefetches, `products` of int8 all of one that only multiplies registers.
 """
 
 from __future__ import annotations
@@ -54,15 +54,19 @@ def streaming(nbytes: int) -> Callable[[], float]:
     return stream_seconds
 
 
-def int8_products(threads: int, instructions: str | None = None) -> float:
-    """Multiply-adds of int8 a second, at best: oneDNN's, in a process that may use `instructions` at most."""
+def products(threads: int, dtype: str, instructions: str | None = None) -> float:
+    """Multiply-adds a second at best: those of oneDNN, in a process that may use `instructions` at most.
+
+    Of int8 into int32, or of float32.
+    """
+    multiply = "torch._int_mm" if dtype == "int8" else "torch.mm"
     code = (
         "import time, torch\n"
         f"torch.set_num_threads({threads})\n"
-        "x, w = (torch.ones(n, 1024, dtype=torch.int8) for n in (512, 1024))\n"
+        f"x, w = (torch.ones(n, 1024, dtype=torch.{dtype}) for n in (512, 1024))\n"
         "best = 1.0\n"
         "for _ in range(200):\n"
-        "    started = time.perf_counter(); torch._int_mm(x, w.t()); best = min(best, time.perf_counter() - started)\n"
+        f"    started = time.perf_counter(); {multiply}(x, w.t()); best = min(best, time.perf_counter() - started)\n"
         "print(512 * 1024 * 1024 / best)"
     )
     environment = {**os.environ, **({"ONEDNN_MAX_CPU_ISA": instructions} if instructions else {})}

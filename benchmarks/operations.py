@@ -61,9 +61,13 @@ def token_bytes(ops: Sequence[COp]) -> int:
 def bytes_read(op: COp, step: CStep) -> int:
     """By an operation, each byte counted once: weights, keys and values, and the rows that it goes from."""
     rows = step.wanted if op.flags & p.WANTED else step.rows
+    if op.kind == p.MERGE:
+        return 0  # what it reads is counted in parts of softmax, and small
     if op.kind == p.EMBED:
         return rows * matrix_bytes(op.w[0]) // op.w[0].rows
-    total = sum(map(matrix_bytes, matrices(op))) + rows * max(op.in_width, op.out_width if op.kind == p.ROTATE else 0) * 4
+    total = (
+        sum(map(matrix_bytes, matrices(op))) + rows * max(op.in_width, op.out_width if op.kind == p.ROTATE else 0) * 4
+    )
     if op.kind == p.ATTEND:
         number = FLOAT_BYTES[step.cache_type]
         total += sum(last - first for first, last in _seen(op, step)) * op.kv_heads * step.padded_dim * 2 * number

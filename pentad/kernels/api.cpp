@@ -90,4 +90,7 @@ EXPORT void pentad_run(const Op* ops, int count, const Step* step) {
   run_on_pool({count, chunks, work, &running}, step->threads);
 }
 
+// In how many chunks an operation would be done; benchmarks/roofline.py counts with it.
+EXPORT int pentad_chunks(const Op* op, const Step* step) { return isas[step->isa]->chunks(*op, *step); }
+
 }  // extern "C"

@@ -1,0 +1,190 @@
+"""Where the time of a step goes: by operation, beside what the machine's memory and its int8 products give at best.
+
+    python benchmarks/roofline.py                       # SmolLM2, 2 threads: decode of 1 and 8, prefill of 512
+    python benchmarks/roofline.py --fast --plot out.png
+
+Every step runs three times, since it leaves the same numbers each time: as one call, operation by operation (each a
+call of its own, in the plan's order, so that caches are as they are in a step), and as calls of nothing, which are
+taken off. Bytes are counted once each: those of weights, keys, values and the rows that an operation goes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hardware import machine, products, streaming
+from operations import bytes_read, multiply_adds, name, token_bytes
+
+import pentad
+from pentad.kernels import program
+from pentad.kernels.binding import COp, CStep, library
+
+OPERATIONS = 2  # in a multiply-add
+
+
+@dataclass
+class Timed:
+    """Takes the library's place while steps run, and keeps seconds."""
+
+    whole: list[float] = field(default_factory=list)
+    nothing: list[float] = field(default_factory=list)
+    each: list[list[float]] = field(default_factory=list)  # by operation
+    ops: list[COp] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    multiply_adds: list[int] = field(default_factory=list)
+    chunks: list[int] = field(default_factory=list)
+
+    def pentad_run(self, ops: ctypes.Array[COp], count: int, step: CStep) -> None:
+        def run(place: Any, operations: int) -> float:
+            started = time.perf_counter()
+            library().pentad_run(place, operations, step)
+            return time.perf_counter() - started
+
+        if not self.ops:
+            self.ops = list(ops)
+            self.bytes = [bytes_read(op, step) for op in ops]
+            self.multiply_adds = [multiply_adds(op, step) for op in ops]
+            self.chunks = [library().pentad_chunks(ctypes.byref(op), ctypes.byref(step)) for op in ops]
+            self.each = [[] for _ in ops]
+        self.whole.append(run(ops, count))
+        for op, seconds in zip(ops, self.each, strict=True):
+            seconds.append(run(ctypes.byref(op), 1))
+            self.nothing.append(run(ops, 0))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with mock.patch.object(program, "library", lambda: self):
+            yield
+
+
+@dataclass
+class Part:
+    """The operations of one name: how many there are, and what they take together in one step."""
+
+    name: str
+    count: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    multiply_adds: int = 0
+    joined: int = 0  # whose work is shared out among threads
+
+
+def parts(timed: Timed) -> list[Part]:
+    found: dict[str, Part] = {}
+    nothing = median(timed.nothing)
+    for op, seconds, nbytes, products, chunks in zip(
+        timed.ops, timed.each, timed.bytes, timed.multiply_adds, timed.chunks, strict=True
+    ):
+        part = found.setdefault(name(op), Part(name(op)))
+        part.count += 1
+        part.seconds += max(0.0, median(seconds) - nothing)
+        part.bytes += nbytes
+        part.multiply_adds += products
+        part.joined += chunks > 1
+    return list(found.values())
+
+
+def measure(model: pentad.LanguageModel, past: int, sequences: int, tokens: int, repeats: int) -> Timed:
+    """Steps of so many sequences with `past` tokens each, that go on by so many."""
+    step, timed = model.step, Timed()
+    opened = [step.cache.open(past + tokens) for _ in range(sequences)]
+    ids = list(range(100, 100 + max(past, tokens)))
+    for sequence in opened:
+        if past:
+            step([(sequence, ids[:past])], [past - 1])
+    for _ in range(2):  # warms
+        _again(step, opened, ids[:tokens], past)
+    with timed.watching():
+        for _ in range(repeats):
+            _again(step, opened, ids[:tokens], past)
+    for sequence in opened:
+        step.cache.close(sequence)
+    return timed
+
+
+def _again(step: Any, opened: list[Any], ids: list[int], past: int) -> None:
+    for sequence in opened:
+        step.cache.truncate(sequence, past)
+    step([(sequence, ids) for sequence in opened], [len(ids) * (i + 1) - 1 for i in range(len(opened))])
+
+
+def show(title: str, timed: Timed, bandwidth: float, int8: float) -> list[Part]:
+    found, whole = parts(timed), median(timed.whole)
+    print(f"\n{title}: {whole * 1e3:.2f} ms")
+    print(f"{'':16}{'times':>6}{'µs':>9}{'share':>7}{'MB read':>9}{'GB/s':>7}{'of peak':>8}{'GOP/s':>8}{'of peak':>8}")
+    rest = Part("the rest", seconds=whole - sum(part.seconds for part in found))
+    total = Part("in one call", seconds=whole, bytes=sum(p.bytes for p in found))
+    total.multiply_adds, total.count = sum(p.multiply_adds for p in found), len(timed.ops)
+    for part in (*found, rest, total):
+        times = f"{part.count}" if part.count else ""
+        line = f"{part.name:16}{times:>6}{part.seconds * 1e6:9.1f}{part.seconds / whole:7.1%}"
+        if part.seconds > 0 and part.bytes:
+            rate = part.bytes / part.seconds
+            line += f"{part.bytes / 1e6:9.2f}{rate / 1e9:7.1f}{rate / bandwidth:8.0%}"
+            if part.multiply_adds:
+                rate = OPERATIONS * part.multiply_adds / part.seconds
+                line += f"{rate / 1e9:8.0f}" + (f"{rate / int8:8.0%}" if part.name != "attend" else "")
+        print(line)
+    joined = sum(part.joined for part in found)
+    print(f"{joined} of {len(timed.ops)} operations are shared out among threads; a call of nothing takes "
+          f"{median(timed.nothing) * 1e6:.2f} µs")  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="one that the kernels run")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--past", type=int, default=64, help="tokens before those that are decoded")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--fast", action="store_true", help="activations in one int8 term instead of two")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+    args = parser.parse_args()
+    model = pentad.load(args.model, threads=args.threads, fast=args.fast)
+    first = measure(model, args.past, 1, 1, 3)
+    nbytes = token_bytes(first.ops)
+    # The products are of bytes; in the exact form each multiply-add of the model takes two of them.
+    terms = 1 if args.fast else 2
+    vnni = OPERATIONS * products(args.threads, "int8", "AVX512_CORE_VNNI")
+    float32 = OPERATIONS * products(args.threads, "float32")
+    stream, bandwidths = streaming(nbytes), []
+    measured: dict[str, Timed] = {}
+    for title, past, sequences, tokens, repeats in (
+        ("decode, batch 1", args.past, 1, 1, args.repeats),
+        ("decode, batch 8", args.past, 8, 1, args.repeats),
+        ("prefill of 512", 0, 1, 512, max(3, args.repeats // 10)),
+    ):
+        bandwidths += [stream() for _ in range(3)]
+        measured[title] = measure(model, past, sequences, tokens, repeats)
+        bandwidths += [stream() for _ in range(3)]
+    bandwidth = nbytes / median(bandwidths)
+    form = "one int8 term" if args.fast else "two int8 terms"
+    caption = f"{args.model}, {args.threads} threads, activations in {form}; {nbytes / 1e6:.0f} MB of weights a token"
+    print(f"{machine('torch')}\n{caption}")
+    print(
+        f"memory gives {bandwidth / 1e9:.1f} GB/s (as many bytes, read by torch), the CPU {vnni / terms / 1e9:.0f} GOP/s"
+        f" in {form} and {float32 / 1e9:.0f} in float32 (oneDNN, without AMX)"
+    )
+    shown = {title: show(title, timed, bandwidth, vnni / terms) for title, timed in measured.items()}
+    if args.plot:
+        import roofline_plot
+
+        roofs = {"one int8 term (--fast)": vnni, "two int8 terms": vnni / 2, "float32 (attention)": float32}
+        roofline_plot.draw(
+            args.plot, shown, bandwidth, roofs, "How near each operation of a step is to the roof", caption
+        )
+
+
+if __name__ == "__main__":
+    main()
