@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -142,7 +141,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a GGUF file of Llama's architecture; SmolLM2 by default")
     parser.add_argument("--shape", choices=["tinyllama", "mistral", "mixtral"], help="random weights instead")
-    parser.add_argument("--type", default="q4_0", help="of the random weights")
+    parser.add_argument("--type", choices=["q4_0", "q4_k"], default="q4_0", help="of the random weights")
     parser.add_argument("--layers", type=int, default=2, help="of the random weights")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--context", type=int, default=2304)
@@ -213,7 +212,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     record.print_speeds(speeds, names)
     record.print_quality(checked)
     record.print_loads(loads, processes)
-    record.print_record(speeds, loads, processes)
+    record.print_record(speeds, loads, processes, aims=not args.shape)
 
     from pentad import kernels  # only now, and here: the engines' processes import this file too, some without torch
 

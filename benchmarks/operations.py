@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 
 from pentad.generate.plan import PlanStep
 from pentad.generate.step import Step
@@ -93,7 +94,7 @@ def _ints(address: int, count: int) -> list[int]:
 def _queries(step: CStep) -> list[int]:
     """Of each sequence."""
     starts = _ints(step.starts, step.sequences + 1)
-    return [last - first for first, last in zip(starts, starts[1:], strict=False)]
+    return [last - first for first, last in pairwise(starts)]
 
 
 def _seen(op: COp, step: CStep) -> list[tuple[int, int]]:

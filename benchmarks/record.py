@@ -64,7 +64,7 @@ def ratios(speeds: Numbers, row: str, engine: str) -> str:
     return " / ".join(f"{median(by_name[engine]) / median(by_name[p]):.2f}" for p in PEERS if p in by_name)
 
 
-def print_record(speeds: Numbers, loads: Numbers, processes: Mapping[str, Sequence[float]]) -> None:
+def print_record(speeds: Numbers, loads: Numbers, processes: Mapping[str, Sequence[float]], *, aims: bool) -> None:
     lines = [(f"{engine}: {row}", ratios(speeds, row, engine), zen5, zen4) for row, engine, zen5, zen4 in AIMS]
     for end in ("", ALONE):
         decode, stream = (speeds.get(row + end, {}).get("pentad") for row in (DECODE, STREAM))
@@ -83,7 +83,7 @@ def print_record(speeds: Numbers, loads: Numbers, processes: Mapping[str, Sequen
     if processes:
         longer = f"{median(processes[CHAT]) - median(processes[IMPORT]):.2f} s"
         lines.append(("pentad chat: longer than importing torch", longer, "<= 0.5 s", "<= 0.5 s"))
-    print(f"\n{'times llama.cpp on the file / on Q4_0':48}{'measured':>14}{'aim: Zen 5':>14}{'Zen 4':>14}")
+    print(f"\n{'times llama.cpp on the file / on Q4_0':48}{'measured':>14}" + f"{'aim: Zen 5':>14}{'Zen 4':>14}" * aims)
     for what, measured, zen5, zen4 in lines:
         if measured:
-            print(f"{what:48}{measured:>14}{zen5:>14}{zen4:>14}")
+            print(f"{what:48}{measured:>14}" + f"{zen5:>14}{zen4:>14}" * aims)

@@ -64,7 +64,7 @@ class Timed:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        with mock.patch.object(program, "library", lambda: self):
+        with mock.patch.object(program, "library", return_value=self):
             yield
 
 
@@ -83,14 +83,14 @@ class Part:
 def parts(timed: Timed) -> list[Part]:
     found: dict[str, Part] = {}
     nothing = median(timed.nothing)
-    for op, seconds, nbytes, products, chunks in zip(
+    for op, seconds, nbytes, work, chunks in zip(
         timed.ops, timed.each, timed.bytes, timed.multiply_adds, timed.chunks, strict=True
     ):
         part = found.setdefault(name(op), Part(name(op)))
         part.count += 1
         part.seconds += max(0.0, median(seconds) - nothing)
         part.bytes += nbytes
-        part.multiply_adds += products
+        part.multiply_adds += work
         part.joined += chunks > 1
     return list(found.values())
 
@@ -173,8 +173,8 @@ def main() -> None:
     caption = f"{args.model}, {args.threads} threads, activations in {form}; {nbytes / 1e6:.0f} MB of weights a token"
     print(f"{machine('torch')}\n{caption}")
     print(
-        f"memory gives {bandwidth / 1e9:.1f} GB/s (as many bytes, read by torch), the CPU {vnni / terms / 1e9:.0f} GOP/s"
-        f" in {form} and {float32 / 1e9:.0f} in float32 (oneDNN, without AMX)"
+        f"memory gives {bandwidth / 1e9:.1f} GB/s (as many bytes, read by torch), the CPU"
+        f" {vnni / terms / 1e9:.0f} GOP/s in {form} and {float32 / 1e9:.0f} in float32 (oneDNN, without AMX)"
     )
     shown = {title: show(title, timed, bandwidth, vnni / terms) for title, timed in measured.items()}
     if args.plot:

@@ -134,7 +134,7 @@ def draw(
 
 def _roofs(sheet: Sheet, bandwidth: float, roofs: Mapping[str, float]) -> None:
     lines = [(sheet.at(roof / bandwidth, roof / 1e9), sheet.at(XS[1], roof / 1e9)) for roof in roofs.values()]
-    for (name, roof), (start, end) in zip(roofs.items(), lines, strict=True):
+    for (name, roof), (_, end) in zip(roofs.items(), lines, strict=True):
         text = f"{name}: {roof / 1e9:,.0f} GOP/s"
         sheet.text(end[0] - 4, end[1] + 4, text, 11, INK, "ra")
         sheet.taken.append((end[0] - 4 - sheet.width(text, 11), end[1], end[0], end[1] + 18))
