@@ -113,7 +113,7 @@ def check(
     running: Sequence[Remote], files: Files, context: int, threads: int, texts: list[list[int]]
 ) -> dict[str, dict[str, float]]:
     """Each engine's quality, against float32 on the file that it runs."""
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for path in dict.fromkeys(files.of(engine.name) for engine in running):
         exact = Remote("float32", engines.Pentad, str(path), context, threads, dtype="float32", quantize="none")
         found |= {engine.name: quality(engine, exact, texts) for engine in running if files.of(engine.name) == path}
