@@ -179,12 +179,13 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     single = Row(record.DECODE, ("decode", prompts[:1], NEW), NEW)
     stream = Row(record.STREAM, ("stream",), 1, only=["pentad"])
     together = [
-        Row(record.PREFILL, ("prefill", long[:512]), 512),
         single,
         stream,
         Row(record.BATCH, ("decode", prompts, NEW), len(prompts) * NEW),
         Row(record.AFTER, ("decode", [long], NEW), NEW),
     ]
+    if not args.shape:  # of the last layer llama.cpp computes only the wanted rows, which of few layers is much
+        together.insert(0, Row(record.PREFILL, ("prefill", long[:512]), 512))
     print(machine("torch", "transformers", "llama_cpp_python"))
     print(f"{path.name}, context {args.context}, {args.threads} threads, {args.repeats} repeats\n", flush=True)
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pentad.generate.plan import PlanStep
 from pentad.generate.step import Step
 from pentad.kernels import program as p
-from pentad.kernels.binding import TYPES, CMatrix, COp, CStep, library
+from pentad.kernels.binding import ROUTES_BUFFER, TYPES, CMatrix, COp, CStep, library
 
 FLOAT_BYTES = {TYPES["f32"]: 4, TYPES["bf16"]: 2, TYPES["f16"]: 2}
 KINDS = {
@@ -20,11 +20,17 @@ KINDS = {
     p.ROTATE: "rotate, cache",
     p.ATTEND: "attend",
     p.MERGE: "merge",
+    p.ROUTE: "route",
+    p.GATHER: "gather",
+    p.COMBINE: "combine",
 }
 PRODUCTS = {
     (p.NORMED, p.PROJECTED): "q, k, v",
     (p.ATTENDED, p.RESIDUAL): "o",
+    (p.NORMED, p.GATES): "up",
     (p.GATES, p.RESIDUAL): "down",
+    (p.GATES, p.PAIRED): "down",
+    (p.NORMED, p.SCORES): "router",
     (p.NORMED, p.LOGITS): "head",
 }
 """What a product is, by the buffers that it goes from and to."""
@@ -40,10 +46,11 @@ def operations(step: Step) -> Sequence[COp]:
 
 
 def matrices(op: COp) -> list[CMatrix]:
-    return list(op.w[: op.count])
+    return [matrix for matrix in op.w if matrix.data]
 
 
 def matrix_bytes(matrix: CMatrix) -> int:
+    """Of one; of a stack, of one expert's."""
     if matrix.type in FLOAT_BYTES:
         return int(matrix.rows * matrix.columns * FLOAT_BYTES[matrix.type])
     return int(library().pentad_packed_bytes(matrix.type, matrix.rows, matrix.columns))
@@ -51,50 +58,66 @@ def matrix_bytes(matrix: CMatrix) -> int:
 
 def held_bytes(ops: Sequence[COp]) -> int:
     """What all matrices take in memory, one that is used twice once."""
-    return sum({matrix.data: matrix_bytes(matrix) for op in ops for matrix in matrices(op)}.values())
+    sizes = {m.data: matrix_bytes(m) * (op.experts if op.flags & p.PAIRS else 1) for op in ops for m in matrices(op)}
+    return sum(sizes.values())
 
 
 def token_bytes(ops: Sequence[COp]) -> int:
-    """Matrices that a step reads whole, whatever its tokens: all but the embedding."""
-    return sum(matrix_bytes(matrix) for op in ops if op.kind != p.EMBED for matrix in matrices(op))
+    """Matrices that a step of one token reads: all but the embedding, and of experts those that it is routed to."""
+    total = experts = 0
+    for op in ops:
+        experts = op.count if op.kind == p.ROUTE else experts
+        if op.kind != p.EMBED:
+            total += sum(map(matrix_bytes, matrices(op))) * (experts if op.flags & p.PAIRS else 1)
+    return total
+
+
+def rows_of(op: COp, step: CStep) -> int:
+    """How many rows an operation has that has just run."""
+    if op.flags & p.PAIRS:
+        return _pairs(op, step)[-1]
+    return int(step.wanted if op.flags & p.WANTED else step.rows)
 
 
 def bytes_read(op: COp, step: CStep) -> int:
-    """By an operation, each byte counted once: weights, keys and values, and the rows that it goes from."""
-    rows = step.wanted if op.flags & p.WANTED else step.rows
+    """By an operation that has just run, each byte once: weights, keys and values, and the rows that it goes from."""
+    rows = rows_of(op, step)
     if op.kind == p.MERGE:
-        return 0  # what it reads is counted in parts of softmax, and small
+        return 0  # what it reads is small
     if op.kind == p.EMBED:
         return rows * matrix_bytes(op.w[0]) // op.w[0].rows
-    total = (
-        sum(map(matrix_bytes, matrices(op))) + rows * max(op.in_width, op.out_width if op.kind == p.ROTATE else 0) * 4
-    )
+    busy = sum(last > first for first, last in pairwise([0, *_pairs(op, step)])) if op.flags & p.PAIRS else 1
+    width = op.out_width if op.kind == p.ROTATE else op.in_width
+    total = busy * sum(map(matrix_bytes, matrices(op))) + rows * width * 4
     if op.kind == p.ATTEND:
-        number = FLOAT_BYTES[step.cache_type]
-        total += sum(last - first for first, last in _seen(op, step)) * op.kv_heads * step.padded_dim * 2 * number
+        size = step.padded_dim * FLOAT_BYTES[step.cache_type] if step.cache_type in FLOAT_BYTES else step.padded_dim + 4
+        total += sum(last - first for first, last in _seen(op, step)) * op.kv_heads * 2 * size
     return int(total)
 
 
 def multiply_adds(op: COp, step: CStep) -> int:
     """Of products and attention; the rest has few."""
-    rows = step.wanted if op.flags & p.WANTED else step.rows
     if op.kind == p.ATTEND:
         pairs = 0
         for (first, last), queries in zip(_seen(op, step), _queries(step), strict=True):
             window = op.window or last
             pairs += sum(min(position + 1 - first, window) for position in range(last - queries, last))
         return int(2 * pairs * op.heads * op.head_dim)
-    return 0 if op.kind == p.EMBED else sum(int(rows * m.rows * m.columns) for m in matrices(op))
+    return 0 if op.kind == p.EMBED else sum(int(rows_of(op, step) * m.rows * m.columns) for m in matrices(op))
 
 
 def _ints(address: int, count: int) -> list[int]:
     return list((ctypes.c_int32 * count).from_address(address))
 
 
+def _pairs(op: COp, step: CStep) -> list[int]:
+    """Where each expert's pairs of a row and an expert end."""
+    return _ints(step.buffers[ROUTES_BUFFER], op.experts)
+
+
 def _queries(step: CStep) -> list[int]:
     """Of each sequence."""
-    starts = _ints(step.starts, step.sequences + 1)
-    return [last - first for first, last in pairwise(starts)]
+    return [last - first for first, last in pairwise(_ints(step.starts, step.sequences + 1))]
 
 
 def _seen(op: COp, step: CStep) -> list[tuple[int, int]]:

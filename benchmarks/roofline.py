@@ -51,16 +51,17 @@ class Timed:
             library().pentad_run(place, operations, step)
             return time.perf_counter() - started
 
-        if not self.ops:
-            self.ops = list(ops)
-            self.bytes = [bytes_read(op, step) for op in ops]
-            self.multiply_adds = [multiply_adds(op, step) for op in ops]
-            self.chunks = [library().pentad_chunks(ctypes.byref(op), ctypes.byref(step)) for op in ops]
-            self.each = [[] for _ in ops]
+        first = not self.ops
+        if first:
+            self.ops, self.each = list(ops), [[] for _ in ops]
         self.whole.append(run(ops, count))
         for op, seconds in zip(ops, self.each, strict=True):
             seconds.append(run(ctypes.byref(op), 1))
             self.nothing.append(run(ops, 0))
+            if first:
+                self.bytes.append(bytes_read(op, step))
+                self.multiply_adds.append(multiply_adds(op, step))
+                self.chunks.append(library().pentad_chunks(ctypes.byref(op), ctypes.byref(step)))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
