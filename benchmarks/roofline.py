@@ -24,7 +24,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hardware import machine, products, streaming
-from operations import bytes_read, multiply_adds, name, token_bytes
+from operations import bytes_read, multiply_adds, name, operations, token_bytes
 
 import pentad
 from pentad.kernels import program
@@ -46,9 +46,9 @@ class Timed:
     chunks: list[int] = field(default_factory=list)
 
     def pentad_run(self, ops: ctypes.Array[COp], count: int, step: CStep) -> None:
-        def run(place: Any, operations: int) -> float:
+        def run(place: Any, number: int) -> float:
             started = time.perf_counter()
-            library().pentad_run(place, operations, step)
+            library().pentad_run(place, number, step)
             return time.perf_counter() - started
 
         first = not self.ops
@@ -100,24 +100,24 @@ def measure(model: pentad.LanguageModel, past: int, sequences: int, tokens: int,
     """Steps of so many sequences with `past` tokens each, that go on by so many."""
     step, timed = model.step, Timed()
     opened = [step.cache.open(past + tokens) for _ in range(sequences)]
-    ids = list(range(100, 100 + max(past, tokens)))
-    for sequence in opened:
+    ids = [[100 + (7 * i + 1) * j % 5000 for j in range(past + tokens)] for i in range(sequences)]
+
+    def again() -> None:
+        for sequence in opened:
+            step.cache.truncate(sequence, past)
+        work = [(sequence, each[past:]) for sequence, each in zip(opened, ids, strict=True)]
+        step(work, [tokens * (i + 1) - 1 for i in range(sequences)])
+
+    for sequence, each in zip(opened, ids, strict=True):
         if past:
-            step([(sequence, ids[:past])], [past - 1])
-    for _ in range(2):  # warms
-        _again(step, opened, ids[:tokens], past)
+            step([(sequence, each[:past])], [past - 1])
+    again()  # warms
     with timed.watching():
         for _ in range(repeats):
-            _again(step, opened, ids[:tokens], past)
+            again()
     for sequence in opened:
         step.cache.close(sequence)
     return timed
-
-
-def _again(step: Any, opened: list[Any], ids: list[int], past: int) -> None:
-    for sequence in opened:
-        step.cache.truncate(sequence, past)
-    step([(sequence, ids) for sequence in opened], [len(ids) * (i + 1) - 1 for i in range(len(opened))])
 
 
 def show(title: str, timed: Timed, bandwidth: float, int8: float) -> list[Part]:
@@ -153,8 +153,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
     args = parser.parse_args()
     model = pentad.load(args.model, threads=args.threads, fast=args.fast)
-    first = measure(model, args.past, 1, 1, 3)
-    nbytes = token_bytes(first.ops)
+    nbytes = token_bytes(operations(model.step))
+    if not nbytes:
+        parser.error(f"plain torch runs {args.model}, there are no operations of a plan")
     # The products are of bytes; in the exact form each multiply-add of the model takes two of them.
     terms = 1 if args.fast else 2
     vnni = OPERATIONS * products(args.threads, "int8", "AVX512_CORE_VNNI")
