@@ -189,18 +189,18 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     print(machine("torch", "transformers", "llama_cpp_python"))
     print(f"{path.name}, context {args.context}, {args.threads} threads, {args.repeats} repeats\n", flush=True)
 
+    quick = [name for name in names if name != "transformers"]  # minutes would be spent on little
     running = [start(name, files, args.context, args.threads) for name in names]
     checked = check(running, files, args.context, args.threads, texts)
     speeds = measure(running, together, args.repeats)
     if not args.shape:
         with competitors(1):
-            row = Row(record.BESIDE, ("decode", prompts[:1], NEW // 2), NEW // 2)
+            row = Row(record.BESIDE, ("decode", prompts[:1], NEW // 2), NEW // 2, only=quick)
             speeds |= measure(running, [row], 3, warm=0)
     for engine in running:
         engine.close()
     loads, processes = {}, {}
     if not args.shape:
-        quick = [name for name in names if name != "transformers"]
         running = [start(name, files, args.context, 1) for name in quick if name != "pentad --fast"]
         alone = measure(running, [single, stream], args.repeats)
         speeds |= {f"{name}, 1 thread": by_name for name, by_name in alone.items()}
