@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="one that the kernels run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--past", type=int, default=64, help="tokens before those that are decoded")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--fast", action="store_true", help="activations in one int8 term instead of two")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
     args = parser.parse_args()
