@@ -51,6 +51,8 @@ LONG = 2000  # tokens of the longest prompt
 NEW = 64  # tokens that are decoded
 Speeds = dict[str, dict[str, list[float]]]
 """Row -> engine -> tokens a second, of each repeat."""
+Qualities = dict[str, dict[str, float]]
+"""Engine -> how far its logits are from float32's, in three measures."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,9 @@ def quality(engine: Remote, reference: Remote, texts: list[list[int]]) -> dict[s
     return {"rms": float(numpy.mean(squares) ** 0.5), "margin": float(max(margins)), "perplexity": perplexity}
 
 
-def check(
-    running: Sequence[Remote], files: Files, context: int, threads: int, texts: list[list[int]]
-) -> dict[str, dict[str, float]]:
+def check(running: Sequence[Remote], files: Files, context: int, threads: int, texts: list[list[int]]) -> Qualities:
     """Each engine's quality, against float32 on the file that it runs."""
-    found: dict[str, dict[str, float]] = {}
+    found: Qualities = {}
     for path in dict.fromkeys(files.of(engine.name) for engine in running):
         exact = Remote("float32", engines.Pentad, str(path), context, threads, dtype="float32", quantize="none")
         found |= {engine.name: quality(engine, exact, texts) for engine in running if files.of(engine.name) == path}
@@ -151,13 +151,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        run(args, Path(folder))
+@dataclass(frozen=True)
+class Ids:
+    """What the engines are given."""
+
+    long: list[int]
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    """On which quality is judged."""
 
 
-def run(args: argparse.Namespace, folder: Path) -> None:
+def prepare(args: argparse.Namespace, folder: Path) -> tuple[list[str], Files, Ids]:
+    """The engines' names, the files that they run (some are written first), and what they are given."""
     import pentad.text
     import pentad.weights
     from pentad.weights.registry import locate
@@ -175,39 +180,59 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         in_a_process(engines.requantize, str(path), str(files.q4_0))
     long = tokenizer.encode((Path(__file__).parent.parent / "LICENSE").read_text())[:LONG]
     prompts = [tokenizer.encode(prompt)[:LENGTH] for prompt in PROMPTS]
-    texts = [long[100:200], *(tokenizer.encode(prompt) for prompt in PROMPTS[:4])]
-    single = Row(record.DECODE, ("decode", prompts[:1], NEW), NEW)
-    stream = Row(record.STREAM, ("stream",), 1, only=["pentad"])
-    together = [
-        single,
-        stream,
-        Row(record.BATCH, ("decode", prompts, NEW), len(prompts) * NEW),
-        Row(record.AFTER, ("decode", [long], NEW), NEW),
+    return names, files, Ids(long, prompts, [long[100:200], *map(tokenizer.encode, PROMPTS[:4])])
+
+
+def measure_all(names: list[str], files: Files, ids: Ids, args: argparse.Namespace) -> tuple[Speeds, Qualities]:
+    """With all threads; and if the weights aren't random, beside a busy process and with one thread."""
+    from pentad import kernels  # only here: the engines' processes import this file too, some without torch
+
+    single = [Row(record.DECODE, ("decode", ids.prompts[:1], NEW), NEW)]
+    if kernels.isas():
+        single.append(Row(record.STREAM, ("stream",), 1, only=["pentad"]))
+    rows = [
+        *single,
+        Row(record.BATCH, ("decode", ids.prompts, NEW), len(ids.prompts) * NEW),
+        Row(record.AFTER, ("decode", [ids.long], NEW), NEW),
     ]
     if not args.shape:  # of the last layer llama.cpp computes only the wanted rows, which of few layers is much
-        together.insert(0, Row(record.PREFILL, ("prefill", long[:512]), 512))
-    print(machine("torch", "transformers", "llama_cpp_python"))
-    print(f"{path.name}, context {args.context}, {args.threads} threads, {args.repeats} repeats\n", flush=True)
-
-    quick = [name for name in names if name != "transformers"]  # minutes would be spent on little
+        rows.insert(0, Row(record.PREFILL, ("prefill", ids.long[:512]), 512))
     running = [start(name, files, args.context, args.threads) for name in names]
-    checked = check(running, files, args.context, args.threads, texts)
-    speeds = measure(running, together, args.repeats)
+    checked = check(running, files, args.context, args.threads, ids.texts)
+    speeds = measure(running, rows, args.repeats)
     if not args.shape:
         with competitors(1):
-            row = Row(record.BESIDE, ("decode", prompts[:1], NEW // 2), NEW // 2, only=quick)
+            row = Row(record.BESIDE, ("decode", ids.prompts[:1], NEW // 2), NEW // 2, only=quick(names))
             speeds |= measure(running, [row], 3, warm=0)
     for engine in running:
         engine.close()
-    loads, processes = {}, {}
     if not args.shape:
-        running = [start(name, files, args.context, 1) for name in quick if name != "pentad --fast"]
-        alone = measure(running, [single, stream], args.repeats)
-        speeds |= {f"{name}, 1 thread": by_name for name, by_name in alone.items()}
+        running = [start(name, files, args.context, 1) for name in quick(names) if name != "pentad --fast"]
+        alone = measure(running, single, args.repeats)
+        speeds |= {name + record.ALONE: by_name for name, by_name in alone.items()}
         for engine in running:
             engine.close()
-        loads = load(quick, files, args, prompts[0])
-        processes = whole(path, args.threads, args.repeats)
+    return speeds, checked
+
+
+def quick(names: Sequence[str]) -> list[str]:
+    """Those that don't take minutes where little is to be learned from them."""
+    return [name for name in names if name != "transformers"]
+
+
+def main() -> None:
+    args = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        names, files, ids = prepare(args, Path(folder))
+        print(machine("torch", "transformers", "llama_cpp_python"))
+        print(
+            f"{files.given.name}, context {args.context}, {args.threads} threads, {args.repeats} repeats\n", flush=True
+        )
+        speeds, checked = measure_all(names, files, ids, args)
+        loads, processes = {}, {}
+        if not args.shape:
+            loads = load(quick(names), files, args, ids.prompts[0])
+            processes = whole(files.given, args.threads, args.repeats)
     if args.json:
         print(json.dumps({"speeds": speeds, "quality": checked, "loads": loads, "processes": processes}))
     record.print_speeds(speeds, names)
@@ -215,7 +240,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     record.print_loads(loads, processes)
     record.print_record(speeds, loads, processes, aims=not args.shape)
 
-    from pentad import kernels  # only now, and here: the engines' processes import this file too, some without torch
+    from pentad import kernels
 
     exact = EXACT if kernels.isas() else STOCK
     for name, bounds in {"pentad": exact, "pentad Q4_0": exact, "pentad --fast": STOCK}.items():
