@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from itertools import pairwise
 
-from pentad.generate.plan import PlanStep
+from pentad.generate.plan_step import PlanStep
 from pentad.generate.step import Step
 from pentad.kernels import program as p
 from pentad.kernels.binding import ROUTES_BUFFER, TYPES, CMatrix, COp, CStep, library
