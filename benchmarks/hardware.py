@@ -13,9 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
-PASSES = 10  # over the memory, in one measurement
+PASSES = 20  # over the memory, in one measurement
 CALM = 0.2  # seconds until torch's threads, which go on spinning after their work, leave the cores to others
 FLAGS = ("avx2", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 
@@ -40,20 +42,19 @@ def memory() -> dict[str, int]:
 
 
 def streaming(nbytes: int) -> Callable[[], float]:
-    """A function that reads so many bytes with all of torch's threads, and says how many seconds it took."""
+    """A function that reads so many bytes with all of torch's threads, and says how many seconds it took: a median."""
     import torch
 
     words = torch.zeros(nbytes // 4, dtype=torch.int32)
 
     def stream_seconds() -> float:
-        started = time.perf_counter()
+        times = [time.perf_counter()]
         for _ in range(PASSES):
             words.amax()
-        seconds = (time.perf_counter() - started) / PASSES
+            times.append(time.perf_counter())
         time.sleep(CALM)
-        return seconds
+        return median(end - start for start, end in pairwise(times))
 
-    stream_seconds()
     return stream_seconds
 
 
