@@ -39,7 +39,7 @@ Precision = Annotated[
     Option(
         "--dtype",
         metavar="TYPE",
-        help="Compute in float32, bfloat16 or float16; by default as the file is stored.",
+        help="Let torch compute in float32, bfloat16 or float16; by default weights are taken as they are stored.",
     ),
 ]
 Quantize = Annotated[
