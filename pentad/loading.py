@@ -67,7 +67,7 @@ def load(
         threads: CPU threads, for the whole process.
         context: the longest sequence, in tokens; the model's own limit by default.
         cache_dtype: what keys and values are kept in: a dtype, or int8 by the kernels. By default `dtype`; by the
-            kernels float16 where weights are quantized, else float32.
+            kernels float32 where all weights are, else float16.
         fast: let the kernels round activations to 8 bits instead of 16.
         progress: is told of downloads and of loading.
 

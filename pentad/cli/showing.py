@@ -127,7 +127,8 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str 
         check_plan(checkpoint, network, device=device("cpu"), dtype=dtype, quantize=quantize)
         runs, held = "by the kernels", sum(entry.nbytes for entry in checkpoint.tensors.values())
     except NotDerivable as why:
-        runs, held = f"as plain torch: {why}", held_bytes(checkpoint, precision, keep_quantized=quantize is None)
+        runs, held = f"as plain torch: {why}", 0
+    held = held or held_bytes(checkpoint, precision, keep_quantized=quantize is None)
     try:
         tokenizer = text.load(checkpoint, vocab_size=network.config.vocab_size)
     except BadInput as error:  # the network runs without

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pentad import kernels
@@ -66,7 +67,7 @@ class Derivation:
         _exactly_decoder(network)
         self.watch = Watch()
         self.threads = threads
-        self.quantized = False
+        self.reduced = network.dtype != torch.float32  # whether weights have fewer than 32 bits
         self._packed: dict[QuantizedTensor, Weight] = {}
         embed, layers, norm, head = self.watch.read(network, "embed", "layers", "norm", "head")
         blocks = [self.watch.read(layers, name) for name in layers._modules]
@@ -238,7 +239,7 @@ class Derivation:
                 packed = Weight.packed(weight.blocks, weight.type, weight.shape, threads=self.threads)
                 weight.give_back()
                 self._packed[weight] = packed
-            self.quantized = True
+            self.reduced = True
             return packed.with_bias(bias)
         except ValueError as error:
             raise NotDerivable(str(error)) from None

@@ -27,8 +27,8 @@ class PlanStep:
     Args:
         network: a decoder-only language model of `pentad.models`, its weights on the CPU. They are packed anew: what a
             part held before, mapped from its file, is read no more.
-        cache_dtype: what keys and values are kept in: by default float16 where a weight is quantized, else float32;
-            also bfloat16, and int8 with a scale for each token and head.
+        cache_dtype: what keys and values are kept in: by default float32 where all weights are, else float16; also
+            bfloat16, and int8 with a scale for each token and head.
         page_size: tokens a page, a multiple of 16.
         fast: activations in 8 bits instead of 16.
         threads: how many are used; by default as many as torch uses.
@@ -64,7 +64,7 @@ class PlanStep:
         self.how = f"by the kernels ({isa or next(iter(kernels.isas()))}, {threads} threads)"
         self._tables: dict[int, Tensor] = {}
         windows = [window for window in plan.windows if window is not None]
-        dtype = cache_dtype or (torch.float16 if plan.quantized else torch.float32)
+        dtype = cache_dtype or (torch.float16 if plan.reduced else torch.float32)
         self.cache = PagedCache(
             plan.program.layers,
             plan.program.kv_heads,
