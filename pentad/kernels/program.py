@@ -108,10 +108,6 @@ class Program:
         self._array: ctypes.Array[COp] | None = None
         self._gives_all = False  # LOGITS has all rows, not only the wanted ones
 
-    @property
-    def weight_bytes(self) -> int:
-        return sum(kept.nbytes for kept in self._kept)
-
     # Writing the plan
 
     def embed(self, table: Weight, out: int = RESIDUAL) -> None:

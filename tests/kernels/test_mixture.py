@@ -1,0 +1,138 @@
+"""Mixtures of experts: each row through its experts, against loops in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pentad.kernels import CachePools, Norm, Program, Tokens, Weight
+from pentad.kernels.program import GATES, LOGITS, NORMED, PAIRED, RESIDUAL, SCORES
+from pentad.nn.batch import Rows
+from pentad.nn.moe.dispatch import EvenCapacity, within_capacity
+from pentad.nn.moe.routers import mixtral_top_k, softmax_top_k
+from pentad.weights.quantized import QuantizedTensor
+from tests.helpers.blocks import random_blocks
+from tests.helpers.programs import every_isa, needs_kernels
+
+pytestmark = needs_kernels
+WIDTH, HIDDEN, EXPERTS = 64, 96, 5
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stack(kind: str, rows: int, columns: int, seed: int) -> tuple[Weight, Tensor]:
+    """The experts' matrices for the kernels, and their numbers [experts, rows, columns] in float64."""
+    if kind == "float32":
+        numbers = random(EXPERTS, rows, columns, seed=seed) * columns**-0.5
+        return Weight.floats(numbers), numbers.double()
+    blocks = random_blocks(kind, EXPERTS * rows, columns, seed)
+    shape = EXPERTS, rows, columns
+    numbers = QuantizedTensor(blocks.blocks, kind, shape).dequantize().double()
+    return Weight.packed(blocks.blocks, kind, shape), numbers
+
+
+class Mixture:
+    """x + the sum of each row's experts, and the same in float64."""
+
+    def __init__(
+        self, kind: str, top_k: int, normalized: bool = True, capacity: EvenCapacity | None = None, **options: object
+    ) -> None:
+        self.top_k, self.route, self.capacity = top_k, mixtral_top_k if normalized else softmax_top_k, capacity
+        self.router = random(EXPERTS, WIDTH, seed=1) / 4
+        (gate, self.gate), (up, self.up) = (stack(kind, HIDDEN, WIDTH, seed) for seed in (2, 3))
+        down, self.down = stack(kind, WIDTH, HIDDEN, 4)
+        self.x = random(90, WIDTH, seed=5)
+        made = Program(head_dim=16, kv_heads=1, layers=1, **{"threads": 2, **options})  # type: ignore[arg-type]
+        made.embed(Weight.floats(self.x))
+        made.norm(Norm(torch.ones(WIDTH), 0.0), quantize=False)
+        made.matmul([Weight.floats(self.router)], NORMED, SCORES)
+        made.route(top_k, normalized=normalized, capacity=capacity)
+        made.gather(quantize=gate.is_quantized)
+        made.gated([gate, up], PAIRED)
+        if down.is_quantized:
+            made.quantize(GATES)
+        made.matmul([down], GATES, PAIRED)
+        made.combine()
+        made.matmul([Weight.floats(torch.eye(WIDTH))], RESIDUAL, LOGITS)
+        self.program = made
+
+    def run(self, *sequences: range) -> Tensor:
+        """Rows of x, in sequences."""
+        work = [Tokens(rows, 0, 0, range(6), torch.zeros(len(rows), 2, 8)) for rows in sequences]
+        pools = CachePools([torch.zeros(96, 1, 16)], [torch.zeros(96, 1, 16)], 16)
+        return self.program.run(work, range(sum(map(len, sequences))), pools)
+
+    def exact(self, *sequences: range) -> Tensor:
+        x = self.x[[row for rows in sequences for row in rows]]
+        y = torch.rms_norm(x, (WIDTH,), eps=0.0)
+        routing = self.route(y @ self.router.T, self.top_k)
+        if self.capacity is not None:
+            routing = within_capacity(routing, EXPERTS, Rows.of([len(rows) for rows in sequences]), self.capacity)
+        out, y = x.double(), y.double()
+        for row, (experts, weights, kept) in enumerate(
+            zip(routing.experts, routing.weights, routing.kept, strict=True)
+        ):
+            for e, weight in zip(experts[kept].tolist(), weights[kept].tolist(), strict=True):
+                gates = self.gate[e] @ y[row]
+                out[row] += weight * (self.down[e] @ (gates * gates.sigmoid() * (self.up[e] @ y[row])))
+        return out
+
+
+@every_isa
+@pytest.mark.parametrize("kind", ["float32", "q4_0", "q8_0"])
+def test_near_float64(kind: str, isa: str) -> None:
+    for top_k, normalized, rows in ((2, True, 1), (2, False, 40), (1, True, 7), (EXPERTS, False, 9)):
+        mixture = Mixture(kind, top_k, normalized, isa=isa)
+        exact = mixture.exact(range(rows))
+        assert (mixture.run(range(rows)).double() - exact).abs().max() <= 1e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("capacity", [EvenCapacity(0.5, EXPERTS, 1), EvenCapacity(2.0, EXPERTS, 2)])
+def test_each_sequence_has_a_capacity(capacity: EvenCapacity) -> None:
+    mixture, sequences = Mixture("float32", 2, capacity=capacity), (range(50), range(50, 53), range(53, 90))
+    exact = mixture.exact(*sequences)
+    assert (mixture.run(*sequences).double() - exact).abs().max() <= 1e-4 * exact.abs().max()
+    unbounded = Mixture("float32", 2).exact(*sequences)
+    assert (unbounded - exact).abs().max() > 0.01
+
+
+@every_isa
+@pytest.mark.parametrize("kind", ["float32", "q4_0"])
+def test_a_row_is_the_same_bits_in_any_company(kind: str, isa: str) -> None:
+    whole = Mixture(kind, 2, isa=isa).run(range(90))
+    for threads in (1, 3):
+        mixture = Mixture(kind, 2, isa=isa, threads=threads)
+        for rows in (range(1), range(89, 90), range(7, 60)):
+            assert torch.equal(mixture.run(rows), whole[rows.start : rows.stop])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_a_number_stays_in_its_row(bad: float) -> None:
+    mixture = Mixture("q4_0", 2)
+    expected = mixture.run(range(20))
+    mixture.x[7, 3] = bad  # which the plan reads where it lies
+    y = mixture.run(range(20))
+    assert not torch.isfinite(y[7]).any()
+    rest = [row for row in range(20) if row != 7]
+    assert torch.equal(y[rest], expected[rest])
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    made = Program(head_dim=16, kv_heads=1, layers=1, threads=1)
+    made.embed(Weight.floats(torch.zeros(8, WIDTH)))
+    made.norm(Norm(torch.ones(WIDTH), 0.0), quantize=False)
+    made.matmul([Weight.floats(torch.zeros(EXPERTS, WIDTH))], NORMED, SCORES)
+    for top_k in (0, EXPERTS + 1):
+        with pytest.raises(ValueError, match=f"{top_k} of 5 experts"):
+            made.route(top_k, normalized=True)
+    made.route(2, normalized=True)
+    with pytest.raises(ValueError, match="5 experts for rows of 0"):
+        made.matmul([Weight.floats(torch.zeros(EXPERTS, 4, WIDTH))], NORMED, GATES)
+    made.gather(quantize=False)
+    with pytest.raises(ValueError, match="3 experts for rows of 5"):
+        made.matmul([Weight.floats(torch.zeros(3, 4, WIDTH))], PAIRED, GATES)
+    with pytest.raises(ValueError, match="0 experts for rows of 5"):
+        made.matmul([Weight.floats(torch.zeros(4, WIDTH))], PAIRED, GATES)
