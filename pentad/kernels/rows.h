@@ -26,7 +26,7 @@ INLINE int tiles_of(const Op& op) {
   return tiles;
 }
 INLINE Cut cut(const Op& op, const Step& s) {
-  const int tiles = tiles_of(op), each = greatest(1, least(tiles / (4 * s.threads), 32));
+  const int tiles = tiles_of(op), each = least(ceil_div(tiles, 3 * s.threads), 32);
   return {tiles, each, ceil_div(tiles, each), 128};
 }
 INLINE int chunks_of_product(const Op& op, const Step& s) {
@@ -121,7 +121,8 @@ INLINE float mean_square(const float* x, float less, int width) {
   F sum = {};
   for (int i = 0; i < width; i += LANES) {
     F v = load_from(x, i, width) - less;
-    for (int j = width - i; j < LANES; j++) v[j] = 0;
+    if (i + LANES > width)
+      for (int j = width - i; j < LANES; j++) v[j] = 0;
     sum = Isa::fma(v, v, sum);
   }
   return Isa::sum_lanes(sum) / width;
@@ -134,7 +135,8 @@ INLINE void normalize(const float* x, const float* weight, const float* bias, bo
   for (int i = 0; i < width; i += LANES) {
     F v = (load_from(x, i, width) - middle) * inverse * load_from(weight, i, width);
     if (bias) v += load_from(bias, i, width);
-    std::memcpy(y + i, &v, least(LANES, width - i) * sizeof(float));
+    if (i + LANES <= width) store(y + i, v);
+    else std::memcpy(y + i, &v, (width - i) * sizeof(float));
   }
 }
 
