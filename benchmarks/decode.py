@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import engines
 import record
-from hardware import machine
+from hardware import CALM, machine
 from processes import Remote, competitors, in_a_process, whole
 
 ENGINES: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -86,6 +87,7 @@ def measure(running: Sequence[Remote], rows: Sequence[Row], repeats: int, warm: 
         for row in rows:
             for engine in running:
                 if row.only is None or engine.name in row.only:
+                    time.sleep(CALM)  # the others' threads spin for a while after their work
                     seconds = engine(*row.call)
                     if repeat >= warm:
                         speeds[row.name].setdefault(engine.name, []).append(row.tokens / seconds)

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 PASSES = 20  # over the memory, in one measurement
-CALM = 0.2  # seconds until torch's threads, which go on spinning after their work, leave the cores to others
+CALM = 0.2  # seconds until OpenMP's threads, which go on spinning after their work, leave the cores to others
 FLAGS = ("avx2", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 
 
