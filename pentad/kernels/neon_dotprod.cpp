@@ -22,7 +22,7 @@ bool runs_here() {
   size_t size = sizeof has;
   return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
 #elif defined(__linux__)
-  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else
   return false;
 #endif

@@ -1,8 +1,8 @@
 // Checks the kernels through their C interface, for every instruction set that runs here: numbers against loops in
 // double, the same bits however the work is cut and by however many threads, and the pool of threads under stress.
 // Each buffer is a piece of the heap, exactly as large as program.py makes it: AddressSanitizer sees a step outside.
-// `check quick` tries fewer shapes, and the pool for a second; `check no-forks` is for emulators, which can't fork threads.
-// Returns 0 where all is well.
+// `check quick` tries fewer shapes, and the pool for a second; `check no-forks` is for runtimes that know no threads
+// after a fork. Returns 0 where all is well.
 #include <signal.h>
 
 #include "check_attention.h"
@@ -73,7 +73,7 @@ void check_products(const Format& f, const Ints& isas, bool quick, Random& rando
         expect(exact.near(whole), what + "near double" + how);
         for (how.threads = 1; how.threads <= 5; how.threads += 2)
           expect(same(product(how, x, {w.matrix()}), whole), what + "any threads" + how);
-        for (int n = 1; n < most; n += quick && n > 9 ? 40 : 1) {
+        for (int n = 1; n < most; n += n < 10 ? 1 : quick ? 40 : 7) {
           const int first = random.below(most - n);
           how.threads = 1 + n % 3;
           expect(same(product(how, some_rows(x, columns, first, n), {w.matrix()}), some_rows(whole, w.rows, first, n)),
@@ -252,7 +252,8 @@ void check_mixture(const How& how, int limit, Random& random) {
     most = std::max(most, std::fabs(expected[i]));
     far = std::max(far, std::fabs(plan.buffers[RESIDUAL][i] - expected[i]));
   }
-  expect(far <= most * (how.fast ? 1e-2 : 1e-5), "a mixture of experts" + how);
+  // the middle is rounded to steps again: what lies between two may go to either
+  expect(far <= most * (how.fast ? 0.05 : 1e-3), "a mixture of experts" + how);
 }
 
 }  // namespace
