@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ class Engine:
             )
 
     def _choose(self, request: Request, logits_V: Tensor) -> None:
-        if not torch.isfinite(logits_V.max()):
+        if not math.isfinite(logits_V.max()):
             request.error = PentadError(NOT_NUMBERS)
             return self.finish(request, "error")
         token = sample(logits_V, request.sampling, request.generator, request.prompt, request.generated)
