@@ -15,11 +15,13 @@ namespace {
 
 const Kernels* const isas[] = {
 #if defined(__x86_64__)
-    &avx512_kernels, &avx2_kernels,
+    &avx512_kernels, &avx2_kernels, &portable_kernels
 #elif defined(__aarch64__)
-    &neon_dotprod_kernels, &neon_kernels,
+    &neon_dotprod_kernels, &neon_kernels  // which each has
+#else
+    &portable_kernels
 #endif
-    &portable_kernels};
+};
 constexpr int ISAS = sizeof isas / sizeof *isas;
 
 struct Running {

@@ -167,7 +167,8 @@ def test_they_can_be_switched_off() -> None:
 @needs_kernels
 def test_one_can_be_chosen() -> None:
     report = "from pentad import kernels; print(*kernels.isas())"
-    assert run_python(report, PENTAD_KERNELS="portable") == "portable"
+    plainest = list(kernels.isas())[-1]
+    assert run_python(report, PENTAD_KERNELS=plainest) == plainest
     assert run_python(report).split() == list(kernels.isas())
 
 
