@@ -297,7 +297,7 @@ def test_a_dtype_by_name(tmp_path: Path, name: object) -> None:
     ("options", "message"),
     [
         ({"dtype": "float8"}, "dtype is float8; it takes one of float32, bfloat16, float16"),
-        ({"cache_dtype": "int8"}, "dtype is int8"),
+        ({"cache_dtype": "int4"}, "dtype is int4; it takes one of float32, bfloat16, float16"),
         ({"quantize": "q3"}, "quantize is 'q3'"),
         ({"device": "abacus"}, "device abacus can't be used here"),
         ({"threads": 0}, "threads is 0"),

@@ -18,12 +18,15 @@ class NotDerivable(Exception):
 
 
 class Watch:
-    """Whether a network still is what was read: the same parts, attributes and tensors, unchanged, and no hooks."""
+    """Whether a network still is what was read: the same parts and types, attributes and tensors, and no hooks."""
 
     def __init__(self) -> None:
         self._places: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[object] = []
+        self._parts: dict[int, nn.Module] = {}
+        self._types: list[type[nn.Module]] = []
+        self._own: list[dict[str, Any]] = []
         self._hooks: list[dict[Any, Any]] = [
             hooks
             for name, hooks in vars(torch_module).items()
@@ -36,7 +39,11 @@ class Watch:
         """The attributes of a part, noted; one alone, or a tuple of several."""
         if "forward" in vars(part):
             raise NotDerivable(f"{type(part).__name__}.forward was replaced")
-        self._hooks += [getattr(part, hooks) for hooks in HOOKS]
+        if id(part) not in self._parts:
+            self._parts[id(part)] = part
+            self._types.append(type(part))
+            self._own.append(vars(part))
+            self._hooks += [getattr(part, hooks) for hooks in HOOKS]
         values = [self._read(part, name) for name in names]
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -62,6 +69,8 @@ class Watch:
         try:
             return (
                 not any(self._hooks)
+                and not any("forward" in own for own in self._own)
+                and all(map(is_, map(type, self._parts.values()), self._types))
                 and all(map(is_, map(getitem, self._places, self._names), self._values))
                 and [tensor._version for tensor in self._tensors.values()] == self._versions
             )

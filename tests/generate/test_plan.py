@@ -244,7 +244,7 @@ def test_what_is_not_known_has_no_plan(llama: nn.Module, change: Callable[[nn.Mo
     assert type(step_for(llama)) is PlainStep
 
 
-@pytest.mark.parametrize("change", [hook, pre_hook, adapter])
+@pytest.mark.parametrize("change", [hook, pre_hook, adapter, subclass, forward])
 def test_what_is_changed_later_runs_as_plain_torch(llama: nn.Module, change: Callable[[nn.Module], None]) -> None:
     """In the middle of a text: what was cached is run again."""
     engine = Engine(PlanStep(llama))

@@ -23,7 +23,7 @@ from pentad.generate.step import PlainStep
 from pentad.models import family_of, openmoe
 from pentad.nn.batch import Batch
 from pentad.nn.moe.losses import mixtral_balance_loss
-from pentad.nn.rope import Rope
+from pentad.nn.rope import AheadRope, Rope
 from tests.helpers.tiny import (
     add_tokenizer,
     assert_equal_logits,
@@ -33,7 +33,6 @@ from tests.helpers.tiny import (
     random_ids,
     refused,
     rms,
-    tiny_checkpoint,
 )
 from tests.helpers.tiny_openmoe import PUBLISHED, openmoe_checkpoint, shapes
 from tests.models.test_counts import show
@@ -219,15 +218,13 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     assert 0 < float(ratio) < 8 * torch.finfo(dtype).eps
 
 
-def test_it_runs_as_plain_torch(tmp_path: Path) -> None:
-    """The kernels know neither its scores nor its layers."""
-    openmoe_checkpoint(tmp_path / "openmoe")
-    assert type(step_for(network_of(tmp_path / "openmoe"))) is PlainStep
-    tiny_checkpoint(tmp_path / "llama")
-    for name, value in {"scale": 1.0, "query_rope": Rope(8)}.items():
-        network = network_of(tmp_path / "llama")
-        setattr(network.layers[1].attention, name, value)
-        assert type(step_for(network)) is PlainStep
+def test_queries_rotated_in_another_way_run_as_plain_torch(tmp_path: Path) -> None:
+    """The kernels know only those that are ahead."""
+    network = network_of(openmoe_checkpoint(tmp_path).folder)
+    assert type(step_for(network)) is not PlainStep
+    for rope in (Rope(8), AheadRope(Rope(12, 5.0), 1)):
+        network.layers[1].attention.query_rope = rope
+        assert step_for(network).how == "as plain torch: queries are rotated in a way of their own"
 
 
 # --- what a bounded capacity changes --------------------------------------------------------------
