@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -121,22 +120,18 @@ def load(
     fast: bool,
 ) -> LanguageModel:
     """`pentad.load`, with progress on the terminal."""
-    gc.disable()  # what comes stays, and the collector would look through all of torch several times
-    try:
-        from pentad.loading import load
+    from pentad.loading import load
 
-        return load(
-            model,
-            dtype=dtype,
-            quantize=quantize,
-            device=device,
-            threads=threads,
-            context=context,
-            fast=fast,
-            progress=output.progress(),
-        )
-    finally:
-        gc.enable()
+    return load(
+        model,
+        dtype=dtype,
+        quantize=quantize,
+        device=device,
+        threads=threads,
+        context=context,
+        fast=fast,
+        progress=output.progress(),
+    )
 
 
 def read_text(source: str | None) -> str:

@@ -71,7 +71,7 @@ _ROLES = {
 
 def _list(metadata: Mapping[str, Any], name: str, kind: type) -> Sequence[Any]:
     values = metadata.get(f"tokenizer.ggml.{name}") or []
-    if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
+    if not isinstance(values, Sequence) or not set(map(type, values)) <= {kind}:
         raise BadInput(f"GGUF vocabulary: tokenizer.ggml.{name} is not a list of {kind.__name__}")
     return values
 
