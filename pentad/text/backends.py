@@ -52,8 +52,11 @@ class TokenizersBackend:
     each, and not text with `<0x0A>` for a byte.
     """
 
-    def __init__(self, pipeline: Tokenizer) -> None:
-        """Takes the pipeline over. Raises `BadInput` where it can't say how tokens become bytes."""
+    def __init__(self, pipeline: Tokenizer, vocab_size: int | None = None) -> None:
+        """Takes the pipeline over. Raises `BadInput` where it can't say how tokens become bytes.
+
+        `vocab_size`: the largest id and one; looked up, which takes a while, if it isn't known.
+        """
         pipeline.no_truncation()
         pipeline.no_padding()
         self.pipeline = pipeline
@@ -63,7 +66,7 @@ class TokenizersBackend:
         self._added = {i: token.content for i, token in added.items()}
         control = {i: t for i, t in added.items() if t.special or is_control(t.content)}
         pipeline.add_special_tokens([token for token in control.values() if not token.special])
-        self.vocab_size = max(pipeline.get_vocab().values(), default=-1) + 1
+        self.vocab_size = vocab_size or max(pipeline.get_vocab().values(), default=-1) + 1
         self.control = ControlStrings(
             {token.content: i for i, token in control.items()},
             {token.content: (token.lstrip, token.rstrip) for token in control.values()},

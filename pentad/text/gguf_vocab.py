@@ -133,7 +133,7 @@ def _byte_level_bpe(tokens: Sequence[str], types: Sequence[int], merges: Sequenc
         )
     except Exception as error:  # the library raises no narrower class
         raise BadInput(f"GGUF vocabulary: {error}") from None
-    return TokenizersBackend(pipeline)
+    return TokenizersBackend(pipeline, len(tokens))
 
 
 def _sentencepiece_model(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], prefix: bool) -> bytes:
