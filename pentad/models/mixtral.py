@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from pentad.errors import BadInput
 from pentad.models.layouts import consolidated_rules, gguf_rules, hf_ignored, hf_rules
 from pentad.models.mistral import MistralConfig
-from pentad.models.published import Spelling, read_decoder_config, written_values
+from pentad.models.published import Spelling, check_experts, read_decoder_config, written_values
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -25,10 +24,8 @@ from pentad.nn.norm import RMSNorm
 from pentad.nn.rope import Rope
 from pentad.nn.rope_scaling import scaling
 from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.config import LARGEST
 from pentad.weights.keytable import Flattened, HalfSplit, Joined, KeyTable, Rule, Stacked
 
-MOST_EXPERTS = 4096  # no published model comes near; a larger number is a broken file
 ROUTER, EXPERTS = "layers.*.feedforward.router", "layers.*.feedforward.experts"
 MISTRALS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """An expert's matrices in Mistral's files and Hugging Face's -> here."""
@@ -87,11 +84,7 @@ class Mixtral(Decoder):
 def config_from(checkpoint: Checkpoint) -> MixtralConfig:
     """The config of a checkpoint, from ``config.json``, GGUF metadata or ``params.json``."""
     config = read_decoder_config(MixtralConfig, checkpoint)
-    path, experts = checkpoint.path, config.num_local_experts
-    if experts > MOST_EXPERTS or experts * config.hidden_size * config.intermediate_size > LARGEST**2:
-        raise BadInput(f"{path}: {experts} experts of that width are not possible")
-    if config.num_experts_per_tok > experts:
-        raise BadInput(f"{path}: a token can't go to {config.num_experts_per_tok} of {experts} experts")
+    check_experts(config, config.num_local_experts, config.num_experts_per_tok, checkpoint.path)
     return config
 
 

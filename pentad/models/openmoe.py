@@ -18,7 +18,7 @@ from torch import nn
 
 from pentad.errors import BadInput
 from pentad.models.layouts import hf_ignored, hf_rules
-from pentad.models.published import DecoderConfig, Spelling, read_decoder_config, renamed, written_values
+from pentad.models.published import DecoderConfig, Spelling, check_experts, read_decoder_config, renamed, written_values
 from pentad.nn.attention import Attention
 from pentad.nn.block import ExtraFeedforwardBlock, PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -31,10 +31,8 @@ from pentad.nn.norm import RMSNorm
 from pentad.nn.rope import AheadRope, Rope
 from pentad.nn.rope_scaling import scaling
 from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.config import LARGEST
 from pentad.weights.keytable import KeyTable, Rule, Stacked, Transposed
 
-MOST_EXPERTS = 4096  # no published model comes near; a larger number is a broken file
 OLDER = ("topk", "capacity_factor_train", "capacity_factor_eval", "min_capacity", "drop_tks")
 OLDER_NAMES = {"gated": "mlp_gated", **{name: f"router_{name}" for name in OLDER}}
 """Those in ColossalAI's openmoe_8b_config.json -> today's."""
@@ -115,11 +113,7 @@ def config_from(checkpoint: Checkpoint) -> OpenMoeConfig:
     if checkpoint.format != "hf":
         raise BadInput(f"{path}: no {checkpoint.format} files of openmoe are known")
     config = read_decoder_config(OpenMoeConfig, renamed(checkpoint, OLDER_NAMES))
-    experts = config.num_experts
-    if experts > MOST_EXPERTS or experts * config.hidden_size * config.intermediate_size > LARGEST**2:
-        raise BadInput(f"{path}: {experts} experts of that width are not possible")
-    if config.router_topk > experts:
-        raise BadInput(f"{path}: a token can't go to {config.router_topk} of {experts} experts")
+    check_experts(config, config.num_experts, config.router_topk, path)
     if not config.mlp_gated:
         raise BadInput(f"{path}: mlp_gated is false; this family's layers are gated")
     return config

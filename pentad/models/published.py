@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from pentad.errors import BadInput
 from pentad.nn.rope_scaling import Divisors, Linear, Llama3, Yarn, inverse_frequencies, scaling
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.config import LARGEST, read_config
+
+MOST_EXPERTS = 4096  # twice those of the largest published model; a larger number is a broken file
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,14 @@ def read_decoder_config(cls: type[C], checkpoint: Checkpoint, **values: Any) -> 
     # Refuses unknown scalings, and divisors of another number than there are frequencies.
     scaling(config.rope_parameters, path).frequencies(config.rope_theta, config.rotary_dim, 1)
     return config
+
+
+def check_experts(config: DecoderConfig, experts: int, top_k: int, path: Path) -> None:
+    """Raise BadInput where a mixture of so many experts, `top_k` of a token, is not possible."""
+    if experts > MOST_EXPERTS or experts * config.hidden_size * config.intermediate_size > LARGEST**2:
+        raise BadInput(f"{path}: {experts} experts of that width are not possible")
+    if top_k > experts:
+        raise BadInput(f"{path}: a token can't go to {top_k} of {experts} experts")
 
 
 class Spelling(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from pentad.errors import BadInput
+from pentad.models.published import MOST_EXPERTS
 from pentad.nn.block import PreNormBlock
 from pentad.nn.encoder_decoder import CrossAttendingBlock, CrossAttention, Encoder, EncoderDecoder, ScaledLinear
 from pentad.nn.feedforward import ReluMLP
@@ -26,8 +27,6 @@ from pentad.nn.relative_bias import RelativeAttention, RelativeBias
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.config import DEEPEST, LARGEST, read_config
 from pentad.weights.keytable import KeyTable, Rule, Stacked
-
-MOST_EXPERTS = 4096  # twice those of the largest published model
 
 
 @dataclass(frozen=True)
