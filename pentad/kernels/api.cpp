@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 
 #include "pack.h"
@@ -26,6 +27,7 @@ constexpr int ISAS = sizeof isas / sizeof *isas;
 
 struct Running {
   const Op* ops;
+  int count;
   const Step* step;
   const Kernels* kernels;
 };
@@ -36,6 +38,7 @@ struct Packing {
   uint8_t* tiles;
 };
 constexpr int TILES_A_CHUNK = 8;
+constexpr int OPS_AHEAD = 8;  // from a product to the next are at most so many
 
 // Weights are read once a step, page after page: with large pages, where the system gives some for the asking, a
 // matrix of tens of megabytes is read a third faster. Only what they cover whole, so that no memory is wasted.
@@ -76,11 +79,11 @@ EXPORT void pentad_pack(int type, const uint8_t* blocks, int rows, int columns, 
       pack_tile(p.type, p.blocks, p.rows, p.columns, tile, p.tiles);
   };
   ask_for_large_pages(tiles, packed_bytes(type, rows, columns));
-  run_on_pool({1, chunks, work, &packing}, threads);
+  run_on_pool({1, chunks, work, nullptr, &packing}, threads);
 }
 
 EXPORT void pentad_run(const Op* ops, int count, const Step* step) {
-  const Running running = {ops, step, isas[step->isa]};
+  const Running running = {ops, count, step, isas[step->isa]};
   const auto chunks = [](const void* context, int phase) {
     const auto& r = *(const Running*)context;
     return r.kernels->chunks(r.ops[phase], *r.step);
@@ -89,7 +92,16 @@ EXPORT void pentad_run(const Op* ops, int count, const Step* step) {
     const auto& r = *(const Running*)context;
     r.kernels->work(r.ops[phase], *r.step, chunk);
   };
-  run_on_pool({count, chunks, work, &running}, step->threads);
+  const auto next = [](const void* context, int phase, int share, int shares) {
+    const auto& r = *(const Running*)context;
+    Next found = {};
+    for (int i = phase + 1; i < std::min(r.count, phase + OPS_AHEAD); i++) {
+      const int chunks = r.kernels->chunks(r.ops[i], *r.step);
+      if (chunks && r.kernels->reads(r.ops[i], *r.step, first_chunk(chunks, share, shares), found.at)) break;
+    }
+    return found;
+  };
+  run_on_pool({count, chunks, work, next, &running}, step->threads);
 }
 
 // In how many chunks an operation would be done; benchmarks/roofline.py counts with it.

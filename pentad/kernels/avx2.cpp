@@ -57,5 +57,5 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 #include "kernels.h"
 
 namespace pentad {
-const Kernels avx2_kernels = {"avx2", runs_here, chunks, work};
+const Kernels avx2_kernels = {"avx2", runs_here, chunks, work, reads};
 }

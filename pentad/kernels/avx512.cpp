@@ -55,5 +55,5 @@ bool runs_here() {
 #include "kernels.h"
 
 namespace pentad {
-const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work};
+const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work, reads};
 }

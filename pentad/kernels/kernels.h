@@ -24,6 +24,11 @@ int chunks(const Op& op, const Step& s) {
   }
 }
 
+int reads(const Op& op, const Step& s, int chunk, const uint8_t** at) {
+  const bool known = (op.kind == MATMUL || op.kind == GATED) && !(op.flags & PAIRS);  // pairs depend on the routing
+  return known ? places(op, s, chunk, at) : 0;
+}
+
 void work(const Op& op, const Step& s, int chunk) {
   switch (op.kind) {
     case EMBED: return embed(op, s, chunk);

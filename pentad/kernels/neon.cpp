@@ -23,5 +23,5 @@ bool runs_here() { return true; }
 #include "kernels.h"
 
 namespace pentad {
-const Kernels neon_kernels = {"neon", runs_here, chunks, work};
+const Kernels neon_kernels = {"neon", runs_here, chunks, work, reads};
 }

@@ -89,12 +89,14 @@ struct Step {
 };
 
 // One instruction set's work. `chunks` says in how many pieces an operation may be done, in any order and by any
-// thread; whatever the pieces, the numbers are the same bits.
+// thread; whatever the pieces, the numbers are the same bits. `reads` says where a piece's weights begin, at up to 3
+// places, before its rows are known.
 struct Kernels {
   const char* name;
   bool (*runs_here)();
   int (*chunks)(const Op&, const Step&);
   void (*work)(const Op&, const Step&, int chunk);
+  int (*reads)(const Op&, const Step&, int chunk, const uint8_t** at);
 };
 
 extern const Kernels avx512_kernels, avx2_kernels, neon_dotprod_kernels, neon_kernels, portable_kernels;

@@ -31,6 +31,18 @@ constexpr auto SPIN_STALLED = microseconds(2000);
 constexpr auto SPIN_BETWEEN_STEPS = microseconds(200);
 constexpr Clock::duration LONGEST_RETREAT = milliseconds(500);
 
+constexpr int MOST_THREADS = 64;
+constexpr uint32_t OVER = 1;
+
+// Lines of the cache, of 64 bytes, that a thread fetches of what it reads in the next phase: while it waits for that, and
+// where it does itself what comes before. The caches' own prefetchers begin only after some misses.
+constexpr int FETCHED_WAITING = 256, FETCHED_FIRST = 48;
+
+inline void fetch(const Next& next, int from, int to) {
+  for (const uint8_t* at : next.at)
+    for (int line = from; at && line < to; line++) __builtin_prefetch(at + line * 64, 0, 2);
+}
+
 inline void pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -52,46 +64,39 @@ bool spin(Clock::duration limit, Ready ready) {
   }
 }
 
-// Chunks are claimed by one atomic: which phase is open (a number that never returns), how many chunks it has and which
-// comes next. So whoever claims knows without another look whether there was a chunk left, and a thread that comes late
-// can't take a chunk of a job that is over.
-class Claims {
- public:
-  struct Claim {
-    uint32_t epoch;
-    int count, chunk;  // of so many this one; -1: none was left
-  };
+// A thread's share of a phase: neighboring chunks, which it takes in order, so that it reads memory in order too. Who has
+// none left takes those of others. What a thread must know of a phase is in this one line of the cache, as each line that
+// has to come from another core takes about as long as a small phase.
+struct alignas(128) Share {
+  std::atomic<uint64_t> chunks{0};    // their end, and which comes next: who is late can't take one of a past phase
+  std::atomic<uint32_t> state{OVER};  // changes with each phase; whether the job is over
+  int phase = 0;                      // may be read by who has a chunk, as the phase can't end before that is done
+  std::atomic<Clock::rep> opened_at{0};
 
-  void open(int count) {
-    const uint64_t epoch = (value_.load(std::memory_order_relaxed) >> 40) + 1;
-    value_.store(epoch << 40 | uint64_t(count) << 20, std::memory_order_seq_cst);
+  int take() {  // -1: none was left
+    const uint64_t seen = chunks.load(std::memory_order_relaxed);
+    if (uint32_t(seen) >= seen >> 32) return -1;  // who waits should not write
+    const uint64_t v = chunks.fetch_add(1, std::memory_order_acq_rel);
+    return uint32_t(v) < v >> 32 ? int(uint32_t(v)) : -1;
   }
-  Claim take() {
-    const uint64_t v = value_.fetch_add(1, std::memory_order_acq_rel);
-    const int count = int(v >> 20 & 0xfffff), next = int(v & 0xfffff);
-    return {uint32_t(v >> 40), count, next < count ? next : -1};
-  }
-  uint32_t epoch() const { return uint32_t(value_.load(std::memory_order_seq_cst) >> 40); }
-
- private:
-  std::atomic<uint64_t> value_{0};
 };
 
 class Pool {
  public:
   void run(const Job& job, int threads) {
     std::lock_guard<std::mutex> one_at_a_time(running_);
-    job_ = &job;
-    phase_ = -1;
     const int helpers = grow(threads - 1);
     const auto start = Clock::now();
     started_at_.store(start.time_since_epoch().count(), std::memory_order_relaxed);
     const int active = start < retreat_end_ ? std::min(helpers, retreat_to_) : helpers;
     active_.store(active, std::memory_order_relaxed);
     lost_.store(0, std::memory_order_relaxed);
+    job_ = &job;
+    threads_.store(active + 1, std::memory_order_relaxed);
+    phase_ = -1;
     if (advance()) {
       if (active > 0) call_helpers();
-      take_part(-1);
+      take_part(0);
     }
     const auto end = Clock::now();
     const Clock::duration lost(lost_.load(std::memory_order_relaxed));
@@ -104,30 +109,46 @@ class Pool {
   }
 
  private:
-  // Does chunks until the job is done, or until helper `index` (-1: the caller) is no longer wanted.
-  void take_part(int index) {
+  // Does chunks until the job is done, or until helper `me` (0: the caller) is no longer wanted.
+  void take_part(int me) {
+    Share& mine = shares_[me];
     for (;;) {
-      const auto claim = claims_.take();
-      if (claim.chunk >= 0) {
-        job_->work(job_->context, phase_, claim.chunk);
-        if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == claim.count) advance();
-        continue;
+      const uint32_t state = mine.state.load(std::memory_order_acquire);
+      Next next = {};
+      if (const int done = do_chunks(me, next)) {
+        if (left_.fetch_sub(done, std::memory_order_acq_rel) == done) {
+          fetch(next, 0, FETCHED_FIRST);
+          advance();
+          continue;
+        }
       }
-      auto changed = [&] { return claims_.epoch() != claim.epoch; };
-      // A finished job is a last phase of no chunks. The caller leaves when it sees that, not before: who has finished
-      // the job may be about to open it, and would open it over the next job's first.
-      if (claim.count == 0 || (index >= 0 && index >= active_.load(std::memory_order_relaxed))) return;
-      const Clock::duration opened(opened_at_.load(std::memory_order_relaxed));
+      auto changed = [&] { return mine.state.load(std::memory_order_acquire) != state; };
+      // The caller leaves when it sees that the job is over, not before: who has finished it may be about to say so.
+      if (state & OVER || me > active_.load(std::memory_order_relaxed)) return;
+      for (int line = 0; line < FETCHED_WAITING && !changed(); line += 8) fetch(next, line, line + 8);
+      const Clock::duration opened(mine.opened_at.load(std::memory_order_relaxed));
       if (spin(STALL + (Clock::now().time_since_epoch() - opened), changed)) continue;
       wait_out_a_stall(changed);
     }
+  }
+
+  // How many chunks it has done of the open phase, until none was left. The phase can't end before they are counted.
+  int do_chunks(int me, Next& next) {
+    const int threads = threads_.load(std::memory_order_relaxed);
+    int done = 0, phase = 0;
+    for (int i = 0; i < threads; i++) {
+      Share& share = shares_[(me + i) % threads];
+      for (int chunk; (chunk = share.take()) >= 0; done++) job_->work(job_->context, phase = share.phase, chunk);
+    }
+    if (done > 0 && job_->next) next = job_->next(job_->context, phase, me, active_.load(std::memory_order_relaxed) + 1);
+    return done;
   }
 
   template <class Changed> void wait_out_a_stall(Changed changed) {
     const auto start = Clock::now();
     if (!spin(SPIN_STALLED, changed)) {
       std::unique_lock<std::mutex> lock(sleep_);
-      sleepers_.fetch_add(1, std::memory_order_seq_cst);
+      sleepers_.fetch_add(1, std::memory_order_acq_rel);
       woken_.wait(lock, changed);
       sleepers_.fetch_sub(1, std::memory_order_relaxed);
     }
@@ -138,29 +159,40 @@ class Pool {
       active_.store(std::max(0, active_.load(std::memory_order_relaxed) - 1), std::memory_order_relaxed);
   }
 
-  // Opens the next phase. Only who has finished the last chunk of the one before comes here; what is one chunk is done
-  // at once, without the others.
-  // Whether there was one.
+  // Opens the next phase; whether there was one. Only who has finished the last chunk of the one before comes here; what
+  // is one chunk is done at once, without the others.
   bool advance() {
     for (;;) {
       phase_++;
       if (phase_ == job_->phases) {
-        publish(0);
+        open(0, OVER);
         return false;
       }
       const int count = job_->chunks(job_->context, phase_);
       if (count == 1) job_->work(job_->context, phase_, 0);
       if (count <= 1) continue;
-      publish(count);
-      return true;
+      left_.store(count + 1, std::memory_order_relaxed);  // one for who opens: until all shares are open, it can't end
+      open(count, 0);
+      if (left_.fetch_sub(1, std::memory_order_acq_rel) > 1) return true;
     }
   }
 
-  void publish(int count) {
-    done_.store(0, std::memory_order_relaxed);
-    opened_at_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
-    claims_.open(count);
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+  // Tells all threads of a phase, or that the job is over: who says that touches nothing of it after.
+  void open(int count, uint32_t over) {
+    const int threads = threads_.load(std::memory_order_relaxed), shares = active_.load(std::memory_order_relaxed) + 1, phase = phase_;
+    const auto now = Clock::now().time_since_epoch().count();
+    for (int i = threads - 1; i >= 0; i--) {
+      Share& share = shares_[i];
+      const int used = i < shares ? count : 0;  // who is no longer wanted has none, but must see that the phase is another
+      const uint64_t first = first_chunk(used, i, shares), end = first_chunk(used, i + 1, shares);
+      const uint32_t state = ((share.state.load(std::memory_order_relaxed) | OVER) + 1) | over;
+      if (!over) share.phase = phase;
+      share.opened_at.store(now, std::memory_order_relaxed);
+      share.chunks.store(end << 32 | first, std::memory_order_release);
+      share.state.store(state, std::memory_order_release);
+    }
+    // Written, not only read: who goes to sleep either sees the new state or is seen here.
+    if (sleepers_.fetch_add(0, std::memory_order_acq_rel) > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       woken_.notify_all();
     }
@@ -174,7 +206,7 @@ class Pool {
     }
   }
 
-  void help(int index) {
+  void help(int me) {
     uint32_t seen = 0;
     for (;;) {
       auto called = [&] { return calls_.load(std::memory_order_seq_cst) != seen; };
@@ -185,24 +217,25 @@ class Pool {
         parked_count_.fetch_sub(1, std::memory_order_relaxed);
       }
       seen = calls_.load(std::memory_order_seq_cst);
-      if (index < active_.load(std::memory_order_relaxed)) take_part(index);
+      if (me <= active_.load(std::memory_order_relaxed)) take_part(me);
     }
   }
 
   // Makes helpers where there are fewer than wanted; how many there are to be used. The system may refuse.
   int grow(int wanted) {
     try {
-      for (; helpers_ < wanted; helpers_++) std::thread(&Pool::help, this, helpers_).detach();
+      for (; helpers_ < std::min(wanted, MOST_THREADS - 1); helpers_++) std::thread(&Pool::help, this, helpers_ + 1).detach();
     } catch (const std::system_error&) {
     }
     return std::max(0, std::min(helpers_, wanted));
   }
 
-  alignas(128) Claims claims_;
-  alignas(128) std::atomic<int> done_{0};
-  alignas(128) const Job* job_ = nullptr;  // this and the next change only between phases
-  int phase_ = 0;
-  std::atomic<Clock::rep> started_at_{0}, opened_at_{0};
+  Share shares_[MOST_THREADS];
+  alignas(128) std::atomic<int> left_{0};  // chunks of the phase
+  int phase_ = 0;                          // for who opens it
+  alignas(128) const Job* job_ = nullptr;
+  std::atomic<int> threads_{0};  // of the job; each has a share of every phase
+  std::atomic<Clock::rep> started_at_{0};
   std::atomic<Clock::rep> lost_{0};
   std::atomic<int> active_{0};
   std::atomic<int> sleepers_{0}, parked_count_{0};

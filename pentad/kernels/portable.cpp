@@ -65,5 +65,5 @@ bool runs_here() { return true; }
 #include "kernels.h"
 
 namespace pentad {
-const Kernels portable_kernels = {"portable", runs_here, chunks, work};
+const Kernels portable_kernels = {"portable", runs_here, chunks, work, reads};
 }

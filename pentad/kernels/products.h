@@ -338,6 +338,11 @@ INLINE void multiply_rows(const uint8_t* w, int rows, int columns, const float* 
   for (int r = 0; r < R; r++) out[r] = load<F>(results[r]);
 }
 
+template <int T> INLINE const uint8_t* tile_at(const Matrix& m, int tile) {
+  if constexpr (T <= F16) return m.data + ptrdiff_t(tile) * LANES * m.columns * size_of(T);
+  else return m.data + tile_bytes<T>(m.columns) * tile;
+}
+
 struct Inputs {  // rows of activations in both forms
   const void* blocks;
   const float* floats;
@@ -346,12 +351,11 @@ struct Inputs {  // rows of activations in both forms
 
 template <int T, int R> void multiply(const Matrix& m, int tile, const Inputs& in, int row, bool fast, F* out) {
   if constexpr (T <= F16) {
-    const int first = tile * LANES;
-    multiply_rows<T, R>(m.data + ptrdiff_t(first) * m.columns * size_of(T), least(LANES, m.rows - first), m.columns,
+    multiply_rows<T, R>(tile_at<T>(m, tile), least(LANES, m.rows - tile * LANES), m.columns,
                         in.floats + ptrdiff_t(row) * in.width, in.width, out);
   } else {
     const int blocks = m.columns / BLOCK;
-    const uint8_t* data = m.data + tile_bytes<T>(m.columns) * tile;
+    const uint8_t* data = tile_at<T>(m, tile);
     if (fast)
       multiply_tile<T, false, R>(data, blocks, (const Activations<false>*)in.blocks + ptrdiff_t(row) * blocks, blocks, out);
     else
@@ -364,6 +368,10 @@ template <int R> constexpr Multiply multiply_by_type[] = {
     multiply<F32, R>,  multiply<BF16, R>, multiply<F16, R>,  multiply<Q4_0, R>,
     multiply<Q4_1, R>, multiply<Q8_0, R>, multiply<Q4_K, R>, multiply<Q6_K, R>,
     multiply<Q5_0, R>, multiply<Q5_1, R>, multiply<Q5_K, R>};
+
+using TileAt = const uint8_t* (*)(const Matrix&, int);
+constexpr TileAt tile_at_by_type[] = {tile_at<F32>,  tile_at<BF16>, tile_at<F16>,  tile_at<Q4_0>, tile_at<Q4_1>, tile_at<Q8_0>,
+                                      tile_at<Q4_K>, tile_at<Q6_K>, tile_at<Q5_0>, tile_at<Q5_1>, tile_at<Q5_K>};
 
 // One tile of a weight times `rows` rows from `row` on: R of them together, what is left by halves of R.
 template <int R> INLINE void multiply_some(const Matrix& m, int tile, const Inputs& in, int row, int rows, bool fast, F* out) {

@@ -58,6 +58,26 @@ INLINE Piece piece(const Op& op, const Step& s, int chunk) {
   return {first, last, start, least(end, start + c.rows_a_chunk), expert};
 }
 
+// The tile at `index` of an operation's matrices side by side: the matrix, the tile in it, the output's column where the
+// matrix begins.
+struct Place {
+  int which, tile, column;
+};
+INLINE Place place(const Op& op, int tile) {
+  Place p = {0, tile, 0};
+  if (op.kind == MATMUL)
+    for (int tiles; p.tile >= (tiles = ceil_div(op.w[p.which].rows, LANES)); p.tile -= tiles) p.column += op.w[p.which++].rows;
+  return p;
+}
+
+// Where a chunk's weights begin: how many places, from each of which they are read on.
+int places(const Op& op, const Step& s, int chunk, const uint8_t** at) {
+  const Place p = place(op, piece(op, s, chunk).first);
+  const int count = op.kind == GATED ? op.count : 1;
+  for (int i = 0; i < count; i++) at[i] = tile_at_by_type[op.w[p.which + i].type](op.w[p.which + i], p.tile);
+  return count;
+}
+
 INLINE F silu(F x) { return x / (exponential(-x) + 1.0f); }
 // x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), by tanh(z) = 2 / (1 + e^(-2 z)) - 1
 INLINE F gelu(F x) { return x / (exponential(x * (x * x * 0.044715f + 1.0f) * -1.5957691216f) + 1.0f); }
@@ -66,24 +86,19 @@ void matmul(const Op& op, const Step& s, int chunk) {
   const Piece p = piece(op, s, chunk);
   const Inputs in = inputs(op, s);
   for (int tile = p.first; tile < p.last; tile++) {
-    int which = 0, at = tile, column = 0;  // the matrix, the tile in it, the output's column where the matrix begins
-    if (op.kind == MATMUL)
-      while (at >= ceil_div(op.w[which].rows, LANES)) {
-        at -= ceil_div(op.w[which].rows, LANES);
-        column += op.w[which++].rows;
-      }
-    const int lanes = least(LANES, op.w[which].rows - at * LANES);
+    const Place at = place(op, tile);
+    const int lanes = least(LANES, op.w[at.which].rows - at.tile * LANES);
     const auto multiply = [&](int i, int row, int rows, F* y) {
       Matrix m = op.w[i];
       m.data += p.expert * m.stride;
-      multiply_some<MOST_ROWS>(m, at, in, row, rows, s.fast, y);
+      multiply_some<MOST_ROWS>(m, at.tile, in, row, rows, s.fast, y);
       if (m.bias)
-        for (int r = 0; r < rows; r++) y[r] += load_part(m.bias + at * LANES, lanes);
+        for (int r = 0; r < rows; r++) y[r] += load_part(m.bias + at.tile * LANES, lanes);
     };
     for (int row = p.first_row; row < p.last_row; row += MOST_ROWS) {
       const int rows = least(MOST_ROWS, p.last_row - row);
       F y[MOST_ROWS], factor[MOST_ROWS];
-      multiply(which, row, rows, y);
+      multiply(at.which, row, rows, y);
       if (op.kind == GATED) {
         for (int r = 0; r < rows; r++) y[r] = silu(y[r]);
         for (int i = 1; i < op.count; i++) {
@@ -92,7 +107,7 @@ void matmul(const Op& op, const Step& s, int chunk) {
         }
       }
       for (int r = 0; r < rows; r++) {
-        float* out = buffer(s, op.out) + ptrdiff_t(row + r) * op.out_width + column + at * LANES;
+        float* out = buffer(s, op.out) + ptrdiff_t(row + r) * op.out_width + at.column + at.tile * LANES;
         if (op.activation == GELU) y[r] = gelu(y[r]);
         if (op.flags & ADD) y[r] += load_part(out, lanes);
         std::memcpy(out, &y[r], lanes * sizeof(float));

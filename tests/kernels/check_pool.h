@@ -39,14 +39,26 @@ class TinySteps {
       count = 1 + random_.below(ops - first);
       pentad_run(&plan_.ops[first], count, &plan_.step);
     }
+    return right(ops, rows);
+  }
+  // One step of many operations, long enough that threads which stall are given up amid it.
+  bool run_long(int threads) {
+    plan_.step.rows = MOST, plan_.step.threads = threads;
+    const std::vector<Op> few = plan_.ops;
+    std::vector<Op> many;
+    for (int i = 0; i < 5000; i++) many.insert(many.end(), few.begin(), few.end());
+    pentad_run(many.data(), int(many.size()), &plan_.step);
+    return right(OPS, MOST);
+  }
+
+ private:
+  static constexpr int WIDTH = 2, MOST = 40, OPS = 4;
+  bool right(int ops, int rows) const {
     bool ok = true;
     for (int out = 0; out < ops; out++)
       for (int i = 0; i < rows * WIDTH; i++) ok &= plan_.buffers[out][i] == table_[i % table_.size()];
     return ok;
   }
-
- private:
-  static constexpr int WIDTH = 2, MOST = 40, OPS = 4;
   Random random_;
   Floats table_;
   Ints ids_;
@@ -68,7 +80,7 @@ void stress(int isa, int callers, int busy, double seconds) {
       TinySteps tiny(isa);
       for (int n = 0; Clock::now() < end; n++) {
         const auto start = Clock::now();
-        if (!tiny.run(n % 5 + 1)) ok = false;
+        if (!(n % 20 == 10 ? tiny.run_long(n % 5 + 1) : tiny.run(n % 5 + 1))) ok = false;
         // After a stall the pool does with fewer threads for a while, which would be most of the time.
         const auto took = Clock::now() - start;
         if (took > std::chrono::microseconds(200)) std::this_thread::sleep_for(9 * took);
