@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pentad.errors import PentadError
-from pentad.generate.sampling import Sampling, sample
+from pentad.generate.sampling import Sampling, likeliest, sample
 from pentad.generate.step import Step
 from pentad.nn.cache import CachedSequence
 
@@ -20,6 +20,7 @@ CHUNK = 512  # tokens of prompts that one step takes, so that sequences which de
 LARGEST_BATCH = 32  # sequences decoded together; further ones wait
 NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite): its weights are damaged"
 _logger = logging.getLogger(__name__)
+RENEWED_EVERY = 16  # steps between two looks at whether the network has changed, which take a tenth of a small one
 HEADROOM = 256  # tokens reserved beyond the prompt at first, so that a sequence's pages are neighbors
 
 
@@ -76,6 +77,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
         self._kept: tuple[list[int], CachedSequence] | None = None
+        self._steps = 0
 
     def submit(self, request: Request) -> None:
         """Queue a request; its tokens come from `step`."""
@@ -98,7 +100,9 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Run one step; returns the requests that have one token more, or have finished."""
-        self.renew()
+        if self._waiting or self._steps % RENEWED_EVERY == 0:
+            self.renew()
+        self._steps += 1
         while self._waiting and len(self._active) < LARGEST_BATCH:
             self._admit(self._waiting[0])  # still waiting where this is interrupted
             self._active.append(self._waiting.popleft())
@@ -121,9 +125,8 @@ class Engine:
         if not work:
             return []
         logits_MV = self.run(work, [row for _, row in ready])
-        with self.run.choosing():
-            for (request, _), logits_V in zip(ready, logits_MV, strict=True):
-                self._choose(request, logits_V)
+        for i, (request, _) in enumerate(ready):
+            self._choose(request, logits_MV[i])
         return [request for request, _ in ready]
 
     def finish(self, request: Request, reason: str) -> None:
@@ -166,15 +169,19 @@ class Engine:
             )
 
     def _choose(self, request: Request, logits_V: Tensor) -> None:
-        if not math.isfinite(logits_V.max()):
+        token, logit = likeliest(logits_V)
+        if not math.isfinite(logit):
             request.error = PentadError(NOT_NUMBERS)
             return self.finish(request, "error")
-        token = sample(logits_V, request.sampling, request.generator, request.prompt, request.generated)
+        if not request.sampling.greedy:
+            with self.run.choosing():
+                token = sample(logits_V, request.sampling, request.generator, request.prompt, request.generated)
         if token in request.end_ids:
             return self.finish(request, "stop")
         request.generated.append(token)
         if request.logprobs is not None:
-            request.token_logprobs.append(_logprobs(logits_V, token, request.logprobs))
+            with self.run.choosing():
+                request.token_logprobs.append(_logprobs(logits_V, token, request.logprobs))
         if len(request.generated) >= request.max_tokens:
             self.finish(request, "length")
 

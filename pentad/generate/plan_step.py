@@ -92,7 +92,6 @@ class PlanStep:
         finally:
             torch.set_num_threads(threads)
 
-    @torch.inference_mode()
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
         if len(self._tables) > MOST_TABLES:
             self._tables.clear()

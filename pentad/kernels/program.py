@@ -104,6 +104,7 @@ class Program:
         self._step = CStep(threads=threads, fast=fast, isa=isas()[isa or next(iter(isas()))])
         self._step.padded_dim = pool_dim(head_dim, torch.float32)
         self._buffers: list[Tensor] = []
+        self._most_rows = self._most_parts = 0  # that the buffers have room for
         self._pools: tuple[Tensor, ...] = ()  # what `_step` points to
         self._array: ctypes.Array[COp] | None = None
         self._gives_all = False  # LOGITS has all rows, not only the wanted ones
@@ -267,7 +268,7 @@ class Program:
         about = {"count": len(weights), **about, **pointers}
         self._ops.append(COp(kind, flags, in_, out, in_width, out_width, w=matrices, **about))
         self._kept += [*weights, *(v for v in (vectors or {}).values() if v is not None)]
-        self._array = None
+        self._array, self._most_rows = None, 0
 
     def _check_widths(self, kind: int, in_: int, in_width: int, out_width: int, writes_blocks: bool) -> None:
         if in_width and self._widths[in_] != in_width:
@@ -371,17 +372,16 @@ class Program:
     def _reserve(self, rows: int, wanted: int, parts: int) -> Tensor:
         """Buffers for so many rows; returns the one for the result."""
         most = max(rows, wanted)
-        sizes = [most * width for width in self._widest]
-        sizes[LOGITS] = 0
-        sizes[BLOCKS_BUFFER] = most * (self._widest[BLOCKS_BUFFER] // 32) * BLOCK_BYTES // 4
-        sizes[PARTS_BUFFER] = parts * (self._step.padded_dim + 2)
-        sizes[ROUTES_BUFFER] = most * self._routes + 2 * self._most_experts
-        if not self._buffers:
-            self._buffers = [torch.empty(0)] * BUFFERS
-        for i, size in enumerate(sizes):
-            if len(self._buffers[i]) < size:
-                self._buffers[i] = torch.empty(size)
-                self._step.buffers[i] = self._buffers[i].data_ptr()
+        if most > self._most_rows or parts > self._most_parts:
+            most, parts = max(most, self._most_rows), max(parts, self._most_parts)
+            sizes = [most * width for width in self._widest]
+            sizes[LOGITS] = 0
+            sizes[BLOCKS_BUFFER] = most * (self._widest[BLOCKS_BUFFER] // 32) * BLOCK_BYTES // 4
+            sizes[PARTS_BUFFER] = parts * (self._step.padded_dim + 2)
+            sizes[ROUTES_BUFFER] = most * self._routes + 2 * self._most_experts
+            self._buffers = [torch.empty(size) for size in sizes]
+            self._step.buffers = (ctypes.c_void_p * BUFFERS)(*(buffer.data_ptr() for buffer in self._buffers))
+            self._most_rows, self._most_parts = most, parts
         logits_MV = torch.empty(wanted, self._widths[LOGITS])
         self._step.buffers[LOGITS] = logits_MV.data_ptr()
         return logits_MV

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import pentad
 from pentad.convert import convert
 from pentad.errors import BadInput
-from pentad.generate.engine import Engine, Request
+from pentad.generate.engine import RENEWED_EVERY, Engine, Request
 from pentad.generate.plan_step import PlanStep, step_for
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep, Step
@@ -246,20 +246,33 @@ def test_what_is_not_known_has_no_plan(llama: nn.Module, change: Callable[[nn.Mo
 
 @pytest.mark.parametrize("change", [hook, pre_hook, adapter, subclass, forward])
 def test_what_is_changed_later_runs_as_plain_torch(llama: nn.Module, change: Callable[[nn.Module], None]) -> None:
-    """In the middle of a text: what was cached is run again."""
+    """In the middle of a text, where it is looked for now and then: what was cached is run again."""
     engine = Engine(PlanStep(llama))
-    request = Request(random_ids(30), Sampling(temperature=0), torch.Generator(), max_tokens=10)
+    most = RENEWED_EVERY + 4
+    request = Request(random_ids(30), Sampling(temperature=0), torch.Generator(), max_tokens=most)
     engine.submit(request)
     for _ in range(5):
         engine.step()
     change(llama)
-    assert len(request.generated) == 5
     while request.finish_reason is None:
         engine.step()
     assert type(engine.run) is PlainStep
-    assert len(request.generated) == 10
+    assert len(request.generated) == most
     ids = [*request.prompt, *request.generated]
-    assert runs_of(PlainStep(llama), ids)[34:-1].argmax(1).tolist() == request.generated[5:]
+    likeliest = runs_of(PlainStep(llama), ids)[29:-1].argmax(1).tolist()
+    assert likeliest[RENEWED_EVERY:] == request.generated[RENEWED_EVERY:]
+
+
+@pytest.mark.parametrize("change", [hook, forward])
+def test_a_request_begins_with_the_network_as_it_is(llama: nn.Module, change: Callable[[nn.Module], None]) -> None:
+    engine = Engine(PlanStep(llama))
+    for step in (PlanStep, PlainStep):
+        request = Request(random_ids(30), Sampling(temperature=0), torch.Generator(), max_tokens=3)
+        engine.submit(request)
+        engine.step()
+        assert type(engine.run) is step
+        engine.finish(request, "stop")
+        change(llama)
 
 
 def replaced(network: nn.Module) -> None:

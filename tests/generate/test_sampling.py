@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pentad.errors import BadInput
-from pentad.generate.sampling import Sampling, candidates, penalize, sample
+from pentad.generate.sampling import Sampling, candidates, likeliest, penalize, sample
 
 V = 50
 OFF = Sampling(temperature=1.0, top_p=1.0)
@@ -206,3 +206,11 @@ def test_a_recommendation_that_is_no_number(name: str, value: object) -> None:
     """generation_config.json comes from strangers."""
     with pytest.raises(BadInput, match=name):
         Sampling.recommended({"do_sample": True, name: value})
+
+
+def test_the_likeliest_token_is_one_that_is_no_number() -> None:
+    logits_V = torch.tensor([1.0, 3.0, 2.0])
+    assert likeliest(logits_V) == (1, 3.0)
+    token, logit = likeliest(torch.tensor([1.0, 3.0, math.nan]))
+    assert token == 2
+    assert math.isnan(logit)
