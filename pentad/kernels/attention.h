@@ -15,13 +15,16 @@ template <int T> struct Element { using type = uint16_t; };
 template <> struct Element<F32> { using type = float; };
 template <> struct Element<I8> { using type = int8_t; };
 
-template <int T> INLINE typename Element<T>::type narrow(float x) {
-  if constexpr (T == F32) return x;
-  if constexpr (T == F16) return Isa::to_half(x);
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 64);  // NaN
-  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+// Numbers as the cache has them.
+template <int T> INLINE auto narrow(F x) {
+  if constexpr (T == F32) {
+    return x;
+  } else if constexpr (T == F16) {
+    return Isa::to_halves(x);
+  } else {
+    const I u = bits(x), rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;  // of a NaN the sum might be infinite, or overflow
+    return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 64 : rounded, H16);
+  }
 }
 
 template <int T> struct Cache {  // one head of one sequence
@@ -70,13 +73,15 @@ INLINE int sequence_of(const Step& s, int row) {
   return b;
 }
 
+template <class V> INLINE void rotate_some(float* x, const float* cosines, int half) {
+  const V a = load<V>(x), b = load<V>(x + half), c = load<V>(cosines), s = load<V>(cosines + half);
+  store(x, a * c - b * s);
+  store(x + half, b * c + a * s);
+}
 INLINE void rotate_head(float* x, const float* cosines, int half) {
-  const float* sines = cosines + half;
-  for (int i = 0; i < half; i++) {
-    const float a = x[i], b = x[i + half];
-    x[i] = a * cosines[i] - b * sines[i];
-    x[i + half] = b * cosines[i] + a * sines[i];
-  }
+  int i = 0;
+  for (; i + LANES <= half; i += LANES) rotate_some<F>(x + i, cosines + i, half);
+  for (; i < half; i++) rotate_some<float>(x + i, cosines + i, half);
 }
 
 // A token's key and value go to the cache.
@@ -88,13 +93,14 @@ template <int T> INLINE void keep(const Cache<T>& cache, int position, const flo
     *cache.scale(cache.keys, position) = to_bytes(k, dim, bytes);
     for (int i = 0; i < dim; i++) keys[i * LANES] = bytes[i];
     *cache.scale(cache.values, position) = to_bytes(v, dim, values);
+    for (int i = dim; i < cache.dims; i++) values[i] = 0;
   } else {
-    for (int i = 0; i < dim; i++) {
-      keys[i * LANES] = narrow<T>(k[i]);
-      values[i] = narrow<T>(v[i]);
+    for (int i = 0; i < dim; i += LANES) {
+      const auto some = narrow<T>(load_from(k, i, dim));
+      for (int j = 0; j < least(LANES, dim - i); j++) keys[(i + j) * LANES] = some[j];
+      store(values + i, narrow<T>(load_from(v, i, dim)));  // to the end of a padded row, with zeros
     }
   }
-  for (int i = dim; i < cache.dims; i++) values[i] = 0;
 }
 
 // What a query at a position is multiplied by, besides the scores' scale.
@@ -107,7 +113,7 @@ INLINE float log_scale(const Op& op, int position) {
 template <int T> void rotate_rows(const Op& op, const Step& s, int chunk) {
   const int dim = op.head_dim, half = op.rotary_dim / 2;
   const bool centered = op.flags & CENTERED;
-  for (int row = chunk * ROWS_A_CHUNK; row < last_row_of(op, s, chunk); row++) {
+  for (int row = chunk * rows_a_chunk(op); row < last_row_of(op, s, chunk); row++) {
     const int b = sequence_of(s, row), position = s.positions[row];
     const float* cosines = s.rotations[b] + ptrdiff_t(position) * op.rotary_dim;
     const bool alone = s.starts[b + 1] - s.starts[b] == 1;
@@ -157,14 +163,23 @@ struct Query {
 template <int T, int R, int N>
 INLINE void score(const Cache<T>& cache, const Query* queries, int position, int dim, float (*scores)[SPLIT]) {
   F sums[R][N];
-  const typename Cache<T>::E* keys[N];
+  const typename Cache<T>::E *keys[N], *values[N];
   UNROLL
   for (int n = 0; n < N; n++) {
     keys[n] = cache.key_tile(position + n * LANES);
+    values[n] = cache.value(position + n * LANES);
     UNROLL
     for (int r = 0; r < R; r++) sums[r][n] = F{};
   }
+  constexpr int PER_LINE = 64 / (LANES * sizeof(typename Cache<T>::E));
   for (int i = 0; i < dim; i++) {
+    if (i % PER_LINE == 0) {
+      UNROLL
+      for (int n = 0; n < N; n++) {
+        __builtin_prefetch(keys[n] + i * LANES + N * LANES * cache.dims);
+        __builtin_prefetch(values[n] + i * LANES);
+      }
+    }
     UNROLL
     for (int n = 0; n < N; n++) {
       const F k = floats<T>((const uint8_t*)(keys[n] + i * LANES));

@@ -46,7 +46,14 @@ struct Isa : AnyLanes {
     std::memcpy(&v, x, 64);
     return v;
   }
-  static inline uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+  static inline H to_halves(F v) {
+    __m256 x[2];
+    std::memcpy(x, &v, 64);
+    const __m128i h[2] = {_mm256_cvtps_ph(x[0], _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(x[1], _MM_FROUND_TO_NEAREST_INT)};
+    H out;
+    std::memcpy(&out, h, 32);
+    return out;
+  }
 };
 
 bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }

@@ -13,6 +13,7 @@ struct Isa {
   using F = float __attribute__((vector_size(64)));
   using I = int32_t __attribute__((vector_size(64)));
   using B = uint8_t __attribute__((vector_size(64)));
+  using H = uint16_t __attribute__((vector_size(32)));
 
   static inline F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
   // sum + the products of each lane's four unsigned bytes of w with the four signed bytes of x
@@ -41,7 +42,7 @@ struct Isa {
   static inline int32_t sum_lanes(I v) { return _mm512_reduce_add_epi32((__m512i)v); }
   static inline float max_lanes(F v) { return _mm512_reduce_max_ps((__m512)v); }
   static inline int32_t max_lanes(I v) { return _mm512_reduce_max_epi32((__m512i)v); }
-  static inline uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+  static inline H to_halves(F v) { return (H)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 };
 
 bool runs_here() {

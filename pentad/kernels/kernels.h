@@ -20,7 +20,7 @@ int chunks(const Op& op, const Step& s) {
     case MERGE:
       for (int b = 0; b < s.sequences; b++) count += sight(op, s, b).few;
       return count;
-    default: return ceil_div(rows_of(op, s), ROWS_A_CHUNK);
+    default: return ceil_div(rows_of(op, s), rows_a_chunk(op));
   }
 }
 

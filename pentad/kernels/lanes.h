@@ -10,6 +10,7 @@ namespace {
 struct AnyLanes {
   using F = float __attribute__((vector_size(64)));
   using I = int32_t __attribute__((vector_size(64)));
+  using H = uint16_t __attribute__((vector_size(32)));
 
   template <class T, class V, class Join> static inline T join(V v, Join join) {
     T x[16];

@@ -74,7 +74,7 @@ void route(const Op& op, const Step& s) {
 
 void gather(const Op& op, const Step& s, int chunk) {
   const Routes r(op, s);
-  for (int pair = chunk * ROWS_A_CHUNK; pair < last_row_of(op, s, chunk); pair++) {
+  for (int pair = chunk * rows_a_chunk(op); pair < last_row_of(op, s, chunk); pair++) {
     const float* x = buffer(s, op.in) + ptrdiff_t(r.row[pair]) * op.in_width;
     std::memcpy(buffer(s, op.out) + ptrdiff_t(pair) * op.in_width, x, op.in_width * sizeof(float));
     if (op.flags & QUANTIZED) quantize_row(s, x, pair, op.in_width);
@@ -83,7 +83,7 @@ void gather(const Op& op, const Step& s, int chunk) {
 
 void combine(const Op& op, const Step& s, int chunk) {
   const Routes r(op, s);
-  for (ptrdiff_t row = chunk * ROWS_A_CHUNK; row < last_row_of(op, s, chunk); row++) {
+  for (ptrdiff_t row = chunk * rows_a_chunk(op); row < last_row_of(op, s, chunk); row++) {
     float* out = buffer(s, op.out) + row * op.out_width;
     for (int i = 0; i < op.out_width; i += LANES) {
       F sum = {};

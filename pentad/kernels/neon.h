@@ -50,7 +50,15 @@ struct Neon : AnyLanes {
     std::memcpy(&v, x, 64);
     return v;
   }
-  static inline uint16_t to_half(float x) { return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0); }
+  static inline H to_halves(F v) {
+    float32x4_t x[4];
+    std::memcpy(x, &v, 64);
+    float16x4_t h[4];
+    for (int i = 0; i < 4; i++) h[i] = vcvt_f16_f32(x[i]);
+    H out;
+    std::memcpy(&out, h, 32);
+    return out;
+  }
 };
 
 }  // namespace

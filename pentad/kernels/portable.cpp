@@ -39,6 +39,11 @@ struct Isa : AnyLanes {
     for (int i = 0; i < 16; i++) x[i] = half_to_float(h[i]);
     return x;
   }
+  static inline H to_halves(F v) {
+    H out = {};
+    for (int i = 0; i < 16; i++) out[i] = to_half(v[i]);
+    return out;
+  }
   static inline uint16_t to_half(float x) {
     uint32_t u;
     std::memcpy(&u, &x, 4);

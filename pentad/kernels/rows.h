@@ -155,14 +155,15 @@ INLINE void normalize(const float* x, const float* weight, const float* bias, bo
   }
 }
 
-constexpr int ROWS_A_CHUNK = 8;  // of operations row by row; so few are done by one thread while the others wait
+// Of operations row by row; so few are done by one thread while the others wait.
+constexpr int rows_a_chunk(const Op& op) { return op.kind == ROTATE ? 2 : 4; }
 
 INLINE int last_row_of(const Op& op, const Step& s, int chunk) {
-  return least(rows_of(op, s), (chunk + 1) * ROWS_A_CHUNK);
+  return least(rows_of(op, s), (chunk + 1) * rows_a_chunk(op));
 }
 
 void norm(const Op& op, const Step& s, int chunk) {
-  for (int row = chunk * ROWS_A_CHUNK; row < last_row_of(op, s, chunk); row++) {
+  for (int row = chunk * rows_a_chunk(op); row < last_row_of(op, s, chunk); row++) {
     const int from = op.flags & WANTED ? s.wanted_rows[row] : row;
     float* y = buffer(s, op.out) + ptrdiff_t(row) * op.in_width;
     normalize(buffer(s, op.in) + ptrdiff_t(from) * op.in_width, op.weight, op.bias, op.flags & CENTERED, op.eps,
@@ -172,7 +173,7 @@ void norm(const Op& op, const Step& s, int chunk) {
 }
 
 void quantize(const Op& op, const Step& s, int chunk) {
-  for (int row = chunk * ROWS_A_CHUNK; row < last_row_of(op, s, chunk); row++)
+  for (int row = chunk * rows_a_chunk(op); row < last_row_of(op, s, chunk); row++)
     quantize_row(s, buffer(s, op.in) + ptrdiff_t(row) * op.in_width, row, op.in_width);
 }
 
@@ -210,7 +211,7 @@ void embed(const Op& op, const Step& s, int chunk) {
   constexpr Read read[] = {copy_row<F32>,    copy_row<BF16>,   copy_row<F16>,    dequantize<Q4_0>,
                            dequantize<Q4_1>, dequantize<Q8_0>, dequantize<Q4_K>, dequantize<Q6_K>,
                            dequantize<Q5_0>, dequantize<Q5_1>, dequantize<Q5_K>};
-  for (int row = chunk * ROWS_A_CHUNK; row < last_row_of(op, s, chunk); row++)
+  for (int row = chunk * rows_a_chunk(op); row < last_row_of(op, s, chunk); row++)
     read[op.w[0].type](op.w[0], s.ids[row], buffer(s, op.out) + ptrdiff_t(row) * op.out_width);
 }
 
