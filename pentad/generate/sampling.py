@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pentad.errors import BadInput
 
-
 TINY = 1e-5  # a temperature that would overflow, and means the same as 0
 
 
