@@ -114,14 +114,11 @@ def candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         probabilities_C = probabilities_V[ids_C]
         return probabilities_C / probabilities_C.sum(), ids_C
     # A few of the likeliest almost always do; sorting the whole vocabulary takes longer than a small model's step.
-    count = min(sampling.top_k or size, size)
-    partial = count if count < size else min(1024, size)
-    values, ids = scaled_V.topk(partial)
-    total = (values if count < size else scaled_V).logsumexp(0)
-    probabilities = (values - total).exp()
-    if partial < count and probabilities.sum() < sampling.top_p:
-        values, ids = scaled_V.sort(descending=True)
-        probabilities = (values - total).exp()
+    for count in [min(sampling.top_k, size)] if sampling.top_k else [min(64, size), min(1024, size), size]:
+        values, ids = scaled_V.topk(count)
+        probabilities = (values - (values if sampling.top_k else scaled_V).logsumexp(0)).exp()
+        if probabilities.sum() >= sampling.top_p:
+            break
     keep = probabilities.cumsum(0) - probabilities < sampling.top_p
     if sampling.min_p:
         keep &= probabilities >= sampling.min_p * probabilities[0]

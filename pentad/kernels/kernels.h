@@ -1,6 +1,8 @@
 // The arithmetic of a plan, as templates over an instruction set. Each set is one short file that defines `Isa`,
 // includes this one and is compiled with its own flags; all is in an unnamed namespace, so that no linker mixes them.
 #pragma once
+#include <type_traits>
+
 #include "attention.h"
 #include "mixture.h"
 
@@ -29,6 +31,15 @@ int reads(const Op& op, const Step& s, int chunk, const uint8_t** at) {
   return known ? places(op, s, chunk, at) : 0;
 }
 
+template <class Call> INLINE void by_cache_type(const Step& s, Call call) {
+  switch (s.cache_type) {
+    case F32: return call(std::integral_constant<int, F32>());
+    case F16: return call(std::integral_constant<int, F16>());
+    case BF16: return call(std::integral_constant<int, BF16>());
+    case I8: return call(std::integral_constant<int, I8>());
+  }
+}
+
 void work(const Op& op, const Step& s, int chunk) {
   switch (op.kind) {
     case EMBED: return embed(op, s, chunk);
@@ -36,22 +47,8 @@ void work(const Op& op, const Step& s, int chunk) {
     case QUANTIZE: return quantize(op, s, chunk);
     case MATMUL:
     case GATED: return matmul(op, s, chunk);
-    case ROTATE:
-      switch (s.cache_type) {
-        case F32: return rotate_rows<F32>(op, s, chunk);
-        case F16: return rotate_rows<F16>(op, s, chunk);
-        case BF16: return rotate_rows<BF16>(op, s, chunk);
-        case I8: return rotate_rows<I8>(op, s, chunk);
-      }
-      return;
-    case ATTEND:
-      switch (s.cache_type) {
-        case F32: return attend_rows<F32>(op, s, chunk);
-        case F16: return attend_rows<F16>(op, s, chunk);
-        case BF16: return attend_rows<BF16>(op, s, chunk);
-        case I8: return attend_rows<I8>(op, s, chunk);
-      }
-      return;
+    case ROTATE: return by_cache_type(s, [&](auto type) { rotate_rows<type()>(op, s, chunk); });
+    case ATTEND: return by_cache_type(s, [&](auto type) { attend_rows<type()>(op, s, chunk); });
     case MERGE: return merge_parts(op, s, chunk);
     case ROUTE: return route(op, s);
     case GATHER: return gather(op, s, chunk);
