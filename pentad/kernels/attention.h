@@ -59,17 +59,12 @@ template <int T> struct Cache {  // one head of one sequence
 
 // A head's numbers as whole ones up to 127; their scale.
 INLINE float to_bytes(const float* x, int dim, int8_t* out) {
-  I most = {};
-  for (int i = 0; i < dim; i += LANES) {
-    const I size = size_bits(load_from(x, i, dim));
-    most = size > most ? size : most;
-  }
-  const Scaling by = scaling<127>(all(Isa::max_lanes(most)));
-  for (int i = 0; i < dim; i += LANES) {
-    const S16 bytes = __builtin_convertvector(whole(load_from(x, i, dim), by.inverse[0], by.keep[0]), S16);
-    std::memcpy(out + i, &bytes, least(LANES, dim - i));
-  }
-  return by.scale[0];
+  F in[MOST_DIMS / LANES] = {};
+  I n[MOST_DIMS / LANES];
+  for (int i = 0; i < dim; i += LANES) in[i / LANES] = load_from(x, i, dim);
+  const float scale = to_integers<127>(in, n);
+  for (int i = 0; i < dim; i++) out[i] = int8_t(n[i / LANES][i % LANES]);
+  return scale;
 }
 
 INLINE int sequence_of(const Step& s, int row) {

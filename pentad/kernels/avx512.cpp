@@ -24,34 +24,22 @@ struct Isa {
   template <int N> static inline B shift_right(B v) { return (B)_mm512_srli_epi16((__m512i)v, N); }
   template <int N> static inline B shift_left(B v) { return (B)_mm512_slli_epi16((__m512i)v, N); }
   static inline F half(const void* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-  // of 16 registers together: each step joins the halves of two's lanes, and leaves half as many registers
-  template <class Join> static inline __m512 join_lanes(__m512 (&x)[16], Join join) {
-    for (int i : {0, 1, 2, 3, 8, 9, 10, 11})
-      x[i] = join(_mm512_shuffle_f32x4(x[i], x[i + 4], 0x44), _mm512_shuffle_f32x4(x[i], x[i + 4], 0xee));
-    for (int i : {0, 1, 2, 3})
-      x[i] = join(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 8], 0xdd));
-    for (int i : {0, 2}) x[i] = join(_mm512_shuffle_ps(x[i], x[i + 1], 0x44), _mm512_shuffle_ps(x[i], x[i + 1], 0xee));
-    return join(_mm512_shuffle_ps(x[0], x[2], 0x88), _mm512_shuffle_ps(x[0], x[2], 0xdd));
-  }
-  template <class Join> static inline I join_lanes(const I* v, Join join) {
-    __m512 x[16];
-    for (int i = 0; i < 16; i++) x[i] = (__m512)v[i];
-    return (I)join_lanes(x, [&](__m512 a, __m512 b) { return (__m512)join((__m512i)a, (__m512i)b); });
-  }
+  // of up to 16 registers together: each step adds the halves of two's lanes, and leaves half as many registers
   template <int N> static inline void sum_lanes_of(const F (&v)[N], float* sums) {
     static_assert(N <= 16);
     __m512 x[16];
     for (int i = 0; i < 16; i++) x[i] = i < N ? (__m512)v[i] : _mm512_setzero_ps();
-    const __m512 all = join_lanes(x, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
+    for (int i : {0, 1, 2, 3, 8, 9, 10, 11})
+      x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 4], 0x44), _mm512_shuffle_f32x4(x[i], x[i + 4], 0xee));
+    for (int i : {0, 1, 2, 3})
+      x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 8], 0xdd));
+    for (int i : {0, 2})
+      x[i] = _mm512_add_ps(_mm512_shuffle_ps(x[i], x[i + 1], 0x44), _mm512_shuffle_ps(x[i], x[i + 1], 0xee));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(x[0], x[2], 0x88), _mm512_shuffle_ps(x[0], x[2], 0xdd));
     std::memcpy(sums, &all, N * sizeof(float));
   }
-  static inline I sums_of(const I* v) {
-    return join_lanes(v, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
-  }
-  static inline I most_of(const I* v) {
-    return join_lanes(v, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); });
-  }
   static inline float sum_lanes(F v) { return _mm512_reduce_add_ps((__m512)v); }
+  static inline int32_t sum_lanes(I v) { return _mm512_reduce_add_epi32((__m512i)v); }
   static inline float max_lanes(F v) { return _mm512_reduce_max_ps((__m512)v); }
   static inline int32_t max_lanes(I v) { return _mm512_reduce_max_epi32((__m512i)v); }
   static inline H to_halves(F v) { return (H)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }

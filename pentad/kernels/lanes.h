@@ -20,18 +20,9 @@ struct AnyLanes {
     return x[0];
   }
   static inline float sum_lanes(F v) { return join<float>(v, [](float a, float b) { return a + b; }); }
+  static inline int32_t sum_lanes(I v) { return join<int32_t>(v, [](int32_t a, int32_t b) { return a + b; }); }
   template <int N> static inline void sum_lanes_of(const F (&v)[N], float* sums) {
     for (int i = 0; i < N; i++) sums[i] = sum_lanes(v[i]);
-  }
-  static inline I sums_of(const I* v) {  // of each of 16 registers
-    I sums;
-    for (int i = 0; i < 16; i++) sums[i] = join<int32_t>(v[i], [](int32_t a, int32_t b) { return a + b; });
-    return sums;
-  }
-  static inline I most_of(const I* v) {
-    I most;
-    for (int i = 0; i < 16; i++) most[i] = max_lanes(v[i]);
-    return most;
   }
   static inline float max_lanes(F v) { return join<float>(v, [](float a, float b) { return a > b ? a : b; }); }
   static inline int32_t max_lanes(I v) { return join<int32_t>(v, [](int32_t a, int32_t b) { return a > b ? a : b; }); }

@@ -101,60 +101,45 @@ template <> struct Activations<false> {
   int32_t minus_sum() const { return 0; }
 };
 
-// How numbers become whole ones up to `Limit`, lane by lane, by the bits of the largest of them: x is near
-// whole(x, inverse, keep) * scale. Where a number is not finite, neither is the scale, and all whole ones are 0.
-struct Scaling {
-  F inverse, scale;
-  I keep;
-};
-INLINE I size_bits(F x) { return bits(x) & 0x7fffffff; }  // as integers, sizes are in order, NaN above infinity
-template <int Limit> INLINE Scaling scaling(I most) {
-  const F largest = number(most);
-  const I tiny = largest < 1e-30f;  // numbers that small are taken for 0
-  return {tiny ? F{} : float(Limit) / largest, tiny ? F{} : largest * (1.0f / Limit), most < 0x7f800000};
-}
-INLINE I whole(F x, float inverse, int32_t keep) {
+// Whole numbers n and a scale with x near n * scale, |n| <= Limit. Where x is not finite, neither is the scale, and n is 0.
+template <int Limit, int N> INLINE float to_integers(const F (&x)[N], I (&n)[N]) {
+  I largest = bits(x[0]) & 0x7fffffff;
+  for (int i = 1; i < N; i++) {
+    const I size = bits(x[i]) & 0x7fffffff;  // as integers, absolute values are in order, NaN above infinity
+    largest = size > largest ? size : largest;
+  }
+  const int32_t most_bits = Isa::max_lanes(largest);
+  float amax;
+  std::memcpy(&amax, &most_bits, 4);
+  const float inverse = amax < 1e-30f ? 0.0f : Limit / amax;  // numbers that small are taken for 0
   const F magic = all(12582912.0f);
-  return (bits(x * inverse + magic) - bits(magic)) & keep;
+  for (int i = 0; i < N; i++) n[i] = most_bits < 0x7f800000 ? bits(x[i] * inverse + magic) - bits(magic) : I{};
+  return amax < 1e-30f ? 0.0f : amax * (1.0f / Limit);
 }
 
-// A row's blocks, so many together that their scales fill a register.
-template <bool Exact> INLINE void quantize_blocks(const float* x, int blocks, Activations<Exact>* out) {
-  constexpr int SCALES = Exact ? 1 : 2, AT_ONCE = LANES / SCALES;  // scales of a block
-  for (int first = 0; first < blocks; first += AT_ONCE, x += AT_ONCE * BLOCK, out += AT_ONCE) {
-    const int count = least(AT_ONCE, blocks - first);
-    I sizes[LANES] = {}, halves[2 * AT_ONCE] = {};
-    for (int i = 0; i < 2 * count; i++) {
-      const I size = size_bits(load<F>(x + i * LANES));
-      I& most = sizes[i * SCALES / 2];
-      most = size > most ? size : most;
-    }
-    const Scaling by = scaling<Exact ? 32512 : 127>(Isa::most_of(sizes));  // 127 * 256: the high byte never passes 127
-    for (int i = 0; i < 2 * count; i++) {
-      const int lane = i * SCALES / 2;
-      Activations<Exact>& block = out[i / 2];
-      const I n = halves[i] = whole(load<F>(x + i * LANES), by.inverse[lane], by.keep[lane]);
-      if constexpr (Exact) {
-        const I high = (n + 128) >> 8;
-        store(block.high + i % 2 * LANES, __builtin_convertvector(high, S16));
-        store(block.low + i % 2 * LANES, __builtin_convertvector(n - (high << 8), S16));
-      } else {
-        store(block.low + i % 2 * LANES, __builtin_convertvector(n, S16));
-      }
-    }
-    int32_t sums[2 * AT_ONCE];
-    for (int i = 0; i < 2 * AT_ONCE; i += LANES) store(sums + i, Isa::sums_of(halves + i));
-    for (int i = 0; i < count; i++) {
-      Activations<Exact>& block = out[i];
-      for (int h = 0; h < 2; h++) block.minus_half[h] = -sums[2 * i + h];
-      for (int h = 0; h < SCALES; h++) block.scale[h] = by.scale[i * SCALES + h];
-      if constexpr (Exact) {
-        block.minus_all = block.minus_half[0] + block.minus_half[1];
-        block.total = -block.scale[0] * float(block.minus_all);
-      } else {
-        block.total = -block.scale[0] * float(block.minus_half[0]) - block.scale[1] * float(block.minus_half[1]);
-      }
-    }
+INLINE void quantize_block(const float* x, Activations<true>& out) {
+  const F in[2] = {load<F>(x), load<F>(x + LANES)};
+  I n[2];
+  out.scale[0] = to_integers<32512>(in, n);  // 127 * 256, so that the high byte never passes 127
+  for (int i = 0; i < 2; i++) {
+    const I high = (n[i] + 128) >> 8;
+    store(out.high + i * LANES, __builtin_convertvector(high, S16));
+    store(out.low + i * LANES, __builtin_convertvector(n[i] - (high << 8), S16));
+    out.minus_half[i] = -Isa::sum_lanes(n[i]);
+  }
+  out.minus_all = out.minus_half[0] + out.minus_half[1];
+  out.total = -out.scale[0] * float(out.minus_all);
+}
+
+INLINE void quantize_block(const float* x, Activations<false>& out) {
+  out.total = 0;
+  for (int i = 0; i < 2; i++) {
+    const F in[1] = {load<F>(x + i * LANES)};
+    I n[1];
+    out.scale[i] = to_integers<127>(in, n);
+    store(out.low + i * LANES, __builtin_convertvector(n[0], S16));
+    out.minus_half[i] = -Isa::sum_lanes(n[0]);
+    out.total -= out.scale[i] * float(out.minus_half[i]);
   }
 }
 

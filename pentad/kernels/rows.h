@@ -116,11 +116,12 @@ void matmul(const Op& op, const Step& s, int chunk) {
   }
 }
 
+template <bool Exact> INLINE void quantize_row(const Step& s, const float* x, int row, int width) {
+  auto* out = (Activations<Exact>*)s.buffers[BLOCKS_BUFFER] + ptrdiff_t(row) * (width / BLOCK);
+  for (int b = 0; b < width / BLOCK; b++) quantize_block(x + b * BLOCK, out[b]);
+}
 INLINE void quantize_row(const Step& s, const float* x, int row, int width) {
-  const int blocks = width / BLOCK;
-  const ptrdiff_t at = ptrdiff_t(row) * blocks;
-  if (s.fast) quantize_blocks(x, blocks, (Activations<false>*)s.buffers[BLOCKS_BUFFER] + at);
-  else quantize_blocks(x, blocks, (Activations<true>*)s.buffers[BLOCKS_BUFFER] + at);
+  s.fast ? quantize_row<false>(s, x, row, width) : quantize_row<true>(s, x, row, width);
 }
 
 INLINE F load_from(const float* x, int at, int width) {  // a register from `at` on, zeros behind the row's end
