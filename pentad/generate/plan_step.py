@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -119,6 +121,14 @@ class PlanStep:
         return table
 
 
+def physical_memory() -> float:
+    """Bytes that the machine has, as far as the system says."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
 def step_for(
     network: Decoder,
     *,
@@ -130,7 +140,7 @@ def step_for(
     try:
         return PlanStep(network, cache_dtype=cache_dtype, page_size=page_size, **options)
     except NotDerivable as reason:
-        why, nbytes = str(reason), keep_numbers(network, network.dtype)
-        if nbytes:
-            why += f" (its quantized weights are now {nbytes / 1e6:.0f} MB of numbers)"
+        why, weights = str(reason), keep_numbers(network, network.dtype, physical_memory() / 2)
+        if weights:
+            why += f" ({weights})"
         return PlainStep(network, cache_dtype=cache_dtype, page_size=page_size, why=why)

@@ -43,7 +43,7 @@ class CachePools:
             raise ValueError(f"a pool of {first.dtype} {tuple(first.shape)}")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tokens:
     """The next tokens of one sequence.
 
@@ -65,22 +65,26 @@ class Tokens:
     def length(self) -> int:
         return self.past + len(self.ids)
 
-    def check(self, pools: CachePools, rotary_dim: int, ahead: int) -> None:
-        """Raise ValueError where these pages or this rotation don't do.
+    def check(self, page_size: int, pool_pages: int, ahead: int) -> None:
+        """Raise ValueError where these pages don't do, or the rotation is too short.
 
         Args:
-            pools: what the pages are of.
-            rotary_dim, ahead: numbers of a head that rotate; positions that queries may be ahead by.
+            page_size, pool_pages: tokens of a page, pages of the pool.
+            ahead: positions that queries may be ahead by.
         """
-        size = pools.page_size
-        if not 0 <= self.dropped <= self.past or self.dropped % size:
-            raise ValueError(f"{self.dropped} tokens dropped of {self.past}, in pages of {size}")
-        if len(self.pages) * size < self.length - self.dropped:
+        if not 0 <= self.dropped <= self.past or self.dropped % page_size:
+            raise ValueError(f"{self.dropped} tokens dropped of {self.past}, in pages of {page_size}")
+        if len(self.pages) * page_size < self.length - self.dropped:
             raise ValueError(f"{len(self.pages)} pages don't hold {self.length - self.dropped} tokens")
-        if self.pages and not 0 <= min(self.pages) <= max(self.pages) < len(pools.keys[0]) // size:
-            raise ValueError(f"a page is outside the pool's {len(pools.keys[0]) // size}")
-        table = self.rotation
-        if table.shape[1:] != (2, rotary_dim // 2) or len(table) < self.length + ahead:
-            raise ValueError(f"a rotation of {tuple(table.shape)} for {self.length} positions")
-        if table.dtype != torch.float32 or table.device.type != "cpu" or not table.is_contiguous():
-            raise ValueError("a rotation is contiguous float32 on the CPU")
+        if self.pages and not 0 <= min(self.pages) <= max(self.pages) < pool_pages:
+            raise ValueError(f"a page is outside the pool's {pool_pages}")
+        if self.rotation.shape[0] < self.length + ahead:
+            raise ValueError(f"a rotation of {tuple(self.rotation.shape)} for {self.length} positions")
+
+
+def check_rotation(table: Tensor, rotary_dim: int) -> None:
+    """Raise ValueError where a rotation is of another kind, or for heads of which other numbers rotate."""
+    if table.shape[1:] != (2, rotary_dim // 2):
+        raise ValueError(f"a rotation of {tuple(table.shape)} for {rotary_dim} numbers of a head")
+    if table.dtype != torch.float32 or table.device.type != "cpu" or not table.is_contiguous():
+        raise ValueError("a rotation is contiguous float32 on the CPU")

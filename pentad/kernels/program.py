@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
-from pentad.kernels.arguments import CACHE_TYPES, CachePools, Tokens, pool_dim
+from pentad.kernels.arguments import CACHE_TYPES, CachePools, Tokens, check_rotation, pool_dim
 from pentad.kernels.binding import (
     BLOCK_BYTES,
     BLOCKS_BUFFER,
@@ -106,6 +106,8 @@ class Program:
         self._buffers: list[Tensor] = []
         self._most_rows = self._most_parts = 0  # that the buffers have room for
         self._pools: tuple[Tensor, ...] = ()  # what `_step` points to
+        self._pool_tokens = 0
+        self._rotation: Tensor | None = None  # the last that was checked
         self._array: ctypes.Array[COp] | None = None
         self._gives_all = False  # LOGITS has all rows, not only the wanted ones
 
@@ -347,7 +349,10 @@ class Program:
         if self._gives_all and len(wanted) != len(ids):
             raise ValueError(f"the plan gives all {len(ids)} rows, {len(wanted)} are wanted")
         for tokens in work:
-            tokens.check(pools, self.rotary_dim, self.ahead)
+            if tokens.rotation is not self._rotation:  # most often it is the last step's
+                check_rotation(tokens.rotation, self.rotary_dim)
+                self._rotation = tokens.rotation
+            tokens.check(pools.page_size, self._pool_tokens // pools.page_size, self.ahead)
 
     def _point_to(self, pools: CachePools) -> None:
         """Let the step point to the pools, where they are others than before: a cache has new ones when it grows."""
@@ -359,7 +364,7 @@ class Program:
         self._pool_pointers = [pointers(*(pool.data_ptr() for pool in each)) for each in (pools.keys, pools.values)]
         self._step.keys, self._step.values = (ctypes.addressof(each) for each in self._pool_pointers)
         self._step.cache_type = TYPES[CACHE_TYPES[given[0].dtype]]
-        self._pools = given
+        self._pools, self._pool_tokens = given, len(given[0])
 
     def _parts(self, work: Sequence[Tokens]) -> int:
         """Parts of attention that are put together later, at most."""

@@ -51,14 +51,17 @@ class QuantizedLinear(nn.Module):
         y = torch._weight_int4pack_mm_for_cpu(x_ND, self._packed[0], 32, self._packed[1])  # type: ignore[index]
         return y if self.bias is None else y + self.bias
 
-    def keep_numbers(self, dtype: torch.dtype) -> int:
-        """Dequantize the weight for good, if torch has no operator for it; returns the bytes that this takes."""
+    def number_bytes(self, dtype: torch.dtype) -> int:
+        """What the weight takes dequantized; 0 if torch has an operator that takes it as it is."""
         if self.takes(self.weight.type, self.weight.shape, dtype, self.weight.stored.device):
             return 0
-        if self._numbers is None or self._numbers.dtype != dtype:
+        return math.prod(self.weight.shape) * dtype.itemsize
+
+    def keep_numbers(self, dtype: torch.dtype) -> None:
+        """Dequantize the weight for good, if torch has no operator for it."""
+        if self.number_bytes(dtype) and (self._numbers is None or self._numbers.dtype != dtype):
             self._numbers = self.weight.dequantize(dtype)
             self.weight.give_back()
-        return self._numbers.nbytes
 
     def _has_operator(self, x_ND: Tensor) -> bool:
         return self.takes(self.weight.type, self.weight.shape, x_ND.dtype, x_ND.device)
@@ -102,9 +105,21 @@ def project(x_ND: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     return [linear(x_ND) for linear in linears]
 
 
-def keep_numbers(network: nn.Module, dtype: torch.dtype) -> int:
-    """Have a network's layers dequantize once what they would dequantize in every step; returns the bytes it takes."""
-    return sum(part.keep_numbers(dtype) for part in network.modules() if isinstance(part, QuantizedLinear))
+def keep_numbers(network: nn.Module, dtype: torch.dtype, most: float) -> str:
+    """Have a network's layers dequantize once what they would dequantize in every step, if that takes `most` bytes.
+
+    Returns:
+        What became of its weights, in words; nothing where no layer must dequantize.
+    """
+    parts = [part for part in network.modules() if isinstance(part, QuantizedLinear)]
+    megabytes = sum(part.number_bytes(dtype) for part in parts) / 1e6
+    if megabytes == 0:
+        return ""
+    if megabytes > most / 1e6:
+        return f"its quantized weights become numbers anew in each step, as they would take {megabytes:.0f} MB"
+    for part in parts:
+        part.keep_numbers(dtype)
+    return f"its quantized weights are now {megabytes:.0f} MB of numbers"
 
 
 class QuantizedEmbedding(nn.Module):

@@ -52,6 +52,17 @@ def test_a_hook_is_named_and_weights_are_dequantized_once(
     assert dequantized == [(20, 64)]  # the embedding's rows
 
 
+@needs_kernels
+def test_numbers_that_memory_has_no_room_for_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, ids = write(tmp_path), random_ids(20)
+    monkeypatch.setattr("pentad.generate.plan_step.physical_memory", lambda: 100_000)
+    model = pentad.load(file)
+    model.network.layers[0].attention.register_forward_hook(lambda *_: None)
+    assert_equal_logits(model.logits(ids), logits_of(network_of(file, keep_quantized=False), ids))
+    assert "become numbers anew in each step, as they would take 0 MB" in model.step.how
+    assert model.network.layers[0].feedforward.up_proj._numbers is None
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
