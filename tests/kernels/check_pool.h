@@ -80,7 +80,7 @@ void stress(int isa, int callers, int busy, double seconds) {
       TinySteps tiny(isa);
       for (int n = 0; Clock::now() < end; n++) {
         const auto start = Clock::now();
-        if (!(n % 20 == 10 ? tiny.run_long(n % 5 + 1) : tiny.run(n % 5 + 1))) ok = false;
+        if (!(n % 20 == 10 ? tiny.run_long(n / 20 % 5 + 1) : tiny.run(n % 5 + 1))) ok = false;
         // After a stall the pool does with fewer threads for a while, which would be most of the time.
         const auto took = Clock::now() - start;
         if (took > std::chrono::microseconds(200)) std::this_thread::sleep_for(9 * took);
