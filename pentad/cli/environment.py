@@ -13,6 +13,7 @@ from typing import Any
 import pentad
 from pentad.cli import output
 from pentad.cli.options import Json
+from pentad.memory import physical_memory
 
 NEEDED = (
     "torch",
@@ -103,7 +104,5 @@ def _cpu() -> str:
 
 
 def _memory() -> str | None:
-    try:
-        return output.size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, OSError, ValueError):
-        return None
+    nbytes = physical_memory()
+    return None if nbytes is None else output.size(nbytes)

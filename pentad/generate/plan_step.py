@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from pentad.generate.plan import Derivation
 from pentad.generate.step import PlainStep, Step, Work
 from pentad.generate.watch import NotDerivable
 from pentad.kernels import CachePools, Tokens, pool_dim
+from pentad.memory import physical_memory
 from pentad.nn.cache import PagedCache
 from pentad.nn.decoder import Decoder
 from pentad.nn.linear import keep_numbers
@@ -121,14 +121,6 @@ class PlanStep:
         return table
 
 
-def physical_memory() -> float:
-    """Bytes that the machine has, as far as the system says."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return math.inf
-
-
 def step_for(
     network: Decoder,
     *,
@@ -140,7 +132,7 @@ def step_for(
     try:
         return PlanStep(network, cache_dtype=cache_dtype, page_size=page_size, **options)
     except NotDerivable as reason:
-        why, weights = str(reason), keep_numbers(network, network.dtype, physical_memory() / 2)
+        why, weights = str(reason), keep_numbers(network, network.dtype, (physical_memory() or math.inf) / 2)
         if weights:
             why += f" ({weights})"
         return PlainStep(network, cache_dtype=cache_dtype, page_size=page_size, why=why)

@@ -106,7 +106,7 @@ def project(x_ND: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
 
 
 def keep_numbers(network: nn.Module, dtype: torch.dtype, most: float) -> str:
-    """Have a network's layers dequantize once what they would dequantize in every step, if that takes `most` bytes.
+    """Have layers dequantize once what they would dequantize in every step, if all of it takes at most `most` bytes.
 
     Returns:
         What became of its weights, in words; nothing where no layer must dequantize.
