@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pentad.nn.attention import attention
-from pentad.nn.batch import Rows
+from pentad.nn.batch import SequenceLayout
 from pentad.nn.cache import PagedCache
 
 PAGE = 256
@@ -51,7 +51,7 @@ def prefill(rows: Inputs, chunk: int, window: int | None) -> Tensor:
     out = []
     for start in range(0, len(q), chunk):
         stop = min(start + chunk, len(q))
-        queries, keys = Rows.of([stop - start]), Rows.of([stop])
+        queries, keys = SequenceLayout.of([stop - start]), SequenceLayout.of([stop])
         out.append(attention(q[start:stop], k[:stop], v[:stop], queries, keys, causal=True, window=window))
     return torch.cat(out)
 
@@ -116,7 +116,7 @@ class Decoder:
         here = slice(rows.start, rows.stop)
         k, v = batch.pages.write(0, self.k[here], self.v[here])
         q = self.q[rows.stop - 1 : rows.stop]
-        y = attention(q, k, v, Rows.of([1]), batch.pages, causal=True, window=self.window)
+        y = attention(q, k, v, SequenceLayout.of([1]), batch.pages, causal=True, window=self.window)
         self.cache.advance(self.sequence, len(rows))
         self.tokens += rows
         return y[0]

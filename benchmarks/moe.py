@@ -29,7 +29,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 sys.path.insert(0, str(Path(__file__).parent))
 from attention import dtypes, machine, name
 
-from pentad.nn.batch import Batch, Rows
+from pentad.nn.batch import Batch, SequenceLayout
 from pentad.nn.feedforward import SwiGLU
 from pentad.nn.moe.dispatch import Capacity
 from pentad.nn.moe.experts import SwiGLUExperts
@@ -188,7 +188,7 @@ def compare_forward(args: argparse.Namespace, layer: MixtureOfExperts, dtype: to
 def compare_decoding(args: argparse.Namespace, layer: MixtureOfExperts, dtype: torch.dtype) -> dict[str, float]:
     """A step of as many sequences, beside transformers' three ways."""
     count = args.decode
-    x_ND, batch = tokens(args, count, dtype), Batch(*[torch.zeros(count).long()] * 2, Rows.of([1] * count))
+    x_ND, batch = tokens(args, count, dtype), Batch(*[torch.zeros(count).long()] * 2, SequenceLayout.of([1] * count))
     check(layer, x_ND, batch)
     peers = {each: peer(args, layer, each) for each in PEERS}
     cases: dict[str, Run] = {"pentad": lambda x_ND: layer(x_ND, batch)[0]}

@@ -16,7 +16,7 @@ import torch
 import pentad.weights
 from pentad.weights.gguf_writer import write_gguf
 from pentad.weights.quantized import BLOCKS, QuantizedTensor
-from pentad.weights.writing import Outgoing
+from pentad.weights.writing import PendingTensor
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tinyllama": {"embedding_length": 2048, "feed_forward_length": 5632, "heads": 32, "kv_heads": 4},
@@ -44,11 +44,11 @@ def write(path: Path, shape: str, kind: str, layers: int, tokenizer: Path) -> Pa
     width, hidden, heads, kv_heads = (size[n] for n in ("embedding_length", "feed_forward_length", "heads", "kv_heads"))
     experts = size.get("experts")
     vocabulary = len(like["tokenizer.ggml.tokens"])
-    tensors: list[Outgoing] = []
+    tensors: list[PendingTensor] = []
 
     def add(name: str, *shape: int, make: Callable[[], Any] | None = None) -> None:
         make = make or partial(blocks, kind, shape, len(tensors))
-        tensors.append(Outgoing(f"{name}.weight", shape, torch.float32 if len(shape) == 1 else kind, make))
+        tensors.append(PendingTensor(f"{name}.weight", shape, torch.float32 if len(shape) == 1 else kind, make))
 
     add("token_embd", vocabulary, width)
     add("output", vocabulary, width)
@@ -66,7 +66,7 @@ def write(path: Path, shape: str, kind: str, layers: int, tokenizer: Path) -> Pa
         add(f"{at}ffn_down{end}", *stack, width, hidden)
         if experts:
             router = partial(torch.randn, experts, width, generator=torch.Generator().manual_seed(layer))
-            tensors.append(Outgoing(f"{at}ffn_gate_inp.weight", (experts, width), torch.float32, router))
+            tensors.append(PendingTensor(f"{at}ffn_gate_inp.weight", (experts, width), torch.float32, router))
     about = {
         "block_count": layers,
         "context_length": 4096,

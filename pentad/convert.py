@@ -19,8 +19,9 @@ import torch
 from pentad import text, weights
 from pentad.errors import BadInput
 from pentad.loading import default_dtype, dtype_named, meta_network, pairings
-from pentad.models import family_of, mixtral
-from pentad.models.published import DecoderConfig, rope_divisors
+from pentad.models import family_of
+from pentad.models.language import mixtral
+from pentad.models.language.config import DecoderConfig, rope_divisors
 from pentad.nn.attention import Attention
 from pentad.nn.rope import Rope
 from pentad.text import export
@@ -31,7 +32,7 @@ from pentad.weights.checkpoint import Checkpoint, TensorEntry
 from pentad.weights.gguf_writer import write_gguf
 from pentad.weights.keytable import KeyTable, Value
 from pentad.weights.safetensors_writer import write_safetensors
-from pentad.weights.writing import QUANTIZED, Outgoing
+from pentad.weights.writing import QUANTIZED, PendingTensor
 
 if TYPE_CHECKING:
     from pentad.nn.decoder import Decoder
@@ -177,7 +178,7 @@ class _Work:
         self.entries = {name: self.entries[dense] for name, (dense, _) in values.items()}
         self.sources = {name: source for name, (_, source) in values.items()}
 
-    def written_config(self, tensors: list[Outgoing]) -> dict[str, Any]:
+    def written_config(self, tensors: list[PendingTensor]) -> dict[str, Any]:
         """The config as the new files have it: the source's own where it is of that format and layout."""
         source = self.checkpoint.config if self.checkpoint.format == self.format else {}
         if source and all(t.name in self.checkpoint.tensors for t in tensors):
@@ -185,14 +186,14 @@ class _Work:
         kept = {key: source[key] for key in HF_KEPT if key in source} if self.format == "hf" else {}
         return {**self.family.write_config(self.config, self.format), **kept}
 
-    def outgoing(self, kind: Callable[[str, tuple[int, ...]], torch.dtype | str]) -> Iterator[Outgoing]:
+    def pending_tensors(self, kind: Callable[[str, tuple[int, ...]], torch.dtype | str]) -> Iterator[PendingTensor]:
         """The file's tensors; `kind` says, by one of our names and its shape, what a tensor is to be stored in."""
         latest = _Latest()
         for ours, theirs, operation in self.table.groups(self.sources):
             shapes = [tuple(self.network.get_parameter(name).shape) for name in ours]
             make = partial(_stored, [self.sources[name] for name in ours], operation.store)
             for i, (name, shape) in enumerate(zip(theirs, operation.shapes(shapes), strict=True)):
-                yield Outgoing(name, tuple(shape), kind(ours[0], tuple(shape)), partial(latest, make, ours, i))
+                yield PendingTensor(name, tuple(shape), kind(ours[0], tuple(shape)), partial(latest, make, ours, i))
 
 
 class _Latest:
@@ -223,7 +224,9 @@ def _to_folder(
     checkpoint = work.checkpoint
     if dtype is None and checkpoint.format == "gguf":  # whose norms are float32 whatever the rest is
         dtype = default_dtype(checkpoint)
-    tensors = list(work.outgoing(lambda name, _: dtype or work.entries[name][0].dtype or default_dtype(checkpoint)))
+    tensors = list(
+        work.pending_tensors(lambda name, _: dtype or work.entries[name][0].dtype or default_dtype(checkpoint))
+    )
     config = work.written_config(tensors)
     tokenizer = text.load(checkpoint, work.config.vocab_size)  # even where its files are copied: they may not fit
     files: dict[str, bytes]
@@ -269,9 +272,9 @@ def _to_gguf(work: _Work, path: Path, quantize: str | None, shard_bytes: int, pr
             return entry.quantization or (entry.dtype if entry.dtype in FILE_TYPES else torch.float32)
         return "q8_0" if name.startswith(("embed.", "head.")) else quantize
 
-    tensors = list(work.outgoing(kind))
+    tensors = list(work.pending_tensors(kind))
     if (divisors := rope_divisors(work.config)) is not None:
-        tensors.append(Outgoing("rope_freqs.weight", tuple(divisors.shape), torch.float32, lambda: divisors))
+        tensors.append(PendingTensor("rope_freqs.weight", tuple(divisors.shape), torch.float32, lambda: divisors))
     metadata = work.written_config(tensors)
     if quantize is not None:
         metadata |= {"general.file_type": FILE_TYPES[FLOATS.get(quantize, quantize)], "general.quantization_version": 2}
@@ -283,7 +286,7 @@ def _to_gguf(work: _Work, path: Path, quantize: str | None, shard_bytes: int, pr
     return Conversion(files[0], family, files, notes)
 
 
-def _read_back(work: _Work, config: Mapping[str, Any], tensors: list[Outgoing]) -> tuple[str, list[str]]:
+def _read_back(work: _Work, config: Mapping[str, Any], tensors: list[PendingTensor]) -> tuple[str, list[str]]:
     """Read what is about to be written as whoever opens it would: its family, and what the format has no place for.
 
     Raises:
@@ -324,7 +327,7 @@ def _rotate_alike(one: Rope | None, other: Rope | None, length: int) -> bool:
     """Whether both rotate alike, or neither does, in a sequence of `length` tokens."""
     if one is None or other is None:
         return one is other
-    if one.dim != other.dim or abs(one.scaling.magnitude() - other.scaling.magnitude()) > 1e-6:
+    if one.dim != other.dim or abs(one.scaling.attention_scaling() - other.scaling.attention_scaling()) > 1e-6:
         return False
     ours, theirs = (rope.scaling.frequencies(rope.theta, rope.dim, length) for rope in (one, other))
     return torch.allclose(ours, theirs, rtol=1e-5, atol=0)

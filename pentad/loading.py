@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 from pentad import kernels, text, weights
 from pentad.errors import BadInput
 from pentad.generate import EncoderDecoderModel, LanguageModel
+from pentad.generate.encoder_decoder_step import EncoderDecoderStep
+from pentad.generate.guards import UnsupportedByKernels
 from pentad.generate.plan import check_parts
 from pentad.generate.plan_step import PlanStep
-from pentad.generate.source import EncoderDecoderStep
 from pentad.generate.step import PlainStep, Step
-from pentad.generate.watch import NotDerivable
 from pentad.models import family_of
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
@@ -111,7 +111,7 @@ def load(
         floats = torch.float32 if _is_quantized(checkpoint) else kind
         _fill(network, checkpoint, floats, target, keep_quantized=True, blocks=True, progress=progress)
         step = PlanStep(network, cache_dtype=cache_kind, fast=fast)
-    except NotDerivable as why:
+    except UnsupportedByKernels as why:
         if cache_kind == torch.int8:
             raise BadInput(f"a cache in int8 is the kernels', but plain torch runs {name_or_path}: {why}") from None
         network = load_network(
@@ -121,7 +121,7 @@ def load(
             step = EncoderDecoderStep(network, cache_dtype=cache_kind)
         else:
             step = PlainStep(network, cache_dtype=cache_kind, why=str(why))
-    _logger.info("%s runs %s", name_or_path, step.how)
+    _logger.info("%s runs %s", name_or_path, step.backend)
     runner: type[LanguageModel] = EncoderDecoderModel if isinstance(step, EncoderDecoderStep) else LanguageModel
     return runner(
         str(name_or_path),
@@ -141,7 +141,7 @@ def check_plan(
     dtype: object = None,
     quantize: str | None = None,
 ) -> None:
-    """Raise NotDerivable, which says why, where `load` with these options lets plain torch execute a checkpoint.
+    """Raise UnsupportedByKernels, which says why, if `load` with these options runs a checkpoint by plain torch.
 
     Args:
         checkpoint: its headers are looked at.
@@ -150,15 +150,15 @@ def check_plan(
         dtype, quantize: as `load` takes them.
     """
     if device.type != "cpu":
-        raise NotDerivable(f"it is on {device}")
+        raise UnsupportedByKernels(f"it is on {device}")
     if dtype is not None or quantize is not None:
-        raise NotDerivable(f"{'a dtype' if quantize is None else 'dequantizing'} was asked for")
+        raise UnsupportedByKernels(f"{'a dtype' if quantize is None else 'dequantizing'} was asked for")
     if not kernels.isas():
-        raise NotDerivable(f"there are no kernels: {kernels.reason()}")
+        raise UnsupportedByKernels(f"there are no kernels: {kernels.reason()}")
     types = {(entry.quantization, entry.shape[-1]) for entry in checkpoint.tensors.values() if entry.quantization}
     for kind, columns in sorted(types):
         if not kernels.packs(kind, columns):
-            raise NotDerivable(f"the kernels don't take {kind} in rows of {columns}")
+            raise UnsupportedByKernels(f"the kernels don't take {kind} in rows of {columns}")
     check_parts(network)
 
 
@@ -327,7 +327,7 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
             network.set_submodule("head", RowwiseInt8Linear(parameter, head.bias))
     for value in read:
         if isinstance(value, QuantizedTensor):
-            value.give_back()
+            value.release()
 
 
 def _in_blocks(part: nn.Module, weight: QuantizedTensor) -> nn.Module:

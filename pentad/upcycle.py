@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from pentad.errors import BadInput
 from pentad.loading import meta_network, tensor_names
-from pentad.models import mixtral
+from pentad.models.language import mixtral
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.keytable import Value
 from pentad.weights.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
-    from pentad.models.published import DecoderConfig
+    from pentad.models.language.config import DecoderConfig
     from pentad.nn.decoder import Decoder
 
 FAMILIES = ("llama", "mistral")

@@ -9,7 +9,7 @@ from torch import Tensor
 import pentad
 from pentad.generate.step import PlainStep
 from pentad.nn.attention import _plain, attention
-from pentad.nn.batch import Pages, Rows
+from pentad.nn.batch import PagedKV, SequenceLayout
 from tests.helpers.tiny import (
     assert_equal_logits,
     random_ids,
@@ -72,19 +72,19 @@ def test_ragged_attention_is_the_plain_roads(dtype: torch.dtype, paged: bool, wi
     """Several sequences of other lengths, on pages that are scattered and not full."""
     lengths, new = (300, 5, 530), (1, 5, 40)
     q = torch.randn(sum(new), 4, 64, device=DEVICE, dtype=dtype)
-    queries, keys = Rows.of(new), Rows.of(lengths)
+    queries, keys = SequenceLayout.of(new), SequenceLayout.of(lengths)
     k, v = (torch.randn(7 * 256 if paged else sum(lengths), 2, 64, device=DEVICE, dtype=dtype) for _ in range(2))
-    where: Rows | Pages = keys
+    where: SequenceLayout | PagedKV = keys
     if paged:
         slots = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-        where = Pages([k], [v], 256, ((6, 0), (3,), (5, 1, 2)), lengths, slots)
+        where = PagedKV([k], [v], 256, ((6, 0), (3,), (5, 1, 2)), lengths, slots)
     y = attention(q, k, v, queries, where, causal=True, window=window)
     exact = _plain(q.float(), k.float(), v.float(), queries, where, True, window, None, None)
     assert rms(y.float() - exact) <= 0.01 * rms(exact)
 
 
 def test_gradients_through_ragged_attention() -> None:
-    rows = Rows.of([3, 70])
+    rows = SequenceLayout.of([3, 70])
     q, k, v = (torch.randn(73, 2, 64, device=DEVICE, requires_grad=True) for _ in range(3))
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     attention(q, k, v, rows, rows, causal=True).square().sum().backward()

@@ -155,7 +155,7 @@ def _measure(model: LanguageModel, cases: list[Case], repeat: int) -> Iterator[R
             threads=torch.get_num_threads(),
             dtype=str(model.network.dtype).removeprefix("torch."),
             device=str(model.network.device),
-            runs=step.how,
+            runs=step.backend,
         )
 
 

@@ -164,7 +164,7 @@ class Loop:
             conversation.options.pop(name, None)  # type: ignore[misc]
         else:
             if hasattr(conversation.model.sampling, name):
-                conversation.model.sampling.but(**{name: value})  # refuses what is out of range
+                conversation.model.sampling.replace(**{name: value})  # refuses what is out of range
             conversation.options[name] = value  # type: ignore[literal-required]
 
     def _list_settings(self) -> None:

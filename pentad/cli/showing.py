@@ -104,7 +104,7 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str 
     from torch import device
 
     from pentad import text, weights
-    from pentad.generate.watch import NotDerivable
+    from pentad.generate.guards import UnsupportedByKernels
     from pentad.loading import DTYPES, check_plan, default_dtype, held_bytes, meta_network
     from pentad.models import family_of
     from pentad.nn.encoder_decoder import EncoderDecoder
@@ -126,7 +126,7 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str 
     try:
         check_plan(checkpoint, network, device=device("cpu"), dtype=dtype, quantize=quantize)
         runs, held = "by the kernels", sum(entry.nbytes for entry in checkpoint.tensors.values())
-    except NotDerivable as why:
+    except UnsupportedByKernels as why:
         runs, held = f"as plain torch: {why}", 0
     held = held or held_bytes(checkpoint, precision, keep_quantized=quantize is None)
     try:

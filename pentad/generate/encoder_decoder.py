@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pentad.errors import BadInput
 from pentad.generate.completion import Completion, Options, Score
+from pentad.generate.encoder_decoder_step import EncoderDecoderEngine, EncoderDecoderStep
 from pentad.generate.language_model import LanguageModel, Message, Stream
-from pentad.generate.source import EncoderDecoderEngine, EncoderDecoderStep
-from pentad.nn.batch import Batch, Rows, SourceRows
+from pentad.nn.batch import Batch, EncodedSource, SequenceLayout
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.text import Detokenizer, Tokenizer
 
@@ -90,7 +90,7 @@ class EncoderDecoderModel(LanguageModel):
                 raise BadInput(f"{len(tokens)} tokens don't fit the context of {self.context_length}")
         device = self.network.device
         hidden_MD, _ = self.network.encode(Batch.of(read, device=device))
-        source = SourceRows(hidden_MD, Rows.of([len(read)]))
+        source = EncodedSource(hidden_MD, SequenceLayout.of([len(read)]))
         hidden_TD, _ = self.network(replace(Batch.of(written, device=device), source=source))
         logits: Tensor = self.network.head(hidden_TD)
         return logits.float()

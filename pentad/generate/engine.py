@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from pentad.errors import PentadError
-from pentad.generate.sampling import Sampling, likeliest, sample
+from pentad.generate.sampling import Sampling, argmax, sample
 from pentad.generate.step import Step
 from pentad.nn.cache import CachedSequence
 
 CHUNK = 512  # tokens of prompts that one step takes, so that sequences which decode don't wait for long
-LARGEST_BATCH = 32  # sequences decoded together; further ones wait
+MAX_NUM_SEQS = 32  # sequences decoded together; further ones wait
 NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite): its weights are damaged"
 _logger = logging.getLogger(__name__)
-RENEWED_EVERY = 16  # steps between two looks at whether the network has changed, which take a tenth of a small one
+REFRESH_INTERVAL = 16  # steps between two looks at whether the network has changed, which take a tenth of a small one
 HEADROOM = 256  # tokens reserved beyond the prompt at first, so that a sequence's pages are neighbors
 
 
@@ -87,11 +87,11 @@ class Engine:
         """Those that are waited for or run."""
         return [*self._waiting, *self._active]
 
-    def renew(self) -> Step:
+    def refresh(self) -> Step:
         """What executes the steps, another one where the network has changed: then it runs all tokens again."""
-        run = self.run.renewed()
+        run = self.run.refresh()
         if run is not self.run:
-            _logger.info("the network has changed: it runs %s", run.how)
+            _logger.info("the network has changed: it runs %s", run.backend)
             self.run, self._kept = run, None
             for request in self._active:
                 if request.sequence is not None:
@@ -100,10 +100,10 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Run one step; returns the requests that have one token more, or have finished."""
-        if self._waiting or self._steps % RENEWED_EVERY == 0:
-            self.renew()
+        if self._waiting or self._steps % REFRESH_INTERVAL == 0:
+            self.refresh()
         self._steps += 1
-        while self._waiting and len(self._active) < LARGEST_BATCH:
+        while self._waiting and len(self._active) < MAX_NUM_SEQS:
             self._admit(self._waiting[0])  # still waiting where this is interrupted
             self._active.append(self._waiting.popleft())
         work: list[tuple[CachedSequence, list[int]]] = []
@@ -156,7 +156,7 @@ class Engine:
                 if ours != theirs:
                     break
                 common += 1
-            alike = self.run.rope_regime(kept.rope_length) == self.run.rope_regime(rope_length)
+            alike = self.run.rope_scaling_key(kept.rope_length) == self.run.rope_scaling_key(rope_length)
             if common and alike and cache.can_truncate(kept, common):
                 cache.truncate(kept, common)
                 self._kept, request.sequence = None, kept
@@ -169,18 +169,18 @@ class Engine:
             )
 
     def _choose(self, request: Request, logits_V: Tensor) -> None:
-        token, logit = likeliest(logits_V)
+        token, logit = argmax(logits_V)
         if not math.isfinite(logit):
             request.error = PentadError(NOT_NUMBERS)
             return self.finish(request, "error")
         if not request.sampling.greedy:
-            with self.run.choosing():
+            with self.run.single_threaded():
                 token = sample(logits_V, request.sampling, request.generator, request.prompt, request.generated)
         if token in request.end_ids:
             return self.finish(request, "stop")
         request.generated.append(token)
         if request.logprobs is not None:
-            with self.run.choosing():
+            with self.run.single_threaded():
                 request.token_logprobs.append(_logprobs(logits_V, token, request.logprobs))
         if len(request.generated) >= request.max_tokens:
             self.finish(request, "length")

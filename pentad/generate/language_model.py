@@ -145,7 +145,7 @@ class LanguageModel:
     @property
     def step(self) -> Step:
         """What executes the network's steps, and owns their cache."""
-        return self._engine.renew()
+        return self._engine.refresh()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -328,7 +328,7 @@ class LanguageModel:
         prompt, source = self._inputs(ids)
         request = Request(
             prompt=prompt,
-            sampling=self.sampling.but(**chosen),
+            sampling=self.sampling.replace(**chosen),
             generator=generator,
             max_tokens=room if not isinstance(wanted, int) else min(wanted, room),
             end_ids=frozenset(self.tokenizer.eos_ids),

@@ -1,8 +1,8 @@
 """The plan: a network's parts read off into a flat list of kernel operations, of which one call runs a whole step.
 
-What can be read off is what `Derivation` says: parts of exactly the known types, with their plain attributes. All else
-(a hook, an adapter, a part of another type, weights off the CPU) is `NotDerivable`, and runs as plain torch. Who runs a
-plan is in `pentad.generate.plan_step`.
+What can be read off is what `Planner` says: parts of exactly the known types, with their plain attributes. All else
+(a hook, an adapter, a part of another type, weights off the CPU) is `UnsupportedByKernels`, and runs as plain torch.
+`pentad.generate.plan_step` runs plans.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pentad import kernels
-from pentad.generate.watch import NotDerivable, Watch
+from pentad.generate.guards import Guards, UnsupportedByKernels
 from pentad.kernels import Norm, Program, Weight
 from pentad.kernels.program import ATTENDED, GATES, GELU, LOGITS, NORMED, PAIRED, PROJECTED, RESIDUAL, SCORES
 from pentad.nn.attention import Attention
@@ -58,23 +58,23 @@ ROUTES = {mixtral_top_k: True, softmax_top_k: False}
 """Routers -> whether a row's weights are a softmax over its experts alone."""
 
 
-class Derivation:
+class Planner:
     """What is read off a network while its program is written."""
 
     def __init__(self, network: Decoder, *, fast: bool, threads: int, isa: str | None) -> None:
         if not kernels.isas():
-            raise NotDerivable(f"there are no kernels: {kernels.reason()}")
+            raise UnsupportedByKernels(f"there are no kernels: {kernels.reason()}")
         _exactly_decoder(network)
-        self.watch = Watch()
+        self.guards = Guards()
         self.threads = threads
         self.reduced = network.dtype != torch.float32  # whether weights have fewer than 32 bits
         self._packed: dict[QuantizedTensor, Weight] = {}
-        embed, layers, norm, head = self.watch.read(network, "embed", "layers", "norm", "head")
-        blocks = [self.watch.read(layers, name) for name in layers._modules]
+        embed, layers, norm, head = self.guards.read(network, "embed", "layers", "norm", "head")
+        blocks = [self.guards.read(layers, name) for name in layers._modules]
         kinds = PreNormBlock, ExtraFeedforwardBlock, ParallelBlock
-        attentions = [_exactly(self.watch.read(_exactly(block, *kinds), "attention"), Attention) for block in blocks]
+        attentions = [_exactly(self.guards.read(_exactly(block, *kinds), "attention"), Attention) for block in blocks]
         if not attentions:
-            raise NotDerivable("there are no layers")
+            raise UnsupportedByKernels("there are no layers")
         self.first = first = attentions[0]
         self.rope = _rope(first)
         self.windows = [attention.window for attention in attentions]
@@ -93,13 +93,13 @@ class Derivation:
         weight = self.linear(head)
         self._norm(norm, [weight], wanted=True)
         self.program.matmul([weight], NORMED, LOGITS, wanted=True)
-        if not self.watch.unchanged():
-            raise NotDerivable("a part has a hook")
+        if not self.guards.unchanged():
+            raise UnsupportedByKernels("a part has a hook")
 
     def _block(self, block: nn.Module) -> None:
         if type(block) is ParallelBlock:
             return self._parallel_block(block)
-        read = self.watch.read
+        read = self.guards.read
         attention_norm, attention = read(block, "attention_norm", "attention")
         qkv = self._linears(attention, "q_proj", "k_proj", "v_proj")
         self._norm(attention_norm, qkv)
@@ -110,7 +110,7 @@ class Derivation:
             self._feedforward(*read(block, "extra_norm", "extra_feedforward"))
 
     def _parallel_block(self, block: ParallelBlock) -> None:
-        norm, attention, feedforward = self.watch.read(block, "norm", "attention", "feedforward")
+        norm, attention, feedforward = self.guards.read(block, "norm", "attention", "feedforward")
         qkv = self._linears(attention, "q_proj", "k_proj", "v_proj")
         up, down = self._linears(_exactly(feedforward, GeluMLP), "up_proj", "down_proj")
         self._norm(norm, [*qkv, up])
@@ -121,9 +121,9 @@ class Derivation:
 
     def _attend(self, attention: Attention) -> None:
         """From queries, keys and values to what is added to the residual stream."""
-        read, first = self.watch.read, self.first
+        read, first = self.guards.read, self.first
         if read(attention, "kv_heads", "head_dim", "rope") != (first.kv_heads, first.head_dim, first.rope):
-            raise NotDerivable("layers differ in their key/value heads or their RoPE")
+            raise UnsupportedByKernels("layers differ in their key/value heads or their RoPE")
         heads, layer, window, scale, log_scale_after = read(
             attention, "heads", "layer", "window", "scale", "log_scale_after"
         )
@@ -142,7 +142,7 @@ class Derivation:
                 **norms,
             )
         except ValueError as error:
-            raise NotDerivable(str(error)) from None
+            raise UnsupportedByKernels(str(error)) from None
         self._product(self.linear(read(attention, "o_proj")), ATTENDED)
 
     def _feedforward(self, norm: nn.Module, part: nn.Module) -> None:
@@ -161,7 +161,7 @@ class Derivation:
     def _gates(self, part: nn.Module) -> tuple[list[Weight], Weight]:
         """What is multiplied in a SwiGLU or its like, and what comes after; of experts, stacks."""
         if type(part) in (GatedSwiGLU, GatedSwiGLUExperts):
-            gate, up, down = self.watch.read(part, "gate_proj", "up_proj", "down_proj")
+            gate, up, down = self.guards.read(part, "gate_proj", "up_proj", "down_proj")
             a, b = self._halves(gate)
             return [b, self.linear(up), a], self.linear(down)
         known = SwiGLUExperts if type(part) is SwiGLUExperts else SwiGLU
@@ -169,11 +169,11 @@ class Derivation:
         return [gate, up], down
 
     def _mixture(self, norm: nn.Module, part: MixtureOfExperts) -> None:
-        read, program = self.watch.read, self.program
+        read, program = self.guards.read, self.program
         router, experts, route, top_k = read(_exactly(part, MixtureOfExperts), "router", "experts", "route", "top_k")
         capacity, group_size, training = read(part, "capacity", "group_size", "training")
         if route not in ROUTES or group_size is not None or training:
-            raise NotDerivable("a mixture routes in a way that is not known to the plan, or is being trained")
+            raise UnsupportedByKernels("a mixture routes in a way that is not known to the plan, or is being trained")
         scores = self.linear(router)
         gates, down = self._gates(experts)
         self._norm(norm, [scores])
@@ -192,8 +192,8 @@ class Derivation:
 
     def _numbers(self, norm: nn.Module) -> Norm:
         if type(norm) is LayerNorm:
-            return Norm(*self.watch.read(_exactly(norm, LayerNorm), "weight", "eps", "bias"))
-        return Norm(*self.watch.read(_exactly(norm, RMSNorm), "weight", "eps"))
+            return Norm(*self.guards.read(_exactly(norm, LayerNorm), "weight", "eps", "bias"))
+        return Norm(*self.guards.read(_exactly(norm, RMSNorm), "weight", "eps"))
 
     def _product(self, weight: Weight, source: int) -> None:
         """Added to the residual stream."""
@@ -202,30 +202,30 @@ class Derivation:
         self.program.matmul([weight], source, RESIDUAL, add=True)
 
     def _linears(self, part: nn.Module, *names: str) -> list[Weight]:
-        return [self.linear(linear) for linear in self.watch.read(part, *names)]
+        return [self.linear(linear) for linear in self.guards.read(part, *names)]
 
     def linear(self, part: nn.Module) -> Weight:
         if type(part) in (GroupedLinear, QuantizedGroupedLinear):
-            return self._weight(self.watch.read(part, "weight"))
-        weight, bias = self.watch.read(part, "weight", "bias")
+            return self._weight(self.guards.read(part, "weight"))
+        weight, bias = self.guards.read(part, "weight", "bias")
         if type(part) not in (QuantizedLinear, RowwiseInt8Linear):
             _exactly(part, nn.Linear, Router)
         return self._weight(weight, bias)
 
     def table(self, part: nn.Module) -> Weight:
-        weight = self.watch.read(part, "weight")
+        weight = self.guards.read(part, "weight")
         if type(part) is not QuantizedEmbedding and _exactly(part, nn.Embedding).max_norm is not None:
-            raise NotDerivable("the embedding renormalizes its rows")
+            raise UnsupportedByKernels("the embedding renormalizes its rows")
         return self._weight(weight)
 
     def _halves(self, part: nn.Module) -> tuple[Weight, Weight]:
         """The first and the last half of a linear layer's rows, or of each expert's."""
         if type(part) in (GroupedLinear, QuantizedGroupedLinear):
-            weight, bias = self.watch.read(part, "weight"), None
+            weight, bias = self.guards.read(part, "weight"), None
         else:
-            weight, bias = self.watch.read(part, "weight", "bias")
+            weight, bias = self.guards.read(part, "weight", "bias")
             if bias is not None:
-                raise NotDerivable("gates have a bias")
+                raise UnsupportedByKernels("gates have a bias")
         first, last = weight.chunk(2, -2)
         return self._weight(first), self._weight(last)
 
@@ -237,40 +237,40 @@ class Derivation:
             packed = self._packed.get(weight)
             if packed is None:
                 packed = Weight.packed(weight.blocks, weight.type, weight.shape, threads=self.threads)
-                weight.give_back()
+                weight.release()
                 self._packed[weight] = packed
             self.reduced = True
             return packed.with_bias(bias)
         except ValueError as error:
-            raise NotDerivable(str(error)) from None
+            raise UnsupportedByKernels(str(error)) from None
 
 
 def _exactly(part: nn.Module, *kinds: type[Any]) -> Any:
     if type(part) not in kinds:
-        raise NotDerivable(f"there is a {type(part).__name__} where the plan knows {kinds[0].__name__}")
+        raise UnsupportedByKernels(f"there is a {type(part).__name__} where the plan knows {kinds[0].__name__}")
     attributes = {name for place in (part._modules, part._parameters, vars(part)) for name in place if name[0] != "_"}
     known = KNOWN.get(type(part))
     if known is not None and (unknown := attributes - known - {"training"}):
-        raise NotDerivable(f"{type(part).__name__}.{min(unknown)} is not known to the plan")
+        raise UnsupportedByKernels(f"{type(part).__name__}.{min(unknown)} is not known to the plan")
     return part
 
 
 def check_parts(network: nn.Module) -> None:
-    """Raise NotDerivable where a network (its weights may be on the meta device) has parts that no plan knows."""
+    """Raise UnsupportedByKernels if a network (perhaps on the meta device) has parts that the planner does not know."""
     for part in _exactly_decoder(network).modules():
         if part is not network and type(part) not in KNOWN and type(part) not in PLAIN:
-            raise NotDerivable(f"there is a {type(part).__name__}, which the plan does not know")
+            raise UnsupportedByKernels(f"there is a {type(part).__name__}, which the plan does not know")
 
 
 def _exactly_decoder(network: nn.Module) -> Decoder:
     if not isinstance(network, Decoder) or type(network).forward is not Decoder.forward:
-        raise NotDerivable(f"{type(network).__name__} has a forward of its own")
+        raise UnsupportedByKernels(f"{type(network).__name__} has a forward of its own")
     return network
 
 
 def _rope(attention: Attention) -> Rope:
     if type(attention.rope) is not Rope:
-        raise NotDerivable(f"there is a {type(attention.rope).__name__} where the plan knows Rope")
+        raise UnsupportedByKernels(f"there is a {type(attention.rope).__name__} where the plan knows Rope")
     return attention.rope
 
 
@@ -280,5 +280,5 @@ def _ahead(query_rope: Rope | None, rope: Rope) -> int:
         return 0
     alike = (query_rope.dim, query_rope.theta, query_rope.scaling) == (rope.dim, rope.theta, rope.scaling)
     if type(query_rope) is not AheadRope or not alike:
-        raise NotDerivable("queries are rotated in a way of their own")
+        raise UnsupportedByKernels("queries are rotated in a way of their own")
     return query_rope.ahead

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from pentad import kernels
-from pentad.generate.plan import Derivation
+from pentad.generate.guards import UnsupportedByKernels
+from pentad.generate.plan import Planner
 from pentad.generate.step import PlainStep, Step, Work
-from pentad.generate.watch import NotDerivable
 from pentad.kernels import CachePools, Tokens, pool_dim
 from pentad.memory import physical_memory
 from pentad.nn.cache import PagedCache
 from pentad.nn.decoder import Decoder
-from pentad.nn.linear import keep_numbers
+from pentad.nn.linear import cache_dequantized
 
-MOST_TABLES = 64  # of RoPE's angles; only scalings that depend on length have more than one or two
+MAX_TABLES = 64  # of RoPE's angles; only scalings that depend on length have more than one or two
 
 
 class PlanStep:
@@ -37,7 +37,7 @@ class PlanStep:
         isa: one of `pentad.kernels.isas()`; the fastest by default.
 
     Raises:
-        NotDerivable: the network has no plan, or there are no kernels.
+        UnsupportedByKernels: the network has no plan, or there are no kernels.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class PlanStep:
             "isa": isa,
         }
         threads = threads or torch.get_num_threads()
-        with self.choosing():
-            self._plan = plan = Derivation(network, fast=fast, threads=threads, isa=isa)
-        self.how = f"by the kernels ({isa or next(iter(kernels.isas()))}, {threads} threads)"
+        with self.single_threaded():
+            self._plan = plan = Planner(network, fast=fast, threads=threads, isa=isa)
+        self.backend = f"by the kernels ({isa or next(iter(kernels.isas()))}, {threads} threads)"
         self._tables: dict[int, Tensor] = {}
         windows = [window for window in plan.windows if window is not None]
         dtype = cache_dtype or (torch.float16 if plan.reduced else torch.float32)
@@ -76,16 +76,16 @@ class PlanStep:
             window=max(windows) if len(windows) == len(plan.windows) else None,
         )
 
-    def rope_regime(self, length: int) -> int:
-        return self._plan.rope.scaling.regime(length)
+    def rope_scaling_key(self, length: int) -> int:
+        return self._plan.rope.scaling.scaling_key(length)
 
-    def renewed(self) -> Step:
-        if self._plan.watch.unchanged():
+    def refresh(self) -> Step:
+        if self._plan.guards.unchanged():
             return self
         return step_for(self.network, **self._options)
 
     @contextmanager
-    def choosing(self) -> Iterator[None]:
+    def single_threaded(self) -> Iterator[None]:
         """By one thread: torch's others would go on spinning for a while, on the cores that the next step needs."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -95,7 +95,7 @@ class PlanStep:
             torch.set_num_threads(threads)
 
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
-        if len(self._tables) > MOST_TABLES:
+        if len(self._tables) > MAX_TABLES:
             self._tables.clear()
         cache, plan, tokens = self.cache, self._plan, []
         for sequence, ids in work:
@@ -111,12 +111,12 @@ class PlanStep:
     def _rotation(self, rope_length: int, positions: int) -> Tensor:
         """Cosines and sines of a sequence's RoPE, float32 [at least `positions`, 2, D / 2]."""
         rope = self._plan.rope
-        regime = rope.scaling.regime(rope_length)
+        regime = rope.scaling.scaling_key(rope_length)
         table = self._tables.get(regime)
         if table is None or len(table) < positions:
             at = torch.arange(max(512, 2 * positions), dtype=torch.float32)
             angles = at[:, None] * rope.scaling.frequencies(rope.theta, rope.dim, rope_length)
-            table = torch.stack((angles.cos(), angles.sin()), 1) * rope.scaling.magnitude()
+            table = torch.stack((angles.cos(), angles.sin()), 1) * rope.scaling.attention_scaling()
             self._tables[regime] = table
         return table
 
@@ -131,8 +131,8 @@ def step_for(
     """A network's plan where it has one, else plain torch."""
     try:
         return PlanStep(network, cache_dtype=cache_dtype, page_size=page_size, **options)
-    except NotDerivable as reason:
-        why, weights = str(reason), keep_numbers(network, network.dtype, (physical_memory() or math.inf) / 2)
+    except UnsupportedByKernels as reason:
+        why, weights = str(reason), cache_dequantized(network, network.dtype, (physical_memory() or math.inf) / 2)
         if weights:
             why += f" ({weights})"
         return PlainStep(network, cache_dtype=cache_dtype, page_size=page_size, why=why)

@@ -66,7 +66,7 @@ class Sampling:
     def penalizes(self) -> bool:
         return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
 
-    def but(self, **options: Any) -> Sampling:
+    def replace(self, **options: Any) -> Sampling:
         """The same with those options that are not None."""
         return replace(self, **{name: value for name, value in options.items() if value is not None})
 
@@ -79,9 +79,9 @@ class Sampling:
         if not generation.get("do_sample") and all(
             v is None for v in (named["temperature"], named["top_p"], named["top_k"])
         ):
-            return cls().but(repetition_penalty=named["repetition_penalty"])
+            return cls().replace(repetition_penalty=named["repetition_penalty"])
         # what it recommends is complete: a filter that it doesn't name is off
-        return cls(temperature=1.0, top_p=1.0).but(**named)
+        return cls(temperature=1.0, top_p=1.0).replace(**named)
 
 
 def penalize(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], generated: Sequence[int]) -> Tensor:
@@ -127,7 +127,7 @@ def candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return probabilities / probabilities.sum(), ids[keep]
 
 
-def likeliest(logits_V: Tensor) -> tuple[int, float]:
+def argmax(logits_V: Tensor) -> tuple[int, float]:
     """The id and the logit of the likeliest token; a NaN counts as the largest."""
     if logits_V.device.type != "cpu":
         token = int(logits_V.argmax())
@@ -148,7 +148,7 @@ def sample(
     if sampling.penalizes:
         logits_V = penalize(logits_V, sampling, prompt, generated)
     if sampling.temperature < TINY:
-        return likeliest(logits_V)[0]
+        return argmax(logits_V)[0]
     probabilities_C, ids_C = candidates(logits_V, sampling)
     at = torch.rand((), dtype=torch.float64, generator=generator).item()
     index = int(torch.searchsorted(probabilities_C.cumsum(0), at, right=True))

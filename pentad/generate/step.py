@@ -23,20 +23,20 @@ class Step(Protocol):
     Attributes:
         network: the network.
         cache: keys and values of the sequences that it runs.
-        how: how it executes, and why so: "as plain torch: a part has a hook".
+        backend: how it executes, and why so: "as plain torch: a part has a hook".
     """
 
     network: Decoder
     cache: PagedCache
-    how: str
+    backend: str
 
-    def rope_regime(self, length: int) -> int:
+    def rope_scaling_key(self, length: int) -> int:
         """Sequences admitted with lengths of the same regime may share cached keys."""
 
-    def renewed(self) -> Step:
+    def refresh(self) -> Step:
         """Itself; or another one, its cache empty, where the network is no longer what it was made for."""
 
-    def choosing(self) -> AbstractContextManager[None]:
+    def single_threaded(self) -> AbstractContextManager[None]:
         """What is entered while tokens are chosen from logits."""
 
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
@@ -70,7 +70,7 @@ class PlainStep:
         why: str = "as was asked for",
     ) -> None:
         self.network = network
-        self.how = f"as plain torch: {why}"
+        self.backend = f"as plain torch: {why}"
         layers = [part for part in network.modules() if isinstance(part, Attention)]
         self._rope = layers[0].rope
         windows = [layer.window for layer in layers]
@@ -84,13 +84,13 @@ class PlainStep:
             window=None if None in windows else max(w for w in windows if w is not None),
         )
 
-    def rope_regime(self, length: int) -> int:
-        return self._rope.scaling.regime(length)
+    def rope_scaling_key(self, length: int) -> int:
+        return self._rope.scaling.scaling_key(length)
 
-    def renewed(self) -> PlainStep:
+    def refresh(self) -> PlainStep:
         return self
 
-    def choosing(self) -> AbstractContextManager[None]:
+    def single_threaded(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     @torch.inference_mode()

@@ -16,8 +16,8 @@ BUFFERS, BLOCKS_BUFFER, PARTS_BUFFER, ROUTES_BUFFER = 11, 8, 9, 10
 BLOCK_BYTES = 84  # of 32 activations in int8, the larger of the two forms
 SPLIT = 128  # keys whose softmax is one part
 FEW_QUERIES = 4  # of a sequence, up to which its keys are shared out among threads
-MOST_DIMS = 256  # a head
-MOST_ROWS = 1 << 17  # of one step: an operation is cut into less than 2^20 chunks
+MAX_DIMS = 256  # a head
+MAX_ROWS = 1 << 17  # of one step: an operation is cut into less than 2^20 chunks
 
 _LIBRARY = Path(__file__).with_name("_kernels.so")
 

@@ -22,8 +22,8 @@ from pentad.kernels.binding import (
     BLOCKS_BUFFER,
     BUFFERS,
     FEW_QUERIES,
-    MOST_DIMS,
-    MOST_ROWS,
+    MAX_DIMS,
+    MAX_ROWS,
     PARTS_BUFFER,
     ROUTES_BUFFER,
     SPLIT,
@@ -34,7 +34,7 @@ from pentad.kernels.binding import (
     isas,
     library,
 )
-from pentad.kernels.weight import LARGEST, Weight, vector
+from pentad.kernels.weight import MAX_SIZE, Weight, vector
 
 EMBED, NORM, QUANTIZE, MATMUL, GATED, ROTATE, ATTEND, MERGE, ROUTE, GATHER, COMBINE = range(11)
 QUANTIZED, CENTERED, ADD, WANTED, PAIRS, NORMALIZED = 1, 2, 4, 8, 16, 32  # flags
@@ -86,7 +86,7 @@ class Program:
     ) -> None:
         self.head_dim, self.kv_heads, self.layers = head_dim, kv_heads, layers
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        if not 2 <= head_dim <= MOST_DIMS or kv_heads < 1 or layers < 1 or threads < 1:
+        if not 2 <= head_dim <= MAX_DIMS or kv_heads < 1 or layers < 1 or threads < 1:
             raise ValueError(f"heads of {head_dim} numbers, {kv_heads} of them, {layers} layers, {threads} threads")
         if not 0 < self.rotary_dim <= head_dim or self.rotary_dim % 2:
             raise ValueError(f"RoPE on {self.rotary_dim} numbers of {head_dim}")
@@ -100,7 +100,7 @@ class Program:
         self._widths = [0] * BUFFERS  # floats a row that an operation has left; of the int8 blocks, numbers
         self._widest = [0] * BUFFERS  # of all operations
         self._blocks_of: int | None = None  # the buffer whose numbers the int8 blocks are
-        self._vocab = LARGEST
+        self._vocab = MAX_SIZE
         self._step = CStep(threads=threads, fast=fast, isa=isas()[isa or next(iter(isas()))])
         self._step.padded_dim = pool_dim(head_dim, torch.float32)
         self._buffers: list[Tensor] = []
@@ -178,7 +178,7 @@ class Program:
             raise ValueError(f"a window of {window} keys")
         if q_norm and k_norm and (q_norm.eps, q_norm.centered) != (k_norm.eps, k_norm.centered):
             raise ValueError("the norms of queries and keys differ in their kind")
-        if not 0 <= ahead <= LARGEST or (log_scale_after and not 1 < log_scale_after <= LARGEST):
+        if not 0 <= ahead <= MAX_SIZE or (log_scale_after and not 1 < log_scale_after <= MAX_SIZE):
             raise ValueError(f"queries ahead by {ahead}, scaled after {log_scale_after} tokens")
         self._heads, self.ahead = max(self._heads, heads), max(self.ahead, ahead)
         about: dict[str, Any] = {
@@ -275,7 +275,7 @@ class Program:
     def _check_widths(self, kind: int, in_: int, in_width: int, out_width: int, writes_blocks: bool) -> None:
         if in_width and self._widths[in_] != in_width:
             raise ValueError(f"rows of {in_width} numbers wanted, the buffer has {self._widths[in_]}")
-        if not 0 <= max(in_width, out_width) <= LARGEST:
+        if not 0 <= max(in_width, out_width) <= MAX_SIZE:
             raise ValueError(f"{in_width} to {out_width} numbers")
         if writes_blocks and in_width % 32:
             raise ValueError(f"rows of {in_width} numbers are not whole blocks of 32")
@@ -340,8 +340,8 @@ class Program:
     def _check(self, work: Sequence[Tokens], ids: array[int], wanted: Sequence[int], pools: CachePools) -> None:
         if pools.page_size < 16 or pools.page_size % 16:
             raise ValueError(f"pages of {pools.page_size} tokens, which are not a multiple of 16")
-        if max(len(ids), len(wanted)) > MOST_ROWS:
-            raise ValueError(f"{len(ids)} tokens in one step; it takes {MOST_ROWS}")
+        if max(len(ids), len(wanted)) > MAX_ROWS:
+            raise ValueError(f"{len(ids)} tokens in one step; it takes {MAX_ROWS}")
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab:
             raise ValueError(f"a token id is outside the vocabulary of {self._vocab}")
         if len(wanted) and not 0 <= min(wanted) <= max(wanted) < len(ids):
@@ -396,7 +396,7 @@ def _limit(capacity: Callable[[int], int], tokens: int) -> int:
     limit = capacity(tokens)
     if limit < 1:
         raise BadInput(f"an expert's capacity for {tokens} tokens is {limit}; it takes at least 1")
-    return min(limit, LARGEST)
+    return min(limit, MAX_SIZE)
 
 
 def _vector_or_none(values: Tensor | None, size: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pentad.kernels.binding import TYPES, CMatrix, library
 
 FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-LARGEST = 1 << 30  # rows or columns: products of them with a block's bytes stay within 64 bits
+MAX_SIZE = 1 << 30  # rows or columns: products of them with a block's bytes stay within 64 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Weight:
         Raises ValueError where the type is not known, or the three do not fit together.
         """
         *stack, rows, columns = shape
-        if not packs(type, columns) or not all(0 < size <= LARGEST for size in shape) or len(stack) > 1:
+        if not packs(type, columns) or not all(0 < size <= MAX_SIZE for size in shape) or len(stack) > 1:
             raise ValueError(f"there is no kernel for {type} {list(shape)}")
         if blocks.dtype != torch.uint8 or blocks.device.type != "cpu" or not blocks.is_contiguous():
             raise ValueError("blocks are contiguous uint8 on the CPU")
@@ -101,7 +101,7 @@ BLOCKS = {
 
 def packs(type: str | None, columns: int) -> bool:
     """Whether `Weight.packed` takes such a matrix."""
-    return type in BLOCKS and 0 < columns <= LARGEST and columns % BLOCKS[type][0] == 0
+    return type in BLOCKS and 0 < columns <= MAX_SIZE and columns % BLOCKS[type][0] == 0
 
 
 def vector(values: Tensor, size: int) -> Tensor:

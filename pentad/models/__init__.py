@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pentad.weights.keytable import KeyTable
 
 FAMILIES = {
-    name: f"pentad.models.{name}"
+    name: f"pentad.models.language.{name}"
     for name in ("llama", "mistral", "mixtral", "openmoe", "phi", "qwen", "qwen2", "qwen3", "switch_transformers")
 }
 ALIASES = {"phi2": "phi", "phi-msft": "phi", "mixformer-sequential": "phi"}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pentad.nn.batch import Batch, Pages, Rows
+from pentad.nn.batch import Batch, PagedKV, SequenceLayout
 from pentad.nn.linear import project
 from pentad.nn.rope import Rope
 
@@ -31,8 +31,8 @@ def attention(
     q_NHD: Tensor,
     k: Tensor,
     v: Tensor,
-    queries: Rows,
-    keys: Rows | Pages,
+    queries: SequenceLayout,
+    keys: SequenceLayout | PagedKV,
     *,
     causal: bool = False,
     window: int | None = None,
@@ -43,7 +43,7 @@ def attention(
 
     Args:
         q_NHD: rows of queries of all sequences.
-        k, v: rows of keys and values [M, G, D]; where `keys` is `Pages`, a layer's pools.
+        k, v: rows of keys and values [M, G, D]; where `keys` is `PagedKV`, a layer's pools.
         queries, keys: which rows belong to which sequence.
         causal: a query sees no key after its own; the last query and the last key stand at the same position.
         window: a query sees the last `window` keys only, its own included (needs `causal`).
@@ -67,8 +67,8 @@ def _plain(
     q_NHD: Tensor,
     k: Tensor,
     v: Tensor,
-    queries: Rows,
-    keys: Rows | Pages,
+    queries: SequenceLayout,
+    keys: SequenceLayout | PagedKV,
     causal: bool,
     window: int | None,
     scale: float | None,
@@ -163,9 +163,9 @@ def _mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
     return mask_QK
 
 
-def _varlen_form(q_NHD: Tensor, keys: Rows | Pages) -> str | None:
+def _varlen_form(q_NHD: Tensor, keys: SequenceLayout | PagedKV) -> str | None:
     """How CUDA's kernel for ragged rows is called for these; None where it can't be, and the plain road is taken."""
-    page_size = keys.page_size if isinstance(keys, Pages) else 0
+    page_size = keys.page_size if isinstance(keys, PagedKV) else 0
     if q_NHD.dtype not in (torch.bfloat16, torch.float16) or (page_size and q_NHD.requires_grad):
         return None
     return _probe_varlen(q_NHD.device, q_NHD.dtype, q_NHD.shape[-1], page_size)
@@ -177,10 +177,10 @@ def _probe_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, page_
     it reads page tables (and with or without `cu_seq_k`), which page sizes, grouped heads and windows."""
     q_QHD = torch.randn(3, 2, head_dim, device=device, dtype=dtype)
     k, v = (torch.randn(3 * (page_size or 100), 1, head_dim, device=device, dtype=dtype) for _ in range(2))
-    queries, length = Rows.of([3]), page_size + 5
-    keys: Rows | Pages = Rows.of([len(k)])
+    queries, length = SequenceLayout.of([3]), page_size + 5
+    keys: SequenceLayout | PagedKV = SequenceLayout.of([len(k)])
     if page_size:
-        keys = Pages([k], [v], page_size, ((2, 0),), (length,), torch.zeros(0, dtype=torch.int64, device=device))
+        keys = PagedKV([k], [v], page_size, ((2, 0),), (length,), torch.zeros(0, dtype=torch.int64, device=device))
     expected = _plain(q_QHD, k, v, queries, keys, True, 4, None, None)
     for form in ("cu_seq_k", "no cu_seq_k"):
         try:
@@ -196,8 +196,8 @@ def _varlen(
     q_NHD: Tensor,
     k: Tensor,
     v: Tensor,
-    queries: Rows,
-    keys: Rows | Pages,
+    queries: SequenceLayout,
+    keys: SequenceLayout | PagedKV,
     causal: bool,
     window: int | None,
     scale: float | None,
@@ -207,20 +207,20 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     device = q_NHD.device
-    if isinstance(keys, Pages):
+    if isinstance(keys, PagedKV):
         k, v = (pool.view(-1, keys.page_size, *pool.shape[1:]) for pool in (k, v))
     out = varlen_attn(
         q_NHD,
         k,
         v,
         queries.cu_seqlens(device),
-        (keys.rows if isinstance(keys, Pages) else keys).cu_seqlens(device) if form == "cu_seq_k" else None,
+        (keys.rows if isinstance(keys, PagedKV) else keys).cu_seqlens(device) if form == "cu_seq_k" else None,
         max(queries.lengths),
         max(keys.lengths),
         scale=scale,
         window_size=((window or 0) - 1, 0 if causal else -1),  # keys to the left of a query's own, and to the right
         enable_gqa=q_NHD.shape[1] != k.shape[-2],
-        **({"seqused_k": keys.used, "block_table": keys.block_table} if isinstance(keys, Pages) else {}),  # type: ignore[arg-type]
+        **({"seqused_k": keys.used, "block_table": keys.block_table} if isinstance(keys, PagedKV) else {}),  # type: ignore[arg-type]
     )
     assert isinstance(out, Tensor)
     return out
@@ -299,6 +299,6 @@ class Attention(nn.Module):
 
 def _log_scale(batch: Batch, base: int) -> Tensor:
     """float32 [N, 1, 1], the logarithm of each token's place in its sequence, counted from 1; 1 up to `base`."""
-    return batch.shared(
+    return batch.memo(
         ("log scale", base), lambda: (batch.positions[:, None, None] + 1.0).clamp(min=base).log() / math.log(base)
     )

@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Rows:
+class SequenceLayout:
     """Where sequences lie in rows laid end to end: sequence b has rows ``starts[b]:starts[b+1]``."""
 
     starts: tuple[int, ...]
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Rows:
+    def of(cls, lengths: Sequence[int]) -> SequenceLayout:
         return cls((0, *accumulate(lengths)))
 
     @cached_property
@@ -55,7 +55,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Pages:
+class PagedKV:
     """Where the keys and values of one batch are: what a `Batch` shows of a `PagedCache`.
 
     Attributes:
@@ -93,9 +93,9 @@ class Pages:
         return pages.flatten()[:length].to(self.slots.device)
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> SequenceLayout:
         """The tokens that the sequences' pages hold, as if they lay end to end."""
-        return Rows.of(self.lengths)
+        return SequenceLayout.of(self.lengths)
 
     @cached_property
     def block_table(self) -> Tensor:
@@ -111,7 +111,7 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class SourceRows:
+class EncodedSource:
     """What an encoder made of the source of each of a batch's sequences.
 
     Attributes:
@@ -120,7 +120,7 @@ class SourceRows:
     """
 
     hidden_MD: Tensor
-    rows: Rows
+    rows: SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -143,22 +143,22 @@ class Batch:
 
     ids: Tensor
     positions: Tensor
-    rows: Rows
-    pages: Pages | None = None
+    rows: SequenceLayout
+    pages: PagedKV | None = None
     rope_lengths: tuple[int, ...] = ()
-    source: SourceRows | Pages | None = None
-    _shared: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
+    source: EncodedSource | PagedKV | None = None
+    _memo: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, *sequences: Sequence[int], device: torch.device | str | None = None) -> Batch:
         """A batch of whole sequences without a cache, each from position 0."""
-        rows = Rows.of([len(ids) for ids in sequences])
+        rows = SequenceLayout.of([len(ids) for ids in sequences])
         ids = torch.tensor([i for ids in sequences for i in ids], dtype=torch.int64)
         positions = torch.tensor([p for ids in sequences for p in range(len(ids))], dtype=torch.int64)
         return cls(ids.to(device), positions.to(device), rows, None, rows.lengths)
 
-    def shared(self, key: Hashable, make: Callable[[], T]) -> T:
+    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
         """What all layers need alike (RoPE's cosines) and only the first one computes."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]  # type: ignore[return-value]
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]  # type: ignore[return-value]

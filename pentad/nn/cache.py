@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pentad.errors import PentadError
-from pentad.nn.batch import Batch, Pages, Rows
+from pentad.nn.batch import Batch, PagedKV, SequenceLayout
 
 
 @dataclass(eq=False)
@@ -141,7 +141,7 @@ class PagedCache:
                 positions.append(position)
                 slots.append(sequence.pages[page] * size + offset)
         device = self.keys[0].device
-        pages = Pages(
+        pages = PagedKV(
             self.keys,
             self.values,
             size,
@@ -152,7 +152,7 @@ class PagedCache:
         return Batch(
             torch.tensor([i for _, ids in work for i in ids], dtype=torch.int64).to(device),
             torch.tensor(positions, dtype=torch.int64).to(device),
-            Rows.of([len(ids) for _, ids in work]),
+            SequenceLayout.of([len(ids) for _, ids in work]),
             pages,
             tuple(s.rope_length for s, _ in work),
         )

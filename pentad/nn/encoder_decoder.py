@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pentad.nn.attention import attention
-from pentad.nn.batch import Batch, Pages, Rows
+from pentad.nn.batch import Batch, PagedKV, SequenceLayout
 from pentad.nn.decoder import Config, Decoder
 from pentad.nn.linear import project
 
@@ -48,10 +48,10 @@ class CrossAttention(nn.Module):
         """
         source = batch.source
         q_NHD = self.q_proj(x_ND).view(x_ND.shape[0], -1, self.head_dim)
-        keys: Rows | Pages
+        keys: SequenceLayout | PagedKV
         if source is None:
             raise ValueError("the batch of an encoder-decoder has no source: encode one first")
-        if isinstance(source, Pages):
+        if isinstance(source, PagedKV):
             k, v, keys = source.keys[self.layer], source.values[self.layer], source
         else:
             k, v = self._keys_and_values(source.hidden_MD)
@@ -61,7 +61,7 @@ class CrossAttention(nn.Module):
         out_ND: Tensor = self.o_proj(y_NHD.flatten(-2))
         return out_ND
 
-    def write(self, hidden_MD: Tensor, pages: Pages) -> None:
+    def write(self, hidden_MD: Tensor, pages: PagedKV) -> None:
         """Store the keys and values of an encoder's rows in pages."""
         pages.write(self.layer, *self._keys_and_values(hidden_MD))
 

@@ -57,16 +57,16 @@ class QuantizedLinear(nn.Module):
             return 0
         return math.prod(self.weight.shape) * dtype.itemsize
 
-    def keep_numbers(self, dtype: torch.dtype) -> None:
+    def cache_dequantized(self, dtype: torch.dtype) -> None:
         """Dequantize the weight for good, if torch has no operator for it."""
         if self.number_bytes(dtype) and (self._numbers is None or self._numbers.dtype != dtype):
             self._numbers = self.weight.dequantize(dtype)
-            self.weight.give_back()
+            self.weight.release()
 
     def _has_operator(self, x_ND: Tensor) -> bool:
         return self.takes(self.weight.type, self.weight.shape, x_ND.dtype, x_ND.device)
 
-    def together(self, x_ND: Tensor, linears: tuple[nn.Module, ...]) -> Sequence[Tensor] | None:
+    def fused_forward(self, x_ND: Tensor, linears: tuple[nn.Module, ...]) -> Sequence[Tensor] | None:
         """The outputs of `linears`, this one the first of them, by one product; None where they aren't all alike."""
         widths = []
         for linear in linears:
@@ -99,13 +99,13 @@ def project(x_ND: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     """
     first = linears[0]
     if type(first) is QuantizedLinear and x_ND.shape[0] <= FEW_ROWS:
-        outputs = first.together(x_ND, linears)
+        outputs = first.fused_forward(x_ND, linears)
         if outputs is not None:
             return outputs
     return [linear(x_ND) for linear in linears]
 
 
-def keep_numbers(network: nn.Module, dtype: torch.dtype, most: float) -> str:
+def cache_dequantized(network: nn.Module, dtype: torch.dtype, most: float) -> str:
     """Have layers dequantize once what they would dequantize in every step, if all of it takes at most `most` bytes.
 
     Returns:
@@ -118,7 +118,7 @@ def keep_numbers(network: nn.Module, dtype: torch.dtype, most: float) -> str:
     if megabytes > most / 1e6:
         return f"its quantized weights become numbers anew in each step, as they would take {megabytes:.0f} MB"
     for part in parts:
-        part.keep_numbers(dtype)
+        part.cache_dequantized(dtype)
     return f"its quantized weights are now {megabytes:.0f} MB of numbers"
 
 

@@ -41,7 +41,7 @@ class RelativeBias(nn.Module):
         Distances are looked up once for all layers; a step of one query takes K numbers of each head from them.
         """
         longest = max((batch.rows if batch.pages is None else batch.pages).lengths)
-        bias_HL = batch.shared(self, lambda: self._by_distance(longest))
+        bias_HL = batch.memo(self, lambda: self._by_distance(longest))
 
         def bias(q_QHD: Tensor, at_q: range, at_k: range) -> Tensor:
             first = at_k.start - (at_q.stop - 1) + longest - 1  # the distance from the last query to the first key

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pentad.nn.batch import Batch
-from pentad.nn.rope_scaling import Unscaled
+from pentad.nn.rope_scaling import DefaultRope
 
 
 class Rope:
@@ -25,16 +25,16 @@ class Rope:
         scaling: how they are stretched for long contexts.
     """
 
-    def __init__(self, dim: int, theta: float = 10000.0, scaling: Unscaled | None = None) -> None:
+    def __init__(self, dim: int, theta: float = 10000.0, scaling: DefaultRope | None = None) -> None:
         self.dim = dim
         self.theta = theta
-        self.scaling = scaling or Unscaled()
+        self.scaling = scaling or DefaultRope()
 
     def __call__(self, x_NHD: Tensor, batch: Batch) -> Tensor:
         """Rotate the heads of the batch's tokens: [N, heads, D or more] -> the same shape and dtype."""
         if x_NHD.shape[-1] > self.dim:
             return torch.cat((self(x_NHD[..., : self.dim], batch), x_NHD[..., self.dim :]), -1)
-        cos_N1D, sin_N1D = batch.shared((self, x_NHD.dtype), lambda: self._cos_sin(batch, x_NHD.dtype))
+        cos_N1D, sin_N1D = batch.memo((self, x_NHD.dtype), lambda: self._cos_sin(batch, x_NHD.dtype))
         return torch.addcmul(x_NHD * cos_N1D, x_NHD.roll(self.dim // 2, -1), sin_N1D)
 
     def positions(self, batch: Batch) -> Tensor:
@@ -44,13 +44,13 @@ class Rope:
     def _cos_sin(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines, and sines with the sign of rotate-half in them, both [N, 1, D]."""
         lengths = batch.rope_lengths
-        if len({self.scaling.regime(length) for length in lengths}) <= 1:
+        if len({self.scaling.scaling_key(length) for length in lengths}) <= 1:
             inv = self.scaling.frequencies(self.theta, self.dim, max(lengths, default=0))  # one for all: [D/2]
         else:
             each = torch.stack([self.scaling.frequencies(self.theta, self.dim, length) for length in lengths])
             inv = each.repeat_interleave(torch.tensor(batch.rows.lengths), dim=0)  # [N, D/2]
         angles = self.positions(batch)[:, None].float() * inv.to(batch.positions.device)
-        cos, sin = angles.cos() * self.scaling.magnitude(), angles.sin() * self.scaling.magnitude()
+        cos, sin = angles.cos() * self.scaling.attention_scaling(), angles.sin() * self.scaling.attention_scaling()
         return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
 
 

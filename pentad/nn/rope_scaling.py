@@ -24,24 +24,24 @@ def inverse_frequencies(theta: float, dim: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Unscaled:
+class DefaultRope:
     """RoPE as it was published, and the interface of all scalings."""
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
         """The frequencies of a sequence that was admitted with `length` tokens."""
         return inverse_frequencies(theta, dim)
 
-    def regime(self, length: int) -> int:
+    def scaling_key(self, length: int) -> int:
         """Sequences of lengths with the same regime rotate alike, so that they may share cached keys."""
         return 0
 
-    def magnitude(self) -> float:
+    def attention_scaling(self) -> float:
         """What cosines and sines are multiplied by (published as ``attention_factor``)."""
         return 1.0
 
 
 @dataclass(frozen=True)
-class Linear(Unscaled):
+class Linear(DefaultRope):
     """Position interpolation (arXiv:2306.15595)."""
 
     factor: float
@@ -56,22 +56,22 @@ def _ntk_aware(theta: float, dim: int, stretch: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Dynamic(Unscaled):
+class Dynamic(DefaultRope):
     """Dynamic NTK: the base grows with the length, once that exceeds what the model was trained on."""
 
     factor: float
     max_position_embeddings: int
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
-        stretch = self.factor * self.regime(length) / self.max_position_embeddings - (self.factor - 1)
+        stretch = self.factor * self.scaling_key(length) / self.max_position_embeddings - (self.factor - 1)
         return _ntk_aware(theta, dim, stretch)
 
-    def regime(self, length: int) -> int:
+    def scaling_key(self, length: int) -> int:
         return max(length, self.max_position_embeddings)
 
 
 @dataclass(frozen=True)
-class DynamicSteps(Unscaled):
+class DynamicSteps(DefaultRope):
     """Dynamic NTK with a base that grows in steps, at each doubling of the length that the model was trained on.
 
     As the code of Qwen's first generation has it (https://huggingface.co/Qwen/Qwen-7B/blob/main/modeling_qwen.py,
@@ -84,16 +84,16 @@ class DynamicSteps(Unscaled):
     trained_length: int
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
-        return _ntk_aware(theta, dim, self.regime(length))
+        return _ntk_aware(theta, dim, self.scaling_key(length))
 
-    def regime(self, length: int) -> int:
+    def scaling_key(self, length: int) -> int:
         """What stretches the base: 1 up to the trained length, then 3 up to twice that, 7 up to four times, …"""
         doublings = (-(-length // self.trained_length) - 1).bit_length() if length > self.trained_length else 0
         return (2 << doublings) - 1
 
 
 @dataclass(frozen=True)
-class Llama3(Unscaled):
+class Llama3(DefaultRope):
     """Llama 3.1: long wavelengths are interpolated, short ones kept, those between blended."""
 
     factor: float
@@ -109,7 +109,7 @@ class Llama3(Unscaled):
 
 
 @dataclass(frozen=True)
-class Yarn(Unscaled):
+class Yarn(DefaultRope):
     """YaRN (arXiv:2309.00071), section 3.2 (the ramp) and 3.4 (the attention factor)."""
 
     factor: float
@@ -121,7 +121,7 @@ class Yarn(Unscaled):
     mscale_all_dim: float | None = None
     truncate: bool = True
 
-    def magnitude(self) -> float:
+    def attention_scaling(self) -> float:
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:  # published only as a pair
@@ -147,7 +147,7 @@ class Yarn(Unscaled):
 
 
 @dataclass(frozen=True)
-class LongRope(Unscaled):
+class LongRope(DefaultRope):
     """LongRoPE (arXiv:2402.13753): searched divisors, one set for short and one for long sequences."""
 
     short_factor: tuple[float, ...]
@@ -157,7 +157,7 @@ class LongRope(Unscaled):
     factor: float | None = None
     attention_factor: float | None = None
 
-    def magnitude(self) -> float:
+    def attention_scaling(self) -> float:
         if self.attention_factor is not None:
             return self.attention_factor
         original = self.original_max_position_embeddings
@@ -165,15 +165,15 @@ class LongRope(Unscaled):
         return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
-        divisors = self.long_factor if self.regime(length) else self.short_factor
+        divisors = self.long_factor if self.scaling_key(length) else self.short_factor
         return _divide(inverse_frequencies(theta, dim), divisors)
 
-    def regime(self, length: int) -> int:
+    def scaling_key(self, length: int) -> int:
         return int(length > self.original_max_position_embeddings)
 
 
 @dataclass(frozen=True)
-class Divisors(Unscaled):
+class FrequencyFactors(DefaultRope):
     """A divisor for each frequency, as GGUF files hold any fixed scaling in ``rope_freqs.weight``."""
 
     divisors: tuple[float, ...]
@@ -188,18 +188,18 @@ def _divide(inv: Tensor, divisors: tuple[float, ...]) -> Tensor:
     return inv / torch.tensor(divisors, dtype=torch.float32)
 
 
-SCALINGS: dict[str, type[Unscaled]] = {
-    "default": Unscaled,
+SCALINGS: dict[str, type[DefaultRope]] = {
+    "default": DefaultRope,
     "linear": Linear,
     "dynamic": Dynamic,
     "llama3": Llama3,
     "yarn": Yarn,
     "longrope": LongRope,
-    "divisors": Divisors,
+    "divisors": FrequencyFactors,
 }
 
 
-def scaling(parameters: Mapping[str, Any], source: object = "config") -> Unscaled:
+def scaling(parameters: Mapping[str, Any], source: object = "config") -> DefaultRope:
     """The scaling that a config's ``rope_parameters`` (or older ``rope_scaling``) ask for.
 
     Raises:

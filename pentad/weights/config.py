@@ -11,8 +11,8 @@ from pentad.errors import BadInput
 
 C = TypeVar("C")
 
-LARGEST = 2**27  # no published size comes near; a larger one is a broken file, and would ask for absurd memory
-DEEPEST = 1000  # layers
+MAX_SIZE = 2**27  # no published size comes near; a larger one is a broken file, and would ask for absurd memory
+MAX_LAYERS = 1000  # layers
 
 
 def read_config(cls: type[C], values: Mapping[str, Any], source: object) -> C:
@@ -36,7 +36,7 @@ def read_config(cls: type[C], values: Mapping[str, Any], source: object) -> C:
             missing.append(field.name)
     if missing:
         raise BadInput(f"{source}: the config lacks {', '.join(missing)}")
-    if found.get("num_hidden_layers", 0) > DEEPEST:
+    if found.get("num_hidden_layers", 0) > MAX_LAYERS:
         raise BadInput(f"{source}: num_hidden_layers is {found['num_hidden_layers']}, which is not a possible depth")
     return cls(**found)
 
@@ -49,7 +49,7 @@ def _checked(value: Any, hint: Any, name: str, least: float | None = None) -> An
             return tuple(_checked(item, get_args(kind)[0], name) for item in value)
         if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
             enough = value > 0 if least is None else value >= least
-            if not enough or not value < (LARGEST if kind is int else 1e30):  # also refuses NaN
+            if not enough or not value < (MAX_SIZE if kind is int else 1e30):  # also refuses NaN
                 raise BadInput(f"{name} is {str(value)[:40]}, which is not a possible size")
             if kind is float or int(value) == value:
                 return kind(value)

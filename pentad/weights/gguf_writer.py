@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from pentad.errors import PentadError
 from pentad.weights.atomic import NewFile, write_files
-from pentad.weights.writing import Outgoing, pieces, split
+from pentad.weights.writing import PendingTensor, pieces, split
 
 if TYPE_CHECKING:
     from pentad.weights.cache import Progress
@@ -54,7 +54,7 @@ _PLAIN = {
 def write_gguf(
     path: Path,
     metadata: Mapping[str, Any],
-    tensors: Sequence[Outgoing],
+    tensors: Sequence[PendingTensor],
     *,
     shard_bytes: int | None = None,
     progress: Progress | None = None,
@@ -103,7 +103,7 @@ def write_gguf(
     return write_files(files, progress)
 
 
-def _file(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Outgoing], alignment: int) -> NewFile:
+def _file(path: Path, metadata: Mapping[str, Any], tensors: Sequence[PendingTensor], alignment: int) -> NewFile:
     start = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
     for key, value in metadata.items():
         start += _string(key) + _value(key, value)
@@ -119,7 +119,7 @@ def _file(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Outgoing], 
     return NewFile(path, len(start) + at, _pieces(bytes(start), tensors, alignment))
 
 
-def _pieces(start: bytes, tensors: Sequence[Outgoing], alignment: int) -> Iterator[bytes | memoryview]:
+def _pieces(start: bytes, tensors: Sequence[PendingTensor], alignment: int) -> Iterator[bytes | memoryview]:
     yield start
     for tensor in tensors:
         yield from pieces(tensor)
@@ -130,7 +130,7 @@ def _padding(nbytes: int, alignment: int) -> int:
     return -nbytes % alignment
 
 
-def _type(tensor: Outgoing) -> int:
+def _type(tensor: PendingTensor) -> int:
     """The number of a tensor's type, ggml_type of ggml.h."""
     if isinstance(tensor.kind, torch.dtype):
         if tensor.kind not in _PLAIN:

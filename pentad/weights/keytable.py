@@ -37,7 +37,7 @@ class Operation(Protocol):
 
 
 @dataclass(frozen=True)
-class Same:
+class Identity:
     """The tensor as it is: used in place, where it lies in the file."""
 
     def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
@@ -50,7 +50,7 @@ class Same:
 
 
 @dataclass(frozen=True)
-class HalfSplit:
+class UnpermuteRope:
     """Rows of a projection to `heads` heads, stored for interleaved RoPE, put in half-split order.
 
     Within a head the file has the pairs (0, 1), (2, 3), … side by side; here a pair is (i, i + D/2). Rows of quantized
@@ -73,7 +73,7 @@ class HalfSplit:
 
 
 @dataclass(frozen=True)
-class Joined:
+class Concat:
     """Several projections of one input, stored as one tensor: their rows one after the other.
 
     Args:
@@ -187,7 +187,7 @@ class Rule:
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
-    operation: Operation = Same()
+    operation: Operation = Identity()
     bare: bool = False
 
 

@@ -137,7 +137,7 @@ class QuantizedTensor:
         order = every.index_select(0, index.reshape(-1))
         return replace(self, order=order, shape=(*index.shape, self.shape[-1]))
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Let go of the memory that the blocks of a mapped file take; they are read again when they are wanted again.
 
         For whoever has made something else of them.

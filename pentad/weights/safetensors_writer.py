@@ -15,7 +15,7 @@ import torch
 from pentad.weights.atomic import NewFile, write_files
 from pentad.weights.safetensors import DTYPES
 from pentad.weights.shards import INDEX
-from pentad.weights.writing import Outgoing, pieces, split
+from pentad.weights.writing import PendingTensor, pieces, split
 
 if TYPE_CHECKING:
     from pentad.weights.cache import Progress
@@ -26,7 +26,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(
-    folder: Path, stem: str, tensors: Sequence[Outgoing], *, shard_bytes: int, progress: Progress | None = None
+    folder: Path, stem: str, tensors: Sequence[PendingTensor], *, shard_bytes: int, progress: Progress | None = None
 ) -> list[Path]:
     """Write `stem`.safetensors or, where that would be more than `shard_bytes`, shards and their index.
 
@@ -65,7 +65,7 @@ def write_safetensors(
     return write_files(files, progress)
 
 
-def _file(path: Path, tensors: Sequence[Outgoing]) -> NewFile:
+def _file(path: Path, tensors: Sequence[PendingTensor]) -> NewFile:
     # The widest numbers first, as the library has them: so all are aligned.
     ordered = sorted(tensors, key=lambda tensor: -_itemsize(tensor))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -83,13 +83,13 @@ def _file(path: Path, tensors: Sequence[Outgoing]) -> NewFile:
     return NewFile(path, len(start_of_file) + end, _pieces(start_of_file, ordered))
 
 
-def _itemsize(tensor: Outgoing) -> int:
+def _itemsize(tensor: PendingTensor) -> int:
     if not isinstance(tensor.kind, torch.dtype) or tensor.kind not in _NAMES:
         raise ValueError(f"tensor {tensor.name!r}: safetensors has no {tensor.kind}")
     return tensor.kind.itemsize
 
 
-def _pieces(start: bytes, tensors: Sequence[Outgoing]) -> Iterator[bytes | memoryview]:
+def _pieces(start: bytes, tensors: Sequence[PendingTensor]) -> Iterator[bytes | memoryview]:
     yield start
     for tensor in tensors:
         yield from pieces(tensor)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pentad.errors import BadInput
 from pentad.weights.quantized import BLOCKS, QuantizedTensor
 
-__all__ = ["QUANTIZED", "Outgoing", "pieces", "split"]
+__all__ = ["QUANTIZED", "PendingTensor", "pieces", "split"]
 
 QUANTIZED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 """The types, of those in BLOCKS, that numbers can be quantized to."""
@@ -22,7 +22,7 @@ _SLAB = 1 << 20  # numbers at a time; as float32 4 MiB. A multiple of every bloc
 
 
 @dataclass(frozen=True)
-class Outgoing:
+class PendingTensor:
     """One tensor of a file that is being written.
 
     `shape` is in torch's order. `kind` is what the file is to have: a dtype, or (GGUF only) a key of BLOCKS. `make` is
@@ -47,9 +47,9 @@ class Outgoing:
         return math.prod(self.shape) // size * nbytes
 
 
-def split(tensors: Sequence[Outgoing], shard_bytes: int | None) -> list[list[Outgoing]]:
+def split(tensors: Sequence[PendingTensor], shard_bytes: int | None) -> list[list[PendingTensor]]:
     """Tensors by file, in their order: each file takes those that fit into `shard_bytes`, and at least one."""
-    shards: list[list[Outgoing]] = [[]]
+    shards: list[list[PendingTensor]] = [[]]
     left = shard_bytes
     for tensor in tensors:
         if left is not None and shard_bytes is not None:
@@ -61,7 +61,7 @@ def split(tensors: Sequence[Outgoing], shard_bytes: int | None) -> list[list[Out
     return shards
 
 
-def pieces(tensor: Outgoing) -> Iterator[memoryview]:
+def pieces(tensor: PendingTensor) -> Iterator[memoryview]:
     """A tensor's bytes as the file has them, little endian: buffers of a few MiB, made as they are taken.
 
     Blocks that are of the wanted type already are passed on bit for bit.

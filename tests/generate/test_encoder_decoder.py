@@ -13,11 +13,10 @@ from typer.testing import CliRunner
 import pentad
 from pentad.cli import app
 from pentad.errors import BadInput
-from pentad.generate import EncoderDecoderModel
-from pentad.generate import source as source_module
+from pentad.generate import EncoderDecoderModel, encoder_decoder_step
+from pentad.generate.encoder_decoder_step import EncoderDecoderEngine, EncoderDecoderStep
 from pentad.generate.engine import Request
 from pentad.generate.sampling import Sampling
-from pentad.generate.source import EncoderDecoderEngine, EncoderDecoderStep
 from pentad.nn.encoder_decoder import EncoderDecoder
 from tests.helpers.plain import read_pages
 from tests.helpers.tiny import assert_equal_logits, edit_json, network_of, random_ids
@@ -143,7 +142,7 @@ def test_many_sources_are_encoded_in_parts(network: EncoderDecoder, monkeypatch:
     monkeypatch.setattr(EncoderDecoder, "encode", noting)
     expected = texts(EncoderDecoderStep(network), *map(request, SOURCES))
     assert parts.pop() == (20, 61, 3, 20)
-    monkeypatch.setattr(source_module, "ENCODED_TOGETHER", 25)
+    monkeypatch.setattr(encoder_decoder_step, "ENCODED_TOGETHER", 25)
     assert texts(EncoderDecoderStep(network), *map(request, SOURCES)) == expected
     assert parts == [(20,), (61,), (3, 20)]
 

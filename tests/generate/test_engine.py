@@ -127,7 +127,7 @@ def test_long_prompts_run_in_chunks_beside_those_that_decode(
 def test_no_more_than_a_batch_is_decoded_together(
     network: nn.Module, step: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pentad.generate.engine, "LARGEST_BATCH", 3)
+    monkeypatch.setattr(pentad.generate.engine, "MAX_NUM_SEQS", 3)
     requests = [request(random_ids(5, seed=i), max_tokens=4) for i in range(8)]
     finish(Engine(step), *requests)
     assert max(len(ran) for ran in step.ran) == 3

@@ -33,15 +33,15 @@ def test_a_hook_is_named_and_weights_are_dequantized_once(
     file, ids = write(tmp_path), random_ids(20)
     caplog.set_level(logging.INFO, "pentad")
     model = pentad.load(file)
-    assert model.step.how.startswith("by the kernels (")
-    assert caplog.messages == [f"{file} runs {model.step.how}"]
+    assert model.step.backend.startswith("by the kernels (")
+    assert caplog.messages == [f"{file} runs {model.step.backend}"]
     calls = []
     model.network.layers[0].attention.register_forward_hook(lambda *_: calls.append(1))
     assert_equal_logits(model.logits(ids), logits_of(network_of(file, keep_quantized=False), ids))
     assert calls
     numbers = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96 + 96 * 64)
     how = f"as plain torch: a part has a hook (its quantized weights are now {numbers / 1e6:.0f} MB of numbers)"
-    assert model.step.how == how
+    assert model.step.backend == how
     assert caplog.messages[1:] == [f"the network has changed: it runs {how}"]
     dequantized = []
     once = QuantizedTensor.dequantize
@@ -59,7 +59,7 @@ def test_numbers_that_memory_has_no_room_for_are_made_anew(tmp_path: Path, monke
     model = pentad.load(file)
     model.network.layers[0].attention.register_forward_hook(lambda *_: None)
     assert_equal_logits(model.logits(ids), logits_of(network_of(file, keep_quantized=False), ids))
-    assert "become numbers anew in each step, as they would take 0 MB" in model.step.how
+    assert "become numbers anew in each step, as they would take 0 MB" in model.step.backend
     assert model.network.layers[0].feedforward.up_proj._numbers is None
 
 
@@ -71,7 +71,7 @@ def test_numbers_that_memory_has_no_room_for_are_made_anew(tmp_path: Path, monke
     ],
 )
 def test_what_was_asked_for_is_the_reason(tmp_path: Path, options: dict[str, str], why: str) -> None:
-    assert pentad.load(write(tmp_path), **options).step.how == f"as plain torch: {why}"
+    assert pentad.load(write(tmp_path), **options).step.backend == f"as plain torch: {why}"
 
 
 @needs_kernels
@@ -80,7 +80,7 @@ def test_weights_that_are_not_quantized(tmp_path: Path, dtype: torch.dtype) -> N
     """Read where they lie, in the file's dtype."""
     tiny_checkpoint(tmp_path / "folder", dtype=dtype)
     model = pentad.load(tmp_path / "folder")
-    assert model.step.how.startswith("by the kernels (")
+    assert model.step.backend.startswith("by the kernels (")
     assert model.network.dtype == dtype
     assert model.step.cache.keys[0].dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
 
@@ -97,8 +97,8 @@ def test_without_kernels_the_reason_says_so(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("pentad.kernels.isas", dict)
     monkeypatch.setattr("pentad.kernels.reason", lambda: "nobody built them")
     model = pentad.load(write(tmp_path))
-    assert model.step.how == "as plain torch: there are no kernels: nobody built them"
-    assert step_for(model.network).how == model.step.how
+    assert model.step.backend == "as plain torch: there are no kernels: nobody built them"
+    assert step_for(model.network).backend == model.step.backend
 
 
 def test_only_matrices_stay_in_blocks(tmp_path: Path) -> None:

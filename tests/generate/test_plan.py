@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import pentad
 from pentad.convert import convert
 from pentad.errors import BadInput
-from pentad.generate.engine import RENEWED_EVERY, Engine, Request
+from pentad.generate.engine import REFRESH_INTERVAL, Engine, Request
+from pentad.generate.guards import UnsupportedByKernels
 from pentad.generate.plan_step import PlanStep, step_for
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep, Step
-from pentad.generate.watch import NotDerivable
 from pentad.kernels import Program
 from pentad.loading import load_network
 from pentad.models import FAMILIES as FAMILIES_OF_THE_HOUSE
@@ -124,7 +124,7 @@ def test_equals_plain_torch(network: nn.Module, isa: str) -> None:
     ids = random_ids(90)
     plan = PlanStep(network, isa=isa)
     assert_equal_logits(runs_of(plan, ids), runs_of(PlainStep(network), ids))
-    assert plan.renewed() is plan
+    assert plan.refresh() is plan
 
 
 def test_cut_as_you_like_it_is_the_same_bits(network: nn.Module) -> None:
@@ -239,7 +239,7 @@ def double(network: nn.Module) -> None:
 @pytest.mark.parametrize("change", [hook, pre_hook, adapter, subclass, forward, new_attribute, double])
 def test_what_is_not_known_has_no_plan(llama: nn.Module, change: Callable[[nn.Module], None]) -> None:
     change(llama)
-    with pytest.raises(NotDerivable):
+    with pytest.raises(UnsupportedByKernels):
         PlanStep(llama)
     assert type(step_for(llama)) is PlainStep
 
@@ -248,7 +248,7 @@ def test_what_is_not_known_has_no_plan(llama: nn.Module, change: Callable[[nn.Mo
 def test_what_is_changed_later_runs_as_plain_torch(llama: nn.Module, change: Callable[[nn.Module], None]) -> None:
     """In the middle of a text, where it is looked for now and then: what was cached is run again."""
     engine = Engine(PlanStep(llama))
-    most = RENEWED_EVERY + 4
+    most = REFRESH_INTERVAL + 4
     request = Request(random_ids(30), Sampling(temperature=0), torch.Generator(), max_tokens=most)
     engine.submit(request)
     for _ in range(5):
@@ -260,7 +260,7 @@ def test_what_is_changed_later_runs_as_plain_torch(llama: nn.Module, change: Cal
     assert len(request.generated) == most
     ids = [*request.prompt, *request.generated]
     likeliest = runs_of(PlainStep(llama), ids)[29:-1].argmax(1).tolist()
-    assert likeliest[RENEWED_EVERY:] == request.generated[RENEWED_EVERY:]
+    assert likeliest[REFRESH_INTERVAL:] == request.generated[REFRESH_INTERVAL:]
 
 
 @pytest.mark.parametrize("change", [hook, forward])
@@ -296,7 +296,7 @@ def test_what_is_replaced_is_not_read_any_more(llama: nn.Module, change: Callabl
     ids, plan = random_ids(30), PlanStep(llama)
     before = runs_of(plan, ids)
     change(llama)
-    again = plan.renewed()
+    again = plan.refresh()
     assert type(again) is PlanStep
     assert again is not plan
     assert_equal_logits(runs_of(again, ids), runs_of(PlainStep(llama), ids))
@@ -333,7 +333,7 @@ def test_mixtures_that_are_not_known(tmp_path: Path) -> None:
     for name, value in {"route": expert_choice, "group_size": 8, "training": True}.items():
         before = getattr(mixture, name)
         setattr(mixture, name, value)
-        with pytest.raises(NotDerivable, match="mixture"):
+        with pytest.raises(UnsupportedByKernels, match="mixture"):
             PlanStep(network)
         setattr(mixture, name, before)
     assert type(step_for(network)) is PlanStep
@@ -354,7 +354,7 @@ def test_replaced_blocks(quantized: nn.Module) -> None:
     plan, ids = PlanStep(network), random_ids(20)
     bias = network.head.bias
     network.head = QuantizedLinear(network.head.weight.rows(8, 40), bias if bias is None else bias[8:40])
-    again = plan.renewed()
+    again = plan.refresh()
     assert again is not plan
     assert torch.equal(runs_of(again, ids), runs_of(plan, ids)[:, 8:40])
 

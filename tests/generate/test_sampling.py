@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pentad.errors import BadInput
-from pentad.generate.sampling import Sampling, candidates, likeliest, penalize, sample
+from pentad.generate.sampling import Sampling, argmax, candidates, penalize, sample
 
 V = 50
 OFF = Sampling(temperature=1.0, top_p=1.0)
@@ -59,7 +59,7 @@ def peer_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
 @pytest.mark.parametrize("size", [V, 3000])
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_filters_are_transformers(options: dict[str, Any], size: int) -> None:
-    sampling = OFF.but(**options)
+    sampling = OFF.replace(**options)
     for seed in range(4):
         logits_V = random_logits(seed, size)
         probabilities_C, ids_C = candidates(logits_V, sampling)
@@ -77,8 +77,8 @@ def test_filters_are_transformers(options: dict[str, Any], size: int) -> None:
 def test_the_nucleus_of_a_flat_distribution_is_wide(flat: bool) -> None:
     """More tokens than are looked at before all of them are sorted."""
     logits_V = torch.zeros(5000) if flat else random_logits(0, 5000) / 30
-    probabilities_C, ids_C = candidates(logits_V, OFF.but(top_p=0.9))
-    theirs = peer_probabilities(logits_V, OFF.but(top_p=0.9))
+    probabilities_C, ids_C = candidates(logits_V, OFF.replace(top_p=0.9))
+    theirs = peer_probabilities(logits_V, OFF.replace(top_p=0.9))
     assert abs(len(ids_C) - int((theirs > 0).sum())) <= 1
     assert len(ids_C) == pytest.approx(4500, abs=150)
     assert float(probabilities_C.sum()) == pytest.approx(1)
@@ -89,7 +89,7 @@ def test_repetition_penalty_is_transformers(penalty: float) -> None:
     for seed in range(4):
         logits_V = random_logits(seed)
         prompt, generated = [3, 4, 4, 9], [9, 20, 21, 21, 21]
-        ours = penalize(logits_V, OFF.but(repetition_penalty=penalty), prompt, generated)
+        ours = penalize(logits_V, OFF.replace(repetition_penalty=penalty), prompt, generated)
         ids = torch.tensor([prompt + generated])
         theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits_V[None].clone())[0]
         torch.testing.assert_close(ours, theirs)
@@ -98,7 +98,7 @@ def test_repetition_penalty_is_transformers(penalty: float) -> None:
 
 def test_presence_and_frequency_are_subtracted_from_what_was_generated() -> None:
     logits_V = random_logits(0)
-    sampling = OFF.but(presence_penalty=0.5, frequency_penalty=0.25)
+    sampling = OFF.replace(presence_penalty=0.5, frequency_penalty=0.25)
     ours = penalize(logits_V, sampling, [1, 2, 3], [5, 5, 5, 7])
     expected = logits_V.clone()
     expected[5] -= 0.5 + 3 * 0.25
@@ -111,12 +111,12 @@ def test_a_penalty_changes_the_greedy_token() -> None:
     logits_V = torch.tensor([1.0, 3.0, 2.9])
     greedy, generator = Sampling(temperature=0), torch.Generator()
     assert sample(logits_V, greedy, generator, [0], [1]) == 1
-    assert sample(logits_V, greedy.but(repetition_penalty=1.2), generator, [0], [1]) == 2
-    assert sample(logits_V, greedy.but(repetition_penalty=1.2), generator, [1], []) == 2
-    assert sample(logits_V, greedy.but(presence_penalty=0.2), generator, [0], [1]) == 2
-    assert sample(logits_V, greedy.but(presence_penalty=0.2), generator, [1], []) == 1
-    assert sample(logits_V, greedy.but(frequency_penalty=0.04), generator, [], [1] * 2) == 1
-    assert sample(logits_V, greedy.but(frequency_penalty=0.04), generator, [], [1] * 3) == 2
+    assert sample(logits_V, greedy.replace(repetition_penalty=1.2), generator, [0], [1]) == 2
+    assert sample(logits_V, greedy.replace(repetition_penalty=1.2), generator, [1], []) == 2
+    assert sample(logits_V, greedy.replace(presence_penalty=0.2), generator, [0], [1]) == 2
+    assert sample(logits_V, greedy.replace(presence_penalty=0.2), generator, [1], []) == 1
+    assert sample(logits_V, greedy.replace(frequency_penalty=0.04), generator, [], [1] * 2) == 1
+    assert sample(logits_V, greedy.replace(frequency_penalty=0.04), generator, [], [1] * 3) == 2
 
 
 def test_greedy_is_the_likeliest_and_draws_nothing() -> None:
@@ -132,14 +132,14 @@ def test_greedy_is_the_likeliest_and_draws_nothing() -> None:
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     for seed in range(5):
         logits_V = random_logits(seed)
-        token = sample(logits_V, OFF.but(temperature=temperature), torch.Generator())
+        token = sample(logits_V, OFF.replace(temperature=temperature), torch.Generator())
         assert token == int(logits_V.argmax())
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "min_p": 0.01}], ids=str)
 def test_tokens_are_drawn_as_often_as_they_are_probable(options: dict[str, Any]) -> None:
     """Chi-square, at one in a thousand; tokens expected fewer than five times are one class."""
-    logits_V, sampling, draws = random_logits(1), OFF.but(**options), 4000
+    logits_V, sampling, draws = random_logits(1), OFF.replace(**options), 4000
     generator = torch.Generator().manual_seed(7)
     drawn = torch.tensor([sample(logits_V, sampling, generator) for _ in range(draws)])
     counts = drawn.bincount(minlength=V).double()
@@ -167,9 +167,9 @@ def test_the_same_seed_draws_the_same() -> None:
         ({}, Sampling()),
         ({"do_sample": False, "temperature": 0.6}, Sampling(temperature=0)),
         ({"do_sample": True}, OFF),
-        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, OFF.but(temperature=0.6, top_p=0.9)),
-        ({"temperature": 0.6}, OFF.but(temperature=0.6)),
-        ({"top_k": 20}, OFF.but(top_k=20)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, OFF.replace(temperature=0.6, top_p=0.9)),
+        ({"temperature": 0.6}, OFF.replace(temperature=0.6)),
+        ({"top_k": 20}, OFF.replace(top_k=20)),
         ({"repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1)),
         ({"eos_token_id": 2, "temperature": None}, Sampling()),
     ],
@@ -196,7 +196,7 @@ def test_what_a_checkpoint_recommends(generation: dict[str, Any], expected: Samp
 )
 def test_out_of_range(name: str, value: float) -> None:
     with pytest.raises(BadInput, match=f"{name} is {value}; it takes"):
-        OFF.but(**{name: value})
+        OFF.replace(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_recommendation_that_is_no_number(name: str, value: object) -> None:
 
 def test_the_likeliest_token_is_one_that_is_no_number() -> None:
     logits_V = torch.tensor([1.0, 3.0, 2.0])
-    assert likeliest(logits_V) == (1, 3.0)
-    token, logit = likeliest(torch.tensor([1.0, 3.0, math.nan]))
+    assert argmax(logits_V) == (1, 3.0)
+    token, logit = argmax(torch.tensor([1.0, 3.0, math.nan]))
     assert token == 2
     assert math.isnan(logit)

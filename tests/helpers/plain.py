@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from pentad.nn.attention import Bias
-from pentad.nn.batch import Pages, Rows
+from pentad.nn.batch import PagedKV, SequenceLayout
 
 
 def plain_attention(
     q_NHD: Tensor,
     k: Tensor,
     v: Tensor,
-    queries: Rows,
-    keys: Rows | Pages,
+    queries: SequenceLayout,
+    keys: SequenceLayout | PagedKV,
     *,
     causal: bool = False,
     window: int | None = None,
@@ -26,7 +26,7 @@ def plain_attention(
     heads, dim = q_NHD.shape[1:]
     out = []
     for b, (start, stop) in enumerate(pairwise(queries.starts)):
-        if isinstance(keys, Pages):
+        if isinstance(keys, PagedKV):
             k_KGD, v_KGD = read_pages(k, keys, b), read_pages(v, keys, b)
         else:
             k_KGD, v_KGD = (x[keys.starts[b] : keys.starts[b + 1]] for x in (k, v))
@@ -48,7 +48,7 @@ def plain_attention(
     return torch.cat(out).to(q_NHD.dtype)
 
 
-def read_pages(pool: Tensor, pages: Pages, sequence: int) -> Tensor:
+def read_pages(pool: Tensor, pages: PagedKV, sequence: int) -> Tensor:
     """The rows of one sequence in a layer's pool, found one by one by its table."""
     size, table = pages.page_size, pages.tables[sequence]
     return pool[[table[i // size] * size + i % size for i in range(pages.lengths[sequence])]]

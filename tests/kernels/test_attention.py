@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pentad.kernels import CachePools, Tokens, pool_dim
-from pentad.nn.batch import Rows
+from pentad.nn.batch import SequenceLayout
 from tests.helpers.plain import plain_attention
 from tests.helpers.programs import attended, every_isa, needs_kernels
 
@@ -57,7 +57,7 @@ def exact(shape: tuple[int, int, int], x: Tensor, window: int | None = None) -> 
     """[N, heads, head_dim] of one whole sequence."""
     heads, kv_heads, dim = shape
     q, k, v = x.view(len(x), -1, dim).double().split([heads, kv_heads, kv_heads], 1)
-    rows = Rows.of([len(x)])
+    rows = SequenceLayout.of([len(x)])
     return plain_attention(q, k, v, rows, rows, causal=True, window=window)
 
 
@@ -144,5 +144,5 @@ def test_rotation(isa: str) -> None:
     def rotated(z: Tensor) -> Tensor:
         return z * cos + torch.cat((-z[..., dim // 2 :], z[..., : dim // 2]), -1) * sin
 
-    rows = Rows.of([20])
+    rows = SequenceLayout.of([20])
     assert (y - plain_attention(rotated(q), rotated(k), v, rows, rows, causal=True)).abs().max() <= 1e-5

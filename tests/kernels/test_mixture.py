@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pentad.kernels import CachePools, Norm, Program, Tokens, Weight
 from pentad.kernels.program import GATES, LOGITS, NORMED, PAIRED, RESIDUAL, SCORES
-from pentad.nn.batch import Rows
+from pentad.nn.batch import SequenceLayout
 from pentad.nn.moe.dispatch import EvenCapacity, within_capacity
 from pentad.nn.moe.routers import mixtral_top_k, softmax_top_k
 from pentad.weights.quantized import QuantizedTensor
@@ -70,7 +70,9 @@ class Mixture:
         y = torch.rms_norm(x, (WIDTH,), eps=0.0)
         routing = self.route(y @ self.router.T, self.top_k)
         if self.capacity is not None:
-            routing = within_capacity(routing, EXPERTS, Rows.of([len(rows) for rows in sequences]), self.capacity)
+            routing = within_capacity(
+                routing, EXPERTS, SequenceLayout.of([len(rows) for rows in sequences]), self.capacity
+            )
         out, y = x.double(), y.double()
         for row, (experts, weights, kept) in enumerate(
             zip(routing.experts, routing.weights, routing.kept, strict=True)

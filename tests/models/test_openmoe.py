@@ -20,7 +20,8 @@ from pentad.convert import convert
 from pentad.errors import BadInput, PentadError
 from pentad.generate.plan_step import step_for
 from pentad.generate.step import PlainStep
-from pentad.models import family_of, openmoe
+from pentad.models import family_of
+from pentad.models.language import openmoe
 from pentad.nn.batch import Batch
 from pentad.nn.moe.losses import mixtral_balance_loss
 from pentad.nn.rope import AheadRope, Rope
@@ -224,7 +225,7 @@ def test_queries_rotated_in_another_way_run_as_plain_torch(tmp_path: Path) -> No
     assert type(step_for(network)) is not PlainStep
     for rope in (Rope(8), AheadRope(Rope(12, 5.0), 1)):
         network.layers[1].attention.query_rope = rope
-        assert step_for(network).how == "as plain torch: queries are rotated in a way of their own"
+        assert step_for(network).backend == "as plain torch: queries are rotated in a way of their own"
 
 
 # --- what a bounded capacity changes --------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import pentad.weights
-from pentad.models import phi
+from pentad.models.language import phi
 from pentad.nn.linear import QuantizedLinear, RowwiseInt8Linear
 from pentad.weights.checkpoint import Checkpoint
 from tests.helpers.gguf_file import stored, write_file

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pentad.weights
 from pentad.generate.step import PlainStep
-from pentad.models import qwen
+from pentad.models.language import qwen
 from pentad.weights.checkpoint import Checkpoint
 from tests.helpers.gguf_file import stored, write_file
 from tests.helpers.gguf_llama import NAMES

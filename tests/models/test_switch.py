@@ -20,10 +20,10 @@ from transformers import (
 import pentad.weights
 from pentad.convert import convert
 from pentad.errors import BadInput
-from pentad.generate.source import EncoderDecoderStep
+from pentad.generate.encoder_decoder_step import EncoderDecoderStep
 from pentad.loading import load_network
-from pentad.models.switch_transformers import sparse_layers
-from pentad.nn.batch import Batch, Rows, SourceRows
+from pentad.models.language.switch_transformers import sparse_layers
+from pentad.nn.batch import Batch, EncodedSource, SequenceLayout
 from pentad.nn.moe.layer import MixtureOfExperts
 from pentad.nn.moe.losses import mixtral_balance_loss, router_z_loss
 from pentad.nn.moe.routers import Routing
@@ -72,7 +72,7 @@ def run(network: nn.Module, *pairs: tuple[list[int], list[int]]) -> tuple[Tensor
     """The encoder's output, the decoder's logits, and what the routers of both decided, without a cache."""
     sources, texts = zip(*pairs, strict=True)
     read_MD, read = network.encode(Batch.of(*sources))
-    source = SourceRows(read_MD, Rows.of([len(ids) for ids in sources]))
+    source = EncodedSource(read_MD, SequenceLayout.of([len(ids) for ids in sources]))
     hidden_ND, wrote = network(replace(Batch.of(*texts), source=source))
     return read_MD, network.head(hidden_ND).float(), routings(read), routings(wrote)
 

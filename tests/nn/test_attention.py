@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pentad.nn.attention
 from pentad.nn.attention import Attention, attention
-from pentad.nn.batch import Batch, Pages, Rows
+from pentad.nn.batch import Batch, PagedKV, SequenceLayout
 from pentad.nn.cache import PagedCache
 from pentad.nn.rope import Rope
 from tests.helpers.plain import plain_attention, read_pages
@@ -34,7 +34,7 @@ def random_rows(lengths: list[int], heads: int, seed: int) -> Tensor:
 def check(queries: list[int], keys: list[int], heads: int, groups: int, **options: Any) -> tuple[Tensor, Tensor]:
     q = random_rows(queries, heads, 1)
     k, v = random_rows(keys, groups, 2), random_rows(keys, groups, 3)
-    arguments = (q, k, v, Rows.of(queries), Rows.of(keys))
+    arguments = (q, k, v, SequenceLayout.of(queries), SequenceLayout.of(keys))
     ours, plain = attention(*arguments, **options), plain_attention(*arguments, **options)
     assert ours.shape == q.shape
     assert ours.dtype == q.dtype
@@ -90,7 +90,7 @@ def test_a_window_is_its_number_of_keys_the_querys_own_included(chunk: int) -> N
     (``kv > q - window``); Mistral's one_file_ref.py has one more in prefill, its cache has not."""
     seen = torch.eye(8)[:, None]  # each key's value is the unit vector of its position
     for start in range(0, 8, chunk):
-        queries, keys = Rows.of([chunk]), Rows.of([start + chunk])
+        queries, keys = SequenceLayout.of([chunk]), SequenceLayout.of([start + chunk])
         q, k, v = torch.zeros(chunk, 1, 8), torch.zeros(start + chunk, 1, 8), seen[: start + chunk]
         y = attention(q, k, v, queries, keys, causal=True, window=3)
         for i, weights in enumerate(y[:, 0], start):
@@ -121,7 +121,7 @@ def test_no_mask_of_a_whole_sequence_is_made(bias: Any, window: int | None, past
     """Nor its scores, as there would be where SDPA takes its slow road."""
     length, heads = 4096, 2
     q, k, v = (torch.randn(n, h, D) for n, h in ((length - past, heads), (length, 1), (length, 1)))
-    queries, keys = Rows.of([len(q)]), Rows.of([length])
+    queries, keys = SequenceLayout.of([len(q)]), SequenceLayout.of([length])
     with Largest() as largest:
         attention(q, k, v, queries, keys, causal=True, window=window, bias=bias)
     block = pentad.nn.attention.QUERY_BLOCK
@@ -134,7 +134,7 @@ def test_no_mask_of_a_whole_sequence_is_made(bias: Any, window: int | None, past
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_kept(dtype: torch.dtype) -> None:
     q, k, v = (random_rows([9, 4], heads, heads).to(dtype) for heads in (4, 2, 2))
-    arguments = (q, k, v, Rows.of([9, 4]), Rows.of([9, 4]))
+    arguments = (q, k, v, SequenceLayout.of([9, 4]), SequenceLayout.of([9, 4]))
     for options in ({"causal": True}, {"causal": True, "window": 3}, {"causal": True, "bias": slope}):
         ours = attention(*arguments, **options)
         assert ours.dtype == dtype
@@ -142,7 +142,7 @@ def test_half_precision_is_kept(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, plain, rtol=0.03, atol=0.03)
 
 
-def scattered(lengths: list[int], page_size: int, groups: int) -> tuple[Tensor, Tensor, Pages]:
+def scattered(lengths: list[int], page_size: int, groups: int) -> tuple[Tensor, Tensor, PagedKV]:
     """Keys and values whose pages lie in any order, among NaN where nobody may look."""
     counts = [-(-length // page_size) for length in lengths]
     order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(0)).tolist()
@@ -154,7 +154,7 @@ def scattered(lengths: list[int], page_size: int, groups: int) -> tuple[Tensor, 
             slot = tables[-1][i // page_size] * page_size + i % page_size
             pools[:, slot] = torch.randn(2, groups, D)
     slots = torch.zeros(0, dtype=torch.int64)
-    return pools[0], pools[1], Pages([], [], page_size, tuple(tables), tuple(lengths), slots)
+    return pools[0], pools[1], PagedKV([], [], page_size, tuple(tables), tuple(lengths), slots)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16])
@@ -164,17 +164,17 @@ def test_pages_are_rows(lengths: str, options: str, page_size: int) -> None:
     queries, keys = LENGTHS[lengths]
     k, v, pages = scattered(keys, page_size, groups=2)
     q = random_rows(queries, 4, 1)
-    ours = attention(q, k, v, Rows.of(queries), pages, **OPTIONS[options])
+    ours = attention(q, k, v, SequenceLayout.of(queries), pages, **OPTIONS[options])
     k_rows, v_rows = (torch.cat([read_pages(pool, pages, b) for b in range(len(keys))]) for pool in (k, v))
-    rows = attention(q, k_rows, v_rows, Rows.of(queries), Rows.of(keys), **OPTIONS[options])
-    plain = plain_attention(q, k, v, Rows.of(queries), pages, **OPTIONS[options])
+    rows = attention(q, k_rows, v_rows, SequenceLayout.of(queries), SequenceLayout.of(keys), **OPTIONS[options])
+    plain = plain_attention(q, k, v, SequenceLayout.of(queries), pages, **OPTIONS[options])
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rows, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_neighboring_pages_are_a_span() -> None:
     slots = torch.zeros(0, dtype=torch.int64)
-    pages = Pages([], [], 4, ((2, 3, 4), (4, 3), (5,)), (10, 7, 1), slots)
+    pages = PagedKV([], [], 4, ((2, 3, 4), (4, 3), (5,)), (10, 7, 1), slots)
     first, second, third = pages.spans
     assert first == (8, 10)
     assert isinstance(second, Tensor)
@@ -190,7 +190,7 @@ def test_gradients_flow_to_queries_keys_and_values(window: int | None, monkeypat
     tensors = [random_rows([3, 2], heads, heads)[..., :2].double() for heads in (2, 1, 1)]
     for tensor in tensors:
         tensor.requires_grad_()
-    rows = Rows.of([3, 2])
+    rows = SequenceLayout.of([3, 2])
     assert torch.autograd.gradcheck(
         lambda q, k, v: attention(q, k, v, rows, rows, causal=True, window=window), tensors, fast_mode=True
     )

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from pentad.errors import PentadError
-from pentad.nn.batch import Pages
+from pentad.nn.batch import PagedKV
 from pentad.nn.cache import CachedSequence, PagedCache
 from tests.helpers.plain import read_pages
 
@@ -36,7 +36,7 @@ class Kept:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Tokens are numbers of their own, written into both layers by `Pages.write`."""
+    """Tokens are numbers of their own, written into both layers by `PagedKV.write`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ def test_the_copied_page_is_the_one_that_is_written() -> None:
     assert new[:, 0, 0].tolist() == old[:, 0, 0].tolist() == [4, 5]
 
 
-def write_positions(c: PagedCache, work: list[tuple[CachedSequence, int]]) -> Pages:
+def write_positions(c: PagedCache, work: list[tuple[CachedSequence, int]]) -> PagedKV:
     """A step of some tokens of each sequence, whose keys are their positions."""
     batch = c.batch([(sequence, [0] * count) for sequence, count in work])
     assert batch.pages is not None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
-from pentad.nn.batch import Batch, Rows
+from pentad.nn.batch import Batch, SequenceLayout
 from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
 from pentad.nn.feedforward import GatedSwiGLU, GeluMLP, SwiGLU
 from pentad.nn.moe.experts import GatedSwiGLUExperts
@@ -208,10 +208,10 @@ def test_frequencies_of_dynamic_ntk_in_steps() -> None:
     steps = DynamicSteps(32)
     for n in range(1, 140):
         alpha = max(1, 2 ** math.ceil(math.log2(n / 32) + 1) - 1)
-        assert steps.regime(n) == alpha
+        assert steps.scaling_key(n) == alpha
         expected = inverse_frequencies(10000.0 * alpha ** (8 / 6), 8)
         torch.testing.assert_close(steps.frequencies(10000.0, 8, n), expected)
-    assert [steps.regime(n) for n in (0, 1, 32, 33, 64, 65, 128, 129)] == [1, 1, 1, 3, 3, 7, 7, 15]
+    assert [steps.scaling_key(n) for n in (0, 1, 32, 33, 64, 65, 128, 129)] == [1, 1, 1, 3, 3, 7, 7, 15]
 
 
 @pytest.mark.parametrize("stretched", [Dynamic(2.0, 16), DynamicSteps(16)])
@@ -254,18 +254,18 @@ def test_divisors_of_another_head() -> None:
 
 
 def test_rows() -> None:
-    rows = Rows.of([3, 1, 2])
+    rows = SequenceLayout.of([3, 1, 2])
     assert rows.starts == (0, 3, 4, 6)
     assert rows.lengths == (3, 1, 2)
     assert rows.spans == [(0, 3), (3, 1), (4, 2)]
     assert len(rows) == 3
     assert not rows.uniform()
-    assert Rows.of([2, 2]).uniform()
+    assert SequenceLayout.of([2, 2]).uniform()
     starts = rows.cu_seqlens(torch.device("cpu"))
     assert starts.dtype == torch.int32
     assert starts.tolist() == [0, 3, 4, 6]
     assert rows.cu_seqlens(torch.device("cpu")) is starts
-    assert rows == Rows.of([3, 1, 2])
+    assert rows == SequenceLayout.of([3, 1, 2])
 
 
 def test_a_batch_of_whole_sequences() -> None:

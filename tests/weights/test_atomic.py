@@ -17,7 +17,7 @@ from pentad.weights import atomic
 from pentad.weights.atomic import NewFile, new_folder, write_files
 from pentad.weights.gguf_writer import write_gguf
 from pentad.weights.safetensors_writer import write_safetensors
-from pentad.weights.writing import Outgoing
+from pentad.weights.writing import PendingTensor
 
 
 class FullDisk:
@@ -49,8 +49,8 @@ class FullDisk:
         return self.file.fileno()
 
 
-def shards() -> list[Outgoing]:
-    return [Outgoing(name, (64,), torch.float32, lambda: torch.ones(64)) for name in "abc"]
+def shards() -> list[PendingTensor]:
+    return [PendingTensor(name, (64,), torch.float32, lambda: torch.ones(64)) for name in "abc"]
 
 
 WRITERS: dict[str, Callable[[Path], list[Path]]] = {
@@ -130,7 +130,7 @@ def test_an_interruption(tmp_path: Path, error: BaseException) -> None:
         assert len(list(tmp_path.iterdir())) == 2
         raise error
 
-    tensors = [*shards()[:1], Outgoing("z", (64,), torch.float32, interrupted)]
+    tensors = [*shards()[:1], PendingTensor("z", (64,), torch.float32, interrupted)]
     with pytest.raises(type(error)):
         write_safetensors(tmp_path, "model", tensors, shard_bytes=256)
     assert not list(tmp_path.iterdir())
@@ -159,9 +159,10 @@ def test_a_limit_of_the_system(tmp_path: Path) -> None:
         "import resource, sys, torch, pathlib;"
         "from pentad.errors import PentadError;"
         "from pentad.weights.safetensors_writer import write_safetensors as write;"
-        "from pentad.weights.writing import Outgoing;"
+        "from pentad.weights.writing import PendingTensor;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
-        "write(pathlib.Path(sys.argv[1]), 'm', [Outgoing('x', (1 << 20,), torch.float32, lambda: torch.ones(1 << 20))],"
+        "write(pathlib.Path(sys.argv[1]), 'm', [PendingTensor('x', (1 << 20,), torch.float32, lambda:"
+        " torch.ones(1 << 20))],"
         " shard_bytes=1 << 30)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)

@@ -16,15 +16,15 @@ import pentad.weights
 from pentad.errors import BadInput, PentadError
 from pentad.weights.gguf_writer import write_gguf
 from pentad.weights.quantized import BLOCKS, QuantizedTensor
-from pentad.weights.writing import QUANTIZED, Outgoing
+from pentad.weights.writing import QUANTIZED, PendingTensor
 
 Value = Tensor | QuantizedTensor
 ARCHITECTURE = {"general.architecture": "llama"}
 
 
-def outgoing(tensors: dict[str, Value]) -> list[Outgoing]:
+def pending_tensors(tensors: dict[str, Value]) -> list[PendingTensor]:
     return [
-        Outgoing(name, tuple(v.shape), v.type if isinstance(v, QuantizedTensor) else v.dtype, lambda v=v: v)  # type: ignore[misc]
+        PendingTensor(name, tuple(v.shape), v.type if isinstance(v, QuantizedTensor) else v.dtype, lambda v=v: v)  # type: ignore[misc]
         for name, v in tensors.items()
     ]
 
@@ -72,7 +72,7 @@ def test_round_trip(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Value], shard_bytes: int | None
 ) -> None:
     folder = tmp_path_factory.mktemp("written")
-    paths = write_gguf(folder / "m.gguf", ARCHITECTURE, outgoing(tensors), shard_bytes=shard_bytes)
+    paths = write_gguf(folder / "m.gguf", ARCHITECTURE, pending_tensors(tensors), shard_bytes=shard_bytes)
     assert sorted(paths) == sorted(folder.iterdir())
     assert_holds(paths[-1], tensors)
     held = [tensor for path in paths for tensor in GGUFReader(path).tensors]
@@ -97,7 +97,7 @@ def test_the_bytes_are_those_of_ggmls_writer(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    write_gguf(tmp_path / "ours.gguf", metadata, outgoing(tensors))
+    write_gguf(tmp_path / "ours.gguf", metadata, pending_tensors(tensors))
     assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
 
 
@@ -151,7 +151,7 @@ def test_metadata_that_gguf_does_not_have(tmp_path: Path, value: Any) -> None:
 @pytest.mark.parametrize("kind", [*QUANTIZED, torch.float16, torch.bfloat16], ids=str)
 def test_numbers_are_quantized_on_the_way(tmp_path: Path, kind: str | torch.dtype) -> None:
     value = torch.randn(6, 64)
-    (path,) = write_gguf(tmp_path / "m.gguf", ARCHITECTURE, [Outgoing("x", (6, 64), kind, lambda: value)])
+    (path,) = write_gguf(tmp_path / "m.gguf", ARCHITECTURE, [PendingTensor("x", (6, 64), kind, lambda: value)])
     if isinstance(kind, torch.dtype):
         assert_holds(path, {"x": value.to(kind)})
     else:
@@ -162,7 +162,7 @@ def test_numbers_are_quantized_on_the_way(tmp_path: Path, kind: str | torch.dtyp
 def test_parts(tmp_path: Path) -> None:
     metadata = {**ARCHITECTURE, "llama.block_count": 2, "split.count": 9, "general.alignment": 64}
     tensors: dict[str, Value] = {name: torch.randn(3, 7) for name in "abcde"}
-    paths = write_gguf(tmp_path / "m.Q8_0.gguf", metadata, outgoing(tensors), shard_bytes=170)
+    paths = write_gguf(tmp_path / "m.Q8_0.gguf", metadata, pending_tensors(tensors), shard_bytes=170)
     assert [path.name for path in paths] == [f"m.Q8_0-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
     for number, path in enumerate(paths):
         checkpoint = pentad.weights.open(path)
@@ -179,7 +179,7 @@ def test_parts(tmp_path: Path) -> None:
             field = reader.get_field(key)
             assert field is not None
             assert (field.types, field.contents()) == ([kind], value)
-    (path,) = write_gguf(tmp_path / "one.gguf", metadata, outgoing(tensors), shard_bytes=420)
+    (path,) = write_gguf(tmp_path / "one.gguf", metadata, pending_tensors(tensors), shard_bytes=420)
     assert "split.count" not in pentad.weights.open(path).config
     assert path == tmp_path / "one.gguf"
     assert_holds(path, tensors)
@@ -188,15 +188,25 @@ def test_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "error", "message"),
     [
-        ([Outgoing("x", (32,), torch.float32, lambda: torch.ones(32))] * 2, ValueError, "a tensor is there twice"),
-        ([Outgoing("x", (), torch.float32, lambda: torch.ones(()))], ValueError, "'x' has 0 dimensions: GGUF has 1 to"),
-        ([Outgoing("x", (1,) * 5, torch.float32, lambda: torch.ones(()))], ValueError, "'x' has 5 dimensions"),
-        ([Outgoing("x", (2,), torch.uint8, lambda: torch.ones(()))], ValueError, "'x': GGUF has no torch.uint8"),
-        ([Outgoing("x", (40,), "q4_0", lambda: torch.ones(40))], BadInput, "rows are not whole blocks of 32"),
-        ([Outgoing("x", (256,), "q4_k", lambda: torch.ones(256))], BadInput, "pentad quantizes to .*, not to q4_k"),
+        ([PendingTensor("x", (32,), torch.float32, lambda: torch.ones(32))] * 2, ValueError, "a tensor is there twice"),
+        (
+            [PendingTensor("x", (), torch.float32, lambda: torch.ones(()))],
+            ValueError,
+            "'x' has 0 dimensions: GGUF has 1 to",
+        ),
+        ([PendingTensor("x", (1,) * 5, torch.float32, lambda: torch.ones(()))], ValueError, "'x' has 5 dimensions"),
+        ([PendingTensor("x", (2,), torch.uint8, lambda: torch.ones(()))], ValueError, "'x': GGUF has no torch.uint8"),
+        ([PendingTensor("x", (40,), "q4_0", lambda: torch.ones(40))], BadInput, "rows are not whole blocks of 32"),
+        (
+            [PendingTensor("x", (256,), "q4_k", lambda: torch.ones(256))],
+            BadInput,
+            "pentad quantizes to .*, not to q4_k",
+        ),
     ],
 )
-def test_what_can_not_be_written(tmp_path: Path, tensors: list[Outgoing], error: type[Exception], message: str) -> None:
+def test_what_can_not_be_written(
+    tmp_path: Path, tensors: list[PendingTensor], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         write_gguf(tmp_path / "m.gguf", ARCHITECTURE, tensors)
     assert not list(tmp_path.iterdir())
@@ -205,4 +215,4 @@ def test_what_can_not_be_written(tmp_path: Path, tensors: list[Outgoing], error:
 def test_a_gguf_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pentad.weights.gguf_writer.GGMLQuantizationType", {})
     with pytest.raises(PentadError, match="the installed gguf is too old for q4_0: upgrade it"):
-        write_gguf(tmp_path / "m.gguf", {}, [Outgoing("x", (32,), "q4_0", lambda: torch.ones(32))])
+        write_gguf(tmp_path / "m.gguf", {}, [PendingTensor("x", (32,), "q4_0", lambda: torch.ones(32))])

@@ -70,9 +70,9 @@ def test_quantized_tensors_that_are_mapped(tmp_path: Path, content: torch.Tensor
     assert torch.equal(blocks, whole.blocks[: rows - 7].flip(0))
     assert taken.mapped
     assert {part.stored.data_ptr() for part in (taken, *whole.chunk(2))} == {whole.stored.data_ptr()}
-    taken.give_back()
+    taken.release()
     assert resident(tmp_path / "file") <= 8192
     assert torch.equal(taken.blocks.flip(0), whole.blocks)
     copy = QuantizedTensor(whole.blocks.clone(), "q4_1", whole.shape)
-    copy.give_back()
+    copy.release()
     assert torch.equal(copy.blocks, whole.blocks)

@@ -22,11 +22,11 @@ import pentad.weights
 from pentad.errors import BadInput
 from pentad.weights.safetensors import DTYPES, read_safetensors
 from pentad.weights.safetensors_writer import write_safetensors
-from pentad.weights.writing import Outgoing
+from pentad.weights.writing import PendingTensor
 
 
-def outgoing(tensors: dict[str, Tensor]) -> list[Outgoing]:
-    return [Outgoing(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]  # type: ignore[misc]
+def pending_tensors(tensors: dict[str, Tensor]) -> list[PendingTensor]:
+    return [PendingTensor(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]  # type: ignore[misc]
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -69,7 +69,7 @@ def named_tensors(draw: st.DrawFn) -> dict[str, Tensor]:
 @given(tensors=named_tensors())
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Tensor]) -> None:
     folder = tmp_path_factory.mktemp("written")
-    paths = write_safetensors(folder, "model", outgoing(tensors), shard_bytes=10**9)
+    paths = write_safetensors(folder, "model", pending_tensors(tensors), shard_bytes=10**9)
     assert paths == [folder / "model.safetensors"]
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
     assert_file_holds(paths[0], tensors)
@@ -81,7 +81,7 @@ def test_round_trip_in_shards(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Tensor], shard_bytes: int
 ) -> None:
     folder = tmp_path_factory.mktemp("written")
-    paths = write_safetensors(folder, "model", outgoing(tensors), shard_bytes=shard_bytes)
+    paths = write_safetensors(folder, "model", pending_tensors(tensors), shard_bytes=shard_bytes)
     assert sorted(paths) == sorted(folder.iterdir())
     files = [path for path in paths if path.suffix == ".safetensors"]
     if len(files) == 1:
@@ -109,7 +109,7 @@ def test_transformers_reads_it(tmp_path: Path, shard_bytes: int) -> None:
     )
     model = LlamaForCausalLM(config).bfloat16()
     config.save_pretrained(tmp_path)
-    write_safetensors(tmp_path, "model", outgoing(model.state_dict()), shard_bytes=shard_bytes)
+    write_safetensors(tmp_path, "model", pending_tensors(model.state_dict()), shard_bytes=shard_bytes)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_bytes == 8000)
     again = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto").state_dict()
     assert all(same(again[name], tensor) for name, tensor in model.state_dict().items())
@@ -117,7 +117,7 @@ def test_transformers_reads_it(tmp_path: Path, shard_bytes: int) -> None:
 
 def test_consolidated_shards_are_read_again(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(5), "c": torch.randn(2, 2)}
-    write_safetensors(tmp_path, "consolidated", outgoing(tensors), shard_bytes=50)
+    write_safetensors(tmp_path, "consolidated", pending_tensors(tensors), shard_bytes=50)
     (tmp_path / "params.json").write_text("{}")
     checkpoint = pentad.weights.open(tmp_path)
     assert checkpoint.format == "consolidated"
@@ -128,7 +128,8 @@ def test_consolidated_shards_are_read_again(tmp_path: Path) -> None:
 def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(3), "c": torch.randn(3), "ß": torch.randn(5).half()}
     one, other = (
-        write_safetensors(tmp_path / name, "model", outgoing(tensors), shard_bytes=10**9)[0] for name in ("x", "y")
+        write_safetensors(tmp_path / name, "model", pending_tensors(tensors), shard_bytes=10**9)[0]
+        for name in ("x", "y")
     )
     assert one.read_bytes() == other.read_bytes()
     save_file(tensors, tmp_path / "library.safetensors", {"format": "pt"})
@@ -146,7 +147,7 @@ def test_tensors_are_made_once_and_one_after_another(tmp_path: Path) -> None:
         memory.append(weakref.ref(numbers))
         return torch.from_numpy(numbers)
 
-    tensors = [Outgoing(name, (4,), torch.float32, partial(make, name)) for name in "abc"]
+    tensors = [PendingTensor(name, (4,), torch.float32, partial(make, name)) for name in "abc"]
     write_safetensors(tmp_path, "model", tensors, shard_bytes=32)
     assert made == ["a", "b", "c"]
 
@@ -166,7 +167,7 @@ def test_progress_counts_bytes(tmp_path: Path) -> None:
 
     log = Log()
     paths = write_safetensors(
-        tmp_path, "m", outgoing({"a": torch.ones(9), "b": torch.ones(9)}), shard_bytes=40, progress=log
+        tmp_path, "m", pending_tensors({"a": torch.ones(9), "b": torch.ones(9)}), shard_bytes=40, progress=log
     )
     assert log.total == log.done == sum(path.stat().st_size for path in paths)
     assert log.finished == 1
@@ -184,7 +185,7 @@ def test_progress_counts_bytes(tmp_path: Path) -> None:
 def test_what_can_not_be_written(
     tmp_path: Path, tensors: Sequence[tuple[str, torch.dtype | str]], message: str
 ) -> None:
-    wanted = [Outgoing(name, (32,), kind, lambda: torch.ones(32)) for name, kind in tensors]
+    wanted = [PendingTensor(name, (32,), kind, lambda: torch.ones(32)) for name, kind in tensors]
     with pytest.raises(ValueError, match=message):
         write_safetensors(tmp_path, "model", wanted, shard_bytes=10**9)
     assert not list(tmp_path.iterdir())
@@ -192,8 +193,8 @@ def test_what_can_not_be_written(
 
 def test_a_number_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     tensors = [
-        Outgoing("a", (2,), torch.float16, lambda: torch.ones(2)),
-        Outgoing("b", (2,), torch.float16, lambda: torch.full((2,), 1e6)),
+        PendingTensor("a", (2,), torch.float16, lambda: torch.ones(2)),
+        PendingTensor("b", (2,), torch.float16, lambda: torch.full((2,), 1e6)),
     ]
     with pytest.raises(BadInput, match=r"tensor 'b' holds 1e\+06"):
         write_safetensors(tmp_path, "model", tensors, shard_bytes=4)
@@ -209,7 +210,7 @@ import torch
 from pentad.weights import atomic
 from pentad.weights.safetensors import read_safetensors
 from pentad.weights.safetensors_writer import write_safetensors
-from pentad.weights.writing import Outgoing
+from pentad.weights.writing import PendingTensor
 
 torch.set_num_threads(1)
 
@@ -231,7 +232,7 @@ source, folder = map(pathlib.Path, sys.argv[1:])
 create = atomic._create
 atomic._create = lambda path: Sparse(create(path))
 entries = read_safetensors(source)
-tensors = [Outgoing(e.name, e.shape, e.dtype, e.read) for e in entries.values()]
+tensors = [PendingTensor(e.name, e.shape, e.dtype, e.read) for e in entries.values()]
 tensors[3] = dataclasses.replace(tensors[3], kind=torch.float32)
 torch.ones(1000).bfloat16().float()
 before, peak, done = anonymous(), 0, threading.Event()

@@ -9,11 +9,11 @@ from torch import Tensor
 from pentad.errors import BadInput
 from pentad.weights import writing
 from pentad.weights.quantized import BLOCKS, QuantizedTensor
-from pentad.weights.writing import QUANTIZED, Outgoing, pieces, split
+from pentad.weights.writing import QUANTIZED, PendingTensor, pieces, split
 
 
 def content(value: Tensor | QuantizedTensor, kind: torch.dtype | str) -> bytes:
-    return b"".join(pieces(Outgoing("x", tuple(value.shape), kind, lambda: value)))
+    return b"".join(pieces(PendingTensor("x", tuple(value.shape), kind, lambda: value)))
 
 
 def raw(value: Tensor) -> bytes:
@@ -41,7 +41,7 @@ SHAPES = [(), (5,), (0,), (3, 0), (300,), (2, 1000), (700, 2), (3, 5, 64), (2, 3
 @pytest.mark.usefixtures("small_slabs")
 def test_pieces_are_small_and_together_the_tensor(shape: tuple[int, ...]) -> None:
     value = torch.randn(shape)
-    got = list(pieces(Outgoing("x", shape, torch.float32, lambda: value)))
+    got = list(pieces(PendingTensor("x", shape, torch.float32, lambda: value)))
     assert b"".join(got) == raw(value)
     assert max(len(piece) for piece in got) <= 256 * 4
     assert content(value, torch.bfloat16) == raw(value.bfloat16())
@@ -126,7 +126,7 @@ def test_one_that_is_no_number_would_spoil_a_block(kind: str, dtype: torch.dtype
 def test_rows_that_are_not_whole_blocks() -> None:
     for shape in ((4, 33), (31,), ()):
         with pytest.raises(BadInput, match=r"tensor 'x' of \[.*\] can't be q4_0: rows are not whole blocks of 32"):
-            _ = Outgoing("x", shape, "q4_0", lambda: torch.ones(1)).nbytes
+            _ = PendingTensor("x", shape, "q4_0", lambda: torch.ones(1)).nbytes
 
 
 def test_types_that_nobody_quantizes_to() -> None:
@@ -137,12 +137,12 @@ def test_types_that_nobody_quantizes_to() -> None:
 
 def test_a_promise_that_is_not_kept() -> None:
     with pytest.raises(ValueError, match=r"tensor 'x' was to be \(2, 3\), and is \(3, 2\)"):
-        list(pieces(Outgoing("x", (2, 3), torch.float32, lambda: torch.ones(3, 2))))
+        list(pieces(PendingTensor("x", (2, 3), torch.float32, lambda: torch.ones(3, 2))))
 
 
 def test_tensors_are_shared_out_in_order() -> None:
     def names(shard_bytes: int | None, *sizes: int) -> list[str]:
-        tensors = [Outgoing(f"{i}", (size,), torch.uint8, lambda: torch.ones(0)) for i, size in enumerate(sizes)]
+        tensors = [PendingTensor(f"{i}", (size,), torch.uint8, lambda: torch.ones(0)) for i, size in enumerate(sizes)]
         return ["".join(tensor.name for tensor in shard) for shard in split(tensors, shard_bytes)]
 
     assert names(10, 4, 6, 1, 9, 1) == ["01", "23", "4"]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pentad.errors import BadInput
-from pentad.nn.batch import Rows
+from pentad.nn.batch import SequenceLayout
 from pentad.nn.moe.experts import BLOCK_ROWS
 from pentad.nn.moe.routers import Routing
 
@@ -107,7 +107,7 @@ class EvenCapacity:
         return max(capacity + capacity % 2, self.least)
 
 
-def within_capacity(routing: Routing, experts: int, groups: Rows, capacity: Callable[[int], int]) -> Routing:
+def within_capacity(routing: Routing, experts: int, groups: SequenceLayout, capacity: Callable[[int], int]) -> Routing:
     """The same decisions, where an expert takes no more of a group's tokens than its capacity.
 
     Tokens come in the order of their positions, and all first choices before all second ones (GShard, algorithm 1). A
@@ -138,6 +138,6 @@ def within_capacity(routing: Routing, experts: int, groups: Rows, capacity: Call
     return routing._replace(kept=routing.kept & (limit_N[:, None] > rank_NK), all_kept=False)
 
 
-def groups_of(rows: Rows, size: int) -> Rows:
+def groups_of(rows: SequenceLayout, size: int) -> SequenceLayout:
     """Groups of `size` tokens, wherever sequences start, as GShard and Switch were trained; the last may be shorter."""
-    return Rows((*range(0, rows.starts[-1], size), rows.starts[-1]))
+    return SequenceLayout((*range(0, rows.starts[-1], size), rows.starts[-1]))

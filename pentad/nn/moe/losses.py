@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pentad.nn.batch import Rows
+from pentad.nn.batch import SequenceLayout
 from pentad.nn.moe.routers import Routing
 
 
@@ -57,7 +57,7 @@ def load(routing: Routing) -> Tensor:
     return probability_NE.sum(0)
 
 
-def gshard_balance_loss(routing: Routing, groups: Rows) -> Tensor:
+def gshard_balance_loss(routing: Routing, groups: SequenceLayout) -> Tensor:
     """Mean over groups of 1/E sum_e c_e/S m_e: the fraction of tokens whose first choice is e times e's mean gate
     (arXiv:2006.16668, algorithm 1, line 13).
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pentad.nn.batch import Rows
+from pentad.nn.batch import SequenceLayout
 
 
 class Routing(NamedTuple):
@@ -47,12 +47,17 @@ class Route(Protocol):
     """Any of the functions below."""
 
     def __call__(
-        self, logits_NE: Tensor, k: int, groups: Rows | None = None, generator: torch.Generator | None = None, /
+        self,
+        logits_NE: Tensor,
+        k: int,
+        groups: SequenceLayout | None = None,
+        generator: torch.Generator | None = None,
+        /,
     ) -> Routing: ...
 
 
 def noisy_top_k(
-    logits_N2E: Tensor, k: int, groups: Rows | None = None, generator: torch.Generator | None = None
+    logits_N2E: Tensor, k: int, groups: SequenceLayout | None = None, generator: torch.Generator | None = None
 ) -> Routing:
     """Sparsely-Gated Mixture-of-Experts (arXiv:1701.06538, section 2.1, equations 3 to 5).
 
@@ -73,7 +78,7 @@ def noisy_top_k(
 
 
 def gshard_top_2(
-    logits_NE: Tensor, k: int = 2, groups: Rows | None = None, generator: torch.Generator | None = None
+    logits_NE: Tensor, k: int = 2, groups: SequenceLayout | None = None, generator: torch.Generator | None = None
 ) -> Routing:
     """GShard (arXiv:2006.16668, section 2.2, algorithm 1): the two largest gates, normalized to a sum of 1.
 
@@ -95,7 +100,7 @@ def gshard_top_2(
 
 
 def softmax_top_k(
-    logits_NE: Tensor, k: int, groups: Rows | None = None, generator: torch.Generator | None = None
+    logits_NE: Tensor, k: int, groups: SequenceLayout | None = None, generator: torch.Generator | None = None
 ) -> Routing:
     """The k largest of the softmax over all experts, as they are: their sum stays below 1.
 
@@ -107,7 +112,7 @@ def softmax_top_k(
 
 
 def mixtral_top_k(
-    logits_NE: Tensor, k: int, groups: Rows | None = None, generator: torch.Generator | None = None
+    logits_NE: Tensor, k: int, groups: SequenceLayout | None = None, generator: torch.Generator | None = None
 ) -> Routing:
     """Mixtral of Experts (arXiv:2401.04088, section 2.1): softmax over the k largest logits.
 
@@ -118,7 +123,7 @@ def mixtral_top_k(
 
 
 def expert_choice(
-    logits_NE: Tensor, k: int, groups: Rows | None = None, generator: torch.Generator | None = None
+    logits_NE: Tensor, k: int, groups: SequenceLayout | None = None, generator: torch.Generator | None = None
 ) -> Routing:
     """Expert choice (arXiv:2202.09368, section 3): each expert takes the tokens of a group that it scores highest.
 
@@ -131,7 +136,7 @@ def expert_choice(
     gates_NE = logits_NE.softmax(-1)
     tokens, experts = gates_NE.shape
     kept_NE = torch.zeros_like(gates_NE, dtype=torch.bool)
-    for start, count in (groups or Rows((0, tokens))).spans:
+    for start, count in (groups or SequenceLayout((0, tokens))).spans:
         taken = min(count, max(1, count * k // experts))
         rows_TE = gates_NE[start : start + count].topk(taken, dim=0).indices if count else kept_NE[:0].long()
         kept_NE[start : start + count].scatter_(0, rows_TE, True)

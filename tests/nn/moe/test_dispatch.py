@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pentad.errors import BadInput
-from pentad.nn.batch import Rows
+from pentad.nn.batch import SequenceLayout
 from pentad.nn.moe.dispatch import Capacity, dispatch, groups_of, within_capacity
 from pentad.nn.moe.experts import BLOCK_ROWS, MLPExperts, SwiGLUExperts
 from pentad.nn.moe.routers import Routing
@@ -207,7 +207,7 @@ def test_grouped_products_are_block_sparse_ones(case: str) -> None:
 # --- capacity -------------------------------------------------------------------------------------
 
 
-def kept_by_loop(routing: Routing, groups: Rows, capacity: Callable[[int], int]) -> list[list[bool]]:
+def kept_by_loop(routing: Routing, groups: SequenceLayout, capacity: Callable[[int], int]) -> list[list[bool]]:
     """First choices of a group in the order of positions, then second ones; each takes a place, also in vain."""
     kept = [[False] * routing.experts.shape[1] for _ in routing.experts]
     for start, count in groups.spans:
@@ -227,7 +227,7 @@ def test_capacity_by_position(choices: int, starts: tuple[int, ...], capacity: i
     generator = torch.Generator().manual_seed(5)
     experts = torch.stack([torch.randperm(EXPERTS, generator=generator)[:choices] for _ in range(24)])
     before = routing_of(experts.tolist(), torch.rand(24, choices, generator=generator) < 0.8)
-    groups = Rows(starts)
+    groups = SequenceLayout(starts)
     after = within_capacity(before, EXPERTS, groups, lambda tokens: capacity)
     assert after.kept.tolist() == kept_by_loop(before, groups, lambda tokens: capacity)
     assert not after.all_kept
@@ -238,16 +238,16 @@ def test_capacity_grows_with_the_group() -> None:
     capacity = Capacity(1.25, EXPERTS)
     assert [capacity(tokens) for tokens in (1, 4, 16, 17)] == [1, 2, 5, 6]
     routing = routing_of([[0]] * 20)
-    kept = within_capacity(routing, EXPERTS, Rows((0, 4, 20)), capacity).kept[:, 0]
+    kept = within_capacity(routing, EXPERTS, SequenceLayout((0, 4, 20)), capacity).kept[:, 0]
     assert kept.tolist() == [True] * 2 + [False] * 2 + [True] * 5 + [False] * 11
 
 
 def test_groups_of_so_many_tokens() -> None:
-    assert groups_of(Rows((0, 3, 10)), 4) == Rows((0, 4, 8, 10))
-    assert groups_of(Rows((0, 3, 8)), 4) == Rows((0, 4, 8))
-    assert groups_of(Rows((0,)), 4) == Rows((0,))
+    assert groups_of(SequenceLayout((0, 3, 10)), 4) == SequenceLayout((0, 4, 8, 10))
+    assert groups_of(SequenceLayout((0, 3, 8)), 4) == SequenceLayout((0, 4, 8))
+    assert groups_of(SequenceLayout((0,)), 4) == SequenceLayout((0,))
 
 
 def test_no_capacity_at_all() -> None:
     with pytest.raises(BadInput, match="an expert's capacity for 5 tokens is 0; it takes at least 1"):
-        within_capacity(routing_of([[0]] * 5), EXPERTS, Rows((0, 5)), lambda tokens: 0)
+        within_capacity(routing_of([[0]] * 5), EXPERTS, SequenceLayout((0, 5)), lambda tokens: 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from pentad.nn.batch import Rows
+from pentad.nn.batch import SequenceLayout
 from pentad.nn.moe.losses import (
     gshard_balance_loss,
     importance_loss,
@@ -85,7 +85,7 @@ def test_switch_by_its_equations() -> None:
 
 
 def test_gshard_anchors() -> None:
-    groups = Rows((0, 32, 64))
+    groups = SequenceLayout((0, 32, 64))
     assert float(gshard_balance_loss(gshard_top_2(balanced(2)), groups)) == pytest.approx(1 / EXPERTS**2, abs=1e-6)
     assert float(gshard_balance_loss(gshard_top_2(collapsed(1)), groups)) == pytest.approx(1 / EXPERTS, abs=1e-6)
 
@@ -98,7 +98,7 @@ def test_gshard_by_algorithm_1_group_by_group() -> None:
         counts = [int((gates.argmax(-1) == e).sum()) for e in range(EXPERTS)]
         size = stop - start
         losses.append(sum(counts[e] / size * float(gates[:, e].mean()) for e in range(EXPERTS)) / EXPERTS)
-    ours = gshard_balance_loss(gshard_top_2(logits), Rows(starts))
+    ours = gshard_balance_loss(gshard_top_2(logits), SequenceLayout(starts))
     assert float(ours) == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
@@ -165,7 +165,7 @@ def test_z_loss() -> None:
     [
         lambda routing: mixtral_balance_loss([routing]),
         switch_balance_loss,
-        lambda routing: gshard_balance_loss(routing, Rows((0, 40))),
+        lambda routing: gshard_balance_loss(routing, SequenceLayout((0, 40))),
         importance_loss,
         load_loss,
         router_z_loss,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pentad.nn.batch import Rows
+from pentad.nn.batch import SequenceLayout
 from pentad.nn.moe.dispatch import within_capacity
 from pentad.nn.moe.routers import (
     Route,
@@ -120,7 +120,7 @@ def test_gshard_is_algorithm_1(capacity: int, training: bool) -> None:
         counts[e2] += 1
     routing = gshard_top_2(logits, 2, None, seeded(7) if training else None)
     assert routing.all_kept is not training
-    limited = within_capacity(routing, experts, Rows((0, size)), lambda tokens: capacity)
+    limited = within_capacity(routing, experts, SequenceLayout((0, size)), lambda tokens: capacity)
     got = torch.zeros(size, experts).scatter(1, limited.experts, limited.weights * limited.kept)
     torch.testing.assert_close(got, torch.tensor(combine))
     assert bool(routing.kept.all()) is not training
@@ -135,7 +135,7 @@ def test_gshard_knows_two_experts_only() -> None:
 def test_expert_choice(starts: tuple[int, ...], k: int) -> None:
     """In each group an expert has its n k / E best tokens."""
     logits = random_logits()
-    routing = expert_choice(logits, k, Rows(starts))
+    routing = expert_choice(logits, k, SequenceLayout(starts))
     gates = logits.softmax(-1)
     assert not routing.all_kept
     for start, stop in pairwise(starts):
@@ -150,7 +150,7 @@ def test_expert_choice(starts: tuple[int, ...], k: int) -> None:
 
 def test_expert_choice_of_a_whole_batch_is_of_one_group() -> None:
     logits = random_logits()
-    assert torch.equal(expert_choice(logits, 2).kept, expert_choice(logits, 2, Rows((0, 40))).kept)
+    assert torch.equal(expert_choice(logits, 2).kept, expert_choice(logits, 2, SequenceLayout((0, 40))).kept)
     counts = expert_choice(logits, 1).kept.sum(1)
     assert counts.sum() == 40
     assert counts.min() == 0  # a token may have no expert

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pentad.nn.batch import Rows
+from pentad.nn.batch import SequenceLayout
 from pentad.nn.moe.dispatch import Capacity, within_capacity
 from pentad.nn.moe.routers import Routing, expert_choice, mixtral_top_k, softmax_top_k
 from pentad.nn.moe.statistics import usage, usage_by_token
@@ -16,7 +16,9 @@ TOKENS, EXPERTS = 40, 4
 def routed(k: int = 2, factor: float | None = None) -> Routing:
     routing = mixtral_top_k(torch.randn(TOKENS, EXPERTS) + torch.tensor([2.0, 0, 0, 0]), k)
     return (
-        routing if factor is None else within_capacity(routing, EXPERTS, Rows((0, 15, 40)), Capacity(factor, EXPERTS))
+        routing
+        if factor is None
+        else within_capacity(routing, EXPERTS, SequenceLayout((0, 15, 40)), Capacity(factor, EXPERTS))
     )
 
 

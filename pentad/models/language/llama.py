@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from pentad.models.layouts import consolidated_rules, gguf_rules, hf_ignored, hf_rules
-from pentad.models.published import DecoderConfig, Spelling, read_decoder_config, written_values
+from pentad.models.language.config import ArchitectureNames, DecoderConfig, read_decoder_config, written_values
+from pentad.models.language.key_rules import consolidated_rules, gguf_rules, hf_ignored, hf_rules
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -20,7 +20,7 @@ from pentad.nn.norm import RMSNorm
 from pentad.nn.rope import Rope
 from pentad.nn.rope_scaling import scaling
 from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.keytable import HalfSplit, KeyTable
+from pentad.weights.keytable import KeyTable, UnpermuteRope
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def config_from(checkpoint: Checkpoint) -> LlamaConfig:
 
 def key_tables(config: LlamaConfig, format: str) -> list[KeyTable]:
     """The names of the network's modules in files of a format; those of GGUF and of Meta have interleaved RoPE."""
-    queries, keys = HalfSplit(config.num_attention_heads), HalfSplit(config.num_key_value_heads)
+    queries, keys = UnpermuteRope(config.num_attention_heads), UnpermuteRope(config.num_key_value_heads)
     match format:
         case "gguf":
             return [KeyTable(gguf_rules(queries, keys), ignored=[r"rope_freqs\.weight"])]  # read by the config
@@ -83,7 +83,7 @@ def key_tables(config: LlamaConfig, format: str) -> list[KeyTable]:
 
 def write_config(config: LlamaConfig, format: str) -> dict[str, Any]:
     """The config as files of a format spell it."""
-    return written_values(config, format, Spelling("llama", "LlamaForCausalLM", gguf="llama"))
+    return written_values(config, format, ArchitectureNames("llama", "LlamaForCausalLM", gguf="llama"))
 
 
 build = Llama

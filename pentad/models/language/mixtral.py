@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from pentad.models.layouts import consolidated_rules, gguf_rules, hf_ignored, hf_rules
-from pentad.models.mistral import MistralConfig
-from pentad.models.published import Spelling, check_experts, read_decoder_config, written_values
+from pentad.models.language.config import ArchitectureNames, check_experts, read_decoder_config, written_values
+from pentad.models.language.key_rules import consolidated_rules, gguf_rules, hf_ignored, hf_rules
+from pentad.models.language.mistral import MistralConfig
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -24,7 +24,7 @@ from pentad.nn.norm import RMSNorm
 from pentad.nn.rope import Rope
 from pentad.nn.rope_scaling import scaling
 from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.keytable import Flattened, HalfSplit, Joined, KeyTable, Rule, Stacked
+from pentad.weights.keytable import Concat, Flattened, KeyTable, Rule, Stacked, UnpermuteRope
 
 ROUTER, EXPERTS = "layers.*.feedforward.router", "layers.*.feedforward.experts"
 MISTRALS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -91,7 +91,7 @@ def config_from(checkpoint: Checkpoint) -> MixtralConfig:
 def key_tables(config: MixtralConfig, format: str) -> list[KeyTable]:
     """The names of the network's modules in files of a format, each of which has had two layouts."""
     count, hidden = config.num_local_experts, config.intermediate_size
-    queries, keys = HalfSplit(config.num_attention_heads), HalfSplit(config.num_key_value_heads)
+    queries, keys = UnpermuteRope(config.num_attention_heads), UnpermuteRope(config.num_key_value_heads)
     match format:
         case "gguf":
             rules, ignored = gguf_rules(queries, keys), [r"rope_freqs\.weight"]
@@ -114,7 +114,7 @@ def key_tables(config: MixtralConfig, format: str) -> list[KeyTable]:
             singly = _one_by_one(layer + ".experts.{expert}.{part}", MISTRALS, count)
             gate_and_up = (f"{EXPERTS}.gate_proj", f"{EXPERTS}.up_proj")
             stacked = [
-                Rule(gate_and_up, f"{later}.experts.gate_up_proj", Joined((hidden, hidden), axis=1), bare=True),
+                Rule(gate_and_up, f"{later}.experts.gate_up_proj", Concat((hidden, hidden), axis=1), bare=True),
                 Rule(f"{EXPERTS}.down_proj", f"{later}.experts.down_proj", bare=True),
             ]
             layouts = [[Rule(ROUTER, f"{layer}.gate"), *singly], [Rule(ROUTER, f"{later}.gate"), *stacked]]
@@ -131,7 +131,7 @@ def _one_by_one(pattern: str, parts: Mapping[str, str], count: int) -> list[Rule
 
 def write_config(config: MixtralConfig, format: str) -> dict[str, Any]:
     """The config as files of a format spell it."""
-    values = written_values(config, format, Spelling("mixtral", "MixtralForCausalLM", gguf="llama"))
+    values = written_values(config, format, ArchitectureNames("mixtral", "MixtralForCausalLM", gguf="llama"))
     if format == "consolidated":
         values["moe"] = {"num_experts": config.num_local_experts, "num_experts_per_tok": config.num_experts_per_tok}
     return values

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
-from pentad.nn.rope_scaling import Divisors, Linear, Llama3, Yarn, inverse_frequencies, scaling
+from pentad.nn.rope_scaling import FrequencyFactors, Linear, Llama3, Yarn, inverse_frequencies, scaling
 from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.config import LARGEST, read_config
+from pentad.weights.config import MAX_SIZE, read_config
 
-MOST_EXPERTS = 4096  # twice those of the largest published model; a larger number is a broken file
+MAX_EXPERTS = 4096  # twice those of the largest published model; a larger number is a broken file
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _meta_width(params: Mapping[str, Any], path: object) -> int:
     dim, multiple, factor = params["dim"], params.get("multiple_of", 256), params.get("ffn_dim_multiplier") or 1.0
     if not isinstance(dim, int) or not isinstance(multiple, int) or not isinstance(factor, int | float):
         raise BadInput(f"{path}: params.json: dim, multiple_of and ffn_dim_multiplier are numbers")
-    if not 0 < dim < LARGEST or not 0 < multiple < LARGEST or not 0 < factor < 100:
+    if not 0 < dim < MAX_SIZE or not 0 < multiple < MAX_SIZE or not 0 < factor < 100:
         raise BadInput(
             f"{path}: params.json: dim {dim}, multiple_of {multiple} or ffn_dim_multiplier {factor} can't be"
         )
@@ -239,7 +239,7 @@ def read_decoder_config(cls: type[C], checkpoint: Checkpoint, **values: Any) -> 
         raise BadInput(
             f"{path}: hidden_act is {config.hidden_act!r}; this family has {' or '.join(config.ACTIVATIONS)}"
         )
-    if heads % kv_heads or head_dim % 2 or heads * head_dim > LARGEST:
+    if heads % kv_heads or head_dim % 2 or heads * head_dim > MAX_SIZE:
         raise BadInput(
             f"{path}: {heads} heads of {head_dim} numbers can't share {kv_heads} key/value heads and rotate in pairs"
         )
@@ -253,13 +253,13 @@ def read_decoder_config(cls: type[C], checkpoint: Checkpoint, **values: Any) -> 
 
 def check_experts(config: DecoderConfig, experts: int, top_k: int, path: Path) -> None:
     """Raise BadInput where a mixture of so many experts, `top_k` of a token, is not possible."""
-    if experts > MOST_EXPERTS or experts * config.hidden_size * config.intermediate_size > LARGEST**2:
+    if experts > MAX_EXPERTS or experts * config.hidden_size * config.intermediate_size > MAX_SIZE**2:
         raise BadInput(f"{path}: {experts} experts of that width are not possible")
     if top_k > experts:
         raise BadInput(f"{path}: a token can't go to {top_k} of {experts} experts")
 
 
-class Spelling(NamedTuple):
+class ArchitectureNames(NamedTuple):
     """What a family is called in each kind of file."""
 
     model_type: str
@@ -269,7 +269,7 @@ class Spelling(NamedTuple):
     """GGUF's architecture; None where llama.cpp has none."""
 
 
-def written_values(config: DecoderConfig, format: str, spelling: Spelling) -> dict[str, Any]:
+def written_values(config: DecoderConfig, format: str, spelling: ArchitectureNames) -> dict[str, Any]:
     """The way back: a config as files of `format` spell it.
 
     What a format has no place for is left out: read it back to see.
@@ -329,7 +329,7 @@ def _gguf_rope(config: DecoderConfig) -> dict[str, Any]:
 def rope_divisors(config: DecoderConfig) -> Tensor | None:
     """What GGUF's ``rope_freqs.weight`` holds: float32 [D / 2]; None where no such tensor is needed."""
     stretch = scaling(config.rope_parameters)
-    if not isinstance(stretch, Llama3 | Divisors):
+    if not isinstance(stretch, Llama3 | FrequencyFactors):
         return None
     plain = inverse_frequencies(config.rope_theta, config.rotary_dim)
     return plain / stretch.frequencies(config.rope_theta, config.rotary_dim, 1)

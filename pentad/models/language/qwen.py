@@ -12,17 +12,17 @@ from typing import Any
 from torch import nn
 
 from pentad.errors import BadInput
-from pentad.models.layouts import gguf_rules, hf_ignored
-from pentad.models.published import DecoderConfig, Spelling, read_decoder_config, renamed, written_values
+from pentad.models.language.config import ArchitectureNames, DecoderConfig, read_decoder_config, renamed, written_values
+from pentad.models.language.key_rules import gguf_rules, hf_ignored
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
 from pentad.nn.feedforward import SwiGLU
 from pentad.nn.norm import RMSNorm
 from pentad.nn.rope import Rope
-from pentad.nn.rope_scaling import DynamicSteps, Unscaled
+from pentad.nn.rope_scaling import DefaultRope, DynamicSteps
 from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.keytable import Joined, KeyTable, Rule
+from pentad.weights.keytable import Concat, KeyTable, Rule
 
 NAMES = {"layer_norm_epsilon": "rms_norm_eps", "kv_channels": "head_dim", "rotary_emb_base": "rope_theta"}
 """What its ``config.json`` calls differently than others."""
@@ -63,7 +63,7 @@ class Qwen(Decoder):
 
     def __init__(self, config: QwenConfig) -> None:
         c = config
-        rope = Rope(c.rotary_dim, c.rope_theta, DynamicSteps(c.seq_length) if c.use_dynamic_ntk else Unscaled())
+        rope = Rope(c.rotary_dim, c.rope_theta, DynamicSteps(c.seq_length) if c.use_dynamic_ntk else DefaultRope())
         super().__init__(
             nn.Embedding(c.vocab_size, c.hidden_size),
             (
@@ -104,7 +104,7 @@ def config_from(checkpoint: Checkpoint) -> QwenConfig:
 def key_tables(config: QwenConfig, format: str) -> list[KeyTable]:
     """The names of the network's modules in Hugging Face folders and in GGUF files; w2 is the gate."""
     qkv = tuple(f"layers.*.attention.{p}_proj" for p in "qkv")
-    joined = Joined((config.num_attention_heads * config.head_dim,) * 3)
+    joined = Concat((config.num_attention_heads * config.head_dim,) * 3)
     layer = "transformer.h.*"
     match format:
         case "hf":
@@ -128,7 +128,7 @@ def key_tables(config: QwenConfig, format: str) -> list[KeyTable]:
 
 def write_config(config: QwenConfig, format: str) -> dict[str, Any]:
     """The config as files of a format spell it."""
-    values = written_values(config, format, Spelling("qwen", "QWenLMHeadModel", gguf="qwen"))
+    values = written_values(config, format, ArchitectureNames("qwen", "QWenLMHeadModel", gguf="qwen"))
     if format != "hf":
         return values
     published = {house: name for name, house in NAMES.items()}

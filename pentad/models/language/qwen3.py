@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from pentad.models.layouts import gguf_rules, hf_ignored, hf_rules
-from pentad.models.published import Spelling, read_decoder_config, written_values
-from pentad.models.qwen2 import Qwen2Config, checked_layer_types
+from pentad.models.language.config import ArchitectureNames, read_decoder_config, written_values
+from pentad.models.language.key_rules import gguf_rules, hf_ignored, hf_rules
+from pentad.models.language.qwen2 import Qwen2Config, checked_layer_types
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -85,7 +85,7 @@ def key_tables(config: Qwen3Config, format: str) -> list[KeyTable]:
 
 def write_config(config: Qwen3Config, format: str) -> dict[str, Any]:
     """The config as files of a format spell it."""
-    return written_values(config, format, Spelling("qwen3", "Qwen3ForCausalLM", gguf="qwen3"))
+    return written_values(config, format, ArchitectureNames("qwen3", "Qwen3ForCausalLM", gguf="qwen3"))
 
 
 build = Qwen3

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from pentad.errors import BadInput
-from pentad.models.published import MOST_EXPERTS
+from pentad.models.language.config import MAX_EXPERTS
 from pentad.nn.block import PreNormBlock
 from pentad.nn.encoder_decoder import CrossAttendingBlock, CrossAttention, Encoder, EncoderDecoder, ScaledLinear
 from pentad.nn.feedforward import ReluMLP
@@ -25,7 +25,7 @@ from pentad.nn.moe.routers import softmax_top_k
 from pentad.nn.norm import RMSNorm
 from pentad.nn.relative_bias import RelativeAttention, RelativeBias
 from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.config import DEEPEST, LARGEST, read_config
+from pentad.weights.config import MAX_LAYERS, MAX_SIZE, read_config
 from pentad.weights.keytable import KeyTable, Rule, Stacked
 
 
@@ -144,9 +144,9 @@ def config_from(checkpoint: Checkpoint) -> SwitchConfig:
     layers = checkpoint.config.get("num_decoder_layers") or checkpoint.config.get("num_layers")
     config = read_config(SwitchConfig, {**checkpoint.config, "num_decoder_layers": layers or 12}, path)
     buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
-    if max(config.num_layers, config.num_decoder_layers) > DEEPEST:
+    if max(config.num_layers, config.num_decoder_layers) > MAX_LAYERS:
         raise BadInput(f"{path}: {config.num_layers} and {config.num_decoder_layers} layers are not possible depths")
-    if config.num_experts > MOST_EXPERTS or config.num_heads * config.d_kv > LARGEST:
+    if config.num_experts > MAX_EXPERTS or config.num_heads * config.d_kv > MAX_SIZE:
         raise BadInput(f"{path}: {config.num_experts} experts or {config.num_heads} heads are not possible numbers")
     if buckets < 4 or buckets % 2 or distance <= buckets // 2:
         raise BadInput(f"{path}: distances up to {distance} can't be put into {buckets} buckets")

@@ -74,16 +74,16 @@ class EncoderDecoderStep(Step):
         self, network: EncoderDecoder, *, cache_dtype: torch.dtype | None = None, page_size: int = 256
     ) -> None:
         self.network = network
-        self.how = "as plain torch: it is an encoder-decoder"
+        self.backend = "as plain torch: it is an encoder-decoder"
         self.cache = SourcedCache(network, cache_dtype or network.dtype, page_size)
 
-    def rope_regime(self, length: int) -> int:
+    def rope_scaling_key(self, length: int) -> int:
         return 0  # there is no RoPE
 
-    def renewed(self) -> EncoderDecoderStep:
+    def refresh(self) -> EncoderDecoderStep:
         return self
 
-    def choosing(self) -> AbstractContextManager[None]:
+    def single_threaded(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     @torch.inference_mode()

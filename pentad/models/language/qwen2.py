@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from pentad.errors import BadInput
-from pentad.models.layouts import gguf_rules, hf_ignored, hf_rules
-from pentad.models.published import DecoderConfig, Spelling, read_decoder_config, written_values
+from pentad.models.language.config import ArchitectureNames, DecoderConfig, read_decoder_config, written_values
+from pentad.models.language.key_rules import gguf_rules, hf_ignored, hf_rules
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -105,7 +105,7 @@ def key_tables(config: Qwen2Config, format: str) -> list[KeyTable]:
 
 def write_config(config: Qwen2Config, format: str) -> dict[str, Any]:
     """The config as files of a format spell it."""
-    return written_values(config, format, Spelling("qwen2", "Qwen2ForCausalLM", gguf="qwen2"))
+    return written_values(config, format, ArchitectureNames("qwen2", "Qwen2ForCausalLM", gguf="qwen2"))
 
 
 build = Qwen2

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from pentad.errors import BadInput
-from pentad.models.layouts import gguf_rules, hf_ignored, hf_rules
-from pentad.models.published import DecoderConfig, Spelling, read_decoder_config, renamed, written_values
+from pentad.models.language.config import ArchitectureNames, DecoderConfig, read_decoder_config, renamed, written_values
+from pentad.models.language.key_rules import gguf_rules, hf_ignored, hf_rules
 from pentad.nn.attention import Attention
 from pentad.nn.block import ParallelBlock
 from pentad.nn.decoder import Decoder
@@ -21,7 +21,7 @@ from pentad.nn.norm import LayerNorm
 from pentad.nn.rope import Rope
 from pentad.nn.rope_scaling import scaling
 from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.keytable import Joined, KeyTable, Rule
+from pentad.weights.keytable import Concat, KeyTable, Rule
 
 OLDER_NAMES = {  # of the configs of 2023
     "n_embd": "hidden_size",
@@ -101,7 +101,7 @@ def key_tables(config: PhiConfig, format: str) -> list[KeyTable]:
     """The names of the network's modules in Hugging Face folders, today's and two of 2023, and in GGUF files."""
     layers = range(config.num_hidden_layers)
     groups = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    joined = Joined(tuple(count * config.head_dim for count in groups))
+    joined = Concat(tuple(count * config.head_dim for count in groups))
     match format:
         case "hf":
             today = [
@@ -128,7 +128,7 @@ def key_tables(config: PhiConfig, format: str) -> list[KeyTable]:
     return []
 
 
-def _table_of_2023(embed: str, layers: list[str], head: str, joined: Joined) -> KeyTable:
+def _table_of_2023(embed: str, layers: list[str], head: str, joined: Concat) -> KeyTable:
     """The files of Microsoft's own code; in the oldest the embedding and the head are counted among the layers."""
     rules = [Rule("embed", f"{embed}.wte"), Rule("norm", f"{head}.ln"), Rule("head", f"{head}.linear")]
     for i, layer in enumerate(layers):
@@ -144,7 +144,7 @@ def _table_of_2023(embed: str, layers: list[str], head: str, joined: Joined) -> 
 
 def write_config(config: PhiConfig, format: str) -> dict[str, Any]:
     """The config as files of a format spell it."""
-    return written_values(config, format, Spelling("phi", "PhiForCausalLM", gguf="phi2"))
+    return written_values(config, format, ArchitectureNames("phi", "PhiForCausalLM", gguf="phi2"))
 
 
 build = Phi

@@ -17,8 +17,15 @@ from typing import Any
 from torch import nn
 
 from pentad.errors import BadInput
-from pentad.models.layouts import hf_ignored, hf_rules
-from pentad.models.published import DecoderConfig, Spelling, check_experts, read_decoder_config, renamed, written_values
+from pentad.models.language.config import (
+    ArchitectureNames,
+    DecoderConfig,
+    check_experts,
+    read_decoder_config,
+    renamed,
+    written_values,
+)
+from pentad.models.language.key_rules import hf_ignored, hf_rules
 from pentad.nn.attention import Attention
 from pentad.nn.block import ExtraFeedforwardBlock, PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -138,7 +145,7 @@ def key_tables(config: OpenMoeConfig, format: str) -> list[KeyTable]:
 
 def write_config(config: OpenMoeConfig, format: str) -> dict[str, Any]:
     """The config as Hugging Face's files spell it, which call the model a Llama and only its class by its name."""
-    return written_values(config, format, Spelling("llama", "OpenMoeForCausalLM"))
+    return written_values(config, format, ArchitectureNames("llama", "OpenMoeForCausalLM"))
 
 
 build = OpenMoe

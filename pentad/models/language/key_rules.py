@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pentad.weights.keytable import Operation, Rule, Same
+from pentad.weights.keytable import Identity, Operation, Rule
 
 
 def hf_rules() -> list[Rule]:
@@ -24,7 +24,7 @@ def hf_ignored(tied: bool) -> list[str]:
     return [r".*\.rotary_emb\.inv_freq", *([r"lm_head\.weight"] if tied else [])]
 
 
-def gguf_rules(queries: Operation = Same(), keys: Operation = Same()) -> list[Rule]:  # noqa: B008 - they have no state
+def gguf_rules(queries: Operation = Identity(), keys: Operation = Identity()) -> list[Rule]:  # noqa: B008 - they have no state
     """GGUF files of most architectures; only "llama" has interleaved queries and keys."""
     return [
         Rule("embed", "token_embd"),

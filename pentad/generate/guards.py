@@ -13,11 +13,11 @@ from pentad.weights.quantized import QuantizedTensor
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class NotDerivable(Exception):
+class UnsupportedByKernels(Exception):
     """Why a network has no plan; it runs as plain torch."""
 
 
-class Watch:
+class Guards:
     """Whether a network still is what was read: the same parts and types, attributes and tensors, and no hooks."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Watch:
     def read(self, part: nn.Module, *names: str) -> Any:
         """The attributes of a part, noted; one alone, or a tuple of several."""
         if "forward" in vars(part):
-            raise NotDerivable(f"{type(part).__name__}.forward was replaced")
+            raise UnsupportedByKernels(f"{type(part).__name__}.forward was replaced")
         if id(part) not in self._parts:
             self._parts[id(part)] = part
             self._types.append(type(part))
@@ -52,7 +52,7 @@ class Watch:
             if name in place:
                 break
         else:
-            raise NotDerivable(f"{type(part).__name__} has no {name}")
+            raise UnsupportedByKernels(f"{type(part).__name__} has no {name}")
         value = place[name]
         self._places.append(place)
         self._names.append(name)

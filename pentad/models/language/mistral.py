@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from pentad.models import llama
-from pentad.models.published import DecoderConfig, Spelling, read_decoder_config, written_values
+from pentad.models.language import llama
+from pentad.models.language.config import ArchitectureNames, DecoderConfig, read_decoder_config, written_values
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -78,7 +78,7 @@ key_tables = llama.key_tables  # the modules have Llama's names in every kind of
 
 def write_config(config: MistralConfig, format: str) -> dict[str, Any]:
     """The config as files of a format spell it."""
-    return written_values(config, format, Spelling("mistral", "MistralForCausalLM", gguf="llama"))
+    return written_values(config, format, ArchitectureNames("mistral", "MistralForCausalLM", gguf="llama"))
 
 
 build = Mistral
