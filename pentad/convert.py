@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pentad import text, weights
+from pentad.build import default_dtype, dtype_named, meta_network, pairings
 from pentad.errors import BadInput
-from pentad.loading import default_dtype, dtype_named, meta_network, pairings
 from pentad.models import family_of
 from pentad.models.language import mixtral
-from pentad.models.language.config import DecoderConfig, rope_divisors
+from pentad.models.language.config import frequency_factors, write_family_config
+from pentad.models.language.decoder_only import DecoderConfig
 from pentad.nn.attention import Attention
 from pentad.nn.rope import Rope
 from pentad.text import export
@@ -61,6 +62,7 @@ FILE_TYPES: dict[torch.dtype | str, int] = {
 
 HARMLESS = {
     "hidden_act",  # has several names
+    *("initializer_range", "initializer_factor"),  # only for training from the start
     "tie_word_embeddings",  # the head is written a second time
     *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
     *("seq_length", "use_dynamic_ntk", "use_logn_attn"),
@@ -149,7 +151,7 @@ class _Work:
         if not checkpoint.tensors:
             raise BadInput(f"{checkpoint.path}: there are no weights beside the config")
         self.checkpoint, self.format = checkpoint, format
-        self.family_name, self.family = family_of(checkpoint)
+        self.family = family_of(checkpoint)
         self.network = meta_network(checkpoint)
         self.entries: dict[str, tuple[TensorEntry, ...]] = {}
         self.sources: dict[str, Callable[[], Value]] = {}
@@ -160,10 +162,11 @@ class _Work:
                 self.sources[name] = partial(latest, partial(_loaded, entries, operation.load), entries, i)
         if upcycle is not None:
             self._become_a_mixture(upcycle)
-        self.config: DecoderConfig = self.network.config  # type: ignore[assignment]
-        tables = self.family.key_tables(self.config, format)
+        self.config: Any = self.network.config
+        tables = self.family.layouts(self.config, format)
         if not tables:
-            raise BadInput(f"{checkpoint.path}: {format} files of such a {self.family_name} model don't exist")
+            name = self.family.names.family
+            raise BadInput(f"{checkpoint.path}: {format} files of such a {name} model don't exist")
         self.table: KeyTable = tables[0]
         tied = "head.weight" not in self.sources
         # Consolidated files have no word for a tied head, and in GGUF one that has a bias is never tied.
@@ -172,8 +175,9 @@ class _Work:
             self.sources["head.weight"] = self.sources["embed.weight"]
 
     def _become_a_mixture(self, upcycle: Upcycling) -> None:
-        self.network = mixture_network(self.checkpoint, self.family_name, self.network, upcycle)
-        self.family_name, self.family = "mixtral", mixtral
+        dense: DecoderConfig = self.network.config  # type: ignore[assignment]
+        self.network = mixture_network(self.checkpoint, self.family, dense, upcycle)
+        self.family = mixtral.FAMILY
         values = mixture_values(self.network, self.sources, upcycle)
         self.entries = {name: self.entries[dense] for name, (dense, _) in values.items()}
         self.sources = {name: source for name, (_, source) in values.items()}
@@ -184,7 +188,7 @@ class _Work:
         if source and all(t.name in self.checkpoint.tensors for t in tensors):
             return dict(source)
         kept = {key: source[key] for key in HF_KEPT if key in source} if self.format == "hf" else {}
-        return {**self.family.write_config(self.config, self.format), **kept}
+        return {**write_family_config(self.family, self.config, self.format), **kept}
 
     def pending_tensors(self, kind: Callable[[str, tuple[int, ...]], torch.dtype | str]) -> Iterator[PendingTensor]:
         """The file's tensors; `kind` says, by one of our names and its shape, what a tensor is to be stored in."""
@@ -273,8 +277,8 @@ def _to_gguf(work: _Work, path: Path, quantize: str | None, shard_bytes: int, pr
         return "q8_0" if name.startswith(("embed.", "head.")) else quantize
 
     tensors = list(work.pending_tensors(kind))
-    if (divisors := rope_divisors(work.config)) is not None:
-        tensors.append(PendingTensor("rope_freqs.weight", tuple(divisors.shape), torch.float32, lambda: divisors))
+    if isinstance(work.config, DecoderConfig) and (factors := frequency_factors(work.config)) is not None:
+        tensors.append(PendingTensor("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors))
     metadata = work.written_config(tensors)
     if quantize is not None:
         metadata |= {"general.file_type": FILE_TYPES[FLOATS.get(quantize, quantize)], "general.quantization_version": 2}
@@ -298,7 +302,7 @@ def _read_back(work: _Work, config: Mapping[str, Any], tensors: list[PendingTens
         )
         for t in tensors
     }
-    name, _ = family_of(again := Checkpoint(work.checkpoint.path, work.format, config, {}, entries))
+    name = family_of(again := Checkpoint(work.checkpoint.path, work.format, config, {}, entries)).names.family
     network = meta_network(again)
     new, ours, theirs = network.config, _rope(work.network), _rope(network)
     lost = {f.name for f in fields(work.config) if getattr(new, f.name, f.default) != getattr(work.config, f.name)}

@@ -10,7 +10,7 @@ tokens; with zeros the same `top_k` would see all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pentad.build import meta_network, parameter_names
 from pentad.errors import BadInput
-from pentad.loading import meta_network, tensor_names
-from pentad.models.language import mixtral
-from pentad.weights.checkpoint import Checkpoint
+from pentad.models.language import llama, mistral, mixtral
+from pentad.models.language.decoder_only import DecoderConfig
+from pentad.weights.config import read_config
 from pentad.weights.keytable import Value
 from pentad.weights.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
-    from pentad.models.language.config import DecoderConfig
+    from pentad.models.family import Family
     from pentad.nn.decoder import Decoder
+    from pentad.weights.checkpoint import Checkpoint
 
-FAMILIES = ("llama", "mistral")
-"""What is Mixtral but for the experts."""
+FAMILIES = (llama.FAMILY, mistral.FAMILY)
+"""Families whose networks equal Mixtral's but for the experts."""
 
 ROUTER_STD = 0.02
 """Of a router's numbers: the paper's, and what transformers begins a Mixtral with."""
@@ -51,31 +53,27 @@ class Upcycling:
     seed: int = 0
 
 
-def mixture_network(checkpoint: Checkpoint, family: str, network: Decoder, upcycling: Upcycling) -> Decoder:
+def mixture_network(checkpoint: Checkpoint, family: Family, dense: DecoderConfig, upcycling: Upcycling) -> Decoder:
     """The mixture that a dense network becomes, on the meta device.
 
     Args:
-        checkpoint: what the network was made for; names it in errors.
-        family: the network's.
-        network: on whatever device.
+        checkpoint: the dense model's; its path starts error messages.
+        family: the dense network's.
+        dense: its config.
         upcycling: how many experts it gets.
 
     Raises:
-        BadInput: another family than `FAMILIES`, a model that has biases, or numbers that can't be.
+        BadInput: a family other than `FAMILIES`, a model with biases, or impossible numbers of experts.
     """
     path = checkpoint.path
     if family not in FAMILIES:
-        raise BadInput(f"{path}: a {family} model can't be upcycled to a Mixtral, only {' and '.join(FAMILIES)}")
-    dense: DecoderConfig = network.config  # type: ignore[assignment]
+        names = " or ".join(one.names.family for one in FAMILIES)
+        raise BadInput(f"{path}: a {family.names.family} model can't be upcycled to a Mixtral; expected {names}")
     if biases := [name for name in ("attention_bias", "mlp_bias") if getattr(dense, name, False)]:
         raise BadInput(f"{path}: this model has biases ({', '.join(biases)}), which a Mixtral has no place for")
-    shared = {field.name for field in fields(mixtral.MixtralConfig)}
-    config = mixtral.MixtralConfig(
-        **{name: value for name, value in asdict(dense).items() if name in shared},
-        num_local_experts=upcycling.experts,
-        num_experts_per_tok=upcycling.top_k,
-    )
-    return meta_network(Checkpoint(path, "hf", mixtral.write_config(config, "hf"), {}, {}))
+    experts = {"num_local_experts": upcycling.experts, "num_experts_per_tok": upcycling.top_k}
+    config = read_config(mixtral.MixtralConfig, {**asdict(dense), **experts}, path).resolve(checkpoint)
+    return meta_network(config)
 
 
 def mixture_values(
@@ -87,7 +85,7 @@ def mixture_values(
     several times.
     """
     values: dict[str, tuple[str, Callable[[], Value]]] = {}
-    for name in tensor_names(mixture):
+    for name in parameter_names(mixture):
         if name.endswith(".router.weight"):
             norm = name.replace(".feedforward.router.", ".feedforward_norm.")
             shape = tuple(mixture.get_parameter(name).shape)

@@ -39,8 +39,8 @@ def show_experts(
         BadInput: a dense model, an empty text, or nothing to draw with.
     """
     from pentad import weights
+    from pentad.build import meta_network
     from pentad.generate.expert_use import expert_use, has_experts
-    from pentad.loading import meta_network
     from pentad.weights import registry
 
     if picture is not None:

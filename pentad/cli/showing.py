@@ -104,14 +104,14 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str 
     from torch import device
 
     from pentad import text, weights
-    from pentad.generate.guards import UnsupportedByKernels
-    from pentad.loading import DTYPES, check_plan, default_dtype, held_bytes, meta_network
+    from pentad.build import DTYPES, default_dtype, held_bytes, meta_network
+    from pentad.loading import kernels_decline
     from pentad.models import family_of
     from pentad.nn.encoder_decoder import EncoderDecoder
     from pentad.weights import registry
 
     checkpoint = weights.open(registry.locate(name, progress=output.progress()))
-    family, _ = family_of(checkpoint)
+    family = family_of(checkpoint).names.family
     network = meta_network(checkpoint)
     precision = DTYPES[dtype] if dtype else default_dtype(checkpoint)
     trained: int = network.config.max_position_embeddings
@@ -123,12 +123,12 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str 
         2 * part.kv_heads * part.head_dim * min(length, getattr(part, "window", None) or length) * precision.itemsize
         for part in cached
     )
-    try:
-        check_plan(checkpoint, network, device=device("cpu"), dtype=dtype, quantize=quantize)
-        runs, held = "by the kernels", sum(entry.nbytes for entry in checkpoint.tensors.values())
-    except UnsupportedByKernels as why:
-        runs, held = f"as plain torch: {why}", 0
-    held = held or held_bytes(checkpoint, precision, keep_quantized=quantize is None)
+    why_torch = kernels_decline(checkpoint, network, device=device("cpu"), dtype=dtype, quantize=quantize)
+    runs = "by the kernels" if why_torch is None else f"as plain torch: {why_torch}"
+    if why_torch is None and checkpoint.tensors:
+        held = sum(entry.nbytes for entry in checkpoint.tensors.values())
+    else:
+        held = held_bytes(checkpoint, network, precision, quantized="none" if quantize else "operators")
     try:
         tokenizer = text.load(checkpoint, vocab_size=network.config.vocab_size)
     except BadInput as error:  # the network runs without

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pentad
+from pentad.build import build
 from pentad.convert import convert
 from pentad.errors import BadInput
 from pentad.generate.engine import REFRESH_INTERVAL, Engine, Request
@@ -19,8 +20,7 @@ from pentad.generate.plan_step import PlanStep, step_for
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep, Step
 from pentad.kernels import Program
-from pentad.loading import load_network
-from pentad.models import FAMILIES as FAMILIES_OF_THE_HOUSE
+from pentad.models import FAMILIES as ALL_FAMILIES
 from pentad.nn.attention import Attention
 from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear
 from pentad.nn.moe.dispatch import EvenCapacity
@@ -66,7 +66,9 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_there_is_one_of_each_family() -> None:
-    assert {name.split(",")[0] for name in FAMILIES} >= set(FAMILIES_OF_THE_HOUSE) - {"switch_transformers"}
+    assert {name.split(",")[0] for name in FAMILIES} >= {family.names.family for family in ALL_FAMILIES} - {
+        "switch_transformers"
+    }
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def quantized_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def quantized(quantized_file: Path) -> nn.Module:
-    return load_network(pentad.weights.open(quantized_file), blocks=True)
+    return build(pentad.weights.open(quantized_file), quantized="all")
 
 
 def runs_of(step: Step, ids: Sequence[int], sizes: Sequence[int] = (1000,)) -> Tensor:

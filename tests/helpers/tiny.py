@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import pentad.weights
+from pentad.build import build
 from pentad.errors import BadInput
-from pentad.loading import load_network
 from pentad.nn.batch import Batch
 
 disable_progress_bar()  # of saving, which would get into what is expected on standard error
@@ -111,7 +111,7 @@ def talking_checkpoint(folder: Path, **config: Any) -> Tiny:
 
 def network_of(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """The checkpoint's network, loaded."""
-    return load_network(pentad.weights.open(folder), dtype=dtype, **options)
+    return build(pentad.weights.open(folder), dtype=dtype, **options)
 
 
 @torch.inference_mode()

@@ -86,7 +86,7 @@ def test_kept_quantized(tmp_path: Path, shape: str) -> None:
     file, peer = tmp_path / "m.gguf", tiny_peer(**WIDE, **SHAPES[shape])
     write_gguf(file, peer, "Q4_0")
     kept = network_of(file, torch.bfloat16)
-    plain = network_of(file, torch.bfloat16, keep_quantized=False)
+    plain = network_of(file, torch.bfloat16, quantized="none")
     assert any(isinstance(part, QuantizedLinear) for part in kept.modules())
     for tokens in (1, 40, 150):
         ids = random_ids(tokens)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import pentad.weights
 from pentad.models.language import phi
+from pentad.models.language.config import read_family_config, write_family_config
 from pentad.nn.linear import QuantizedLinear, RowwiseInt8Linear
 from pentad.weights.checkpoint import Checkpoint
 from tests.helpers.gguf_file import stored, write_file
@@ -162,7 +163,7 @@ def test_a_layout_reads_what_it_writes(tmp_path: Path, layout: int) -> None:
     """The table, run both ways, bit for bit."""
     tiny_checkpoint(tmp_path, **MHA)
     network = network_of(tmp_path)
-    table = phi.key_tables(network.config, "hf")[layout]
+    table = phi.FAMILY.layouts(network.config, "hf")[layout]
     state = dict(network.named_parameters())
     seen = set()
     for ours, theirs, operation in table.groups(state):
@@ -178,13 +179,13 @@ def test_a_layout_reads_what_it_writes(tmp_path: Path, layout: int) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"n_embd": None}, "the config lacks hidden_size, intermediate_size"),
+        ({"n_embd": None}, "the config lacks hidden_size"),
         ({"n_embd": "wide"}, "hidden_size is 'wide', not of type int"),
-        ({"rotary_dim": 3}, "RoPE can't rotate 3 of a head's 8 numbers"),
-        ({"rotary_dim": 0}, "RoPE can't rotate 0 of a head's 8 numbers"),
-        ({"rotary_dim": 10}, "RoPE can't rotate 10 of a head's 8 numbers"),
-        ({"rotary_dim": "4"}, "RoPE can't rotate 4 of a head's 8 numbers"),
-        ({"activation_function": "relu"}, "hidden_act is 'relu'; this family has gelu_new or gelu_pytorch_tanh"),
+        ({"rotary_dim": 3}, "rotary_dim is 3"),
+        ({"rotary_dim": 0}, "rotary_dim is 0"),
+        ({"rotary_dim": 10}, "rotary_dim is 10"),
+        ({"rotary_dim": "4"}, "rotary_dim is 4"),
+        ({"activation_function": "relu"}, "hidden_act is 'relu'"),
         ({"model_type": "phi3"}, "architecture 'phi3' is not supported"),
     ],
     ids=str,
@@ -205,7 +206,7 @@ def test_a_part_of_a_head_that_cannot_be(tmp_path: Path, factor: Any) -> None:
 def test_published_heads_rotate_32_numbers(width: int, heads: int, factor: float, rotary: int) -> None:
     said = {"vocab_size": 8, "hidden_size": width, "intermediate_size": 8, "num_hidden_layers": 1}
     said |= {"num_attention_heads": heads, "partial_rotary_factor": factor}
-    config = phi.config_from(Checkpoint(Path("somewhere"), "hf", said, {}, {}))
+    config = read_family_config(phi.FAMILY, Checkpoint(Path("somewhere"), "hf", said, {}, {}))
     assert config.rotary_dim == rotary
     assert config.partial_rotary_factor == factor
 
@@ -274,7 +275,7 @@ def test_kept_quantized(tmp_path: Path, fused: bool, tied: bool, kind: str) -> N
     file, peer = tmp_path / "m.gguf", tiny_peer(**WIDE, tie_word_embeddings=tied)
     write_phi(file, peer, kind, fused=fused)
     kept = network_of(file, torch.bfloat16)
-    plain = network_of(file, torch.bfloat16, keep_quantized=False)
+    plain = network_of(file, torch.bfloat16, quantized="none")
     blocks = [part for part in kept.modules() if isinstance(part, QuantizedLinear)]
     assert len(blocks) == (kind == "Q4_0") * (2 * 6 + (not tied))
     assert isinstance(kept.head, RowwiseInt8Linear) == (tied or kind == "Q8_0")
@@ -294,15 +295,17 @@ def test_gguf_and_folder_are_the_same_network(tmp_path: Path) -> None:
 
 def test_gguf_that_rotates_too_much(tmp_path: Path) -> None:
     write_phi(tmp_path / "m.gguf", tiny_peer(**WIDE), "F32", fused=False, rope__dimension_count=18)
-    assert "RoPE can't rotate 18 of a head's 16 numbers" in refused(tmp_path / "m.gguf")
+    assert "phi2.rope.dimension_count is 18" in refused(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf"])
 def test_a_config_is_read_as_it_is_written(tmp_path: Path, format: str) -> None:
     tiny_checkpoint(tmp_path, **MHA, partial_rotary_factor=0.25, layer_norm_eps=0.01)
     checkpoint = pentad.weights.open(tmp_path)
-    config = phi.config_from(checkpoint)
-    written = phi.write_config(config, format)
+    config = read_family_config(phi.FAMILY, checkpoint)
+    written = write_family_config(phi.FAMILY, config, format)
     tensors = {"token_embd.weight": checkpoint.tensors["model.embed_tokens.weight"], "output.weight": None}
-    again = phi.config_from(Checkpoint(tmp_path, format, written, {}, tensors if format == "gguf" else {}))
+    again = read_family_config(
+        phi.FAMILY, Checkpoint(tmp_path, format, written, {}, tensors if format == "gguf" else {})
+    )
     assert {**vars(again), "rope_parameters": 0} == {**vars(config), "rope_parameters": 0}

@@ -1,12 +1,35 @@
-"""Where most decoder-only language models keep their tensors, in each kind of file; a family's table extends these."""
+"""Names of tensors in files: the rules that most decoder-only families share. A family's own rules extend these."""
 
 from __future__ import annotations
 
-from pentad.weights.keytable import Identity, Operation, Rule
+from collections.abc import Callable, Sequence
+
+from pentad.models.language.decoder_only import DecoderConfig
+from pentad.weights.keytable import Identity, KeyTable, Rule, UnpermuteRope
+
+Layouts = Callable[[DecoderConfig], list[KeyTable]]
+
+
+def hf(*rules: Rule) -> Layouts:
+    """Hugging Face folders."""
+    return lambda config: [KeyTable([*hf_rules(), *rules], hf_ignored(config))]
+
+
+def gguf(*rules: Rule, interleaved: bool = False) -> Layouts:
+    """GGUF files; only architecture "llama" has interleaved queries and keys."""
+    return lambda config: [KeyTable([*gguf_rules(config, interleaved=interleaved), *rules], GGUF_IGNORED)]
+
+
+def consolidated(*rules: Rule) -> Layouts:
+    """Meta's files and Mistral's."""
+    return lambda config: [KeyTable([*consolidated_rules(config), *rules], CONSOLIDATED_IGNORED)]
+
+
+GGUF_IGNORED = (r"rope_freqs\.weight",)  # part of the config
+CONSOLIDATED_IGNORED = (r"(.*\.)?rope\.freqs",)
 
 
 def hf_rules() -> list[Rule]:
-    """Hugging Face folders."""
     layer = "model.layers.*"
     return [
         Rule("embed", "model.embed_tokens"),
@@ -19,13 +42,13 @@ def hf_rules() -> list[Rule]:
     ]
 
 
-def hf_ignored(tied: bool) -> list[str]:
-    """What is computed, not learned; and a head that is tied to the embedding is sometimes stored a second time."""
-    return [r".*\.rotary_emb\.inv_freq", *([r"lm_head\.weight"] if tied else [])]
+def hf_ignored(config: DecoderConfig) -> Sequence[str]:
+    """Computed tensors, and the second copy of a tied head."""
+    return [r".*\.rotary_emb\.inv_freq", *([r"lm_head\.weight"] if config.tie_word_embeddings else [])]
 
 
-def gguf_rules(queries: Operation = Identity(), keys: Operation = Identity()) -> list[Rule]:  # noqa: B008 - they have no state
-    """GGUF files of most architectures; only "llama" has interleaved queries and keys."""
+def gguf_rules(config: DecoderConfig, *, interleaved: bool = False) -> list[Rule]:
+    queries, keys = _unpermute(config) if interleaved else (Identity(), Identity())
     return [
         Rule("embed", "token_embd"),
         Rule("layers.*.attention_norm", "blk.*.attn_norm"),
@@ -40,8 +63,9 @@ def gguf_rules(queries: Operation = Identity(), keys: Operation = Identity()) ->
     ]
 
 
-def consolidated_rules(queries: Operation, keys: Operation) -> list[Rule]:
-    """Meta's files and Mistral's: w1 is the gate, w3 the other factor, w2 the way down."""
+def consolidated_rules(config: DecoderConfig) -> list[Rule]:
+    """w1 is the gate, w3 the other factor, w2 the projection down."""
+    queries, keys = _unpermute(config)
     return [
         Rule("embed", "tok_embeddings"),
         Rule("layers.*.attention_norm", "layers.*.attention_norm"),
@@ -56,3 +80,7 @@ def consolidated_rules(queries: Operation, keys: Operation) -> list[Rule]:
         Rule("norm", "norm"),
         Rule("head", "output"),
     ]
+
+
+def _unpermute(config: DecoderConfig) -> tuple[UnpermuteRope, UnpermuteRope]:
+    return UnpermuteRope(config.num_attention_heads), UnpermuteRope(config.num_key_value_heads)

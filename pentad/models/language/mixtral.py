@@ -1,41 +1,38 @@
 """Mixtral 8x7B (arXiv:2401.04088): Mistral's block, whose feed-forward layer is eight, of which a token takes two.
 
-The mixture is put together in `Mixtral` from the parts in `pentad.nn.moe`. In GGUF files Mixtral is called "llama".
+`Mixtral` puts the mixture together from the parts in `pentad.nn.moe`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from torch import nn
-
-from pentad.models.language.config import ArchitectureNames, check_experts, read_decoder_config, written_values
-from pentad.models.language.key_rules import consolidated_rules, gguf_rules, hf_ignored, hf_rules
+from pentad.models.family import ArchitectureNames, Family
+from pentad.models.language import key_rules
+from pentad.models.language.decoder_only import DecoderOnly, check_experts, self_attention
 from pentad.models.language.mistral import MistralConfig
-from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
-from pentad.nn.decoder import Decoder
 from pentad.nn.moe.experts import SwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import mixtral_top_k
 from pentad.nn.norm import RMSNorm
-from pentad.nn.rope import Rope
-from pentad.nn.rope_scaling import scaling
-from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.keytable import Concat, Flattened, KeyTable, Rule, Stacked, UnpermuteRope
+from pentad.weights.keytable import Concat, Flattened, KeyTable, Rule, Stacked
+
+if TYPE_CHECKING:
+    from pentad.weights.checkpoint import Checkpoint
 
 ROUTER, EXPERTS = "layers.*.feedforward.router", "layers.*.feedforward.experts"
-MISTRALS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-"""An expert's matrices in Mistral's files and Hugging Face's -> here."""
-GGUFS = {"gate": "gate_proj", "down": "down_proj", "up": "up_proj"}
+W_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+"""An expert's matrices in Mistral's and Hugging Face's files -> pentad's names."""
+GGUF_NAMES = {"gate": "gate_proj", "down": "down_proj", "up": "up_proj"}
 """The same in GGUF files."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MixtralConfig(MistralConfig):
-    """What the forward pass reads of a published ``config.json``, under its names there and with their defaults."""
+    """Mixtral's fields beyond Mistral's."""
 
     max_position_embeddings: int = 131072
     rope_theta: float = 1e6
@@ -43,98 +40,96 @@ class MixtralConfig(MistralConfig):
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
 
+    def resolve(self, checkpoint: Checkpoint) -> Self:
+        check_experts(self, self.num_local_experts, self.num_experts_per_tok, checkpoint.path)
+        return super().resolve(checkpoint)
 
-class Mixtral(Decoder):
+
+class Mixtral(DecoderOnly):
     """Grouped-query attention, and a mixture of SwiGLUs, each behind an RMSNorm."""
 
     def __init__(self, config: MixtralConfig) -> None:
-        c = config
-        rope = Rope(c.head_dim, c.rope_theta, scaling(c.rope_parameters))
-        super().__init__(
-            nn.Embedding(c.vocab_size, c.hidden_size),
-            (
-                PreNormBlock(
-                    RMSNorm(c.hidden_size, c.rms_norm_eps),
-                    Attention(
-                        c.hidden_size,
-                        heads=c.num_attention_heads,
-                        kv_heads=c.num_key_value_heads,
-                        head_dim=c.head_dim,
-                        rope=rope,
-                        layer=layer,
-                        window=c.sliding_window,
-                    ),
-                    RMSNorm(c.hidden_size, c.rms_norm_eps),
-                    MixtureOfExperts(
-                        Router(c.hidden_size, c.num_local_experts),
-                        SwiGLUExperts(c.num_local_experts, c.hidden_size, c.intermediate_size),
-                        mixtral_top_k,
-                        top_k=c.num_experts_per_tok,
-                    ),
-                )
-                for layer in range(c.num_hidden_layers)
-            ),
-            RMSNorm(c.hidden_size, c.rms_norm_eps),
-            nn.Linear(c.hidden_size, c.vocab_size, bias=False),
-            tied=c.tie_word_embeddings,
-            config=c,
+        c, rope = config, config.rope()
+        blocks = (
+            PreNormBlock(
+                RMSNorm(c.hidden_size, c.rms_norm_eps),
+                self_attention(c, layer, rope, window=c.sliding_window),
+                RMSNorm(c.hidden_size, c.rms_norm_eps),
+                MixtureOfExperts(
+                    Router(c.hidden_size, c.num_local_experts),
+                    SwiGLUExperts(c.num_local_experts, c.hidden_size, c.intermediate_size),
+                    mixtral_top_k,
+                    top_k=c.num_experts_per_tok,
+                ),
+            )
+            for layer in range(c.num_hidden_layers)
         )
+        super().__init__(c, blocks, RMSNorm(c.hidden_size, c.rms_norm_eps))
 
 
-def config_from(checkpoint: Checkpoint) -> MixtralConfig:
-    """The config of a checkpoint, from ``config.json``, GGUF metadata or ``params.json``."""
-    config = read_decoder_config(MixtralConfig, checkpoint)
-    check_experts(config, config.num_local_experts, config.num_experts_per_tok, checkpoint.path)
-    return config
+def _hf(config: MixtralConfig) -> list[KeyTable]:
+    """The files, and transformers 5's layout in memory."""
+    layer, fused = "model.layers.*.block_sparse_moe", "model.layers.*.mlp"
+    separate = _separate_experts(layer + ".experts.{expert}.{matrix}", W_NAMES, config)
+    halves = Concat((config.intermediate_size,) * 2, axis=1)
+    stacked = [
+        Rule((f"{EXPERTS}.gate_proj", f"{EXPERTS}.up_proj"), f"{fused}.experts.gate_up_proj", halves, bare=True),
+        Rule(f"{EXPERTS}.down_proj", f"{fused}.experts.down_proj", bare=True),
+    ]
+    layouts = [Rule(ROUTER, f"{layer}.gate"), *separate], [Rule(ROUTER, f"{fused}.gate"), *stacked]
+    return [table for layout in layouts for table in key_rules.hf(*layout)(config)]
 
 
-def key_tables(config: MixtralConfig, format: str) -> list[KeyTable]:
-    """The names of the network's modules in files of a format, each of which has had two layouts."""
-    count, hidden = config.num_local_experts, config.intermediate_size
-    queries, keys = UnpermuteRope(config.num_attention_heads), UnpermuteRope(config.num_key_value_heads)
-    match format:
-        case "gguf":
-            rules, ignored = gguf_rules(queries, keys), [r"rope_freqs\.weight"]
-            router = Rule(ROUTER, "blk.*.ffn_gate_inp")
-            stacked = [Rule(f"{EXPERTS}.{ours}", f"blk.*.ffn_{theirs}_exps") for theirs, ours in GGUFS.items()]
-            singly = _one_by_one("blk.*.ffn_{part}.{expert}", GGUFS, count)  # of the first months
-            layouts = [[router, *stacked], [router, *singly]]
-        case "consolidated":
-            rules, ignored = consolidated_rules(queries, keys), [r"rope\.freqs"]
-            layer, later = "layers.*.feed_forward", "layers.*.block_sparse_moe"  # the latter in consolidated.NN.pt
-            singly = _one_by_one(layer + ".experts.{expert}.{part}", MISTRALS, count)
-            stacked = [
-                Rule(f"{EXPERTS}.{ours}", f"{later}.{theirs}", Flattened(count, transposed=theirs == "w2"), bare=True)
-                for theirs, ours in MISTRALS.items()
-            ]
-            layouts = [[Rule(ROUTER, f"{layer}.gate"), *singly], [Rule(ROUTER, f"{later}.gate"), *stacked]]
-        case _:
-            rules, ignored = hf_rules(), hf_ignored(config.tie_word_embeddings)
-            layer, later = "model.layers.*.block_sparse_moe", "model.layers.*.mlp"  # transformers 5's, in memory
-            singly = _one_by_one(layer + ".experts.{expert}.{part}", MISTRALS, count)
-            gate_and_up = (f"{EXPERTS}.gate_proj", f"{EXPERTS}.up_proj")
-            stacked = [
-                Rule(gate_and_up, f"{later}.experts.gate_up_proj", Concat((hidden, hidden), axis=1), bare=True),
-                Rule(f"{EXPERTS}.down_proj", f"{later}.experts.down_proj", bare=True),
-            ]
-            layouts = [[Rule(ROUTER, f"{layer}.gate"), *singly], [Rule(ROUTER, f"{later}.gate"), *stacked]]
-    return [KeyTable([*rules, *layout], ignored=ignored) for layout in layouts]
-
-
-def _one_by_one(pattern: str, parts: Mapping[str, str], count: int) -> list[Rule]:
-    """Rules for layouts in which each expert's matrices are tensors of their own."""
+def _gguf(config: MixtralConfig) -> list[KeyTable]:
+    """Today's files, and those of the first months."""
+    router = Rule(ROUTER, "blk.*.ffn_gate_inp")
+    stacked = [Rule(f"{EXPERTS}.{ours}", f"blk.*.ffn_{theirs}_exps") for theirs, ours in GGUF_NAMES.items()]
+    separate = _separate_experts("blk.*.ffn_{matrix}.{expert}", GGUF_NAMES, config)
     return [
-        Rule(f"{EXPERTS}.{ours}", tuple(pattern.format(part=part, expert=e) for e in range(count)), Stacked())
-        for part, ours in parts.items()
+        table for layout in (stacked, separate) for table in key_rules.gguf(router, *layout, interleaved=True)(config)
     ]
 
 
-def write_config(config: MixtralConfig, format: str) -> dict[str, Any]:
-    """The config as files of a format spell it."""
-    values = written_values(config, format, ArchitectureNames("mixtral", "MixtralForCausalLM", gguf="llama"))
-    if format == "consolidated":
-        values["moe"] = {"num_experts": config.num_local_experts, "num_experts_per_tok": config.num_experts_per_tok}
-    return values
+def _consolidated(config: MixtralConfig) -> list[KeyTable]:
+    """Files whose experts are separate tensors, and the later consolidated.NN.pt, whose experts are stacked."""
+    layer, stack = "layers.*.feed_forward", "layers.*.block_sparse_moe"
+    separate = _separate_experts(layer + ".experts.{expert}.{matrix}", W_NAMES, config)
+    stacked = [
+        Rule(
+            f"{EXPERTS}.{ours}",
+            f"{stack}.{theirs}",
+            Flattened(config.num_local_experts, transposed=theirs == "w2"),
+            bare=True,
+        )
+        for theirs, ours in W_NAMES.items()
+    ]
+    layouts = [Rule(ROUTER, f"{layer}.gate"), *separate], [Rule(ROUTER, f"{stack}.gate"), *stacked]
+    return [table for layout in layouts for table in key_rules.consolidated(*layout)(config)]
 
 
-build = Mixtral
+def _separate_experts(pattern: str, names: Mapping[str, str], config: MixtralConfig) -> list[Rule]:
+    """Rules for layouts in which each expert's matrices are tensors of their own."""
+    experts = range(config.num_local_experts)
+    return [
+        Rule(f"{EXPERTS}.{ours}", tuple(pattern.format(matrix=theirs, expert=e) for e in experts), Stacked())
+        for theirs, ours in names.items()
+    ]
+
+
+def recognizes(format: str, config: Mapping[str, Any]) -> bool:
+    """In GGUF files Mixtral is a "llama" with experts; params.json has the number of experts in one of two places."""
+    match format:
+        case "gguf":
+            return config.get("general.architecture") == "llama" and bool(config.get("llama.expert_count"))
+        case "consolidated":
+            return bool(config.get("moe")) or "num_experts" in config
+    return config.get("model_type") == "mixtral"
+
+
+FAMILY = Family(
+    MixtralConfig,
+    Mixtral,
+    key_tables={"hf": _hf, "gguf": _gguf, "consolidated": _consolidated},
+    names=ArchitectureNames("mixtral", "MixtralForCausalLM", gguf="llama"),
+    recognizes=recognizes,
+)

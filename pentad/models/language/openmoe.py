@@ -10,49 +10,39 @@ see position 0 whatever the mask says, which matters to padding alone. Not verif
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pentad.errors import BadInput
-from pentad.models.language.config import (
-    ArchitectureNames,
-    DecoderConfig,
-    check_experts,
-    read_decoder_config,
-    renamed,
-    written_values,
-)
-from pentad.models.language.key_rules import hf_ignored, hf_rules
-from pentad.nn.attention import Attention
+from pentad.models.family import ArchitectureNames, Family
+from pentad.models.language import key_rules
+from pentad.models.language.decoder_only import DecoderConfig, DecoderOnly, check_experts, self_attention
 from pentad.nn.block import ExtraFeedforwardBlock, PreNormBlock
-from pentad.nn.decoder import Decoder
 from pentad.nn.feedforward import GatedSwiGLU
 from pentad.nn.moe.dispatch import EvenCapacity
 from pentad.nn.moe.experts import GatedSwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import softmax_top_k
 from pentad.nn.norm import RMSNorm
-from pentad.nn.rope import AheadRope, Rope
-from pentad.nn.rope_scaling import scaling
-from pentad.weights.checkpoint import Checkpoint
+from pentad.nn.rope import AheadRope
 from pentad.weights.keytable import KeyTable, Rule, Stacked, Transposed
 
-OLDER = ("topk", "capacity_factor_train", "capacity_factor_eval", "min_capacity", "drop_tks")
-OLDER_NAMES = {"gated": "mlp_gated", **{name: f"router_{name}" for name in OLDER}}
-"""Those in ColossalAI's openmoe_8b_config.json -> today's."""
+if TYPE_CHECKING:
+    from pentad.weights.checkpoint import Checkpoint
+
+ROUTER_FIELDS = ("topk", "capacity_factor_train", "capacity_factor_eval", "min_capacity", "drop_tks")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpenMoeConfig(DecoderConfig):
-    """What the forward pass reads of a published ``config.json``, under its names there and with their defaults."""
+    """OpenMoE's fields beyond the shared ones."""
 
     hidden_act: str = "swiglu"
     rms_norm_eps: float = 1e-6
-    num_experts: int = field(kw_only=True)
-    moe_layer_interval: int = field(kw_only=True)
+    num_experts: int
+    moe_layer_interval: int
     router_topk: int = 2
     router_capacity_factor_train: float = 1.25
     router_capacity_factor_eval: float = 2.0
@@ -61,38 +51,32 @@ class OpenMoeConfig(DecoderConfig):
     mlp_gated: bool = True
     query_ahead_at_decode: int = field(default=0, metadata={"least": 0})  # published by none; 1 decodes like the port
 
-    ACTIVATIONS = ("swiglu",)
+    ACTIVATIONS: ClassVar[tuple[str, ...]] = ("swiglu",)
+    OLD_HF_NAMES: ClassVar[Mapping[str, str]] = {
+        "gated": "mlp_gated",
+        **{name: f"router_{name}" for name in ROUTER_FIELDS},
+    }
+    """Those in ColossalAI's openmoe_8b_config.json."""
+
+    def resolve(self, checkpoint: Checkpoint) -> Self:
+        check_experts(self, self.num_experts, self.router_topk, checkpoint.path)
+        if not self.mlp_gated:
+            raise BadInput(f"{checkpoint.path}: mlp_gated is false; expected true")
+        return super().resolve(checkpoint)
 
 
-class OpenMoe(Decoder):
+class OpenMoe(DecoderOnly):
     """Attention and a doubly gated layer or a mixture of them, each behind an RMSNorm."""
 
     def __init__(self, config: OpenMoeConfig) -> None:
-        c = config
-        super().__init__(
-            nn.Embedding(c.vocab_size, c.hidden_size),
-            _blocks(c),
-            RMSNorm(c.hidden_size, c.rms_norm_eps),
-            nn.Linear(c.hidden_size, c.vocab_size, bias=False),
-            tied=c.tie_word_embeddings,
-            config=c,
-        )
+        super().__init__(config, _blocks(config), RMSNorm(config.hidden_size, config.rms_norm_eps))
 
 
 def _blocks(c: OpenMoeConfig) -> Iterator[PreNormBlock]:
-    rope = Rope(c.head_dim, c.rope_theta, scaling(c.rope_parameters))
+    rope = c.rope()
     query_rope = AheadRope(rope, c.query_ahead_at_decode) if c.query_ahead_at_decode else None
     for layer in range(c.num_hidden_layers):
-        attention = Attention(
-            c.hidden_size,
-            heads=c.num_attention_heads,
-            kv_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            rope=rope,
-            query_rope=query_rope,
-            layer=layer,
-            scale=1.0,
-        )
+        attention = self_attention(c, layer, rope, query_rope=query_rope, scale=1.0)
         norms = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(3))
         dense = GatedSwiGLU(c.hidden_size, c.intermediate_size)
         if (layer + 1) % c.moe_layer_interval:
@@ -114,38 +98,40 @@ def _mixture(c: OpenMoeConfig) -> MixtureOfExperts:
     )
 
 
-def config_from(checkpoint: Checkpoint) -> OpenMoeConfig:
-    """The config of a checkpoint, from ``config.json``."""
-    path = checkpoint.path
-    if checkpoint.format != "hf":
-        raise BadInput(f"{path}: no {checkpoint.format} files of openmoe are known")
-    config = read_decoder_config(OpenMoeConfig, renamed(checkpoint, OLDER_NAMES))
-    check_experts(config, config.num_experts, config.router_topk, path)
-    if not config.mlp_gated:
-        raise BadInput(f"{path}: mlp_gated is false; this family's layers are gated")
-    return config
-
-
-def key_tables(config: OpenMoeConfig, format: str) -> list[KeyTable]:
-    """The names of the network's modules in Hugging Face folders: the port's, and those of its rewriting without
-    ColossalAI (github.com/pingzhili/openmoe-pt, whose model_type is "openmoe")."""
-    if format != "hf":
-        return []
+def _hf(config: OpenMoeConfig) -> list[KeyTable]:
+    """The port's files, and those of its rewriting without ColossalAI (github.com/pingzhili/openmoe-pt, whose
+    model_type is "openmoe")."""
     mlp, ours = "model.layers.*.mlp", "layers.*.feedforward"
-    rules = [*hf_rules(), Rule("layers.*.extra_norm", "model.layers.*.pre_extra_mlp_layernorm")]
+    rules = [Rule("layers.*.extra_norm", "model.layers.*.pre_extra_mlp_layernorm")]
     stacked = [Rule(f"{ours}.router", f"{mlp}.gate_weight", bare=True)]
-    singly = [Rule(f"{ours}.router", f"{mlp}.gate")]
+    separate = [Rule(f"{ours}.router", f"{mlp}.gate")]
     for part, theirs in (("gate_proj", "wi_gate"), ("up_proj", "wi_up"), ("down_proj", "wo")):
         rules.append(Rule(f"layers.*.extra_feedforward.{part}", f"model.layers.*.extra_mlp.{part}"))
         stacked.append(Rule(f"{ours}.experts.{part}", f"{mlp}.experts.{theirs}", Transposed(), bare=True))
         each = tuple(f"{mlp}.experts.{e}.{part}" for e in range(config.num_experts))
-        singly.append(Rule(f"{ours}.experts.{part}", each, Stacked()))
-    return [KeyTable([*rules, *layout], hf_ignored(config.tie_word_embeddings)) for layout in (stacked, singly)]
+        separate.append(Rule(f"{ours}.experts.{part}", each, Stacked()))
+    return [table for layout in (stacked, separate) for table in key_rules.hf(*rules, *layout)(config)]
 
 
-def write_config(config: OpenMoeConfig, format: str) -> dict[str, Any]:
-    """The config as Hugging Face's files spell it, which call the model a Llama and only its class by its name."""
-    return written_values(config, format, ArchitectureNames("llama", "OpenMoeForCausalLM"))
+def init_std(config: OpenMoeConfig, name: str) -> float:
+    """Router and experts as ColossalAI's (colossalai/moe/experts.py, layers.py: `reset_parameters`)."""
+    if ".experts." in name or ".router." in name:
+        return math.sqrt(0.1 / (config.intermediate_size if "down_proj" in name else config.hidden_size))
+    return config.initializer_range
 
 
-build = OpenMoe
+def recognizes(format: str, config: Mapping[str, Any]) -> bool:
+    """The port's config.json has model_type "llama", so the class tells."""
+    architectures = config.get("architectures")
+    listed = isinstance(architectures, list) and "OpenMoeForCausalLM" in architectures
+    return format == "hf" and (listed or config.get("model_type") == "openmoe")
+
+
+FAMILY = Family(
+    OpenMoeConfig,
+    OpenMoe,
+    key_tables={"hf": _hf},
+    names=ArchitectureNames("openmoe", "OpenMoeForCausalLM", model_type="llama"),
+    recognizes=recognizes,
+    init_std=init_std,
+)

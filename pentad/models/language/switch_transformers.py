@@ -9,13 +9,14 @@ only. Without sparse layers it is T5.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
 from pentad.errors import BadInput
-from pentad.models.language.config import MAX_EXPERTS
+from pentad.models.family import ArchitectureNames, Family, ModelConfig
+from pentad.models.language.decoder_only import MAX_EXPERTS
 from pentad.nn.block import PreNormBlock
 from pentad.nn.encoder_decoder import CrossAttendingBlock, CrossAttention, Encoder, EncoderDecoder, ScaledLinear
 from pentad.nn.feedforward import ReluMLP
@@ -24,21 +25,23 @@ from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import softmax_top_k
 from pentad.nn.norm import RMSNorm
 from pentad.nn.relative_bias import RelativeAttention, RelativeBias
-from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.config import MAX_LAYERS, MAX_SIZE, read_config
+from pentad.weights.config import MAX_LAYERS, MAX_SIZE
 from pentad.weights.keytable import KeyTable, Rule, Stacked
 
+if TYPE_CHECKING:
+    from pentad.weights.checkpoint import Checkpoint
 
-@dataclass(frozen=True)
-class SwitchConfig:
-    """What the forward pass reads of a published ``config.json``, under its names there and with their defaults."""
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchConfig(ModelConfig):
+    """The fields of a published ``config.json`` that the network reads, with their defaults."""
 
     vocab_size: int = 32128
     d_model: int = 768
     d_kv: int = 64
     d_ff: int = 2048
     num_layers: int = 12
-    num_decoder_layers: int = 0  # as many as num_layers
+    num_decoder_layers: int = 0  # num_layers
     num_heads: int = 12
     num_experts: int = 8
     expert_capacity: int = 64
@@ -51,12 +54,33 @@ class SwitchConfig:
     dense_act_fn: str = "relu"
     tie_word_embeddings: bool = True
     decoder_start_token_id: int = field(default=0, metadata={"least": 0})
-    n_positions: int = 512  # tokens of a text in training; positions are relative, so that longer ones work
+    n_positions: int = 512  # the training length; positions are relative, so longer texts work
+    initializer_factor: float = 1.0
 
     @property
     def max_position_embeddings(self) -> int:
         """The name that other families have for it."""
         return self.n_positions
+
+    def resolve(self, checkpoint: Checkpoint) -> Self:
+        path, config = checkpoint.path, replace(self, num_decoder_layers=self.num_decoder_layers or self.num_layers)
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if max(config.num_layers, config.num_decoder_layers) > MAX_LAYERS:
+            raise BadInput(
+                f"{path}: {config.num_layers} and {config.num_decoder_layers} layers are not possible depths"
+            )
+        if self.num_experts > MAX_EXPERTS or self.num_heads * self.d_kv > MAX_SIZE:
+            raise BadInput(f"{path}: {self.num_experts} experts or {self.num_heads} heads are not possible numbers")
+        if buckets < 4 or buckets % 2 or distance <= buckets // 2:
+            raise BadInput(f"{path}: distances up to {distance} can't be put into {buckets} buckets")
+        if self.dense_act_fn != "relu" or checkpoint.config.get("is_gated_act"):
+            raise BadInput(f"{path}: dense_act_fn is {self.dense_act_fn!r}; expected relu, not gated")
+        if self.decoder_start_token_id >= self.vocab_size:
+            raise BadInput(f"{path}: decoder_start_token_id {self.decoder_start_token_id} is outside the vocabulary")
+        return config
+
+    def published(self) -> dict[str, Any]:
+        return {"is_encoder_decoder": True, **super().published()}
 
 
 def sparse_layers(layers: int, sparse: int) -> list[bool]:
@@ -136,31 +160,7 @@ def _feedforward(c: SwitchConfig, sparse: bool) -> nn.Module:
     )
 
 
-def config_from(checkpoint: Checkpoint) -> SwitchConfig:
-    """The config of a checkpoint, from ``config.json``."""
-    path = checkpoint.path
-    if checkpoint.format != "hf":
-        raise BadInput(f"{path}: no {checkpoint.format} files of switch_transformers are known")
-    layers = checkpoint.config.get("num_decoder_layers") or checkpoint.config.get("num_layers")
-    config = read_config(SwitchConfig, {**checkpoint.config, "num_decoder_layers": layers or 12}, path)
-    buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
-    if max(config.num_layers, config.num_decoder_layers) > MAX_LAYERS:
-        raise BadInput(f"{path}: {config.num_layers} and {config.num_decoder_layers} layers are not possible depths")
-    if config.num_experts > MAX_EXPERTS or config.num_heads * config.d_kv > MAX_SIZE:
-        raise BadInput(f"{path}: {config.num_experts} experts or {config.num_heads} heads are not possible numbers")
-    if buckets < 4 or buckets % 2 or distance <= buckets // 2:
-        raise BadInput(f"{path}: distances up to {distance} can't be put into {buckets} buckets")
-    if config.dense_act_fn != "relu" or checkpoint.config.get("is_gated_act"):
-        raise BadInput(f"{path}: dense_act_fn is {config.dense_act_fn!r}; this family has relu, not gated")
-    if config.decoder_start_token_id >= config.vocab_size:
-        raise BadInput(f"{path}: decoder_start_token_id {config.decoder_start_token_id} is outside the vocabulary")
-    return config
-
-
-def key_tables(config: SwitchConfig, format: str) -> list[KeyTable]:
-    """The names of the network's modules in Hugging Face folders; there are no others."""
-    if format != "hf":
-        return []
+def _hf(config: SwitchConfig) -> list[KeyTable]:
     rules = [*_stack_rules("encoder.", "encoder", config), *_stack_rules("", "decoder", config)]
     if config.tie_word_embeddings:
         copies = [r"(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight"]
@@ -195,14 +195,24 @@ def _stack_rules(ours: str, theirs: str, config: SwitchConfig) -> list[Rule]:
     return rules
 
 
-def write_config(config: SwitchConfig, format: str) -> dict[str, Any]:
-    """The config as Hugging Face's files spell it."""
-    return {
-        "architectures": ["SwitchTransformersForConditionalGeneration"],
-        "model_type": "switch_transformers",
-        "is_encoder_decoder": True,
-        **asdict(config),
-    }
+def init_std(config: SwitchConfig, name: str) -> float:
+    """As transformers initialises a Switch, the paper's 0.1 left out (`SwitchTransformersPreTrainedModel`)."""
+    inputs = config.d_model
+    if name.endswith(("embed.weight", "head.weight", "router.weight")):
+        inputs = 1
+    elif name.endswith("q_proj.weight"):
+        inputs = config.d_model * config.d_kv
+    elif name.endswith("o_proj.weight"):
+        inputs = config.num_heads * config.d_kv
+    elif name.endswith("down_proj.weight") and ".experts." not in name:
+        inputs = config.d_ff
+    return float(config.initializer_factor * inputs**-0.5)
 
 
-build = SwitchTransformers
+FAMILY = Family(
+    SwitchConfig,
+    SwitchTransformers,
+    key_tables={"hf": _hf},
+    names=ArchitectureNames("switch_transformers", "SwitchTransformersForConditionalGeneration"),
+    init_std=init_std,
+)

@@ -1,0 +1,306 @@
+"""A network with its weights in place: a checkpoint's, or initialised from a config and a seed.
+
+The network is made on the meta device, which has shapes and no memory; then each tensor takes its place. Tensors that
+need no change are the file's own mapped memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from pentad.errors import BadInput
+from pentad.models import FAMILIES, family_of
+from pentad.models.family import Family, ModelConfig
+from pentad.models.language.config import corrected_by_tensors, read_family_config
+from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
+from pentad.nn.moe.experts import GroupedLinear, QuantizedGroupedLinear
+from pentad.weights.cache import Silent, task
+from pentad.weights.checkpoint import Checkpoint
+from pentad.weights.keytable import best_table
+from pentad.weights.quantized import QuantizedTensor
+
+if TYPE_CHECKING:
+    from pentad.nn.decoder import Decoder
+    from pentad.weights.cache import Progress
+    from pentad.weights.checkpoint import TensorEntry
+    from pentad.weights.keytable import Operation, Pairing
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KEEPS_BLOCKS = {nn.Linear, nn.Embedding, GroupedLinear}
+"""Parts with a counterpart that keeps its weight in quantized blocks (see `_quantized_part`)."""
+
+
+def build(
+    source: Checkpoint | ModelConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
+    quantized: str = "operators",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Decoder:
+    """A checkpoint's network with its weights, or a config's network with initial weights.
+
+    Args:
+        source: a checkpoint; or a config, whose network gets the initial weights that its family publishes.
+        device: where the weights go.
+        dtype: of the weights that are not kept quantized.
+        trainable: parameters get gradients and memory of their own, and the network is in training mode; quantized
+            weights are dequantized.
+        quantized: which quantized matrices stay in blocks: "operators", those that torch has a fast operator for;
+            "all", as the kernels need them; "none".
+        seed: of the initial weights; equal seeds give equal bits.
+        progress: is told of the bytes read.
+
+    Raises:
+        BadInput: an unknown family, or tensors that are missing, not used or of the wrong shape.
+    """
+    if isinstance(source, Checkpoint):
+        if trainable:
+            quantized = "none"
+        network = fill(meta_network(source), source, device=device, dtype=dtype, quantized=quantized, progress=progress)
+        if trainable:
+            _own_parameters(network)
+    else:
+        family = _family_of_config(source)
+        network = _network(family, source, device).to(dtype)
+        _initialize(network, family, source, seed)
+    return network.train(trainable).requires_grad_(trainable)
+
+
+def meta_network(source: Checkpoint | ModelConfig) -> Decoder:
+    """The network of a checkpoint or a config, with shapes and no memory: all parameters on the meta device.
+
+    Raises:
+        BadInput: an unknown family, or a config that lacks or contradicts something.
+    """
+    if isinstance(source, ModelConfig):
+        return _network(_family_of_config(source), source, "meta")
+    family = family_of(source)
+    return _network(family, corrected_by_tensors(read_family_config(family, source), source), "meta")
+
+
+def _family_of_config(config: ModelConfig) -> Family:
+    return next(family for family in FAMILIES if family.config is type(config))
+
+
+def _network(family: Family, config: ModelConfig, device: torch.device | str) -> Decoder:
+    with torch.device(device), _NoInitialization():
+        return family.network(config)
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Skips `torch.nn.init`, which on the meta device does nothing but import the compiler."""
+
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _initialize(network: Decoder, family: Family, config: Any, seed: int) -> None:
+    """Biases 0, norms 1, matrices normal with the family's standard deviation; drawn in float32 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        if parameter.dim() < 2:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        std = config.initializer_range if family.init_std is None else family.init_std(config, name)
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def _own_parameters(network: nn.Module) -> None:
+    """Copy what is mapped from files, since training writes into it."""
+    for names in parameter_names(network).values():
+        parameter = nn.Parameter(network.get_parameter(names[0]).detach().clone())
+        for name in names:
+            _set_parameter(network, name, parameter)
+
+
+def fill(
+    network: Decoder,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantized: str = "operators",
+    progress: Progress | None = None,
+) -> Decoder:
+    """Put a checkpoint's tensors in place in its network, which is on the meta device; arguments as of `build`.
+
+    Raises:
+        BadInput: tensors that are missing, not used or of the wrong shape.
+    """
+    if not checkpoint.tensors:
+        raise BadInput(f"{checkpoint.path}: there are no weights beside the config")
+    device = torch.device(device)
+    placements = _placements(checkpoint, network, dtype, device, quantized)
+    progress = progress or Silent()
+    with task(progress, "Loading", sum(placement.nbytes for placement in placements)):
+        for placement in placements:
+            _place(network, placement, dtype, device)
+            progress.advance(placement.nbytes)
+    return network.eval()
+
+
+def held_bytes(checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, *, quantized: str = "operators") -> int:
+    """Memory that a checkpoint's weights take on a CPU; without weights in the checkpoint, what they would take.
+
+    Args:
+        checkpoint: its headers are read.
+        network: the checkpoint's, on the meta device.
+        dtype, quantized: as of `build`.
+
+    Raises:
+        BadInput: as `fill`.
+    """
+    if not checkpoint.tensors:
+        return sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
+    total = 0.0
+    for placement in _placements(checkpoint, network, dtype, torch.device("cpu"), quantized):
+        for names, part in zip(placement.parameter_names, placement.parts, strict=True):
+            total += network.get_parameter(names[0]).numel() * (part.bytes_per_weight if part else dtype.itemsize)
+    return int(total)
+
+
+class _Placement(NamedTuple):
+    """The tensors of a file that one rule ties together, and the parameters made of them."""
+
+    entries: tuple[TensorEntry, ...]
+    operation: Operation
+    parameter_names: list[list[str]]
+    """For each tensor that is made, its names in the network; a tied one has several."""
+    parts: list[type[QuantizedLinear | RowwiseInt8Linear] | None]
+    """For each, the quantized part that replaces a linear layer (or embedding); None for a plain parameter."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+
+def _placements(
+    checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, device: torch.device, quantized: str
+) -> list[_Placement]:
+    placements = []
+    all_names = parameter_names(network)
+    for ours, entries, operation in pairings(checkpoint, network):
+        types = {entry.quantization for entry in entries}
+        quantization = types.pop() if len(types) == 1 and quantized != "none" else None
+        parts: list[type[QuantizedLinear | RowwiseInt8Linear] | None] = []
+        for first_name in ours:
+            names, shape = all_names[first_name], tuple(network.get_parameter(first_name).shape)
+            owners = [name.rpartition(".") for name in names]
+            types_of_owners = {
+                type(network.get_submodule(owner)) if leaf == "weight" else None for owner, _, leaf in owners
+            }
+            untied_linear = len(owners) == 1 and types_of_owners == {nn.Linear}
+            if (untied_linear and QuantizedLinear.takes(quantization, shape, dtype, device)) or (
+                quantized == "all" and quantization and types_of_owners <= KEEPS_BLOCKS
+            ):
+                parts.append(QuantizedLinear)
+            elif quantization and "head.weight" in names and RowwiseInt8Linear.takes(dtype, device):
+                parts.append(RowwiseInt8Linear)
+            else:
+                parts.append(None)
+        placements.append(_Placement(entries, operation, [all_names[name] for name in ours], parts))
+    return placements
+
+
+def parameter_names(network: nn.Module) -> dict[str, list[str]]:
+    """A network's parameters by their first names, with all names that each has: a tied one has several."""
+    names: dict[str, list[str]] = {}
+    first_names: dict[nn.Parameter, str] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(first_names.setdefault(parameter, name), []).append(name)
+    return names
+
+
+def pairings(checkpoint: Checkpoint, network: Decoder) -> list[Pairing]:
+    """A network's parameters with the tensors of its checkpoint that they are made of.
+
+    Raises:
+        BadInput: tensors that are missing, not used, of the wrong shape or not floating-point numbers.
+    """
+    shapes = {name: tuple(network.get_parameter(name).shape) for name in parameter_names(network)}
+    family = family_of(checkpoint)
+    tables = family.layouts(network.config, checkpoint.format)
+    if not tables:
+        raise BadInput(f"{checkpoint.path}: no {checkpoint.format} files of such a {family.names.family} are known")
+    pairs = best_table(tables, checkpoint.tensors, shapes).pair(checkpoint.tensors, shapes, checkpoint.path)
+    for entry in (entry for pair in pairs for entry in pair.entries):
+        if entry.dtype is not None and not entry.dtype.is_floating_point:
+            raise BadInput(f"{checkpoint.path}: {entry.name} is {entry.dtype}; expected floating-point numbers")
+    return pairs
+
+
+def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device: torch.device) -> None:
+    """Read the tensors of one rule and put what is made of them in place."""
+    tensors = [entry.read() for entry in placement.entries]
+    values = placement.operation.load(tensors)
+    for value, names, part in zip(values, placement.parameter_names, placement.parts, strict=True):
+        if isinstance(value, QuantizedTensor):
+            if part is QuantizedLinear:
+                for name in names:
+                    owner = name.rpartition(".")[0]
+                    network.set_submodule(owner, _quantized_part(network.get_submodule(owner), value))
+                continue
+            value = value.dequantize(dtype)
+        parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
+        for name in names:
+            _set_parameter(network, name, parameter)
+        if part is RowwiseInt8Linear:
+            head = network.get_submodule("head")
+            assert isinstance(head, nn.Linear)
+            network.set_submodule("head", RowwiseInt8Linear(parameter, head.bias))
+    for tensor in tensors:
+        if isinstance(tensor, QuantizedTensor):
+            tensor.release()
+
+
+def _set_parameter(network: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(owner), leaf, parameter)
+
+
+def _quantized_part(part: nn.Module, weight: QuantizedTensor) -> nn.Module:
+    """The part that replaces `part` and keeps its weight in quantized blocks."""
+    if isinstance(part, nn.Linear):
+        return QuantizedLinear(weight, part.bias)
+    return QuantizedGroupedLinear(weight) if isinstance(part, GroupedLinear) else QuantizedEmbedding(weight)
+
+
+def default_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most of a checkpoint's bytes; bfloat16 if those are quantized.
+
+    Of a checkpoint without weights, the dtype that its config names.
+    """
+    sizes = Counter[torch.dtype]()
+    for entry in checkpoint.tensors.values():
+        sizes[entry.dtype or torch.bfloat16] += entry.nbytes
+    if not sizes:
+        named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+        unnamed = torch.bfloat16 if checkpoint.format == "consolidated" else torch.float32
+        return DTYPES.get(str(named), unnamed)
+    dtype = sizes.most_common(1)[0][0]
+    return dtype if dtype in DTYPES.values() else torch.float32
+
+
+def dtype_named(name: str | torch.dtype) -> torch.dtype:
+    """A dtype from itself or its name; BadInput unless it is one of `DTYPES`."""
+    dtype = DTYPES.get(str(name).removeprefix("torch."))
+    if dtype is None:
+        raise BadInput(f"dtype is {name}; expected one of {', '.join(DTYPES)}")
+    return dtype
