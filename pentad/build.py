@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pentad.errors import BadInput
-from pentad.models import FAMILIES, family_of
+from pentad.models import families, family_of
 from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import corrected_by_tensors, read_family_config
 from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
@@ -87,7 +87,7 @@ def meta_network(source: Checkpoint | ModelConfig) -> Decoder:
 
 
 def _family_of_config(config: ModelConfig) -> Family:
-    return next(family for family in FAMILIES if family.config is type(config))
+    return next(family for family in families() if family.config is type(config))
 
 
 def _network(family: Family, config: ModelConfig, device: torch.device | str) -> Decoder:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from pentad.errors import BadInput
-from pentad.models import language
 
 if TYPE_CHECKING:
     from pentad.models.family import Family
     from pentad.weights.checkpoint import Checkpoint
 
-FAMILIES = language.FAMILIES
-"""All families. The first one that matches a checkpoint wins, so specific families stand before general ones."""
+MODULES = [
+    f"pentad.models.language.{name}"
+    for name in ("openmoe", "llama", "mistral", "qwen2", "qwen3", "phi", "mixtral", "qwen", "switch_transformers")
+]
+"""Modules whose FAMILY is a family, imported one after the other until a family matches a checkpoint.
+
+OpenMoE stands before Llama, since its ``config.json`` has Llama's ``model_type``.
+"""
 
 NAME_KEYS = {"hf": "model_type", "gguf": "general.architecture"}
 """The config key that names the architecture; params.json has none."""
+
+_registered: list[Family] = []
+
+
+def register(family: Family) -> None:
+    """Add a family that lives outside pentad; it is asked before pentad's own."""
+    _registered.insert(0, family)
+
+
+def families() -> Iterator[Family]:
+    """All families; a module is imported when the iteration reaches it."""
+    yield from _registered
+    for name in MODULES:
+        yield import_module(name).FAMILY
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -24,7 +45,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     Raises:
         BadInput: the config names no family, or one that pentad does not have.
     """
-    for family in FAMILIES:
+    for family in families():
         if family.matches(checkpoint):
             if checkpoint.format not in family.key_tables:
                 raise BadInput(f"{checkpoint.path}: no {checkpoint.format} files of {family.names.family} are known")
@@ -38,6 +59,6 @@ def family_of(checkpoint: Checkpoint) -> Family:
     name = checkpoint.config.get(key)
     if not isinstance(name, str):
         raise BadInput(f"{checkpoint.path}: the config has no {key!r}, so its architecture is unknown")
-    names = [family.names.gguf if checkpoint.format == "gguf" else family.names.family for family in FAMILIES]
+    names = [family.names.gguf if checkpoint.format == "gguf" else family.names.family for family in families()]
     known = ", ".join(sorted({name for name in names if name is not None}))
     raise BadInput(f"{checkpoint.path}: architecture {name!r} is not supported; supported: {known}")

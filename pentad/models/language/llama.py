@@ -44,10 +44,13 @@ class Llama(DecoderOnly):
 
 
 def recognizes(format: str, config: Mapping[str, Any]) -> bool:
-    """Meta's params.json names no architecture, but has a key that Mistral's lacks."""
-    if format == "consolidated":
-        return "multiple_of" in config
-    return config.get("general.architecture" if format == "gguf" else "model_type") == "llama"
+    """Mixtures call themselves "llama" too. Meta's params.json names no architecture, but has a key of its own."""
+    match format:
+        case "consolidated":
+            return "multiple_of" in config and "hidden_dim" not in config
+        case "gguf":
+            return config.get("general.architecture") == "llama" and not config.get("llama.expert_count")
+    return config.get("model_type") == "llama"
 
 
 FAMILY = Family(

@@ -49,9 +49,9 @@ class Mistral(DecoderOnly):
 
 
 def recognizes(format: str, config: Mapping[str, Any]) -> bool:
-    """Only Mistral's params.json has the feed-forward width. Mistral's GGUF files call themselves "llama"."""
+    """Only Mistral's params.json has the feed-forward width, and mixtures' too. Its GGUF files say "llama"."""
     if format == "consolidated":
-        return "hidden_dim" in config
+        return "hidden_dim" in config and not config.get("moe") and "num_experts" not in config
     return format == "hf" and config.get("model_type") == "mistral"
 
 
