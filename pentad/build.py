@@ -207,11 +207,11 @@ def _placements(
                 type(network.get_submodule(owner)) if leaf == "weight" else None for owner, _, leaf in owners
             }
             untied_linear = len(owners) == 1 and types_of_owners == {nn.Linear}
-            if (untied_linear and QuantizedLinear.takes(quantization, shape, dtype, device)) or (
+            if (untied_linear and QuantizedLinear.has_operator(quantization, shape, dtype, device)) or (
                 quantized == "all" and quantization and types_of_owners <= KEEPS_BLOCKS
             ):
                 parts.append(QuantizedLinear)
-            elif quantization and "head.weight" in names and RowwiseInt8Linear.takes(dtype, device):
+            elif quantization and "head.weight" in names and RowwiseInt8Linear.has_operator(dtype, device):
                 parts.append(RowwiseInt8Linear)
             else:
                 parts.append(None)

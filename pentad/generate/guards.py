@@ -8,9 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from pentad.weights.quantized import QuantizedTensor
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from pentad.nn.linear import HOOKS, QuantizedWeight
 
 
 class UnsupportedByKernels(Exception):
@@ -48,7 +46,11 @@ class Guards:
         return values[0] if len(values) == 1 else tuple(values)
 
     def _read(self, part: nn.Module, name: str) -> object:
-        for place in (part._modules, part._parameters, vars(part)):
+        if isinstance(part, QuantizedWeight) and name == "weight":
+            self._read(part, "blocks")
+            self._read(part, "row_order")
+            return part.weight
+        for place in (part._modules, part._parameters, part._buffers, vars(part)):
             if name in place:
                 break
         else:
@@ -57,9 +59,8 @@ class Guards:
         self._places.append(place)
         self._names.append(name)
         self._values.append(value)
-        tensor = value.stored if isinstance(value, QuantizedTensor) else value
-        if isinstance(tensor, Tensor) and not tensor.is_inference():
-            base = tensor if tensor._base is None else tensor._base  # views count changes together
+        if isinstance(value, Tensor) and not value.is_inference():
+            base = value if value._base is None else value._base  # views count changes together
             if id(base) not in self._tensors:
                 self._tensors[id(base)] = base
                 self._versions.append(base._version)

@@ -1,10 +1,14 @@
-"""Linear layers whose weight stays in its file's quantized blocks."""
+"""Layers whose weight stays in its file's quantized blocks, and a head that torch reads as int8.
+
+Legend: N rows, I and O features that go in and come out, D width.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,165 +16,317 @@ from torch import Tensor, nn
 
 from pentad.weights.quantized import AFFINE4, QuantizedTensor
 
-FEW_ROWS = 128  # up to here torch's 4-bit kernel beats dequantizing the weight for one large bfloat16 product
+FEW_ROWS = 128  # with more rows, one bfloat16 product with the dequantized weight is faster than torch's 4-bit operator
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class QuantizedLinear(nn.Module):
-    """x W^T + b with W of one scale and minimum a block of 32 (Q4_0, Q4_1, Q4_K), by torch's own operators on a CPU.
+class Derived:
+    """A cached value, computed from tensors and computed again once one of them is replaced or written to.
 
-    Args:
-        weight: [out, in], mapped blocks; what torch's 4-bit kernel needs is packed from them when it is first called.
-        bias: [out] or None.
+    Copies and pickles of it start empty.
     """
 
-    bytes_per_weight = 0.625  # packed: half a byte, and two bfloat16 for 32
+    def __init__(self) -> None:
+        self._cached: tuple[list[tuple[Tensor, int]], Any] = [], None
 
-    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight: Final = weight
-        self.bias = bias
-        self._packed: tuple[Tensor, Tensor] | None = None
-        self._packed_with: tuple[nn.Module, ...] = ()  # whose weights `_packed` holds, this one's first
-        self._numbers: Tensor | None = None
+    def get(self, sources: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
+        seen, value = self._cached
+        if len(seen) == len(sources):
+            for source, (tensor, version) in zip(sources, seen, strict=True):
+                if source is not tensor or _version(source) != version:
+                    break
+            else:
+                return value
+        value = compute()
+        self._cached = [(source, _version(source)) for source in sources], value
+        return value
+
+    def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
+        return Derived, ()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _LinearMap(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, multiply: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor]
+    ) -> Any:
+        ctx.transposed = transposed
+        return multiply(x)
 
     @staticmethod
-    def takes(quantization: str | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether torch has an operator for such a weight that is fast: bfloat16 on a CPU, rows in tiles of 16."""
-        fits = len(shape) == 2 and shape[0] % 16 == 0 and shape[1] % 32 == 0
-        return quantization in AFFINE4 and fits and dtype == torch.bfloat16 and device.type == "cpu"
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        if x_ND.shape[0] > FEW_ROWS or not self._has_operator(x_ND):
-            numbers = self._numbers
-            if numbers is None or numbers.dtype != x_ND.dtype:
-                numbers = self.weight.dequantize(x_ND.dtype)
-            return F.linear(x_ND, numbers, self.bias)
-        if self._packed is None or len(self._packed_with) > 1:
-            self._pack([self])
-        y = torch._weight_int4pack_mm_for_cpu(x_ND, self._packed[0], 32, self._packed[1])  # type: ignore[index]
-        return y if self.bias is None else y + self.bias
-
-    def number_bytes(self, dtype: torch.dtype) -> int:
-        """What the weight takes dequantized; 0 if torch has an operator that takes it as it is."""
-        if self.takes(self.weight.type, self.weight.shape, dtype, self.weight.stored.device):
-            return 0
-        return math.prod(self.weight.shape) * dtype.itemsize
-
-    def cache_dequantized(self, dtype: torch.dtype) -> None:
-        """Dequantize the weight for good, if torch has no operator for it."""
-        if self.number_bytes(dtype) and (self._numbers is None or self._numbers.dtype != dtype):
-            self._numbers = self.weight.dequantize(dtype)
-            self.weight.release()
-
-    def _has_operator(self, x_ND: Tensor) -> bool:
-        return self.takes(self.weight.type, self.weight.shape, x_ND.dtype, x_ND.device)
-
-    def fused_forward(self, x_ND: Tensor, linears: tuple[nn.Module, ...]) -> Sequence[Tensor] | None:
-        """The outputs of `linears`, this one the first of them, by one product; None where they aren't all alike."""
-        widths = []
-        for linear in linears:
-            if type(linear) is not QuantizedLinear or linear.bias is not None:
-                return None
-            if linear._forward_hooks or linear._forward_pre_hooks or not linear._has_operator(x_ND):
-                return None
-            widths.append(linear.out_features)
-        if self._packed is None or self._packed_with != linears:
-            self._pack(linears)  # type: ignore[arg-type]
-        y = torch._weight_int4pack_mm_for_cpu(x_ND, self._packed[0], 32, self._packed[1])  # type: ignore[index]
-        return torch.split_with_sizes(y, widths, -1)
-
-    def _pack(self, linears: Sequence[QuantizedLinear]) -> None:
-        """Put weights in the kernel's order of nibbles, with [in / 32, out, 2] of (scale, the value of nibble 8)."""
-        parts = zip(*(linear.weight.affine4() for linear in linears), strict=True)
-        nibbles, scale, minimum = (torch.cat(part) for part in parts)
-        packed = torch._convert_weight_to_int4pack_for_cpu(nibbles, 1)
-        values = torch.stack((scale, minimum + 8 * scale), -1).transpose(0, 1).contiguous().bfloat16()
-        self._packed, self._packed_with = (packed, values), tuple(linears)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.type}"
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return ctx.transposed(*gradients), None, None
 
 
-def project(x_ND: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
-    """``[linear(x) for linear in linears]``, by one product where all are quantized and rows are few.
+def linear_map(x: Tensor, multiply: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor]) -> Tensor:
+    """``multiply(x)``, a linear function of x, whose derivative is ``transposed(gradient)``.
 
-    Then the first layer holds the packed weights of all.
+    Autograd keeps nothing between the two, so a dequantized weight is freed in forward and computed again in backward.
     """
-    first = linears[0]
-    if type(first) is QuantizedLinear and x_ND.shape[0] <= FEW_ROWS:
-        outputs = first.fused_forward(x_ND, linears)
-        if outputs is not None:
-            return outputs
-    return [linear(x_ND) for linear in linears]
+    if torch.is_grad_enabled() and x.requires_grad:
+        y: Tensor = _LinearMap.apply(x, multiply, transposed)  # type: ignore[no-untyped-call]
+        return y
+    return multiply(x)
 
 
-def cache_dequantized(network: nn.Module, dtype: torch.dtype, most: float) -> str:
-    """Have layers dequantize once what they would dequantize in every step, if all of it takes at most `most` bytes.
+class QuantizedWeight(nn.Module):
+    """A layer with a frozen weight in quantized blocks.
 
-    Returns:
-        What became of its weights, in words; nothing where no layer must dequantize.
-    """
-    parts = [part for part in network.modules() if isinstance(part, QuantizedLinear)]
-    megabytes = sum(part.number_bytes(dtype) for part in parts) / 1e6
-    if megabytes == 0:
-        return ""
-    if megabytes > most / 1e6:
-        return f"its quantized weights become numbers anew in each step, as they would take {megabytes:.0f} MB"
-    for part in parts:
-        part.cache_dequantized(dtype)
-    return f"its quantized weights are now {megabytes:.0f} MB of numbers"
-
-
-class QuantizedEmbedding(nn.Module):
-    """Rows of a weight that stays in its file's blocks, by their ids, as float32.
+    The blocks are a buffer, so that they move, copy, save and load with the layer; ``.to(dtype)`` leaves them alone.
+    Blocks of a mapped file stay mapped.
 
     Args:
-        weight: [vocabulary, width]; mapped blocks.
+        weight: the blocks; the layer shares their memory.
+
+    Attributes:
+        blocks: uint8 [stored rows, bytes a row].
+        row_order: int64, the stored row of each row of the weight; None where both are in the same order.
+        quantization: the blocks' type, a key of `pentad.weights.quantized.BLOCKS`.
+        shape: the shape of the dequantized weight.
     """
 
-    bytes_per_weight = QuantizedLinear.bytes_per_weight
+    blocks: Tensor
+    row_order: Tensor | None
 
     def __init__(self, weight: QuantizedTensor) -> None:
         super().__init__()
-        self.weight: Final = weight
+        self.quantization = weight.type
+        self.shape = weight.shape
+        self.register_buffer("blocks", weight.stored)
+        self.register_buffer("row_order", weight.order)
+        self._mapped_blocks = weight.stored if weight.mapped else None
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        """The weight, as a view of the buffers."""
+        mapped = self.blocks is self._mapped_blocks
+        return QuantizedTensor(self.blocks, self.quantization, self.shape, self.row_order, mapped)
+
+    def sources(self) -> list[Tensor]:
+        """The buffers, which whatever is derived from the weight depends on."""
+        return [buffer for buffer in self._buffers.values() if buffer is not None]
+
+    def get_extra_state(self) -> Tensor:
+        """The type of the blocks: types with blocks of equal size must not be mistaken for each other."""
+        return torch.tensor(list(self.quantization.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to do: `_load_from_state_dict` has compared the types."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A view is pickled and deep-copied with all of its storage: here, with the whole file.
+        buffers = {name: None if buffer is None else buffer.clone() for name, buffer in self._buffers.items()}
+        return {**vars(self), "_buffers": buffers, "_mapped_blocks": None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        found: Tensor | None = state_dict.get(f"{prefix}_extra_state")
+        if found is not None and found.tolist() != self.get_extra_state().tolist():
+            errors = arguments[-1]
+            errors.append(f"{prefix}blocks are {bytes(found.tolist()).decode()}; expected {self.quantization}")
+            return
+        if f"{prefix}blocks" in state_dict and self.blocks is self._mapped_blocks:
+            self.blocks = self.blocks.clone()  # a mapped file is not written to
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def extra_repr(self) -> str:
+        return f"shape={list(self.shape)}, {self.quantization}"
+
+
+class QuantizedLinear(QuantizedWeight):
+    """x W^T + b; for Q4_0, Q4_1 and Q4_K in bfloat16 on a CPU by torch's own 4-bit operator, if there are few rows.
+
+    Args:
+        weight: [O, I].
+        bias: [O] or None.
+    """
+
+    bytes_per_weight = 0.625  # packed for the operator: half a byte, and two bfloat16 for 32 weights
+
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+        super().__init__(weight)
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self._packed = Derived()  # may hold the weights of several layers, see `fused_forward`
+        self._dequantized = Derived()
+        self._cached_dtype: torch.dtype | None = None
+
+    @staticmethod
+    def has_operator(quantization: str | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether torch has a fast operator for such a weight: bfloat16 on a CPU, rows in tiles of 16."""
+        fits = len(shape) == 2 and shape[0] % 16 == 0 and shape[1] % 32 == 0
+        return quantization in AFFINE4 and fits and dtype == torch.bfloat16 and device.type == "cpu"
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        if self._uses_operator(x_NI):
+            y_NO = _multiply_packed((self,), x_NI)
+        elif torch.is_grad_enabled() and x_NI.requires_grad:
+            y_NO = linear_map(
+                x_NI, lambda x: F.linear(x, self.dequantized(x.dtype)), partial(_multiply_transposed, (self,))
+            )
+        else:
+            return F.linear(x_NI, self.dequantized(x_NI.dtype), self.bias)
+        return y_NO if self.bias is None else y_NO + self.bias
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight as numbers: the cached ones, or new ones."""
+        if dtype != self._cached_dtype:
+            return self.weight.dequantize(dtype)
+        numbers: Tensor = self._dequantized.get(self.sources(), lambda: self.weight.dequantize(dtype))
+        return numbers
+
+    def dequantized_bytes(self, dtype: torch.dtype) -> int:
+        """Size of the weight when dequantized; 0 if torch has an operator that reads the blocks."""
+        if self.has_operator(self.quantization, self.shape, dtype, self.blocks.device):
+            return 0
+        return math.prod(self.shape) * dtype.itemsize
+
+    def cache_dequantized(self, dtype: torch.dtype) -> None:
+        """Dequantize the weight once instead of in every call, if torch has no operator that reads the blocks."""
+        if self.dequantized_bytes(dtype):
+            self._cached_dtype = dtype
+            self.dequantized(dtype)
+            self.weight.release()
+
+    def fused_forward(self, x_NI: Tensor, linears: tuple[nn.Module, ...]) -> Sequence[Tensor] | None:
+        """The outputs of `linears`, of which this layer is the first, by one product.
+
+        Returns:
+            None if one of the layers is of another type, has a bias or hooks, or if torch has no operator for it.
+        """
+        layers = []
+        for linear in linears:
+            if type(linear) is not QuantizedLinear or linear.bias is not None or not linear._uses_operator(x_NI):
+                return None
+            attributes = vars(linear)
+            if "forward" in attributes or any(map(attributes.get, HOOKS)):
+                return None
+            layers.append(linear)
+        y = _multiply_packed(layers, x_NI)
+        return torch.split_with_sizes(y, [layer.out_features for layer in layers], -1)
+
+    def _uses_operator(self, x_NI: Tensor) -> bool:
+        few = x_NI.shape[0] <= FEW_ROWS
+        return few and self.has_operator(self.quantization, self.shape, x_NI.dtype, x_NI.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._packed, self._dequantized = Derived(), Derived()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _multiply_packed(layers: Sequence[QuantizedLinear], x_NI: Tensor) -> Tensor:
+    """[N, the sum of all O]; the first layer caches the packed weights of all."""
+    sources = [buffer for layer in layers for buffer in layer.sources()]
+
+    def multiply(x: Tensor) -> Tensor:
+        nibbles, scales = layers[0]._packed.get(sources, partial(_pack, layers))
+        return torch._weight_int4pack_mm_for_cpu(x, nibbles, 32, scales)
+
+    return linear_map(x_NI, multiply, partial(_multiply_transposed, layers))
+
+
+def _multiply_transposed(layers: Sequence[QuantizedLinear], y_NO: Tensor) -> Tensor:
+    parts = torch.split_with_sizes(y_NO, [layer.out_features for layer in layers], -1)
+    products = [part @ layer.dequantized(part.dtype) for part, layer in zip(parts, layers, strict=True)]
+    return reduce(torch.add, products)
+
+
+def _pack(layers: Sequence[QuantizedLinear]) -> tuple[Tensor, Tensor]:
+    """Weights in the operator's order of nibbles, with [I / 32, O, 2] of (scale, the value of nibble 8)."""
+    parts = zip(*(layer.weight.affine4() for layer in layers), strict=True)
+    nibbles, scale, minimum = (torch.cat(part) for part in parts)
+    packed = torch._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+    return packed, torch.stack((scale, minimum + 8 * scale), -1).transpose(0, 1).contiguous().bfloat16()
+
+
+def project(x_NI: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """``[linear(x) for linear in linears]``, by one product if all are quantized and rows are few.
+
+    Then the first layer caches the packed weights of all.
+    """
+    first = linears[0]
+    if type(first) is QuantizedLinear:
+        outputs = first.fused_forward(x_NI, linears)
+        if outputs is not None:
+            return outputs
+    return [linear(x_NI) for linear in linears]
+
+
+def cache_dequantized(network: nn.Module, dtype: torch.dtype, max_bytes: float) -> str:
+    """Dequantize weights once instead of in every step, if all of them together take at most `max_bytes`.
+
+    Returns:
+        What was done, in words; empty if torch has an operator for all quantized weights.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, QuantizedLinear)]
+    nbytes = sum(layer.dequantized_bytes(dtype) for layer in layers)
+    if nbytes == 0:
+        return ""
+    if nbytes > max_bytes:
+        again = "quantized weights are dequantized again in every step"
+        return f"{again}: keeping them dequantized would take {nbytes / 1e6:.0f} MB"
+    for layer in layers:
+        layer.cache_dequantized(dtype)
+    return f"quantized weights are kept dequantized, which takes {nbytes / 1e6:.0f} MB"
+
+
+class QuantizedEmbedding(QuantizedWeight):
+    """Rows of a quantized weight by their ids, as float32.
+
+    Args:
+        weight: [vocabulary, D].
+    """
+
+    bytes_per_weight = QuantizedLinear.bytes_per_weight
 
     def forward(self, ids_N: Tensor) -> Tensor:
         return self.weight.take_rows(ids_N).dequantize()
 
 
 class RowwiseInt8Linear(nn.Module):
-    """A language model's head in bfloat16, and in int8 with one scale a row where one or two rows come.
+    """A language model's head in bfloat16, which one or two rows read as int8 with one scale a row.
 
-    Reading the head's weight is what a small model's step waits for. For heads that are quantized in their file; the
-    second rounding takes the root mean square error of SmolLM2's logits from 0.11 to 0.13 (docs/benchmarks.md).
+    Reading the head's weight takes most of a small model's step. This is for heads that are quantized in their file;
+    the second rounding raises the root mean square error of SmolLM2's logits from 0.11 to 0.13 (docs/benchmarks.md).
+
+    Args:
+        weight: [O, I], usually the embedding's.
+        bias: [O] or None.
     """
 
     bytes_per_weight = 3.0  # both forms
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.weight = weight  # [out, in], most often the embedding's
-        self.bias = bias  # [out]
-        self._int8: tuple[Tensor, Tensor] | None = None
+        self.weight = weight
+        self.bias = bias
+        self._int8 = Derived()
 
     @staticmethod
-    def takes(dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether torch has an operator for this that is fast: bfloat16 on a CPU."""
+    def has_operator(dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether torch has a fast operator for int8 rows: bfloat16 on a CPU."""
         return dtype == torch.bfloat16 and device.type == "cpu"
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        if x_ND.shape[0] > 2:
-            return F.linear(x_ND, self.weight, self.bias)
-        if self._int8 is None:
-            slabs = [_int8_rows(rows) for rows in self.weight.split(4096)]  # type: ignore[no-untyped-call]
-            self._int8 = torch.cat([values for values, _ in slabs]), torch.cat([scale for _, scale in slabs])
-        y = torch._weight_int8pack_mm(x_ND, *self._int8)
-        return y if self.bias is None else y + self.bias
+    def forward(self, x_NI: Tensor) -> Tensor:
+        learns = torch.is_grad_enabled() and (x_NI.requires_grad or self.weight.requires_grad)  # int8 has no derivative
+        if learns or x_NI.shape[0] > 2 or not self.has_operator(self.weight.dtype, self.weight.device):
+            return F.linear(x_NI, self.weight, self.bias)
+        y_NO = torch._weight_int8pack_mm(x_NI, *self._int8.get((self.weight,), self._int8_rows))
+        return y_NO if self.bias is None else y_NO + self.bias
 
+    def _int8_rows(self) -> tuple[Tensor, Tensor]:
+        """int8 [O, I] and bfloat16 [O], whose product is near the weight."""
+        scales, values = [], []
+        for rows in self.weight.detach().split(4096):  # type: ignore[no-untyped-call]
+            numbers = rows.float()
+            scale = torch.linalg.vector_norm(numbers, math.inf, 1) / 126.5  # no value passes 127
+            scales.append(scale.clamp(min=1e-30).bfloat16())
+            values.append((numbers / scales[-1].float()[:, None]).round_().to(torch.int8))
+        return torch.cat(values), torch.cat(scales)
 
-def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [rows, in] and bfloat16 [rows], such that their product is near `weight`."""
-    values = weight.float()
-    scale = (torch.linalg.vector_norm(values, math.inf, 1) / 126.5).clamp(min=1e-30).bfloat16()  # no value passes 127
-    return (values / scale.float()[:, None]).round_().to(torch.int8), scale
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._int8 = Derived()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

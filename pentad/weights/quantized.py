@@ -93,6 +93,16 @@ class QuantizedTensor:
         if self.stored.dtype != torch.uint8 or given != wanted:
             raise ValueError(f"{self.type} blocks of {self.shape} are uint8 {wanted}, not {self.stored.dtype} {given}")
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both are views of the same stored rows: one weight, of which one packed form will do."""
+        if not isinstance(other, QuantizedTensor):
+            return NotImplemented
+        same_memory = self.stored is other.stored and self.order is other.order
+        return same_memory and (self.type, self.shape) == (other.type, other.shape)
+
+    def __hash__(self) -> int:
+        return hash((id(self.stored), id(self.order), self.type, self.shape))
+
     @property
     def blocks(self) -> Tensor:
         """uint8 [rows, bytes a row]: `stored` itself, or a new copy of its rows in `order`."""
@@ -112,7 +122,7 @@ class QuantizedTensor:
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """Rows start to stop of the flattened rows, as a view: shape (stop - start, columns)."""
         if self.order is not None:
-            return self.take_rows(torch.arange(start, min(stop, len(self.order))))
+            return self.take_rows(torch.arange(start, min(stop, len(self.order)), device=self.order.device))
         stored = self.stored[start:stop]
         return replace(self, stored=stored, shape=(len(stored), self.shape[-1]))
 
@@ -124,7 +134,7 @@ class QuantizedTensor:
         *stack, rows, _ = self.shape
         if dim != -2 or rows % count:
             raise ValueError(f"{rows} rows are not {count} equal parts (dimension {dim})")
-        index = torch.arange(math.prod(self.shape[:-1])).view(*stack, count, rows // count)
+        index = torch.arange(math.prod(self.shape[:-1]), device=self.stored.device).view(*stack, count, rows // count)
         return tuple(self.take_rows(part) for part in index.unbind(-2))
 
     def take_rows(self, index: Tensor) -> QuantizedTensor:
@@ -133,7 +143,7 @@ class QuantizedTensor:
         The result's shape is (*index.shape, columns). Nothing is lost: a permutation of rows, or an
         embedding's gather. Raises IndexError for a row that is not there.
         """
-        every = torch.arange(len(self.stored)) if self.order is None else self.order
+        every = torch.arange(len(self.stored), device=self.stored.device) if self.order is None else self.order
         order = every.index_select(0, index.reshape(-1))
         return replace(self, order=order, shape=(*index.shape, self.shape[-1]))
 

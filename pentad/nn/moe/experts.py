@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pentad.nn.linear import QuantizedWeight, linear_map
 from pentad.weights.quantized import QuantizedTensor
 
 FEW_ROWS = 64  # of each expert: up to here a product takes hardly longer than reading its weight
@@ -50,30 +50,35 @@ class GroupedLinear(nn.Module):
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
-class QuantizedGroupedLinear(nn.Module):
-    """`GroupedLinear` whose weight stays in its file's quantized blocks; an expert's is dequantized when rows come.
+class QuantizedGroupedLinear(QuantizedWeight):
+    """`GroupedLinear` with a weight in quantized blocks; only experts that have rows are dequantized.
 
     Args:
-        weight: [E, O, I], mapped blocks.
+        weight: [E, O, I].
     """
 
     def __init__(self, weight: QuantizedTensor) -> None:
-        super().__init__()
+        super().__init__(weight)
         self.experts, self.out_features, self.in_features = weight.shape
-        self.weight: Final = weight
 
     def forward(self, x_SI: Tensor, ends_E: Tensor, which: slice = EVERY) -> Tensor:
         """As `GroupedLinear.forward`."""
-        out, start = [x_SI.new_empty(0, self.out_features)], 0
-        for expert, end in zip(range(self.experts)[which], ends_E.tolist(), strict=True):
-            if end > start:
-                weight = self.weight.rows(expert * self.out_features, (expert + 1) * self.out_features)
-                out.append(F.linear(x_SI[start:end], weight.dequantize(x_SI.dtype)))
-            start = end
-        return torch.cat(out)
+        experts, ends = range(self.experts)[which], ends_E.tolist()
 
-    def extra_repr(self) -> str:
-        return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
+        def products(rows: Tensor, width: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+            weight, parts, start = self.weight, [rows.new_empty(0, width)], 0
+            for expert, end in zip(experts, ends, strict=True):
+                if end > start:
+                    matrix = weight.rows(expert * self.out_features, (expert + 1) * self.out_features)
+                    parts.append(product(rows[start:end], matrix.dequantize(rows.dtype)))
+                start = end
+            return torch.cat(parts)
+
+        return linear_map(
+            x_SI,
+            lambda x: products(x, self.out_features, F.linear),
+            lambda gradient: products(gradient, self.in_features, torch.matmul),
+        )
 
 
 class Experts(nn.Module):
