@@ -111,12 +111,12 @@ class Decoder:
 
     def step(self, rows: range) -> Tensor:
         """Go on by some tokens, of which the last looks back at all."""
-        batch = self.cache.batch([(self.sequence, rows)])
-        assert batch.pages is not None
+        batch = self.cache.batch([(self.sequence, len(rows))])
+        assert batch.kv is not None
         here = slice(rows.start, rows.stop)
-        k, v = batch.pages.write(0, self.k[here], self.v[here])
+        k, v = batch.kv.write(0, self.k[here], self.v[here])
         q = self.q[rows.stop - 1 : rows.stop]
-        y = attention(q, k, v, SequenceLayout.of([1]), batch.pages, causal=True, window=self.window)
+        y = attention(q, k, v, SequenceLayout.of([1]), batch.kv, causal=True, window=self.window)
         self.cache.advance(self.sequence, len(rows))
         self.tokens += rows
         return y[0]

@@ -156,7 +156,7 @@ def table(title: str, times: dict[str, list[float]], beside: str, notes: dict[st
 @torch.inference_mode()
 def compare_forward(args: argparse.Namespace, layer: MixtureOfExperts, dtype: torch.dtype) -> dict[str, float]:
     """Beside a dense layer of as many products a token; skewed beside even; capacities beside none."""
-    x_ND, batch = tokens(args, args.tokens, dtype), Batch.of([0] * args.tokens)
+    x_ND, batch = tokens(args, args.tokens, dtype), Batch.of(args.tokens)
     dense = SwiGLU(args.width, args.hidden * args.top_k).to(dtype)
     even = torch.arange(args.tokens * args.top_k).view(-1, args.top_k) % args.experts
     skewed = torch.arange(args.top_k).expand(args.tokens, -1)
@@ -188,7 +188,7 @@ def compare_forward(args: argparse.Namespace, layer: MixtureOfExperts, dtype: to
 def compare_decoding(args: argparse.Namespace, layer: MixtureOfExperts, dtype: torch.dtype) -> dict[str, float]:
     """A step of as many sequences, beside transformers' three ways."""
     count = args.decode
-    x_ND, batch = tokens(args, count, dtype), Batch(*[torch.zeros(count).long()] * 2, SequenceLayout.of([1] * count))
+    x_ND, batch = tokens(args, count, dtype), Batch(SequenceLayout.of([1] * count), torch.zeros(count).long())
     check(layer, x_ND, batch)
     peers = {each: peer(args, layer, each) for each in PEERS}
     cases: dict[str, Run] = {"pentad": lambda x_ND: layer(x_ND, batch)[0]}
@@ -206,7 +206,7 @@ def compare_decoding(args: argparse.Namespace, layer: MixtureOfExperts, dtype: t
 
 def compare_training(args: argparse.Namespace, layer: MixtureOfExperts, dtype: torch.dtype) -> dict[str, float]:
     """Forward and backward, beside transformers' three ways."""
-    x_ND, batch = tokens(args, args.tokens, dtype), Batch.of([0] * args.tokens)
+    x_ND, batch = tokens(args, args.tokens, dtype), Batch.of(args.tokens)
     out_ND = torch.randn(args.tokens, args.width)
 
     def step(module: nn.Module, forward: Run, x_ND: Tensor) -> Tensor:

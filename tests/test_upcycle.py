@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from pentad.convert import convert
 from pentad.errors import BadInput
-from pentad.nn.batch import Batch
+from pentad.nn.batch import pack
 from pentad.upcycle import Upcycling
 from tests.helpers.gguf_llama import write_gguf
 from tests.helpers.tiny import (
@@ -117,7 +117,7 @@ def test_it_can_learn(tmp_path: Path) -> None:
     norms = []
     for _ in range(2):
         network.zero_grad()
-        hidden_ND, routings = network(Batch.of(ids))
+        hidden_ND, routings = network.forward_with_routing(*pack(ids))
         assert all(len(routing.experts.unique()) == 4 for routing in routings)
         loss = torch.nn.functional.cross_entropy(network.head(hidden_ND)[:-1], torch.tensor(ids[1:]))
         loss.backward()

@@ -159,11 +159,8 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str 
 def _cached(network: nn.Module) -> list[Any]:
     """The parts whose keys and values are kept; of an encoder-decoder also those of as long a source."""
     from pentad.nn.attention import Attention
-    from pentad.nn.encoder_decoder import CrossAttention
-    from pentad.nn.relative_bias import RelativeAttention
 
-    kinds = (Attention, CrossAttention, RelativeAttention)
-    return [part for part in network.modules() if isinstance(part, kinds) and getattr(part, "causal", True)]
+    return [part for part in network.modules() if isinstance(part, Attention) and part.causal]
 
 
 def _idle_parameters(network: nn.Module) -> int:

@@ -13,7 +13,7 @@ from pentad.errors import BadInput
 from pentad.generate.completion import Completion, Options, Score
 from pentad.generate.encoder_decoder_step import EncoderDecoderEngine, EncoderDecoderStep
 from pentad.generate.language_model import LanguageModel, Message, Stream
-from pentad.nn.batch import Batch, EncodedSource, SequenceLayout
+from pentad.nn.batch import SequenceLayout, pack
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.text import Detokenizer, Tokenizer
 
@@ -89,9 +89,9 @@ class EncoderDecoderModel(LanguageModel):
             if len(tokens) > self.context_length:
                 raise BadInput(f"{len(tokens)} tokens don't fit the context of {self.context_length}")
         device = self.network.device
-        hidden_MD, _ = self.network.encode(Batch.of(read, device=device))
-        source = EncodedSource(hidden_MD, SequenceLayout.of([len(read)]))
-        hidden_TD, _ = self.network(replace(Batch.of(written, device=device), source=source))
+        hidden_MD, _ = self.network.encode(*pack(read, device=device))
+        ids_T, batch = pack(written, device=device)
+        hidden_TD = self.network(ids_T, replace(batch, context=SequenceLayout.of([len(read)])), hidden_MD)
         logits: Tensor = self.network.head(hidden_TD)
         return logits.float()
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pentad.errors import BadInput
 from pentad.generate.engine import HEADROOM, Engine, Request
-from pentad.generate.step import Step, Work
+from pentad.generate.step import Step, Work, lay_out
 from pentad.nn.cache import CachedSequence, PagedCache
-from pentad.nn.encoder_decoder import CrossAttention, EncoderDecoder
+from pentad.nn.encoder_decoder import EncoderDecoder
 
 ENCODED_TOGETHER = 4096  # rows of sources; what an encoder makes of more would take much memory
 
@@ -35,7 +35,7 @@ class SourcedCache(PagedCache):
     """A decoder's keys and values, and in `sources` those that its cross-attention has of what the encoder read."""
 
     def __init__(self, network: EncoderDecoder, dtype: torch.dtype, page_size: int) -> None:
-        layers = [part for part in network.modules() if isinstance(part, CrossAttention)]
+        layers = network.cross_attentions
         heads, dim = layers[0].kv_heads, layers[0].head_dim
         device = network.device
         super().__init__(len(layers), heads, dim, dtype=dtype, device=device, page_size=page_size)
@@ -90,8 +90,9 @@ class EncoderDecoderStep(Step):
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
         sequences = [_sourced(sequence) for sequence, _ in work]
         self._encode([sequence for sequence in sequences if not sequence.source.length])
-        read = self.cache.sources.batch([(sequence.source, ()) for sequence in sequences])
-        hidden_ND, _ = self.network(replace(self.cache.batch(work), source=read.pages))
+        read = self.cache.sources.batch([(sequence.source, 0) for sequence in sequences])
+        ids_N, batch = lay_out(self.cache, work)
+        hidden_ND = self.network(ids_N, replace(batch, context=read.kv))
         for sequence, ids in work:
             self.cache.advance(sequence, len(ids))
         rows = torch.tensor(wanted, dtype=torch.int64, device=hidden_ND.device)
@@ -105,7 +106,7 @@ class EncoderDecoderStep(Step):
             while count < len(sequences) and (not count or rows + len(sequences[count].source_ids) <= ENCODED_TOGETHER):
                 rows, count = rows + len(sequences[count].source_ids), count + 1
             now, sequences = sequences[:count], sequences[count:]
-            self.network.encode(self.cache.sources.batch([(one.source, one.source_ids) for one in now]))
+            self.network.encode(*lay_out(self.cache.sources, [(one.source, one.source_ids) for one in now]))
             for one in now:
                 self.cache.sources.advance(one.source, len(one.source_ids))
 

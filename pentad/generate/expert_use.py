@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pentad.errors import BadInput, PentadError
-from pentad.nn.batch import Batch
+from pentad.nn.batch import pack
 from pentad.nn.decoder import Decoder
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.nn.moe.layer import MixtureOfExperts
-from pentad.nn.moe.routers import Routing
 from pentad.nn.moe.statistics import Usage, usage, usage_by_token
 
 
@@ -66,14 +65,14 @@ def expert_use(
     layers: dict[int, Usage] = {}
     by_token: dict[int, Tensor] = {}
     for start in range(0, len(ids), window):
-        batch = Batch.of(ids[start : start + window], device=network.device)
-        _, aux = network.encode(batch) if isinstance(network, EncoderDecoder) else network(batch)
-        for layer, routing in enumerate(aux):
-            if not isinstance(routing, Routing):
+        ids_N, batch = pack(ids[start : start + window], device=network.device)
+        read = network.encode if isinstance(network, EncoderDecoder) else network.forward_with_routing
+        for layer, routing in enumerate(read(ids_N, batch)[1]):
+            if routing is None:
                 continue
             if not routing.logits.isfinite().all():
                 raise PentadError(f"the router of layer {layer} gives no numbers: the weights are damaged")
-            here, taken = usage(routing), usage_by_token(routing, batch.ids, wanted)
+            here, taken = usage(routing), usage_by_token(routing, ids_N, wanted)
             layers[layer] = layers[layer] + here if layer in layers else here
             by_token[layer] = by_token[layer] + taken if layer in by_token else taken
     return ExpertUse(len(ids), layers, most, by_token)

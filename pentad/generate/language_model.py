@@ -19,7 +19,7 @@ from pentad.generate.engine import NOT_NUMBERS, Engine, Request
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep, Step
 from pentad.generate.transcript import Transcript
-from pentad.nn.batch import Batch
+from pentad.nn.batch import pack
 from pentad.text import Detokenizer, Tokenizer
 
 Message = Mapping[str, Any]
@@ -282,7 +282,7 @@ class LanguageModel:
                 return torch.cat([run([(sequence, chunk)], range(len(chunk))) for chunk in chunks])
             finally:
                 run.cache.close(sequence)
-        hidden_TD, _ = self.network(Batch.of(ids, device=self.network.device))
+        hidden_TD = self.network(*pack(ids, device=self.network.device))
         logits: Tensor = self.network.head(hidden_TD)
         return logits.float()
 

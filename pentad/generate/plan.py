@@ -26,7 +26,7 @@ from pentad.nn.moe.experts import GatedSwiGLUExperts, GroupedLinear, QuantizedGr
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import mixtral_top_k, softmax_top_k
 from pentad.nn.norm import LayerNorm, RMSNorm
-from pentad.nn.rope import AheadRope, Rope
+from pentad.nn.rope import Rope
 from pentad.weights.quantized import QuantizedTensor
 
 KNOWN: dict[type[nn.Module], set[str]] = {
@@ -36,8 +36,8 @@ KNOWN: dict[type[nn.Module], set[str]] = {
     },
     ParallelBlock: {"norm", "attention", "feedforward"},
     Attention: {
-        *("heads", "kv_heads", "head_dim", "rope", "layer", "window", "log_scale_after"),
-        *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "scale", "query_rope"),
+        *("heads", "kv_heads", "head_dim", "rope", "layer", "causal", "context_dim", "window", "log_scale_after"),
+        *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "scale", "position_bias"),
     },
     SwiGLU: {"gate_proj", "up_proj", "down_proj"},
     GatedSwiGLU: {"gate_proj", "up_proj", "down_proj"},
@@ -127,8 +127,10 @@ class Planner:
         heads, layer, window, scale, log_scale_after = read(
             attention, "heads", "layer", "window", "scale", "log_scale_after"
         )
-        q_norm, k_norm, query_rope = read(attention, "q_norm", "k_norm", "query_rope")
-        norms: dict[str, Norm] = {}
+        q_norm, k_norm = read(attention, "q_norm", "k_norm")
+        if read(attention, "causal", "context_dim", "position_bias") != (True, None, None):
+            raise UnsupportedByKernels("attention is not causal self-attention, or has a bias by position")
+        norms: dict[str, Any] = {}
         if q_norm is not None and k_norm is not None:
             norms = {"q_norm": self._numbers(q_norm), "k_norm": self._numbers(k_norm)}
         try:
@@ -137,7 +139,6 @@ class Planner:
                 heads,
                 scale=scale,
                 window=window,
-                ahead=_ahead(query_rope, self.rope),
                 log_scale_after=log_scale_after or 0,
                 **norms,
             )
@@ -272,13 +273,3 @@ def _rope(attention: Attention) -> Rope:
     if type(attention.rope) is not Rope:
         raise UnsupportedByKernels(f"there is a {type(attention.rope).__name__} where the plan knows Rope")
     return attention.rope
-
-
-def _ahead(query_rope: Rope | None, rope: Rope) -> int:
-    """By how many positions queries that come alone are ahead."""
-    if query_rope is None:
-        return 0
-    alike = (query_rope.dim, query_rope.theta, query_rope.scaling) == (rope.dim, rope.theta, rope.scaling)
-    if type(query_rope) is not AheadRope or not alike:
-        raise UnsupportedByKernels("queries are rotated in a way of their own")
-    return query_rope.ahead

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from pentad.nn.attention import Attention
+from pentad.nn.batch import Batch
 from pentad.nn.cache import CachedSequence, PagedCache
 from pentad.nn.decoder import Decoder
+from pentad.nn.rope_scaling import DefaultRope
 
 Work = Sequence[tuple[CachedSequence, Sequence[int]]]
 """Sequences and the tokens that each goes on by."""
+
+
+def lay_out(cache: PagedCache, work: Work) -> tuple[Tensor, Batch]:
+    """Reserve room for the next tokens, and lay them end to end: int64 [N], and their batch."""
+    ids = torch.tensor([token for _, tokens in work for token in tokens], dtype=torch.int64)
+    return ids.to(cache.keys[0].device), cache.batch([(sequence, len(tokens)) for sequence, tokens in work])
 
 
 class Step(Protocol):
@@ -72,7 +80,8 @@ class PlainStep:
         self.network = network
         self.backend = f"as plain torch: {why}"
         layers = [part for part in network.modules() if isinstance(part, Attention)]
-        self._rope = layers[0].rope
+        rope = layers[0].rope
+        self._scaling = DefaultRope() if rope is None else rope.scaling
         windows = [layer.window for layer in layers]
         self.cache = PagedCache(
             len(layers),
@@ -85,7 +94,7 @@ class PlainStep:
         )
 
     def rope_scaling_key(self, length: int) -> int:
-        return self._rope.scaling.scaling_key(length)
+        return self._scaling.scaling_key(length)
 
     def refresh(self) -> PlainStep:
         return self
@@ -95,8 +104,7 @@ class PlainStep:
 
     @torch.inference_mode()
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
-        batch = self.cache.batch(work)
-        hidden_ND, _ = self.network(batch)
+        hidden_ND = self.network(*lay_out(self.cache, work))
         for sequence, ids in work:
             self.cache.advance(sequence, len(ids))
         if list(wanted) != list(range(len(hidden_ND))):

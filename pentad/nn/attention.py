@@ -1,4 +1,4 @@
-"""Attention: one function for every network of the house, and the layer that decoder-only language models share.
+"""Attention: one function and one layer for every network.
 
 Legend: N rows of queries, M rows of keys, B sequences, H query heads, G key/value heads (H a multiple of G), D numbers
 a head; within one sequence Q queries and K keys.
@@ -7,8 +7,9 @@ a head; within one sequence Q queries and K keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 
 from pentad.nn.batch import Batch, PagedKV, SequenceLayout
 from pentad.nn.linear import project
+from pentad.nn.relative_bias import RelativeBias
 from pentad.nn.rope import Rope
 
 Bias = Callable[[Tensor, range, range], Tensor]
-"""(q_QHD, their positions, the keys' positions) -> [H, Q, K], added to one sequence's scores. Positions are counted
-from the first key that the sequence still has."""
+"""(q_BHQD, the queries' positions, the keys' positions) -> what is added to the scores, broadcastable to [B, H, Q, K].
+Positions are counted from the first key that the sequence still has."""
 
 QUERY_BLOCK = 256
-"""How many queries are masked at once, so that no mask of a whole sequence is ever made, and a window's queries are
-multiplied with few keys that they don't see. SDPA's CPU kernel was fastest at 256, of 64 to 1,024."""
+"""How many queries share a mask, so that no mask covers a whole sequence, and a window's queries meet few keys outside
+it. SDPA's CPU kernel was fastest at 256, of 64 to 1,024."""
 
 
 def attention(
@@ -43,27 +45,31 @@ def attention(
 
     Args:
         q_NHD: rows of queries of all sequences.
-        k, v: rows of keys and values [M, G, D]; where `keys` is `PagedKV`, a layer's pools.
+        k, v: rows of keys and values [M, G, D]; a layer's pools if `keys` is `PagedKV`.
         queries, keys: which rows belong to which sequence.
-        causal: a query sees no key after its own; the last query and the last key stand at the same position.
+        causal: a query sees no later key; the last query and the last key stand at the same position.
         window: a query sees the last `window` keys only, its own included (needs `causal`).
-        scale: what scores are multiplied by; 1 / sqrt(D) if None.
-        bias: gives what is added to a sequence's scores.
+        scale: the factor of the scores; 1 / sqrt(D) if None.
+        bias: gives what is added to the scores.
 
     Returns:
         [N, H, D], of q's dtype.
+
+    Raises:
+        ValueError: a window below 1, or without `causal`.
     """
-    if window is not None:
-        if window < 1 or not causal:
-            raise ValueError(f"a window of {window} keys, causal={causal}: it takes at least one key, and causal=True")
-        if window >= max(keys.lengths):
-            window = None
-    if q_NHD.is_cuda and bias is None and (form := _varlen_form(q_NHD, keys)) is not None:
-        return _varlen(q_NHD, k, v, queries, keys, causal, window, scale, form)
-    return _plain(q_NHD, k, v, queries, keys, causal, window, scale, bias)
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"window is {window} with causal={causal}; expected at least 1, and causal=True")
+    if torch.compiler.is_compiling() and bias is None and isinstance(keys, SequenceLayout):
+        bounds = queries.cu_seqlens_on(q_NHD.device), keys.cu_seqlens_on(q_NHD.device)
+        compiled_NHD: Tensor = _compiled_attention(q_NHD, k, v, *bounds, causal, window, scale)
+        return compiled_NHD
+    y_NHD: Tensor = _attention(q_NHD, k, v, queries, keys, causal, window, scale, bias)
+    return y_NHD
 
 
-def _plain(
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attention(
     q_NHD: Tensor,
     k: Tensor,
     v: Tensor,
@@ -74,88 +80,158 @@ def _plain(
     scale: float | None,
     bias: Bias | None,
 ) -> Tensor:
-    """Sequences of one length without a cache in one call; else a loop over sequences."""
-    if queries == keys and queries.uniform() and window is None and bias is None:
-        q_BHLD, k_BGLD, v_BGLD = (x.view(len(queries), -1, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k, v))
-        gqa = q_BHLD.shape[1] != k_BGLD.shape[1]
-        y_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=causal, scale=scale, enable_gqa=gqa)
-        return y_BHLD.transpose(1, 2).flatten(0, 1)
-    heads, groups = q_NHD.shape[1], k.shape[1]
-    out: list[Tensor] = []
-    for (start, count), seen in zip(queries.spans, keys.spans, strict=True):
-        if not count:
-            continue
-        if window is not None and bias is None:
-            seen = _last(seen, window + count - 1)
-        q_QHD, k_1GKD, v_1GKD = q_NHD.narrow(0, start, count), _rows(k, seen), _rows(v, seen)
-        if count == 1 and bias is None:  # one query sees all of these keys: the heads of a group are as good as rows
-            q_1GRD = q_QHD.view(1, groups, heads // groups, -1)
-            out.append(F.scaled_dot_product_attention(q_1GRD, k_1GKD, v_1GKD, scale=scale).view(1, heads, -1))
-        else:
-            out.append(_one_sequence(q_QHD, k_1GKD, v_1GKD, causal, window, scale, bias))
-    return out[0] if len(out) == 1 else torch.cat(out)
+    if window is not None and window >= max(keys.lengths):
+        window = None
+    if q_NHD.is_cuda and bias is None and (form := _varlen_form(q_NHD, keys)) is not None:
+        return _varlen(q_NHD, k, v, queries, keys, causal, window, scale, form)
+    return _sdpa(q_NHD, k, v, queries, keys, causal, window, scale, bias)
 
 
-def _last(rows: tuple[int, int] | Tensor, count: int) -> tuple[int, int] | Tensor:
-    """The last `count` of a sequence's rows, or all if it has fewer."""
-    if isinstance(rows, Tensor):
-        return rows[-count:]
-    first, length = rows
-    return (first, length) if length <= count else (first + length - count, count)
+@torch.library.custom_op("pentad::attention", mutates_args=())
+def _compiled_attention(
+    q_NHD: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """`attention` as one operator for the compiler, which then doesn't specialize on the sequences' lengths."""
+    layouts = SequenceLayout(queries), SequenceLayout(keys)
+    y_NHD: Tensor = _attention(q_NHD, k, v, *layouts, causal, window, scale, None)
+    return y_NHD.contiguous()
 
 
-def _rows(x_MGD: Tensor, rows: tuple[int, int] | Tensor) -> Tensor:
-    """[M, G, D] -> [1, G, K, D]; a span of rows is a view, scattered ones are copied."""
-    x_KGD = x_MGD.index_select(0, rows) if isinstance(rows, Tensor) else x_MGD.narrow(0, *rows)
-    return x_KGD.transpose(0, 1)[None]
+@_compiled_attention.register_fake
+def _(q_NHD: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, *options: object) -> Tensor:
+    return torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
 
 
-def _one_sequence(
-    q_QHD: Tensor,
-    k_1GKD: Tensor,
-    v_1GKD: Tensor,
+@torch.library.custom_op("pentad::attention_backward", mutates_args=())
+def _compiled_attention_backward(
+    grad: Tensor,
+    q_NHD: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> list[Tensor]:
+    """Gradients of q, k and v; attention is computed again."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q_NHD, k, v)]
+        out = _attention(*inputs, SequenceLayout(queries), SequenceLayout(keys), causal, window, scale, None)
+    return [x.contiguous() for x in torch.autograd.grad(out, inputs, grad)]
+
+
+@_compiled_attention_backward.register_fake
+def _(grad: Tensor, q_NHD: Tensor, k: Tensor, v: Tensor, *options: object) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_NHD, k, v)]
+
+
+def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])  # type: ignore[arg-type]
+    ctx.options = inputs[5:]  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved, options = ctx.saved_tensors, ctx.options  # type: ignore[attr-defined]
+    return (*torch.ops.pentad.attention_backward(grad, *saved, *options), *[None] * 5)
+
+
+_compiled_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _sdpa(
+    q_NHD: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: SequenceLayout,
+    keys: SequenceLayout | PagedKV,
     causal: bool,
     window: int | None,
     scale: float | None,
     bias: Bias | None,
 ) -> Tensor:
-    """Block by block of queries, each over the keys from the first to the last that one of them sees."""
-    q_1HQD = q_QHD.transpose(0, 1)[None]
-    queries, keys = q_1HQD.shape[2], k_1GKD.shape[2]
-    gqa = q_1HQD.shape[1] != k_1GKD.shape[1]
+    """Sequences of equal lengths without a cache in one batch; else one sequence after the other."""
+    if isinstance(keys, SequenceLayout) and queries.is_uniform and keys.is_uniform:
+        q_BHQD, k_BGKD, v_BGKD = (x.view(len(queries), -1, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k, v))
+        return _one_length(q_BHQD, k_BGKD, v_BGKD, causal, window, scale, bias).flatten(0, 1)
+    heads, groups = q_NHD.shape[1], k.shape[1]
+    out: list[Tensor] = []
+    for (start, count), span in zip(queries.spans, keys.spans, strict=True):
+        if not count:
+            continue
+        if window is not None and bias is None:
+            span = _last(span, window + count - 1)
+        q_QHD, k_1GKD, v_1GKD = q_NHD.narrow(0, start, count), _rows(k, span), _rows(v, span)
+        if count == 1 and bias is None:  # the only query sees all of these keys: the heads of a group serve as rows
+            q_1GRD = q_QHD.view(1, groups, heads // groups, -1)
+            out.append(F.scaled_dot_product_attention(q_1GRD, k_1GKD, v_1GKD, scale=scale).view(1, heads, -1))
+        else:
+            out.append(_one_length(q_QHD.transpose(0, 1)[None], k_1GKD, v_1GKD, causal, window, scale, bias)[0])
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _last(span: tuple[int, int] | Tensor, count: int) -> tuple[int, int] | Tensor:
+    """The last `count` of a sequence's rows, or all if it has fewer."""
+    if isinstance(span, Tensor):
+        return span[-count:]
+    first, length = span
+    return (first, length) if length <= count else (first + length - count, count)
+
+
+def _rows(x_MGD: Tensor, span: tuple[int, int] | Tensor) -> Tensor:
+    """[M, G, D] -> [1, G, K, D]; contiguous rows are a view, scattered ones are copied."""
+    x_KGD = x_MGD.index_select(0, span) if isinstance(span, Tensor) else x_MGD.narrow(0, *span)
+    return x_KGD.transpose(0, 1)[None]
+
+
+def _one_length(
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKD: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    bias: Bias | None,
+) -> Tensor:
+    """Sequences of one length -> [B, Q, H, D]; by blocks of queries if a mask or a bias is needed, each over the keys
+    from the first to the last that one of its queries sees."""
+    queries, keys = q_BHQD.shape[2], k_BGKD.shape[2]
+    causal = causal and queries > 1  # the last query sees all keys
+    gqa = q_BHQD.shape[1] != k_BGKD.shape[1]
     past = keys - queries  # the first query's position, counted from the first key
-    if causal and not past and bias is None and window is None:  # the one mask that SDPA has built in
-        y_1HQD = F.scaled_dot_product_attention(q_1HQD, k_1GKD, v_1GKD, is_causal=True, scale=scale, enable_gqa=gqa)
-        return y_1HQD[0].transpose(0, 1)
-    block = QUERY_BLOCK if causal or bias is not None else queries
+    if bias is None and window is None and not (causal and past):  # the masks that SDPA has built in
+        y_BHQD = F.scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKD, is_causal=causal, scale=scale, enable_gqa=gqa)
+        return y_BHQD.transpose(1, 2)
     mask_QK: Tensor | None = None
     out: list[Tensor] = []
-    for start in range(0, queries, block):
-        stop = min(start + block, queries)
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
         at_q = range(past + start, past + stop)
         at_k = range(max(0, at_q.start + 1 - (window or keys)), at_q.stop if causal else keys)
-        shape = len(at_q), len(at_k)
+        q_BHqD, shape = q_BHQD[:, :, start:stop], (len(at_q), len(at_k))
         if causal and (mask_QK is None or mask_QK.shape != shape):  # most blocks of a window share theirs
-            mask_QK = _mask(*shape, window, q_QHD)
+            mask_QK = _mask(*shape, window, q_BHQD)
         added = mask_QK
         if bias is not None:
-            bias_1HQK = bias(q_QHD[start:stop], at_q, at_k).to(q_QHD.dtype)[None]
-            added = bias_1HQK if mask_QK is None else bias_1HQK + mask_QK
-        y_1HQD = F.scaled_dot_product_attention(
-            q_1HQD[:, :, start:stop],
-            k_1GKD[:, :, at_k.start : at_k.stop],
-            v_1GKD[:, :, at_k.start : at_k.stop],
-            attn_mask=added,
-            scale=scale,
-            enable_gqa=gqa,
-        )
-        out.append(y_1HQD[0].transpose(0, 1))
-    return torch.cat(out)
+            bias_BHQK = bias(q_BHqD, at_q, at_k).to(q_BHQD.dtype)
+            bias_BHQK = bias_BHQK if mask_QK is None else bias_BHQK + mask_QK
+            added = bias_BHQK.expand(len(q_BHQD), q_BHQD.shape[1], *shape)
+        k_BGkD, v_BGkD = k_BGKD[:, :, at_k.start : at_k.stop], v_BGKD[:, :, at_k.start : at_k.stop]
+        y_BHqD = F.scaled_dot_product_attention(q_BHqD, k_BGkD, v_BGkD, attn_mask=added, scale=scale, enable_gqa=gqa)
+        out.append(y_BHqD.transpose(1, 2))
+    return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 
 def _mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
     """[Q, K], what is added to the scores of queries of which the last stands at the last key: 0 where a query sees a
-    key, else -inf. It has the scores' own dtype, since SDPA makes such a one of a bool mask in every call."""
+    key, else -inf. It has the scores' dtype, since SDPA converts a bool mask to it in every call."""
     past = keys - queries
     mask_QK = like.new_full((queries, keys), -torch.inf).triu_(past + 1)
     if window is not None:
@@ -164,7 +240,7 @@ def _mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
 
 
 def _varlen_form(q_NHD: Tensor, keys: SequenceLayout | PagedKV) -> str | None:
-    """How CUDA's kernel for ragged rows is called for these; None where it can't be, and the plain road is taken."""
+    """How CUDA's kernel for ragged rows is called for these; None if it can't be, and SDPA is used."""
     page_size = keys.page_size if isinstance(keys, PagedKV) else 0
     if q_NHD.dtype not in (torch.bfloat16, torch.float16) or (page_size and q_NHD.requires_grad):
         return None
@@ -173,15 +249,15 @@ def _varlen_form(q_NHD: Tensor, keys: SequenceLayout | PagedKV) -> str | None:
 
 @cache
 def _probe_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> str | None:
-    """Ask the kernel once. What it takes differs by torch, by backend and by device, and is nowhere to be read: whether
-    it reads page tables (and with or without `cu_seq_k`), which page sizes, grouped heads and windows."""
+    """Try the kernel once. What it supports differs by torch, backend and device, and is documented nowhere: block
+    tables (with or without `cu_seq_k`), page sizes, grouped heads, windows."""
     q_QHD = torch.randn(3, 2, head_dim, device=device, dtype=dtype)
     k, v = (torch.randn(3 * (page_size or 100), 1, head_dim, device=device, dtype=dtype) for _ in range(2))
     queries, length = SequenceLayout.of([3]), page_size + 5
     keys: SequenceLayout | PagedKV = SequenceLayout.of([len(k)])
     if page_size:
         keys = PagedKV([k], [v], page_size, ((2, 0),), (length,), torch.zeros(0, dtype=torch.int64, device=device))
-    expected = _plain(q_QHD, k, v, queries, keys, True, 4, None, None)
+    expected = _sdpa(q_QHD, k, v, queries, keys, True, 4, None, None)
     for form in ("cu_seq_k", "no cu_seq_k"):
         try:
             y_QHD = _varlen(q_QHD, k, v, queries, keys, True, 4, None, form)
@@ -203,45 +279,49 @@ def _varlen(
     scale: float | None,
     form: str,
 ) -> Tensor:
-    """CUDA's kernel for ragged rows, which reads pages where they lie."""
+    """CUDA's kernel for ragged rows, which reads pages in place."""
     from torch.nn.attention.varlen import varlen_attn
 
-    device = q_NHD.device
+    device, layout = q_NHD.device, keys.layout if isinstance(keys, PagedKV) else keys
+    paged: dict[str, Any] = {}
     if isinstance(keys, PagedKV):
+        paged = {"seqused_k": keys.seqused, "block_table": keys.padded_block_tables}
         k, v = (pool.view(-1, keys.page_size, *pool.shape[1:]) for pool in (k, v))
     out = varlen_attn(
         q_NHD,
         k,
         v,
-        queries.cu_seqlens(device),
-        (keys.rows if isinstance(keys, PagedKV) else keys).cu_seqlens(device) if form == "cu_seq_k" else None,
+        queries.cu_seqlens_on(device).int(),
+        layout.cu_seqlens_on(device).int() if form == "cu_seq_k" else None,
         max(queries.lengths),
         max(keys.lengths),
         scale=scale,
         window_size=((window or 0) - 1, 0 if causal else -1),  # keys to the left of a query's own, and to the right
         enable_gqa=q_NHD.shape[1] != k.shape[-2],
-        **({"seqused_k": keys.used, "block_table": keys.block_table} if isinstance(keys, PagedKV) else {}),  # type: ignore[arg-type]
+        **paged,
     )
     assert isinstance(out, Tensor)
     return out
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245) and RoPE.
+    """Multi-head attention (arXiv:1706.03762): causal self-attention, an encoder's, or cross-attention.
 
     Args:
         dim: width of the residual stream.
-        heads, kv_heads, head_dim: H, G and D.
-        rope: how queries and keys are rotated.
+        heads, kv_heads, head_dim: H, G and D (grouped-query attention, arXiv:2305.13245).
+        rope: rotates queries and keys; None if positions are known in another way.
         layer: which of the cache's pools is this layer's.
+        causal: a row sees no later row of its sequence. Only causal self-attention writes to a cache.
+        context_dim: width of the rows that are attended to instead of the layer's own (cross-attention).
         window: how many keys a query sees, its own included; None for all.
         bias: whether q, k, v have a bias; `output_bias`: whether o has.
         q_norm, k_norm: norms of each head's queries and keys, before RoPE (Qwen3).
-        scale: what scores are multiplied by; 1 / sqrt(D) if None.
-        query_rope: how queries are rotated, where that is not as keys are.
-        log_scale_after: each query with more than so many tokens up to and with its own is multiplied by the logarithm,
-            to this base, of their number, lest attention flattens as it spreads over more keys (log-n scaling:
-            arXiv:2202.12172; Qwen, arXiv:2309.16609).
+        scale: the factor of the scores; 1 / sqrt(D) if None.
+        position_bias: is added to the scores (T5).
+        log_scale_after: a query beyond so many tokens is multiplied by the logarithm, to this base, of its place in
+            its sequence, which keeps attention from flattening over many keys (log-n scaling: arXiv:2202.12172; Qwen,
+            arXiv:2309.16609).
     """
 
     def __init__(
@@ -249,56 +329,101 @@ class Attention(nn.Module):
         dim: int,
         *,
         heads: int,
-        kv_heads: int,
         head_dim: int,
-        rope: Rope,
-        layer: int,
+        kv_heads: int | None = None,
+        rope: Rope | None = None,
+        layer: int = 0,
+        causal: bool = True,
+        context_dim: int | None = None,
         window: int | None = None,
         bias: bool = False,
         output_bias: bool = False,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
         scale: float | None = None,
-        query_rope: Rope | None = None,
+        position_bias: RelativeBias | None = None,
         log_scale_after: int | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.kv_heads = kv_heads
+        self.kv_heads = kv_heads = kv_heads or heads
         self.head_dim = head_dim
         self.rope = rope
         self.layer = layer
+        self.causal = causal
+        self.context_dim = context_dim
         self.window = window
         self.q_proj = nn.Linear(dim, heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(context_dim or dim, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(context_dim or dim, kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * head_dim, dim, bias=output_bias)
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.scale = scale
-        self.query_rope = query_rope
+        self.position_bias = position_bias
         self.log_scale_after = log_scale_after
 
-    def forward(self, x_ND: Tensor, batch: Batch) -> Tensor:
-        """[N, dim] -> [N, dim]; the keys and values of the batch's tokens are written to its pages, if it has any."""
-        projected = project(x_ND, self.q_proj, self.k_proj, self.v_proj)
-        q_NHD, k_NGD, v_NGD = (x.view(x.shape[0], -1, self.head_dim) for x in projected)
+    def forward(self, x_ND: Tensor, batch: Batch, context_MD: Tensor | None = None) -> Tensor:
+        """Attend from each row to the rows of its sequence, or of its sequence's context.
+
+        Args:
+            x_ND: [N, dim].
+            batch: says which rows are whose; keys and values of its rows are written to its pages, if it has any.
+            context_MD: for cross-attention without pages: rows [M, context_dim], laid out as ``batch.context`` says.
+
+        Returns:
+            [N, dim].
+
+        Raises:
+            ValueError: cross-attention without a context.
+        """
+        if self.context_dim is not None:
+            return self._cross(x_ND, batch, context_MD)
+        q_NHD, k, v = self._heads(project(x_ND, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
-            q_NHD, k_NGD = self.q_norm(q_NHD), self.k_norm(k_NGD)
-        q_NHD, k_NGD = (self.query_rope or self.rope)(q_NHD, batch), self.rope(k_NGD, batch)
+            q_NHD, k = self.q_norm(q_NHD), self.k_norm(k)
+        if self.rope is not None:
+            q_NHD, k = self.rope(q_NHD, batch), self.rope(k, batch)
         if self.log_scale_after is not None:
             q_NHD = q_NHD * _log_scale(batch, self.log_scale_after).to(q_NHD.dtype)
-        k, v, keys = k_NGD, v_NGD, batch.pages or batch.rows
-        if batch.pages is not None:
-            k, v = batch.pages.write(self.layer, k_NGD, v_NGD)
-            q_NHD = q_NHD.to(k.dtype)  # the cache may be kept in another
-        y_NHD = attention(q_NHD, k, v, batch.rows, keys, causal=True, window=self.window, scale=self.scale)
-        out_ND: Tensor = self.o_proj(y_NHD.to(x_ND.dtype).flatten(-2))
+        keys: SequenceLayout | PagedKV = batch.layout
+        if batch.kv is not None and self.causal:
+            k, v = batch.kv.write(self.layer, k, v)
+            keys, q_NHD = batch.kv, q_NHD.to(k.dtype)  # the cache may have another dtype
+        return self._attend(q_NHD, k, v, batch, keys, x_ND.dtype)
+
+    def _cross(self, x_ND: Tensor, batch: Batch, context_MD: Tensor | None) -> Tensor:
+        [q_NHD] = self._heads([self.q_proj(x_ND)])
+        if isinstance(batch.context, PagedKV):
+            k, v = batch.context.keys[self.layer], batch.context.values[self.layer]
+            q_NHD = q_NHD.to(k.dtype)
+        elif batch.context is not None and context_MD is not None:
+            k, v = self._heads(project(context_MD, self.k_proj, self.v_proj))
+        else:
+            raise ValueError("the batch has no context; expected the rows of an encoder, or pages that hold them")
+        return self._attend(q_NHD, k, v, batch, batch.context, x_ND.dtype)
+
+    def _attend(
+        self, q_NHD: Tensor, k: Tensor, v: Tensor, batch: Batch, keys: SequenceLayout | PagedKV, dtype: torch.dtype
+    ) -> Tensor:
+        causal = self.causal and self.context_dim is None
+        bias = None if self.position_bias is None else self.position_bias(batch)
+        y_NHD = attention(
+            q_NHD, k, v, batch.layout, keys, causal=causal, window=self.window, scale=self.scale, bias=bias
+        )
+        out_ND: Tensor = self.o_proj(y_NHD.to(dtype).flatten(-2))
         return out_ND
+
+    def write_context(self, context_MD: Tensor, kv: PagedKV) -> None:
+        """Cross-attention: store the keys and values of the rows that are attended to."""
+        kv.write(self.layer, *self._heads(project(context_MD, self.k_proj, self.v_proj)))
+
+    def _heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        return [x.view(x.shape[0], -1, self.head_dim) for x in projected]
 
 
 def _log_scale(batch: Batch, base: int) -> Tensor:
-    """float32 [N, 1, 1], the logarithm of each token's place in its sequence, counted from 1; 1 up to `base`."""
+    """float32 [N, 1, 1], the logarithm of each row's place in its sequence, counted from 1; 1 up to `base`."""
     return batch.memo(
         ("log scale", base), lambda: (batch.positions[:, None, None] + 1.0).clamp(min=base).log() / math.log(base)
     )

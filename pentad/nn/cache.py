@@ -129,31 +129,30 @@ class PagedCache:
         if missing > 0:
             self._extend(sequence, missing)
 
-    def batch(self, work: Sequence[tuple[CachedSequence, Sequence[int]]]) -> Batch:
-        """Reserve room for the next tokens of some sequences, and lay them end to end."""
+    def batch(self, work: Sequence[tuple[CachedSequence, int]]) -> Batch:
+        """Reserve room for so many next tokens of some sequences, and lay them end to end."""
         size = self.page_size
         slots: list[int] = []
         positions: list[int] = []
-        for sequence, ids in work:
-            self.reserve(sequence, len(ids))
-            for position in range(sequence.length, sequence.length + len(ids)):
+        for sequence, count in work:
+            self.reserve(sequence, count)
+            for position in range(sequence.length, sequence.length + count):
                 page, offset = divmod(position - sequence.dropped, size)
                 positions.append(position)
                 slots.append(sequence.pages[page] * size + offset)
         device = self.keys[0].device
-        pages = PagedKV(
+        kv = PagedKV(
             self.keys,
             self.values,
             size,
-            tuple(tuple(s.pages[: self._pages_for(s.held + len(ids))]) for s, ids in work),
-            tuple(s.held + len(ids) for s, ids in work),
+            tuple(tuple(s.pages[: self._pages_for(s.held + count)]) for s, count in work),
+            tuple(s.held + count for s, count in work),
             torch.tensor(slots, dtype=torch.int64).to(device),
         )
         return Batch(
-            torch.tensor([i for _, ids in work for i in ids], dtype=torch.int64).to(device),
+            SequenceLayout.of([count for _, count in work]),
             torch.tensor(positions, dtype=torch.int64).to(device),
-            SequenceLayout.of([len(ids) for _, ids in work]),
-            pages,
+            kv,
             tuple(s.rope_length for s, _ in work),
         )
 

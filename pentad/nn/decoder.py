@@ -1,21 +1,26 @@
-"""The frame of every decoder-only language model; a family's file chooses the parts.
+"""The frame of every language model; a family's file chooses the parts.
 
-Legend: N tokens in the batch, M rows whose logits are wanted, D width of the residual stream, V vocabulary.
+Legend: N tokens in the batch, M rows that are attended to or whose logits are wanted, D width of the residual stream,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pentad.nn.batch import Batch
+from pentad.nn.block import run_blocks
+
+if TYPE_CHECKING:
+    from pentad.nn.moe.routers import Routing
 
 
 class Config(Protocol):
-    """What is asked of any family's config."""
+    """The fields that every language model's config has."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -24,15 +29,16 @@ class Config(Protocol):
 
 
 class Decoder(nn.Module):
-    """``model(batch)`` gives hidden states, ``model.head(hidden)`` the logits of those rows that are wanted.
+    """``network(ids, batch)`` gives hidden states, ``network.head(hidden)`` the logits of the rows that are wanted.
 
     Args:
         embed: V rows of D numbers.
-        layers: blocks, ``block(x, batch) -> (x, aux)``.
+        layers: blocks, as `run_blocks` takes them.
         norm: the last one.
         head: from D to V.
         tied: whether the head's weight is the embedding's.
-        config: the family's, kept beside.
+        config: the family's.
+        residual_dtype: of the residual stream, whatever the weights are.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class Decoder(nn.Module):
         *,
         tied: bool,
         config: Config,
+        residual_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.config = config
@@ -51,24 +58,41 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.head = head
+        self.residual_dtype = residual_dtype
         if tied:
             self.head.weight = self.embed.weight
 
-    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Any, ...]]:
-        """Hidden states [N, D] after the last norm, and each layer's `aux`."""
-        x_ND = self.embed(batch.ids).float()  # the residual stream is float32, whatever the weights are
-        aux = []
-        for block in self.layers:
-            x_ND, a = block(x_ND, batch)
-            aux.append(a)
-        return self.norm(x_ND), tuple(aux)
+    def forward(
+        self, ids_N: Tensor, batch: Batch, context_MD: Tensor | None = None, *, checkpointing: str = "none"
+    ) -> Tensor:
+        """Compute hidden states.
+
+        Args:
+            ids_N: int64 [N], token ids.
+            batch: says which rows are whose.
+            context_MD: for blocks with cross-attention, the rows that they attend to; see `Attention`.
+            checkpointing: activation checkpointing, "none" or "blocks"; see `run_blocks`.
+
+        Returns:
+            [N, D], after the last norm.
+        """
+        return self.forward_with_routing(ids_N, batch, context_MD, checkpointing=checkpointing)[0]
+
+    def forward_with_routing(
+        self, ids_N: Tensor, batch: Batch, context_MD: Tensor | None = None, *, checkpointing: str = "none"
+    ) -> tuple[Tensor, tuple[Routing | None, ...]]:
+        """`forward`, and for each layer its router's decisions (None for a dense one)."""
+        x_ND = self.embed(ids_N).to(self.residual_dtype)
+        arguments = (batch,) if context_MD is None else (batch, context_MD)
+        x_ND, routings = run_blocks(self.layers, x_ND, *arguments, checkpointing=checkpointing)
+        return self.norm(x_ND), routings
 
     @property
     def device(self) -> torch.device:
-        """Where the batch and the cache have to be."""
+        """The device of the weights; batch and cache must be there."""
         return self.get_parameter("norm.weight").device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in between the float32 of the residual stream and of the norms."""
+        """The dtype of the weights, and of all computation outside the residual stream and the norms."""
         return self.get_parameter("norm.weight").dtype

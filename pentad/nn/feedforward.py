@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pentad.nn.batch import Batch
 from pentad.nn.linear import project
 
 
@@ -18,24 +17,28 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
 
-    def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, None]:
-        """[N, dim] -> [N, dim], and no router's decisions, since there is no router."""
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """[N, dim] -> [N, dim]."""
         gate, up = project(x_ND, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up), None
+        out_ND: Tensor = self.down_proj(F.silu(gate) * up)
+        return out_ND
 
 
 class GeluMLP(nn.Module):
-    """down(gelu(up(x))), with biases: GPT-2's feed-forward layer, with GELU (arXiv:1606.08415) as it approximates it,
-    by tanh (published as ``gelu_new``)."""
+    """down(gelu(up(x))), with biases: GPT-2's feed-forward layer.
+
+    GELU (arXiv:1606.08415) is approximated by tanh, published as ``gelu_new``.
+    """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.up_proj = nn.Linear(dim, hidden_dim)
         self.down_proj = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, None]:
-        """[N, dim] -> [N, dim], and no router's decisions, since there is no router."""
-        return self.down_proj(F.gelu(self.up_proj(x_ND), approximate="tanh")), None
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """[N, dim] -> [N, dim]."""
+        out_ND: Tensor = self.down_proj(F.gelu(self.up_proj(x_ND), approximate="tanh"))
+        return out_ND
 
 
 class ReluMLP(nn.Module):
@@ -46,16 +49,17 @@ class ReluMLP(nn.Module):
         self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
 
-    def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, None]:
-        """[N, dim] -> [N, dim], and no router's decisions, since there is no router."""
-        return self.down_proj(F.relu(self.up_proj(x_ND))), None
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """[N, dim] -> [N, dim]."""
+        out_ND: Tensor = self.down_proj(F.relu(self.up_proj(x_ND)))
+        return out_ND
 
 
 class GatedSwiGLU(nn.Module):
     """down(a * silu(b) * up(x)) with the halves a, b of gate(x): a SwiGLU (arXiv:2002.05202) that is itself a gate.
 
-    So OpenMoE computes: "swiglu" is what its gate's activation is called, and takes one half of it for a gate of the
-    other (ColossalAI's modeling_openmoe.py, `OpenMoeMLP` and `SwiGLU`).
+    OpenMoE's layer: its gate's activation, called "swiglu", uses one half of the gate as a gate of the other
+    (ColossalAI's modeling_openmoe.py, `OpenMoeMLP` and `SwiGLU`).
     """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
@@ -64,8 +68,9 @@ class GatedSwiGLU(nn.Module):
         self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
 
-    def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, None]:
-        """[N, dim] -> [N, dim], and no router's decisions, since there is no router."""
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """[N, dim] -> [N, dim]."""
         gates, up = project(x_ND, self.gate_proj, self.up_proj)
         a, b = gates.chunk(2, -1)
-        return self.down_proj(a * F.silu(b) * up), None
+        out_ND: Tensor = self.down_proj(a * F.silu(b) * up)
+        return out_ND

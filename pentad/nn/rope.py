@@ -15,12 +15,12 @@ from pentad.nn.rope_scaling import DefaultRope
 class Rope:
     """Rotates pairs of numbers (i, i + D/2) of each head by position * frequency_i.
 
-    A head may have more than D numbers (GPT-J's and phi's partial rotary embedding): those after the first D stay.
+    Numbers of a head after the first D are not rotated (GPT-J's and phi's partial rotary embedding).
 
-    Not a module: it has no weights and keeps no tensor, so a network can be built on the meta device and moved freely.
+    It is not a module: it has no weights and keeps no tensor, so a network can be built on the meta device and moved.
 
     Args:
-        dim: D, numbers of a head that rotate.
+        dim: D, how many numbers of a head rotate.
         theta: the base of the frequencies.
         scaling: how they are stretched for long contexts.
     """
@@ -31,42 +31,20 @@ class Rope:
         self.scaling = scaling or DefaultRope()
 
     def __call__(self, x_NHD: Tensor, batch: Batch) -> Tensor:
-        """Rotate the heads of the batch's tokens: [N, heads, D or more] -> the same shape and dtype."""
+        """Rotate the heads of the batch's rows: [N, heads, D or more] -> the same shape and dtype."""
         if x_NHD.shape[-1] > self.dim:
             return torch.cat((self(x_NHD[..., : self.dim], batch), x_NHD[..., self.dim :]), -1)
         cos_N1D, sin_N1D = batch.memo((self, x_NHD.dtype), lambda: self._cos_sin(batch, x_NHD.dtype))
         return torch.addcmul(x_NHD * cos_N1D, x_NHD.roll(self.dim // 2, -1), sin_N1D)
 
-    def positions(self, batch: Batch) -> Tensor:
-        """int64 [N], by which each of the batch's tokens is rotated."""
-        return batch.positions
-
     def _cos_sin(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines, and sines with the sign of rotate-half in them, both [N, 1, D]."""
         lengths = batch.rope_lengths
         if len({self.scaling.scaling_key(length) for length in lengths}) <= 1:
-            inv = self.scaling.frequencies(self.theta, self.dim, max(lengths, default=0))  # one for all: [D/2]
+            inv = self.scaling.frequencies(self.theta, self.dim, max(lengths, default=0))  # [D/2], for all sequences
         else:
             each = torch.stack([self.scaling.frequencies(self.theta, self.dim, length) for length in lengths])
-            inv = each.repeat_interleave(torch.tensor(batch.rows.lengths), dim=0)  # [N, D/2]
-        angles = self.positions(batch)[:, None].float() * inv.to(batch.positions.device)
+            inv = each.repeat_interleave(torch.tensor(batch.layout.lengths), dim=0)  # [N, D/2]
+        angles = batch.positions[:, None].float() * inv.to(batch.positions.device)
         cos, sin = angles.cos() * self.scaling.attention_scaling(), angles.sin() * self.scaling.attention_scaling()
         return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
-
-
-class AheadRope(Rope):
-    """Rotates a token that comes alone, as in decoding, as if it stood `ahead` positions after its own.
-
-    For queries only, with 1, that is how OpenMoE decodes in ColossalAI's port (modeling_openmoe.py,
-    `apply_rotary_embedding`: ``cos[rotary_index + 1]``), unlike in the code that it was trained by (flaxformer's
-    ``cos[rotary_index]``).
-    """
-
-    def __init__(self, rope: Rope, ahead: int) -> None:
-        super().__init__(rope.dim, rope.theta, rope.scaling)
-        self.ahead = ahead
-
-    def positions(self, batch: Batch) -> Tensor:
-        """int64 [N], by which each of the batch's tokens is rotated."""
-        lengths = torch.tensor(batch.rows.lengths, device=batch.positions.device)
-        return batch.positions + self.ahead * (lengths == 1).repeat_interleave(lengths)

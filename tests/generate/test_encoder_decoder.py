@@ -106,9 +106,9 @@ def test_sources_are_written_once_and_only_read(network: EncoderDecoder, monkeyp
     encoded: list[int] = []
     encode = EncoderDecoder.encode
 
-    def counting(self: EncoderDecoder, batch: Any) -> Any:
-        encoded.append(len(batch.rows))
-        return encode(self, batch)
+    def counting(self: EncoderDecoder, ids: Any, batch: Any) -> Any:
+        encoded.append(len(batch.layout))
+        return encode(self, ids, batch)
 
     monkeypatch.setattr(EncoderDecoder, "encode", counting)
     step = EncoderDecoderStep(network, page_size=8)
@@ -117,7 +117,7 @@ def test_sources_are_written_once_and_only_read(network: EncoderDecoder, monkeyp
     assert encoded == [4]  # all together
 
     def read() -> list[Tensor]:
-        pages = step.cache.sources.batch([(sequence.source, ()) for sequence in sequences]).pages
+        pages = step.cache.sources.batch([(sequence.source, 0) for sequence in sequences]).kv
         return [read_pages(pool, pages, i).clone() for pool in (*pages.keys, *pages.values) for i in range(4)]
 
     written = read()
@@ -135,9 +135,9 @@ def test_many_sources_are_encoded_in_parts(network: EncoderDecoder, monkeypatch:
     parts: list[tuple[int, ...]] = []
     encode = EncoderDecoder.encode
 
-    def noting(self: EncoderDecoder, batch: Any) -> Any:
-        parts.append(batch.rows.lengths)
-        return encode(self, batch)
+    def noting(self: EncoderDecoder, ids: Any, batch: Any) -> Any:
+        parts.append(batch.layout.lengths)
+        return encode(self, ids, batch)
 
     monkeypatch.setattr(EncoderDecoder, "encode", noting)
     expected = texts(EncoderDecoderStep(network), *map(request, SOURCES))
@@ -165,7 +165,7 @@ def test_another_request_for_the_last_source_does_not_encode_it_again(
 ) -> None:
     encoded: list[int] = []
     encode = EncoderDecoder.encode
-    monkeypatch.setattr(EncoderDecoder, "encode", lambda self, batch: encoded.append(1) or encode(self, batch))
+    monkeypatch.setattr(EncoderDecoder, "encode", lambda self, *args: encoded.append(1) or encode(self, *args))
     engine = EncoderDecoderEngine(EncoderDecoderStep(network, page_size=4))
     replies = []
     for source in (SOURCES[0], SOURCES[0], SOURCES[1], SOURCES[0]):

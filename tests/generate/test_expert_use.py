@@ -8,7 +8,7 @@ import torch
 
 from pentad.errors import BadInput, PentadError
 from pentad.generate.expert_use import expert_use
-from pentad.nn.batch import Batch
+from pentad.nn.batch import pack
 from tests.helpers.tiny import network_of, random_ids, tiny_checkpoint
 
 
@@ -26,7 +26,7 @@ def test_pieces_are_sequences_of_their_own(tmp_path: Path) -> None:
     counts = torch.zeros(2, 4, dtype=torch.int64)
     by_token = torch.zeros(2, 5, 4, dtype=torch.int64)
     for piece in (ids[:20], ids[20:40], ids[40:]):
-        for layer, routing in enumerate(network(Batch.of(piece))[1]):
+        for layer, routing in enumerate(network.forward_with_routing(*pack(piece))[1]):
             for token, experts in zip(piece, routing.experts, strict=True):
                 counts[layer, experts] += 1
                 for row, (frequent, _) in enumerate(use.frequent):
@@ -42,7 +42,7 @@ def test_an_encoder_reads(tmp_path: Path) -> None:
     switch_checkpoint(tmp_path)
     network, ids = network_of(tmp_path), random_ids(30)
     use = expert_use(network, ids)
-    assert use.layers.keys() == {layer for layer, aux in enumerate(network.encode(Batch.of(ids))[1]) if aux is not None}
+    assert use.layers.keys() == {layer for layer, aux in enumerate(network.encode(*pack(ids))[1]) if aux is not None}
     assert all(usage.tokens == 30 for usage in use.layers.values())
 
 

@@ -306,10 +306,9 @@ def test_what_is_replaced_is_not_read_any_more(llama: nn.Module, change: Callabl
 
 
 @pytest.mark.parametrize("sizes", [[1000], [7, 30], [1]])
-@pytest.mark.parametrize("options", [{"router_capacity_factor_eval": 0.5}, {"query_ahead_at_decode": 1}])
-def test_quirks_that_depend_on_the_cut(tmp_path: Path, options: dict[str, Any], sizes: list[int]) -> None:
-    """Of OpenMoE: what an expert takes of a step's tokens, and queries that are ahead in decoding."""
-    network = network_of(openmoe_checkpoint(tmp_path, **options).folder)
+def test_capacities_are_those_of_a_step(tmp_path: Path, sizes: list[int]) -> None:
+    """OpenMoE: how many tokens an expert takes depends on the tokens of the step."""
+    network = network_of(openmoe_checkpoint(tmp_path, router_capacity_factor_eval=0.5).folder)
     plan, plain, ids = PlanStep(network), PlainStep(network), random_ids(90)
     assert_equal_logits(runs_of(plan, ids, sizes), runs_of(plain, ids, sizes))
     if sizes == [1000]:  # each of several sequences has its own

@@ -25,11 +25,11 @@ def plain_attention(
     """What `pentad.nn.attention.attention` promises, with its arguments."""
     heads, dim = q_NHD.shape[1:]
     out = []
-    for b, (start, stop) in enumerate(pairwise(queries.starts)):
+    for b, (start, stop) in enumerate(pairwise(queries.cu_seqlens)):
         if isinstance(keys, PagedKV):
             k_KGD, v_KGD = read_pages(k, keys, b), read_pages(v, keys, b)
         else:
-            k_KGD, v_KGD = (x[keys.starts[b] : keys.starts[b + 1]] for x in (k, v))
+            k_KGD, v_KGD = (x[keys.cu_seqlens[b] : keys.cu_seqlens[b + 1]] for x in (k, v))
         q_QHD = q_NHD[start:stop]
         group = heads // k_KGD.shape[1]
         k_KHD, v_KHD = (x.double().repeat_interleave(group, 1) for x in (k_KGD, v_KGD))
@@ -38,7 +38,7 @@ def plain_attention(
         past = len(k_KHD) - len(q_QHD)
         if bias is not None:
             at_Q, at_K = range(past, past + len(q_QHD)), range(len(k_KHD))
-            scores_HQK = scores_HQK + bias(q_QHD, at_Q, at_K).double()
+            scores_HQK = scores_HQK + bias(q_QHD.transpose(0, 1)[None], at_Q, at_K).view(scores_HQK.shape).double()
         for i in range(len(q_QHD)):
             for j in range(len(k_KHD)):
                 ahead = past + i - j  # by how many positions the query is after the key
@@ -50,5 +50,5 @@ def plain_attention(
 
 def read_pages(pool: Tensor, pages: PagedKV, sequence: int) -> Tensor:
     """The rows of one sequence in a layer's pool, found one by one by its table."""
-    size, table = pages.page_size, pages.tables[sequence]
+    size, table = pages.page_size, pages.block_tables[sequence]
     return pool[[table[i // size] * size + i % size for i in range(pages.lengths[sequence])]]

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 import pentad.weights
 from pentad.build import build
 from pentad.errors import BadInput
-from pentad.nn.batch import Batch
+from pentad.nn.batch import pack
 
 disable_progress_bar()  # of saving, which would get into what is expected on standard error
 
@@ -117,7 +117,7 @@ def network_of(folder: Path, dtype: torch.dtype = torch.float32, **options: Any)
 @torch.inference_mode()
 def logits_of(network: nn.Module, ids: list[int]) -> Tensor:
     """Float32 [tokens, vocab], of one sequence run whole and without a cache."""
-    hidden_ND, _ = network(Batch.of(ids))
+    hidden_ND = network(*pack(ids))
     return network.head(hidden_ND).float()
 
 

@@ -18,7 +18,7 @@ from pentad.generate.engine import Engine, Request
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
 from pentad.nn.attention import Attention
-from pentad.nn.batch import Batch
+from pentad.nn.batch import pack
 from pentad.nn.cache import CachedSequence
 from tests.helpers.plain import plain_attention
 from tests.helpers.tiny import (
@@ -107,7 +107,7 @@ def test_page_sizes_give_the_same_bits(network: nn.Module) -> None:
 @pytest.mark.parametrize("lengths", [(31, 31, 31), (1, 40, 17, 2), (1, 1)], ids=str)
 def test_batched_is_single(network: nn.Module, lengths: tuple[int, ...]) -> None:
     sequences = [random_ids(length, seed=i) for i, length in enumerate(lengths)]
-    together = network.head(network(Batch.of(*sequences))[0])
+    together = network.head(network(*pack(*sequences)))
     for one, ids in zip(together.split(lengths), sequences, strict=True):
         assert_equal_logits(one, logits_of(network, ids))
 
@@ -232,8 +232,9 @@ def test_going_back_and_on(network: nn.Module, page_size: int) -> None:
         run.cache.truncate(sequence, length)
         assert sequence.length == length
         again = run_chunks(run, sequence, other, [11, 1])
-        whole = replace(Batch.of(ids[:length] + other), rope_lengths=(60,))  # as it was admitted
-        assert_equal_logits(again, network.head(network(whole)[0])[length:])
+        tokens, whole = pack(ids[:length] + other)
+        whole = replace(whole, rope_lengths=(60,))  # as it was admitted
+        assert_equal_logits(again, network.head(network(tokens, whole))[length:])
 
 
 def test_pools_that_grow_in_the_middle_keep_what_they_hold(network: nn.Module) -> None:

@@ -20,7 +20,7 @@ import pentad.weights
 from pentad.convert import convert
 from pentad.errors import PentadError
 from pentad.models import family_of
-from pentad.nn.batch import Batch
+from pentad.nn.batch import pack
 from pentad.nn.linear import QuantizedLinear
 from pentad.nn.moe.losses import mixtral_balance_loss
 from tests.helpers.gguf_file import stored, write_file
@@ -84,7 +84,7 @@ PUBLISHED_PARAMS = {
 def test_router_logits_and_balance_loss(tmp_path: Path, experts: dict[str, int]) -> None:
     tiny, ids = tiny_checkpoint(tmp_path, **MIXTRAL | experts), random_ids(60)
     network = network_of(tmp_path)
-    _, routings = network(Batch.of(ids))
+    _, routings = network.forward_with_routing(*pack(ids))
     theirs = tiny.peer(torch.tensor([ids]), use_cache=False, output_router_logits=True)
     assert len(routings) == len(theirs.router_logits) == 2
     for ours, logits in zip(routings, theirs.router_logits, strict=True):
@@ -100,7 +100,7 @@ def test_router_logits_and_balance_loss(tmp_path: Path, experts: dict[str, int])
 @torch.inference_mode()
 def test_the_loss_of_packed_sequences_is_that_of_a_masked_batch(tmp_path: Path) -> None:
     tiny, sequences = tiny_checkpoint(tmp_path, **MIXTRAL), [random_ids(30), random_ids(11, seed=1)]
-    _, routings = network_of(tmp_path)(Batch.of(*sequences))
+    _, routings = network_of(tmp_path).forward_with_routing(*pack(*sequences))
     padded = torch.tensor([sequences[0], sequences[1] + [0] * 19])
     mask = torch.tensor([[1] * 30, [1] * 11 + [0] * 19])
     theirs = tiny.peer(padded, attention_mask=mask, use_cache=False, output_router_logits=True)

@@ -18,13 +18,11 @@ import pentad
 import pentad.weights
 from pentad.convert import convert
 from pentad.errors import BadInput, PentadError
-from pentad.generate.plan_step import step_for
 from pentad.generate.step import PlainStep
 from pentad.models import family_of
 from pentad.models.language import openmoe
-from pentad.nn.batch import Batch
+from pentad.nn.batch import pack
 from pentad.nn.moe.losses import mixtral_balance_loss
-from pentad.nn.rope import AheadRope, Rope
 from tests.helpers.tiny import (
     add_tokenizer,
     assert_equal_logits,
@@ -107,7 +105,7 @@ def published(folder: Path, *chunks: list[int]) -> Tensor:
             values.append(np.array(np.split(v, groups)))
             out = []
             for head, query in enumerate(np.split(q, heads)):
-                query = rotate(query, position + (c.get("query_ahead_at_decode", 0) if len(x) == 1 else 0))
+                query = rotate(query, position)
                 scores = np.array([query @ key[head * groups // heads] for key in keys])  # not divided by anything
                 p = np.exp(scores - scores.max())
                 p /= p.sum()
@@ -185,28 +183,15 @@ def test_whole(tmp_path: Path, config: str) -> None:
     assert_equal_logits(logits_of(network_of(tmp_path), ids), published(tmp_path, ids))
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("config", ["none dropped", "tight", "every layer, grouped keys, tied"])
-def test_prefill_and_20_cached_steps(tmp_path: Path, config: str, ahead: int) -> None:
-    openmoe_checkpoint(tmp_path, **CONFIGS[config], query_ahead_at_decode=ahead)
+def test_prefill_and_20_cached_steps(tmp_path: Path, config: str) -> None:
+    openmoe_checkpoint(tmp_path, **CONFIGS[config])
     ids = random_ids(43)
     chunks = [ids[:23], *([token] for token in ids[23:])]
     ours = stepwise(tmp_path, *chunks)
     assert_equal_logits(ours, published(tmp_path, *chunks))
     if config == "none dropped":
-        whole = logits_of(network_of(tmp_path), ids)
-        assert_equal_logits(ours[:23], whole[:23])
-        difference = (ours[23:] - whole[23:]).abs().amax(-1)
-        assert (difference > 0.01).all() if ahead else (difference < 1e-3).all()
-
-
-@torch.inference_mode()
-def test_queries_ahead_are_those_of_lone_tokens_in_any_company(tmp_path: Path) -> None:
-    openmoe_checkpoint(tmp_path, query_ahead_at_decode=1)
-    network, one, many = network_of(tmp_path), [7], random_ids(9)
-    together = network.head(network(Batch.of(many, one, many))[0])
-    for logits, ids in zip(together.split([9, 1, 9]), (many, one, many), strict=True):
-        assert_equal_logits(logits, published(tmp_path, ids))
+        assert_equal_logits(ours, logits_of(network_of(tmp_path), ids))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -217,15 +202,6 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     half = logits_of(network_of(tmp_path, dtype), random_ids(60))
     ratio = (half - exact).square().mean(-1).sqrt().median() / rms(exact)
     assert 0 < float(ratio) < 8 * torch.finfo(dtype).eps
-
-
-def test_queries_rotated_in_another_way_run_as_plain_torch(tmp_path: Path) -> None:
-    """The kernels know only those that are ahead."""
-    network = network_of(openmoe_checkpoint(tmp_path).folder)
-    assert type(step_for(network)) is not PlainStep
-    for rope in (Rope(8), AheadRope(Rope(12, 5.0), 1)):
-        network.layers[1].attention.query_rope = rope
-        assert step_for(network).backend == "as plain torch: queries are rotated in a way of their own"
 
 
 # --- what a bounded capacity changes --------------------------------------------------------------
@@ -263,7 +239,7 @@ def crowded(folder: Path, **config: Any) -> Path:
 def test_experts_take_the_first_tokens(tmp_path: Path, tokens: int, config: dict[str, Any], capacity: int) -> None:
     """The others pass the mixture by, but not the dense layer behind it; nothing changes for those that were taken."""
     folder, ids = crowded(tmp_path / "a", **config), random_ids(tokens)
-    ours, (_, routing) = logits_of(network_of(folder), ids), network_of(folder)(Batch.of(ids))[1]
+    ours, (_, routing) = logits_of(network_of(folder), ids), network_of(folder).forward_with_routing(*pack(ids))[1]
     assert routing.experts.unique(dim=0).tolist() == [[3, 5]]
     assert routing.kept.tolist() == [[place < capacity] * 2 for place in range(tokens)]
     assert_equal_logits(ours, published(folder, ids))
@@ -282,7 +258,7 @@ def test_experts_take_the_first_tokens(tmp_path: Path, tokens: int, config: dict
 def test_first_choices_go_before_second_ones(tmp_path: Path) -> None:
     """A first choice has its place though the token comes last, and a dropped one counts all the same."""
     openmoe_checkpoint(tmp_path, router_capacity_factor_eval=1.0, moe_layer_interval=4)
-    *_, routing = network_of(tmp_path)(Batch.of(random_ids(60)))[1]
+    *_, routing = network_of(tmp_path).forward_with_routing(*pack(random_ids(60)))[1]
     capacity, taken = 16, [0] * 8  # 2 * 1.0 * 60 / 8 = 15, made even
     for choice in (0, 1):
         for token, expert in enumerate(routing.experts[:, choice].tolist()):
@@ -296,7 +272,7 @@ def test_first_choices_go_before_second_ones(tmp_path: Path) -> None:
 def test_capacity_is_of_a_sequence_in_a_step(tmp_path: Path) -> None:
     folder, ids = crowded(tmp_path), random_ids(40)
     network = network_of(folder)
-    together = network.head(network(Batch.of(ids, ids[:7], ids))[0])
+    together = network.head(network(*pack(ids, ids[:7], ids)))
     for logits, one in zip(together.split([40, 7, 40]), (ids, ids[:7], ids), strict=True):
         assert_equal_logits(logits, published(folder, one))
     steps = stepwise(folder, *([token] for token in ids))
@@ -309,14 +285,14 @@ def test_training_has_a_capacity_of_its_own(tmp_path: Path) -> None:
     ids = random_ids(40)
     for folder in (crowded(tmp_path / "a"), crowded(tmp_path / "b", **UNBOUNDED)):
         network = network_of(folder).train()
-        _, (_, routing) = network(Batch.of(ids))
+        _, (_, routing) = network.forward_with_routing(*pack(ids))
         assert routing.kept.sum(0).tolist() == [12, 12]  # 2 * 1.25 * 40 / 8 = 12.5
 
 
 @torch.inference_mode()
 def test_weights_are_the_probabilities_and_the_balance_loss_is_the_port_s(tmp_path: Path) -> None:
     tiny = openmoe_checkpoint(tmp_path, moe_layer_interval=4)
-    *_, routing = network_of(tmp_path)(Batch.of(random_ids(60)))[1]
+    *_, routing = network_of(tmp_path).forward_with_routing(*pack(random_ids(60)))[1]
     probabilities = routing.logits.double().softmax(-1)
     top, chosen = probabilities.topk(2)
     assert torch.equal(routing.experts, chosen)
@@ -445,7 +421,6 @@ def test_parameters(tmp_path: Path, config: dict[str, Any], parameters: int, act
         ({"router_capacity_factor_eval": 0}, "router_capacity_factor_eval is 0, which is not a possible size"),
         ({"router_capacity_factor_train": -1.5}, "router_capacity_factor_train is -1.5, which is not a possible size"),
         ({"router_drop_tks": "no"}, "router_drop_tks is 'no', not of type bool"),
-        ({"query_ahead_at_decode": -1}, "query_ahead_at_decode is -1, which is not a possible size"),
         ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
         ({"mlp_gated": False}, "mlp_gated is false"),
         ({"head_dim": 11}, "heads of 11 numbers can't"),

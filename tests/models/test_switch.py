@@ -24,7 +24,7 @@ from pentad.errors import BadInput
 from pentad.generate.encoder_decoder_step import EncoderDecoderStep
 from pentad.models.language.config import read_family_config, write_family_config
 from pentad.models.language.switch_transformers import FAMILY, sparse_layers
-from pentad.nn.batch import Batch, EncodedSource, SequenceLayout
+from pentad.nn.batch import SequenceLayout, pack
 from pentad.nn.moe.layer import MixtureOfExperts
 from pentad.nn.moe.losses import mixtral_balance_loss, router_z_loss
 from pentad.nn.moe.routers import Routing
@@ -72,9 +72,10 @@ def routings(aux: tuple[Routing | None, ...]) -> list[Routing]:
 def run(network: nn.Module, *pairs: tuple[list[int], list[int]]) -> tuple[Tensor, Tensor, list[Routing], list[Routing]]:
     """The encoder's output, the decoder's logits, and what the routers of both decided, without a cache."""
     sources, texts = zip(*pairs, strict=True)
-    read_MD, read = network.encode(Batch.of(*sources))
-    source = EncodedSource(read_MD, SequenceLayout.of([len(ids) for ids in sources]))
-    hidden_ND, wrote = network(replace(Batch.of(*texts), source=source))
+    read_MD, read = network.encode(*pack(*sources))
+    ids, batch = pack(*texts)
+    batch = replace(batch, context=SequenceLayout.of([len(ids) for ids in sources]))
+    hidden_ND, wrote = network.forward_with_routing(ids, batch, read_MD)
     return read_MD, network.head(hidden_ND).float(), routings(read), routings(wrote)
 
 
@@ -318,8 +319,8 @@ def test_t5_is_told_apart(tmp_path: Path) -> None:
 
 def test_a_decoder_without_a_source(tmp_path: Path) -> None:
     switch_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="has no source: encode one first"):
-        network_of(tmp_path)(Batch.of([0, 1]))
+    with pytest.raises(ValueError, match="no context"):
+        network_of(tmp_path)(*pack([0, 1]))
 
 
 def test_random_weights_are_not_flat() -> None:

@@ -19,11 +19,11 @@ from tests.helpers.plain import plain_attention, read_pages
 D = 8
 
 
-def slope(q_QHD: Tensor, queries: range, keys: range) -> Tensor:
+def slope(q_BHQD: Tensor, queries: range, keys: range) -> Tensor:
     """A bias of positions and of q: as T5's and SAM's together."""
     distance_QK = torch.tensor([[float(i - j) for j in keys] for i in queries])
-    heads_H11 = torch.arange(1.0, 1 + q_QHD.shape[1])[:, None, None]
-    return -0.1 * heads_H11 * distance_QK + q_QHD.mean(-1).T[:, :, None] * distance_QK.cos()
+    heads_H11 = torch.arange(1.0, 1 + q_BHQD.shape[1])[:, None, None]
+    return -0.1 * heads_H11 * distance_QK + q_BHQD.mean(-1)[..., None] * distance_QK.cos()
 
 
 def random_rows(lengths: list[int], heads: int, seed: int) -> Tensor:
@@ -180,8 +180,8 @@ def test_neighboring_pages_are_a_span() -> None:
     assert isinstance(second, Tensor)
     assert second.tolist() == [16, 17, 18, 19, 12, 13, 14]
     assert third == (20, 1)
-    assert pages.block_table.tolist() == [[2, 3, 4], [4, 3, 0], [5, 0, 0]]
-    assert pages.used.tolist() == [10, 7, 1]
+    assert pages.padded_block_tables.tolist() == [[2, 3, 4], [4, 3, 0], [5, 0, 0]]
+    assert pages.seqused.tolist() == [10, 7, 1]
 
 
 @pytest.mark.parametrize("window", [None, 2])
@@ -206,17 +206,17 @@ def test_the_layer(bias: bool, window: int | None) -> None:
         24, heads=4, kv_heads=2, head_dim=D, rope=rope, layer=0, window=window, bias=bias,
         output_bias=bias,
     )  # fmt: skip
-    batch = Batch.of(range(9), range(5))
+    batch = Batch.of(9, 5)
     x = torch.randn(14, 24)
     q, k, v = (
         torch.nn.functional.linear(x, part.weight, part.bias).unflatten(-1, (-1, D))
         for part in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
-    y = plain_attention(rope(q, batch), rope(k, batch), v, batch.rows, batch.rows, causal=True, window=window)
+    y = plain_attention(rope(q, batch), rope(k, batch), v, batch.layout, batch.layout, causal=True, window=window)
     expected = layer.o_proj(y.flatten(1))
     torch.testing.assert_close(layer(x, batch), expected, rtol=1e-5, atol=1e-5)
     cache = PagedCache(1, 2, D, dtype=torch.float32, page_size=4)
-    paged = cache.batch([(cache.open(), list(range(9))), (cache.open(), list(range(5)))])
+    paged = cache.batch([(cache.open(), 9), (cache.open(), 5)])
     torch.testing.assert_close(layer(x, paged), expected, rtol=1e-5, atol=1e-5)
     assert layer.o_proj.bias is None or layer.o_proj.bias.shape == (24,)
     assert math.isfinite(float(expected.sum()))
@@ -239,12 +239,12 @@ def test_a_rolling_buffer_filled_in_chunks_is_whole_prefill(chunk: int, page_siz
             x = x + layer(x, batch)
         return x
 
-    whole = run(torch.cat(texts), Batch.of(*map(range, lengths))).split(lengths)
+    whole = run(torch.cat(texts), Batch.of(*lengths)).split(lengths)
     cache = PagedCache(2, 2, D, dtype=torch.float32, page_size=page_size, window=window)
     sequences, got = [cache.open(), cache.open()], [torch.empty(0, 16)] * 2
     while any(len(y) < len(text) for y, text in zip(got, texts, strict=True)):
         parts = [text[len(y) :][: chunk if len(y) < 3 * chunk else 1] for y, text in zip(got, texts, strict=True)]
-        work = [(s, range(len(part))) for s, part in zip(sequences, parts, strict=True)]
+        work = [(s, len(part)) for s, part in zip(sequences, parts, strict=True)]
         out = run(torch.cat(parts), cache.batch(work)).split([len(part) for part in parts])
         for sequence, part in zip(sequences, parts, strict=True):
             cache.advance(sequence, len(part))

@@ -74,18 +74,18 @@ class CacheMachine(RuleBasedStateMachine):
         """A step of some sequences, of whose tokens the last may be rejected."""
         chosen = data.draw(st.lists(st.sampled_from(self.kept), min_size=1, unique_by=id))
         counts = [data.draw(st.integers(1, 12)) for _ in chosen]
-        work = [(one.sequence, [0] * n) for one, n in zip(chosen, counts, strict=True)]
+        work = [(one.sequence, n) for one, n in zip(chosen, counts, strict=True)]
         batch = self.cache.batch(work)
-        pages = batch.pages
+        pages = batch.kv
         assert pages is not None
-        slots = pages.slots.tolist()
+        slots = pages.slot_mapping.tolist()
         assert len(set(slots)) == len(slots), "two tokens of a step are written to one place"
         for slot in slots:
             holders = self.cache._counts[slot // self.cache.page_size]
             assert holders == 1, "a shared page is written"
         positions = [len(o.tokens) + i for o, n in zip(chosen, counts, strict=True) for i in range(n)]
         assert batch.positions.tolist() == positions
-        assert batch.rows.lengths == tuple(counts)
+        assert batch.layout.lengths == tuple(counts)
         new = [self.next_token + i for i in range(len(slots))]
         self.next_token += len(slots)
         numbers = torch.tensor(new)[:, None, None].expand(-1, 1, 2)
@@ -162,7 +162,7 @@ def test_a_step_allocates_nothing_that_was_reserved() -> None:
     c.reserve(sequence, 30)
     pools = [pool.data_ptr() for pool in (*c.keys, *c.values)]
     for _ in range(30):
-        c.batch([(sequence, [0])])
+        c.batch([(sequence, 1)])
         c.advance(sequence, 1)
     assert [pool.data_ptr() for pool in (*c.keys, *c.values)] == pools
     assert sequence.pages == list(range(8))  # neighbors: read as a view
@@ -190,7 +190,7 @@ def test_memory_is_of_the_dtype_asked_for() -> None:
 def test_going_back_too_far_names_the_place() -> None:
     c = cache(window=4)
     sequence = c.open()
-    c.batch([(sequence, [0] * 20)])
+    c.batch([(sequence, 20)])
     c.advance(sequence, 20)
     assert sequence.dropped == 16
     with pytest.raises(PentadError, match="can't go back to token 5: tokens before 16"):
@@ -201,7 +201,7 @@ def test_going_back_too_far_names_the_place() -> None:
 def test_going_back_to_what_never_was() -> None:
     c = cache()
     sequence = c.open()
-    c.batch([(sequence, [0] * 3)])
+    c.batch([(sequence, 3)])
     c.advance(sequence, 3)
     with pytest.raises(PentadError):
         c.truncate(sequence, 9)
@@ -210,13 +210,13 @@ def test_going_back_to_what_never_was() -> None:
 def test_the_copied_page_is_the_one_that_is_written() -> None:
     c = cache()
     first = c.open()
-    pages = c.batch([(first, [0] * 6)]).pages
+    pages = c.batch([(first, 6)]).kv
     assert pages is not None
     pages.write(0, torch.arange(6.0)[:, None, None].expand(-1, 1, 2), torch.zeros(6, 1, 2))
     c.advance(first, 6)
     second = c.fork(first)
     assert second.pages == first.pages
-    c.batch([(second, [0])])
+    c.batch([(second, 1)])
     assert second.pages[0] == first.pages[0]
     assert second.pages[1] != first.pages[1]
     old, new = (c.keys[0].view(-1, 4, 1, 2)[s.pages[1]][:2] for s in (first, second))
@@ -225,14 +225,14 @@ def test_the_copied_page_is_the_one_that_is_written() -> None:
 
 def write_positions(c: PagedCache, work: list[tuple[CachedSequence, int]]) -> PagedKV:
     """A step of some tokens of each sequence, whose keys are their positions."""
-    batch = c.batch([(sequence, [0] * count) for sequence, count in work])
-    assert batch.pages is not None
+    batch = c.batch(work)
+    assert batch.kv is not None
     numbers = batch.positions[:, None, None].expand(-1, 1, 2).float()
     for layer in range(len(c.keys)):
-        batch.pages.write(layer, numbers, -numbers)
+        batch.kv.write(layer, numbers, -numbers)
     for sequence, count in work:
         c.advance(sequence, count)
-    return batch.pages
+    return batch.kv
 
 
 def positions_held(c: PagedCache, sequence: CachedSequence) -> list[int]:

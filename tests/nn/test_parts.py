@@ -1,18 +1,20 @@
 """Norms, feed-forward layers, blocks, RoPE, Batch: against their formulas."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
-from pentad.nn.batch import Batch, SequenceLayout
+from pentad.nn.batch import Batch, SequenceLayout, pack
 from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
 from pentad.nn.feedforward import GatedSwiGLU, GeluMLP, SwiGLU
 from pentad.nn.moe.experts import GatedSwiGLUExperts
+from pentad.nn.moe.layer import MixtureOfExperts
 from pentad.nn.norm import LayerNorm, RMSNorm
-from pentad.nn.rope import AheadRope, Rope
+from pentad.nn.rope import Rope
 from pentad.nn.rope_scaling import SCALINGS, Dynamic, DynamicSteps, inverse_frequencies, scaling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -56,20 +58,17 @@ def test_gelu_mlp() -> None:
     layer, x = GeluMLP(8, 20), torch.randn(5, 8)
     z = layer.up_proj(x)
     gelu = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-    y, aux = layer(x, Batch.of(range(5)))
-    torch.testing.assert_close(y, layer.down_proj(gelu))
-    assert aux is None
+    torch.testing.assert_close(layer(x), layer.down_proj(gelu))
     assert layer.up_proj.bias is not None
     assert layer.down_proj.bias is not None
 
 
 @torch.inference_mode()
 def test_gated_swiglu_and_its_experts() -> None:
-    layer, x, batch = GatedSwiGLU(8, 20), torch.randn(5, 8), Batch.of(range(5))
+    layer, x = GatedSwiGLU(8, 20), torch.randn(5, 8)
     (a, b), up = layer.gate_proj(x).split(20, -1), layer.up_proj(x)
-    y, aux = layer(x, batch)
+    y = layer(x)
     torch.testing.assert_close(y, layer.down_proj(a * b / (1 + (-b).exp()) * up))
-    assert aux is None
     experts = GatedSwiGLUExperts(2, 8, 20)
     for part in ("gate_proj", "up_proj", "down_proj"):
         getattr(experts, part).weight[1] = getattr(layer, part).weight
@@ -82,40 +81,49 @@ def test_gated_swiglu_and_its_experts() -> None:
 def test_swiglu(bias: bool) -> None:
     layer, x = SwiGLU(8, 20, bias=bias), torch.randn(5, 8)
     gate, up = layer.gate_proj(x), layer.up_proj(x)
-    y, aux = layer(x, Batch.of(range(5)))
-    torch.testing.assert_close(y, layer.down_proj(gate / (1 + (-gate).exp()) * up))
-    assert aux is None
+    torch.testing.assert_close(layer(x), layer.down_proj(gate / (1 + (-gate).exp()) * up))
     assert (layer.down_proj.bias is not None) == bias
 
 
 class Times(torch.nn.Module):
-    """Stands for a part of a block."""
+    """Stands for a dense part of a block."""
 
-    def __init__(self, factor: float, aux: object = None) -> None:
+    def __init__(self, factor: float) -> None:
         super().__init__()
-        self.factor, self.aux = factor, aux
+        self.factor = factor
 
-    def forward(self, x: Tensor, batch: Batch | None = None) -> object:
-        return x * self.factor if self.aux is None else (x * self.factor, self.aux)
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
+        return x * self.factor
+
+
+class RoutedTimes(MixtureOfExperts):
+    """Stands for a mixture."""
+
+    def __init__(self, factor: float) -> None:
+        torch.nn.Module.__init__(self)
+        self.factor = factor
+
+    def forward(self, x: Tensor, batch: Batch) -> tuple[Tensor, Any]:
+        return x * self.factor, "routed"
 
 
 def test_a_parallel_block_adds_both_to_the_stream() -> None:
-    block = ParallelBlock(Times(2), Times(3), Times(5, "routed"))
-    y, aux = block(torch.ones(1, 4), Batch.of([0]))
+    block = ParallelBlock(Times(2), Times(3), RoutedTimes(5))
+    y, aux = block(torch.ones(1, 4), Batch.of(1))
     assert y.tolist() == [[1.0 + 6 + 10] * 4]
     assert aux == "routed"
 
 
 def test_a_pre_norm_block_adds_to_the_stream() -> None:
-    block = PreNormBlock(Times(2), Times(3), Times(5), Times(7, "routed"))
-    y, aux = block(torch.ones(1, 4), Batch.of([0]))
+    block = PreNormBlock(Times(2), Times(3), Times(5), RoutedTimes(7))
+    y, aux = block(torch.ones(1, 4), Batch.of(1))
     assert y.tolist() == [[7.0 + 35 * 7.0] * 4]
     assert aux == "routed"
 
 
 def test_an_extra_feedforward_reads_what_the_first_one_wrote() -> None:
-    block = ExtraFeedforwardBlock(Times(2), Times(3), Times(5), Times(7, "routed"), Times(11), Times(13, "ignored"))
-    y, aux = block(torch.ones(1, 4), Batch.of([0]))
+    block = ExtraFeedforwardBlock(Times(2), Times(3), Times(5), RoutedTimes(7), Times(11), Times(13))
+    y, aux = block(torch.ones(1, 4), Batch.of(1))
     before = 7.0 + 35 * 7.0
     assert y.tolist() == [[before + 143 * before] * 4]
     assert aux == "routed"
@@ -131,7 +139,7 @@ def rotate(x: Tensor, position: int, frequencies: Tensor, magnitude: float = 1.0
 
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
 def test_rope_turns_pairs(theta: float) -> None:
-    x, batch = torch.randn(7, 3, 16), Batch.of(range(4), range(3))
+    x, batch = torch.randn(7, 3, 16), Batch.of(4, 3)
     y = Rope(16, theta)(x, batch)
     frequencies = torch.tensor([theta ** (-2 * i / 16) for i in range(8)])
     for n, position in enumerate([0, 1, 2, 3, 0, 1, 2]):
@@ -141,16 +149,8 @@ def test_rope_turns_pairs(theta: float) -> None:
     assert torch.equal(y[0], x[0])
 
 
-def test_a_rope_ahead_is_ahead_for_tokens_that_come_alone() -> None:
-    x, rope = torch.randn(6, 3, 16), Rope(16, 500.0)
-    y = AheadRope(rope, 2)(x, Batch.of(range(3), [0], range(2)))
-    assert torch.equal(y[:3], rope(x[:3], Batch.of(range(3))))
-    assert torch.equal(y[3:4], rope(torch.cat((x[:2], x[3:4])), Batch.of(range(3)))[2:])
-    assert torch.equal(y[4:], rope(x[4:], Batch.of(range(2))))
-
-
 def test_a_partial_rope_leaves_the_rest_of_a_head_alone() -> None:
-    x, batch = torch.randn(5, 3, 20), Batch.of(range(5))
+    x, batch = torch.randn(5, 3, 20), Batch.of(5)
     y = Rope(8)(x, batch)
     assert torch.equal(y[..., :8], Rope(8)(x[..., :8].contiguous(), batch))
     assert torch.equal(y[..., 8:], x[..., 8:])
@@ -160,7 +160,7 @@ def test_a_partial_rope_leaves_the_rest_of_a_head_alone() -> None:
 def test_rope_has_a_magnitude_and_a_dtype() -> None:
     parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     scaled = scaling(parameters)
-    x, batch = torch.randn(3, 1, 16), Batch.of(range(3))
+    x, batch = torch.randn(3, 1, 16), Batch.of(3)
     y = Rope(16, scaling=scaled)(x, batch)
     magnitude = 0.1 * math.log(4) + 1
     frequencies = scaled.frequencies(10000.0, 16, 3)
@@ -177,12 +177,12 @@ def test_rope_is_computed_once_for_all_layers() -> None:
             self.calls += 1
             return super()._cos_sin(batch, dtype)
 
-    rope, batch = Counted(8), Batch.of(range(5))
+    rope, batch = Counted(8), Batch.of(5)
     for _ in range(4):
         rope(torch.randn(5, 2, 8), batch)
     assert rope.calls == 1
     Rope(8, 77.0)(torch.randn(5, 2, 8), batch)  # another rope has numbers of its own
-    rope(torch.randn(5, 2, 8), Batch.of(range(5)))
+    rope(torch.randn(5, 2, 8), Batch.of(5))
     assert rope.calls == 2
 
 
@@ -190,10 +190,10 @@ def test_sequences_of_one_batch_rotate_by_their_own_lengths() -> None:
     rope = Rope(8, scaling=Dynamic(2.0, 16))
     long, short = list(range(20)), list(range(5))
     x = torch.randn(25, 2, 8)
-    together = rope(x, Batch.of(long, short))
-    torch.testing.assert_close(together[:20], rope(x[:20], Batch.of(long)))
-    torch.testing.assert_close(together[20:], rope(x[20:], Batch.of(short)))
-    assert not torch.allclose(together[1], Rope(8)(x[:20], Batch.of(long))[1])
+    together = rope(x, Batch.of(len(long), len(short)))
+    torch.testing.assert_close(together[:20], rope(x[:20], Batch.of(len(long))))
+    torch.testing.assert_close(together[20:], rope(x[20:], Batch.of(len(short))))
+    assert not torch.allclose(together[1], Rope(8)(x[:20], Batch.of(len(long)))[1])
 
 
 def test_frequencies_of_dynamic_ntk() -> None:
@@ -250,27 +250,31 @@ def test_a_scaling_that_is_wrong(parameters: dict[str, object], message: str) ->
 def test_divisors_of_another_head() -> None:
     rope = Rope(16, scaling=scaling({"rope_type": "divisors", "divisors": [1.0, 2.0]}))
     with pytest.raises(BadInput, match="RoPE has 8 frequencies, but the checkpoint brings 2"):
-        rope(torch.randn(3, 1, 16), Batch.of(range(3)))
+        rope(torch.randn(3, 1, 16), Batch.of(3))
 
 
-def test_rows() -> None:
-    rows = SequenceLayout.of([3, 1, 2])
-    assert rows.starts == (0, 3, 4, 6)
-    assert rows.lengths == (3, 1, 2)
-    assert rows.spans == [(0, 3), (3, 1), (4, 2)]
-    assert len(rows) == 3
-    assert not rows.uniform()
-    assert SequenceLayout.of([2, 2]).uniform()
-    starts = rows.cu_seqlens(torch.device("cpu"))
-    assert starts.dtype == torch.int32
-    assert starts.tolist() == [0, 3, 4, 6]
-    assert rows.cu_seqlens(torch.device("cpu")) is starts
-    assert rows == SequenceLayout.of([3, 1, 2])
+def test_a_layout() -> None:
+    layout = SequenceLayout.of([3, 1, 2])
+    assert layout.cu_seqlens == (0, 3, 4, 6)
+    assert layout.lengths == (3, 1, 2)
+    assert layout.spans == [(0, 3), (3, 1), (4, 2)]
+    assert len(layout) == 3
+    assert not layout.is_uniform
+    assert SequenceLayout.of([2, 2]).is_uniform
+    bounds = layout.cu_seqlens_on(torch.device("cpu"))
+    assert bounds.dtype == torch.int32
+    assert bounds.tolist() == [0, 3, 4, 6]
+    assert layout.cu_seqlens_on(torch.device("cpu")) is bounds
+    assert layout == SequenceLayout.of([3, 1, 2]) == SequenceLayout(bounds)
+    assert hash(layout) == hash(SequenceLayout(bounds))
 
 
 def test_a_batch_of_whole_sequences() -> None:
-    batch = Batch.of([5, 6, 7], [8])
-    assert batch.ids.tolist() == [5, 6, 7, 8]
+    ids, batch = pack([5, 6, 7], [8])
+    assert ids.tolist() == [5, 6, 7, 8]
     assert batch.positions.tolist() == [0, 1, 2, 0]
     assert batch.rope_lengths == (3, 1)
-    assert batch.pages is None
+    assert batch.kv is None
+    packed = Batch.packed(torch.tensor([0, 3, 4], dtype=torch.int32))
+    assert packed.layout == batch.layout
+    assert packed.positions.tolist() == batch.positions.tolist()

@@ -1,14 +1,17 @@
 """Biases by distance: buckets against transformers', and attention against loops."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from pentad.nn.attention import attention
+from pentad.nn import relative_bias as module
+from pentad.nn.attention import Attention, attention
 from pentad.nn.batch import Batch
 from pentad.nn.cache import PagedCache
-from pentad.nn.relative_bias import RelativeAttention, RelativeBias, bucket
+from pentad.nn.relative_bias import RelativeBias, bucket
 from tests.helpers.plain import plain_attention
 
 HEADS, DIM = 3, 8
@@ -32,7 +35,7 @@ def test_buckets(buckets: int, farthest: int, bidirectional: bool) -> None:
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_rows_of_a_bias_are_those_of_its_definition(bidirectional: bool) -> None:
     made = relative_bias(bidirectional)
-    bias = made(Batch.of(range(40), range(7)))
+    bias = made(Batch.of(40, 7))
     for at_q, at_k in (
         (range(40), range(40)),
         (range(39, 40), range(40)),
@@ -47,39 +50,38 @@ def test_rows_of_a_bias_are_those_of_its_definition(bidirectional: bool) -> None
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", [(1,), (30, 30), (5, 300, 1, 17)], ids=str)
 def test_attention_with_such_a_bias(causal: bool, lengths: tuple[int, ...]) -> None:
-    batch = Batch.of(*(range(length) for length in lengths))
+    batch = Batch.of(*lengths)
     q, k, v = torch.randn(3, sum(lengths), HEADS, DIM)
     options = {"causal": causal, "scale": 1.0, "bias": relative_bias(not causal)(batch)}
-    ours = attention(q, k, v, batch.rows, batch.rows, **options)
-    torch.testing.assert_close(ours, plain_attention(q, k, v, batch.rows, batch.rows, **options), atol=1e-5, rtol=1e-5)
+    ours = attention(q, k, v, batch.layout, batch.layout, **options)
+    torch.testing.assert_close(
+        ours, plain_attention(q, k, v, batch.layout, batch.layout, **options), atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.inference_mode()
 def test_a_cached_step_looks_up_distances_for_its_query_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row of the bias for each sequence, and one look at the buckets for all layers."""
+    """One row of the bias for each sequence, and one look-up of the buckets for all layers."""
     bias = relative_bias(False)
-    layers = [
-        RelativeAttention(24, heads=HEADS, head_dim=DIM, relative_bias=bias, causal=True, layer=i) for i in range(3)
-    ]
+    layers = [Attention(24, heads=HEADS, head_dim=DIM, position_bias=bias, layer=i) for i in range(3)]
     cache = PagedCache(3, HEADS, DIM, dtype=torch.float32, page_size=4)
     sequences = [cache.open(), cache.open()]
     shapes: list[tuple[int, ...]] = []
     lookups: list[int] = []
-    original = RelativeBias._by_distance
 
-    def by_distance(self: RelativeBias, longest: int) -> Tensor:
-        lookups.append(longest)
-        return original(self, longest)
+    def counted(distance: Tensor, *options: Any) -> Tensor:
+        lookups.append((len(distance) + 1) // 2)
+        return bucket(distance, *options)
 
-    monkeypatch.setattr(RelativeBias, "_by_distance", by_distance)
+    monkeypatch.setattr(module, "bucket", counted)
 
     def step(tokens: int) -> None:
-        batch = cache.batch([(sequence, [0] * tokens) for sequence in sequences])
-        x = torch.randn(len(batch.ids), 24)
+        batch = cache.batch([(sequence, tokens) for sequence in sequences])
+        x = torch.randn(len(batch.positions), 24)
         for layer in layers:
             x = layer(x, batch)
         bias_of = bias(batch)
-        shapes.extend(tuple(bias_of(x, range(n - tokens, n), range(n)).shape) for n in batch.pages.lengths)
+        shapes.extend(tuple(bias_of(x, range(n - tokens, n), range(n)).shape) for n in batch.kv.lengths)
         for sequence in sequences:
             cache.advance(sequence, tokens)
 
@@ -92,8 +94,8 @@ def test_a_cached_step_looks_up_distances_for_its_query_alone(monkeypatch: pytes
 
 def test_gradients_reach_the_bias() -> None:
     made = relative_bias(True)
-    batch = Batch.of(range(12))
+    batch = Batch.of(12)
     q, k, v = torch.randn(3, 12, HEADS, DIM)
-    attention(q, k, v, batch.rows, batch.rows, scale=1.0, bias=made(batch)).square().sum().backward()
+    attention(q, k, v, batch.layout, batch.layout, scale=1.0, bias=made(batch)).square().sum().backward()
     assert made.weight.grad is not None
     assert (made.weight.grad != 0).any(1).sum() > 4

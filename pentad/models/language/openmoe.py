@@ -3,16 +3,17 @@
 This follows the code that the checkpoints come with: ColossalAI's examples/language/openmoe/model and colossalai/moe.
 Where that isn't what a Llama does, a part or an argument says so: scores not divided by sqrt(D) (`Attention.scale`),
 gates of twice the width (`GatedSwiGLU`), a dense layer behind each mixture (`ExtraFeedforwardBlock`), probabilities as
-they are (`softmax_top_k`), capacities (`EvenCapacity`), queries that run ahead in decoding (`AheadRope`; off by
-default). Two differences remain: capacities are a sequence's in a step, not a padded batch's; and the port lets queries
-see position 0 whatever the mask says, which matters to padding alone. Not verified: the Hugging Face hub's configs.
+they are (`softmax_top_k`), capacities (`EvenCapacity`). Three differences remain: the port rotates a query that is
+decoded alone as if it stood one position later (flaxformer, which trained the checkpoints, does not); capacities are a
+sequence's in a step, not a padded batch's; and the port lets queries see position 0 whatever the mask says, which
+matters to padding alone. Not verified: the Hugging Face hub's configs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pentad.errors import BadInput
@@ -26,7 +27,6 @@ from pentad.nn.moe.experts import GatedSwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import softmax_top_k
 from pentad.nn.norm import RMSNorm
-from pentad.nn.rope import AheadRope
 from pentad.weights.keytable import KeyTable, Rule, Stacked, Transposed
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ class OpenMoeConfig(DecoderConfig):
     router_min_capacity: int = 4
     router_drop_tks: bool = True  # in evaluation; training always does
     mlp_gated: bool = True
-    query_ahead_at_decode: int = field(default=0, metadata={"least": 0})  # published by none; 1 decodes like the port
 
     ACTIVATIONS: ClassVar[tuple[str, ...]] = ("swiglu",)
     OLD_HF_NAMES: ClassVar[Mapping[str, str]] = {
@@ -74,9 +73,8 @@ class OpenMoe(DecoderOnly):
 
 def _blocks(c: OpenMoeConfig) -> Iterator[PreNormBlock]:
     rope = c.rope()
-    query_rope = AheadRope(rope, c.query_ahead_at_decode) if c.query_ahead_at_decode else None
     for layer in range(c.num_hidden_layers):
-        attention = self_attention(c, layer, rope, query_rope=query_rope, scale=1.0)
+        attention = self_attention(c, layer, rope, scale=1.0)
         norms = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(3))
         dense = GatedSwiGLU(c.hidden_size, c.intermediate_size)
         if (layer + 1) % c.moe_layer_interval:

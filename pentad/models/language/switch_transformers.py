@@ -17,14 +17,15 @@ from torch import nn
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family, ModelConfig
 from pentad.models.language.decoder_only import MAX_EXPERTS
-from pentad.nn.block import PreNormBlock
-from pentad.nn.encoder_decoder import CrossAttendingBlock, CrossAttention, Encoder, EncoderDecoder, ScaledLinear
+from pentad.nn.attention import Attention
+from pentad.nn.block import CrossAttentionBlock, PreNormBlock
+from pentad.nn.encoder_decoder import Encoder, EncoderDecoder, ScaledLinear
 from pentad.nn.feedforward import ReluMLP
 from pentad.nn.moe.experts import MLPExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import softmax_top_k
 from pentad.nn.norm import RMSNorm
-from pentad.nn.relative_bias import RelativeAttention, RelativeBias
+from pentad.nn.relative_bias import RelativeBias
 from pentad.weights.config import MAX_LAYERS, MAX_SIZE
 from pentad.weights.keytable import KeyTable, Rule, Stacked
 
@@ -117,25 +118,28 @@ def _encoder_blocks(c: SwitchConfig) -> Iterator[nn.Module]:
     for sparse in sparse_layers(c.num_layers, c.num_sparse_encoder_layers):
         yield PreNormBlock(
             RMSNorm(c.d_model, c.layer_norm_epsilon),
-            RelativeAttention(c.d_model, heads=c.num_heads, head_dim=c.d_kv, relative_bias=bias, causal=False),
+            _attention(c, causal=False, position_bias=bias),
             RMSNorm(c.d_model, c.layer_norm_epsilon),
             _feedforward(c, sparse),
         )
 
 
-def _decoder_blocks(c: SwitchConfig) -> Iterator[CrossAttendingBlock]:
+def _decoder_blocks(c: SwitchConfig) -> Iterator[nn.Module]:
     bias = _relative_bias(c, bidirectional=False)
     for layer, sparse in enumerate(sparse_layers(c.num_decoder_layers, c.num_sparse_decoder_layers)):
-        yield CrossAttendingBlock(
+        yield CrossAttentionBlock(
             RMSNorm(c.d_model, c.layer_norm_epsilon),
-            RelativeAttention(
-                c.d_model, heads=c.num_heads, head_dim=c.d_kv, relative_bias=bias, causal=True, layer=layer
-            ),
+            _attention(c, layer=layer, position_bias=bias),
             RMSNorm(c.d_model, c.layer_norm_epsilon),
-            CrossAttention(c.d_model, heads=c.num_heads, head_dim=c.d_kv, layer=layer),
+            _attention(c, layer=layer, context_dim=c.d_model),
             RMSNorm(c.d_model, c.layer_norm_epsilon),
             _feedforward(c, sparse),
         )
+
+
+def _attention(c: SwitchConfig, **options: Any) -> Attention:
+    """T5's: scores are not divided by sqrt(d_kv), and no projection has a bias."""
+    return Attention(c.d_model, heads=c.num_heads, head_dim=c.d_kv, scale=1.0, **options)
 
 
 def _relative_bias(c: SwitchConfig, *, bidirectional: bool) -> RelativeBias:
@@ -178,7 +182,7 @@ def _stack_rules(ours: str, theirs: str, config: SwitchConfig) -> list[Rule]:
     experts = range(config.num_experts)
     rules = [
         Rule(f"{layers}.attention_norm", f"{block}.layer.0.layer_norm"),
-        Rule(f"{layers}.attention.relative_bias", f"{block}.layer.0.SelfAttention.relative_attention_bias"),
+        Rule(f"{layers}.attention.position_bias", f"{block}.layer.0.SelfAttention.relative_attention_bias"),
         Rule(f"{layers}.feedforward_norm", f"{block}.layer.{last}.layer_norm"),
         Rule(f"{layers}.feedforward.router", f"{block}.layer.{last}.mlp.router.classifier"),
         Rule(f"{ours}norm", f"{theirs}.final_layer_norm"),

@@ -138,6 +138,7 @@ def within_capacity(routing: Routing, experts: int, groups: SequenceLayout, capa
     return routing._replace(kept=routing.kept & (limit_N[:, None] > rank_NK), all_kept=False)
 
 
-def groups_of(rows: SequenceLayout, size: int) -> SequenceLayout:
+def groups_of(layout: SequenceLayout, size: int) -> SequenceLayout:
     """Groups of `size` tokens, wherever sequences start, as GShard and Switch were trained; the last may be shorter."""
-    return SequenceLayout((*range(0, rows.starts[-1], size), rows.starts[-1]))
+    tokens = layout.cu_seqlens[-1]
+    return SequenceLayout((*range(0, tokens, size), tokens))

@@ -74,7 +74,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
         """[N, D] -> float32 [N, D], and what the router decided; a token that every expert dropped gives zeros."""
         generator = self.generator if self.training else None
-        groups = batch.rows if self.group_size is None else groups_of(batch.rows, self.group_size)
+        groups = batch.layout if self.group_size is None else groups_of(batch.layout, self.group_size)
         routing = self.route(self._logits(x_ND, generator), self.top_k, groups, generator)
         capacity = (self.training_capacity if self.training else None) or self.capacity
         if capacity is not None:

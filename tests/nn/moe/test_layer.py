@@ -33,7 +33,7 @@ def rows(count: int = 24) -> torch.Tensor:
 
 
 def batch(*lengths: int) -> Batch:
-    return Batch.of(*([0] * length for length in lengths))
+    return Batch.of(*lengths)
 
 
 ROUTES: dict[str, dict[str, object]] = {
@@ -89,7 +89,7 @@ def test_exactly_what_a_capacity_changes() -> None:
     x, sequences = rows(), batch(4, 20)
     full, bounded = mixture(), mixture(capacity=Capacity(0.5, EXPERTS))
     (whole, before), (part, after) = full(x, sequences), bounded(x, sequences)
-    expected = within_capacity(before, EXPERTS, sequences.rows, Capacity(0.5, EXPERTS))
+    expected = within_capacity(before, EXPERTS, sequences.layout, Capacity(0.5, EXPERTS))
     assert torch.equal(after.kept, expected.kept)
     same = after.kept.all(1)
     assert 0 < int(same.sum()) < 24
