@@ -8,16 +8,22 @@ from typing import Any
 
 from pentad.errors import BadInput
 
-__all__ = ["read_bytes", "read_json", "read_text"]
+__all__ = ["one_line", "read_bytes", "read_json", "read_text"]
 
-_MOST_BYTES = 200_000_000  # ten times the largest published
+_MAX_BYTES = 200_000_000  # ten times the largest published
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` in one line of at most 500 characters; where it has none, its class."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 500 else message[:500] + "…"
 
 
 def read_bytes(file: Path) -> bytes:
     """The content. Raises `BadInput` where the file can't be read, or is larger than any tokenizer's."""
     try:
         size = file.stat().st_size
-        if size > _MOST_BYTES:
+        if size > _MAX_BYTES:
             raise BadInput(f"{file}: {size} bytes are too many for a tokenizer's file")
         return file.read_bytes()
     except OSError as error:

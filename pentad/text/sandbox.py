@@ -1,103 +1,103 @@
-"""Running a stranger's jinja template: nothing of Python's insides is in reach, and its work is
-bounded.
+"""Render an untrusted jinja template: it reaches no Python internals, and its work is limited.
 
-Jinja's sandbox keeps a template from attributes and methods that it shouldn't touch, but not from
-looping for ever or filling the memory. Here every step is charged to a budget before it is made: a
-unit is about one byte read or written, or one node of the template run. To that end the parsed
-template is rewritten (`_Charged`), the operators, filters, tests and methods that can do much work
-are given prices, and those that no chat template needs are left out.
+Jinja's sandbox hides unsafe attributes and methods, but a template may still loop forever or fill the memory. Here
+each rendering has a budget, and every step is charged to it before the step runs. A unit is about one byte read or
+written, or half a node of the template. `_Generator` compiles charges into what becomes plain Python (blocks, loop
+tests, comparisons, slices, `~`, dict keys); `Sandbox` charges what jinja hands to the environment (operators, calls,
+filters, tests, output). Filters and functions that no chat template needs are left out.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from types import CodeType
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame, MacroRef
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Cycler, Joiner, Namespace, pass_context
-from jinja2.visitor import NodeTransformer
 
 from pentad.errors import BadInput
-from pentad.text.prices import (
-    COMPARING,
-    FILTERS,
-    ITEM,
-    METHODS,
-    STEP,
-    Budget,
-    Price,
-    binop_size,
-    deep,
-    format_price,
-    percent_price,
-    shallow,
-    size,
-    span,
-)
+from pentad.text.files import one_line
 
 __all__ = ["compile_template", "render"]
 
-_MAX_SOURCE = 1 << 18  # characters; the longest published templates have some 30,000
-_BUDGET = 1 << 22  # for a template alone
-_NODE, _OUTPUT = 2, 8  # to run a node, to write a value out
-_BUDGET_PER_UNIT = 200  # more for each unit of what is rendered
+_MAX_SOURCE = 1 << 18  # characters; the longest published templates have about 30,000
+_BUDGET = 1 << 22  # units for the template itself
+_BUDGET_PER_UNIT = 200  # more units for each unit of the variables
+_NODE, _ITEM, _CALL = 2, 64, 64  # units of a template node, an item of a list, a call
+_MAX_BITS = 4096  # of an integer
+_MAX_DEPTH = 500  # of a list in lists: Python hashes nested tuples without checking its stack
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FILTERS = _names(
+    "abs attr batch capitalize center count d default dictsort e escape first float format groupby indent int items "
+    "join last length list lower map max min reject rejectattr replace reverse round safe select selectattr slice sort "
+    "string sum title trim truncate unique upper urlencode wordcount"
+)
+_SHALLOW = _names(  # filters and tests that don't look into the items of their value
+    "abs attr batch count d default first items last length list map reject rejectattr reverse select selectattr slice "
+    "boolean callable defined escaped false integer iterable mapping none number sameas sequence true undefined"
+)
+# These compare items log n times, write up to twelve characters for one, or split a text into words.
+_SLOW = _names("dictsort e escape groupby max min sort splitlines title unique urlencode wordcount")
+_UNSAFE_METHODS = _names("encode maketrans striptags translate unescape")
+_METHOD_OWNERS = (str, dict, list, tuple, LoopContext, Cycler)
 
 
 def compile_template(source: str) -> tuple[CodeType, frozenset[str]]:
-    """Jinja source -> code for `render`, and the strings that the template is written with.
+    """Compile jinja source.
 
-    Raises `BadInput` for a syntax error, an unknown filter, a source past 256 KB.
+    Returns:
+        Code for `render`, and the string literals of the template.
+
+    Raises:
+        BadInput: a syntax error, an unknown filter, or a source that is too long.
     """
     if len(source) > _MAX_SOURCE:
-        raise BadInput(f"chat template: {len(source)} characters: pentad takes up to {_MAX_SOURCE}")
+        raise BadInput(f"chat template: {len(source)} characters are too many; expected at most {_MAX_SOURCE}")
     sandbox = Sandbox(_BUDGET)
     try:
         tree = sandbox.parse(source)
-        words = frozenset(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
-        return sandbox.compile(_Charged(sandbox).visit(tree)), words
+        literals = frozenset(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+        return sandbox.compile(tree), literals
     except jinja2.TemplateSyntaxError as error:
-        raise BadInput(f"chat template, line {error.lineno}: {_one_line(error)}") from None
+        raise BadInput(f"chat template, line {error.lineno}: {one_line(error)}") from None
     except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
-        raise BadInput(f"chat template: {_one_line(error)}") from None
+        raise BadInput(f"chat template: {one_line(error)}") from None
 
 
 def render(code: CodeType, variables: Mapping[str, Any]) -> str:
-    """Runs compiled code with `variables`. Raises `BadInput` with the template's own message where
-    it raises one.
+    """Run compiled code with `variables`, made of JSON's types.
+
+    Raises:
+        BadInput: the template raised an error, whose message is kept, or exceeded its budget.
     """
-    sandbox = Sandbox(_BUDGET)
-    sandbox.budget.left += _BUDGET_PER_UNIT * size(dict(variables), 1 << 40)
-    template = jinja2.Template.from_code(sandbox, code, sandbox.make_globals(None))
-    pieces = []
     try:
-        for piece in template.root_render_func(template.new_context(dict(variables))):
-            sandbox.budget.charge(len(piece))
-            pieces.append(piece)
+        sandbox = Sandbox(_BUDGET + _BUDGET_PER_UNIT * _size(variables))
+        template = jinja2.Template.from_code(sandbox, code, sandbox.make_globals(None))
+        return sandbox.concat(template.root_render_func(template.new_context(dict(variables))))
     except Exception as error:  # a template can raise anything
-        raise BadInput(f"chat template: {_one_line(error)}") from None
-    return "".join(pieces)
-
-
-def _one_line(error: BaseException) -> str:
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= 500 else message[:500] + "…"
+        raise BadInput(f"chat template: {one_line(error)}") from None
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what an assistant said; for rendering it is only
-    a scope.
-    """
+    """`{% generation %}…{% endgeneration %}` marks a reply for training; for rendering it is only a scope."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
@@ -106,256 +106,255 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-class Sandbox(ImmutableSandboxedEnvironment):
-    """A jinja environment for one rendering, with `left` units of work."""
+class _Generator(CodeGenerator):
+    """Compiles charges into what jinja compiles to plain Python."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._charged: dict[int, str] = {}  # id of a node -> call of the sandbox's method that takes its value
+
+    def blockvisit(self, nodes: Iterable[nodes.Node], frame: Frame) -> None:
+        statements = list(nodes)
+        self.writeline(f"environment.{_charge(statements)}")
+        super().blockvisit(statements, frame)
+
+    def macro_body(self, node: nodes.Macro | nodes.CallBlock, frame: Frame) -> tuple[Frame, MacroRef]:
+        node.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute(_charge(node.defaults)), lineno=node.lineno))
+        return super().macro_body(node, frame)
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> None:
+        match node:
+            case nodes.For(test=nodes.Expr() as test):  # it also runs for the items that it drops
+                node.test = nodes.Or(nodes.EnvironmentAttribute(_charge([test])), test, lineno=node.lineno)
+            case nodes.Concat():
+                self._charged |= {id(part): "environment.text(" for part in node.nodes}
+            case nodes.Compare():
+                self._charged[id(node.expr)] = "environment.read("
+                for operand in node.ops:
+                    method = "search" if operand.op in ("in", "notin") else "read"
+                    self._charged[id(operand.expr)] = f"environment.{method}("
+            case nodes.Getitem():
+                self._charged[id(node.arg)] = "environment.read("  # hashing reads all of a key
+            case nodes.Dict():
+                self._charged |= {id(pair.key): "environment.read(" for pair in node.items}
+            case nodes.ScopedEvalContextModifier():
+                raise SecurityError("{% autoescape %} is not allowed in a chat template")
+        calls = "" if isinstance(node, nodes.Const | nodes.Slice) else self._charged.pop(id(node), "")
+        if isinstance(node, nodes.Concat) or isinstance(getattr(node, "arg", None), nodes.Slice):
+            calls += "environment.made("
+        self.write(calls)
+        super().visit(node, *args, **kwargs)
+        self.write(")" * calls.count("("))
+
+
+def _charge(statements: Iterable[nodes.Node]) -> str:
+    """The call that charges for one run of `statements`, without the blocks that they hold."""
+    return f"charge({_NODE * (1 + sum(map(_count, statements)))})"
+
+
+def _count(node: nodes.Node) -> int:
+    return 1 + sum(map(_count, node.iter_child_nodes(exclude=("body", "else_"))))
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """A jinja environment for one rendering, which may do `budget` units of work."""
+
+    code_generator_class = _Generator
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self, budget: int) -> None:
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            optimized=False,
-            extensions=[_Generation, loopcontrols],
-        )
-        self.budget = Budget(budget)
-        self.finalize = self._finalize
-        self.concat = self._concat  # type: ignore[method-assign]
-        filters: dict[str, Callable[..., Any]] = {**self.filters, "tojson": _tojson}
-        self.filters = {name: self._priced(filters[name], price) for name, price in FILTERS.items()}
-        self.filters |= {
-            "~tick": self._tick,
-            "~concat": self._joined,
-            "~made": self._made,
-            "~read": self._read,
-        }
-        tests: Mapping[str, Any] = self.tests
-        self.tests = {name: self._priced(test, deep if name in COMPARING else shallow) for name, test in tests.items()}
-        self.globals = {
-            "range": safe_range,
-            "dict": _dict,
-            "namespace": Namespace,
-            "cycler": Cycler,
-            "joiner": Joiner,
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
-        }
+        options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "optimized": False}
+        super().__init__(**options, finalize=self._finalize, extensions=[_Generation, loopcontrols])
+        self._left = budget
+        filters: dict[str, Any] = self.filters
+        tests: dict[str, Any] = self.tests
+        self.filters = {name: self._limited(name, filters[name]) for name in _FILTERS}
+        self.filters["tojson"] = self._tojson
+        self.tests = {name: self._limited(name, test) for name, test in tests.items()}
+        self.globals = {"range": safe_range, "dict": dict, "namespace": Namespace, "cycler": Cycler, "joiner": Joiner}
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
-    # What `_Charged` puts into a template.
+    def charge(self, units: int) -> None:
+        """Take `units` off the budget. Raises `SecurityError` when the budget is spent."""
+        self._left -= units
+        if self._left < 0:
+            raise SecurityError("the work limit is exceeded; is there an endless loop, or a huge output?")
 
-    @pass_context
-    def _tick(self, context: Context, value: Any, count: int) -> Any:
-        self.budget.charge(_NODE * count)
+    def read(self, value: Any) -> Any:
+        """`value`, after a charge for all that is in it."""
+        self.charge(len(value) + 1 if isinstance(value, str) else _size(value, self._left))
         return value
 
-    @pass_context
-    def _made(self, context: Context, value: Any) -> Any:
-        self.budget.charge(span(value))
-        return value
+    def search(self, container: Any) -> Any:
+        """`container`, after a charge for looking through it."""
+        return container if isinstance(container, dict) else self.read(container)
 
-    @pass_context
-    def _read(self, context: Context, value: Any, contained_in: bool) -> Any:
-        if contained_in and isinstance(value, dict):
-            return value
-        self.budget.charge(STEP)
-        self.budget.charge_all(value)
-        return self._watched(value)
+    def made(self, value: Any) -> Any:
+        """A new `value`, after a charge for it without its items; an iterator is charged for each item it gives."""
+        self.charge(_span(value))
+        return self._each(value) if isinstance(value, Iterator) else value
 
-    @pass_context
-    def _joined(self, context: Context, *values: Any) -> str:
-        return self._concat(self._text(value) for value in values)
+    def text(self, value: Any) -> str:
+        """`str(value)`, after a charge for all that is in it."""
+        return value if isinstance(value, str) else str(self.read(value))
 
-    # What jinja calls.
-
-    @pass_context
-    def _finalize(self, context: Context, value: Any) -> Any:
-        self.budget.charge(_OUTPUT)
-        return self._text(value)
-
-    def _text(self, value: Any) -> str:
-        if not isinstance(value, str):
-            self.budget.charge_all(value)
-        return str(value)
-
-    def _concat(self, values: Any) -> str:
-        texts = []
-        for text in values:
-            self.budget.charge(len(text))
-            texts.append(text)
-        return "".join(texts)
+    def concat(self, texts: Iterable[str]) -> str:
+        """The texts joined, after a charge for each."""
+        return "".join([self.made(text) for text in texts])
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        self.budget.charge(binop_size(operator, left, right))
-        if operator == "%" and isinstance(left, str):
-            percent_price(self.budget, left, right)
-        return super().call_binop(context, operator, left, right)
+        items, times = (right, left) if isinstance(left, int) else (left, right)
+        if operator == "*" and isinstance(times, int) and not isinstance(items, int):
+            self.charge(_span(items) * max(times, 0))
+        elif operator == "**" and isinstance(left, int) and left.bit_length() * abs(right) > _MAX_BITS:
+            raise SecurityError("a number is too large")
+        elif operator == "%" and isinstance(left, str):
+            self.charge(_growth("%", self.read(left), [self.read(right)]))
+        return self.made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {name: value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")}
-        owner = getattr(__obj, "__self__", None)
-        kind = next((kind for kind in METHODS if isinstance(owner, kind)), None)
-        if kind is not None:
-            name = __obj.__name__
-            if name not in METHODS[kind]:
-                raise SecurityError(f"{kind.__name__}.{name} is not for chat templates")
-            METHODS[kind][name](__self.budget, owner, *args, **given)
-        elif isinstance(__obj, _CALLABLE) or isinstance(owner, _CALLABLE) or any(__obj is f for f in _FUNCTIONS):
-            deep(__self.budget, None, *args, *given.values())
-        else:
-            raise SecurityError(f"a {type(__obj).__name__} can't be called")
-        result = super().call(__context, __obj, *args, **kwargs)
-        __self.budget.charge(STEP + span(result))
-        return __self._watched(result)
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(owner, str):
+            args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
+        values = [*args, *(value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars"))]
+        __self.charge(_CALL + len(values))
+        if not isinstance(__obj, Macro):
+            allowed = isinstance(__obj, _CALLABLE) or any(__obj is function for function in __self.globals.values())
+            if not allowed and (not isinstance(owner, _METHOD_OWNERS) or name in _UNSAFE_METHODS):
+                raise SecurityError(f"{name or type(__obj).__name__} may not be called in a chat template")
+            for value in (*values, owner if isinstance(owner, str | list | tuple) else None):
+                __self.read(value)
+        if isinstance(owner, str):
+            __self.charge(_growth(name, owner, values))
+        return __self.made(super().call(__context, __obj, *args, **kwargs))
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is unsafe")
 
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        run = super().wrap_str_format(value)
-        return None if run is None else _Formatting(self.budget, value.__self__, run)
-
-    def _priced(self, function: Callable[..., Any], price: Price) -> Callable[..., Any]:
-        """`function`, a filter or test, charged by `price` before it runs, by its result after."""
-        passes = hasattr(function, "jinja_pass_arg")
-
-        def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
-            price(self.budget, value, *args, **kwargs)
-            first = _passed(function, context, self) if passes else ()
-            result = function(*first, self._watched(value), *args, **kwargs)
-            self.budget.charge(STEP + span(result))
-            return self._watched(result)
-
-        return pass_context(run)
-
-    def _watched(self, value: Any) -> Any:
-        """`value`; where it is an iterator, one that charges for each item that is taken."""
-        return self._each(value) if isinstance(value, Iterator) else value
+    @pass_context  # without the context, jinja would call it at compile time
+    def _finalize(self, context: Context, value: Any) -> str:
+        return self.text(value)
 
     def _each(self, items: Iterator[Any]) -> Iterator[Any]:
         for item in items:
-            self.budget.charge(ITEM)
+            self.charge(_ITEM)
             yield item
 
+    def _limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, a filter or test, with charges for its work and its result."""
+        first = hasattr(function, "jinja_pass_arg")  # True: the first argument is the context or the environment
+        key = "%" if name == "format" else name
 
-def _passed(function: Any, context: Context, sandbox: Sandbox) -> tuple[Any]:
-    kind = function.jinja_pass_arg.name
-    return ({"context": context, "eval_context": context.eval_ctx, "environment": sandbox}[kind],)
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            head, value, others = args[:first], args[first], args[first + 1 :]
+            self.charge(_CALL)
+            if name not in _SHALLOW:
+                value = self.read(list(value) if isinstance(value, Iterator) else value)
+            values = [self.read(other) for other in (*others, *kwargs.values())]
+            self.charge(_growth(key, value, values))
+            return self.made(function(*head, value, *others, **kwargs))
 
+        return run
 
-class _Charged(NodeTransformer):
-    """Rewrites a parsed template so that what jinja compiles to plain Python is charged too."""
-
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
-
-    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        result = super().visit(node, *args, **kwargs)
-        if isinstance(result, nodes.Template):
-            result.set_environment(self._sandbox)
-            result.set_lineno(1)
-        return result
-
-    def _filter(self, value: nodes.Expr, name: str, *args: object) -> nodes.Filter:
-        constants: list[nodes.Expr] = [nodes.Const(arg) for arg in args]
-        return nodes.Filter(value, name, constants, [], None, None, lineno=value.lineno)
-
-    def _ticking(self, node: Any) -> Any:
-        count = sum(1 for _ in node.find_all(nodes.Node))
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(self._filter(nodes.Const(True), "~tick", count)))
-        return node
-
-    visit_Macro = visit_CallBlock = visit_Block = _ticking
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self._ticking(node)
-        if node.test is not None:
-            count = sum(1 for _ in node.test.find_all(nodes.Node))
-            node.test = nodes.And(self._filter(nodes.Const(True), "~tick", count), node.test)
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        first, *others = node.nodes
-        return nodes.Filter(first, "~concat", others, [], None, None, lineno=node.lineno)
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        if not isinstance(node.expr, nodes.Const):
-            node.expr = self._filter(node.expr, "~read", False)
-        for operand in node.ops:
-            if not isinstance(operand.expr, nodes.Const):
-                operand.expr = self._filter(operand.expr, "~read", operand.op in ("in", "notin"))
-        return node
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        if isinstance(node.arg, nodes.Slice):
-            return self._filter(node, "~made")
-        if not isinstance(node.arg, nodes.Const):
-            node.arg = self._filter(node.arg, "~read", False)
-        return node
-
-    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
-        self.generic_visit(node)
-        if not isinstance(node.key, nodes.Const):  # hashing a key reads all of it
-            node.key = self._filter(node.key, "~read", False)
-        return node
-
-    def visit_ScopedEvalContextModifier(self, node: nodes.Node) -> nodes.Node:
-        raise SecurityError("{% autoescape %} is not for chat templates")
+    def _tojson(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """JSON without HTML's escapes. Private-use characters stay unescaped: the sentinel is one of them."""
+        if (len(indent) if isinstance(indent, str) else indent or 0) > 16:
+            raise SecurityError("the JSON indent is too wide; expected at most 16")
+        encoder = json.JSONEncoder(ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+        if indent is None and separators is None:
+            text = encoder.encode(self.read(value))
+        else:
+            text = self.concat(encoder.iterencode(value))
+        if ensure_ascii:
+            text = re.sub(r"[^\x00-\x7f\ue000-\uf8ff]", lambda match: json.dumps(match[0])[1:-1], text)
+        return text
 
 
-# What a template may call, besides methods.
+def _growth(name: str, value: Any, args: Sequence[Any]) -> int:
+    """The units that a filter, test or string method needs at most, besides those for reading its arguments once."""
+    sizes = (abs(item) if isinstance(item, int) else len(item) if isinstance(item, Collection) else 1 for item in args)
+    length, largest = len(value) if isinstance(value, Collection) else 1, max(sizes, default=0)
+    match name:
+        case "divisibleby" | "even" | "odd" | "round" if isinstance(value, str):
+            raise SecurityError(f"{name} expects a number, not text")
+        case "float" | "int" if isinstance(value, str) and length > 1000:
+            raise SecurityError("a number is too large")
+        case "sum" if any(isinstance(arg, list | tuple) for arg in args):
+            raise SecurityError("sum expects numbers")
+        case "map" | "rejectattr" | "selectattr" if any(isinstance(arg, str) and arg.count(".") > 100 for arg in args):
+            raise SecurityError(f"{name} follows more than 100 attributes")
+        case "center" | "ljust" | "rjust" | "zfill":
+            return largest
+        case "batch" | "list" | "reverse" | "round" | "slice":
+            return _ITEM * (length + largest)
+        case "expandtabs" | "indent" | "join":
+            return length * largest
+        case "lstrip" | "rfind" | "rindex" | "rpartition" | "rstrip" | "strip" | "trim":
+            return length * largest // 4  # Python searches backwards in quadratic time
+        case "rsplit" | "split":
+            separated = args and isinstance(args[0], str) and args[0]
+            return length * largest // 4 + _ITEM * (value.count(args[0]) if separated else length // 2)
+        case "replace":
+            texts = [str(arg) for arg in args]
+            return max((str(value).count(old) * len(new) for old in texts for new in texts), default=0)
+        case "%" | "format" | "format_map":  # each field may repeat an argument, and pad it
+            mark, width = ("%", r"[%)][^%a-zA-Z]*(\*|\d{4})") if name == "%" else ("{", r":[^{}]*(\{|\d{4})")
+            if re.search(width, str(value)):
+                raise SecurityError("a format is too wide; expected a constant width below 1000")
+            return str(value).count(mark) * (1000 + _size(args))
+    return _ITEM // 2 * _size(value) + length * largest if name in _SLOW else 0
+
+
+def _span(value: Any) -> int:
+    """The units of a value without its items."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, int):
+        if value.bit_length() > _MAX_BITS:
+            raise SecurityError("a number is too large")
+        return 1
+    return _ITEM * len(value) if isinstance(value, Collection) else 1
+
+
+def _size(value: Any, limit: int = 1 << 62) -> int:
+    """The units of a value with its items, each as often as it occurs; stops counting past `limit`."""
+    total, level = 0, [value]
+    for _ in range(_MAX_DEPTH):
+        for item in level:
+            total += _span(item) + 1
+        if total > limit:
+            return total
+        level = [part for item in level if not isinstance(item, str | int) for part in _parts(item)]
+        if not level:
+            return total
+    raise SecurityError(f"a value is nested more than {_MAX_DEPTH} deep")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Namespace):
+        return (value._Namespace__attrs,)  # its repr shows them
+    if isinstance(value, dict):
+        return itertools.chain(value, value.values())
+    return value if isinstance(value, Collection) and not isinstance(value, str) else ()
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(form: str) -> str:
-    if len(form) > 100 or re.search(r"\d{3}", form):
+def _strftime_now(pattern: str) -> str:
+    if len(pattern) > 100 or re.search(r"\d{3}", pattern):
         raise SecurityError("strftime_now: the format is too long")
-    return datetime.now().strftime(form)
+    return datetime.now().strftime(pattern)
 
 
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without HTML's escapes. Private-use characters stay, escaped or not: one of them is the
-    sentinel.
-    """
-    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    escaped = partial(re.sub, r"[^\x00-\x7f\ue000-\uf8ff]", lambda match: json.dumps(match[0])[1:-1])
-    return escaped(text) if ensure_ascii else text
-
-
-class _Formatting:
-    """A `str.format`, charged."""
-
-    def __init__(self, budget: Budget, text: str, run: Callable[..., str]) -> None:
-        self._budget, self._text, self._run = budget, text, run
-
-    def __call__(self, *args: Any, **kwargs: Any) -> str:
-        format_price(self._budget, self._text, *args, **kwargs)
-        return self._run(*args, **kwargs)
-
-
-_CALLABLE = (_Formatting, Macro, LoopContext, BlockReference, Cycler, Joiner, Undefined)
-_FUNCTIONS: tuple[Any, ...] = (
-    _raise_exception,
-    _strftime_now,
-    _dict,
-    safe_range,
-    Namespace,
-    Cycler,
-    Joiner,
-)
+_CALLABLE = (LoopContext, BlockReference, Cycler, Joiner, Undefined)

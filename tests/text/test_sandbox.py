@@ -1,4 +1,4 @@
-"""Templates written by strangers: what they may not do ends in one line, soon, in little memory."""
+"""Hostile templates end in one line, soon, in little memory; everyday ones render."""
 
 import tracemalloc
 
@@ -8,7 +8,7 @@ from pentad.errors import BadInput
 from pentad.text.chat_template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "hi"}]
-WORK = "more work than its messages warrant"
+WORK = "work limit is exceeded"
 
 
 def loops(body: str, condition: str = "true") -> str:
@@ -28,6 +28,7 @@ def nested(use: str) -> str:
     return grows("(1,)", "(ns.x, ns.x)", use)
 
 
+ALMOST_EQUAL = "{% set x = 'a' * 99999 %}{% set y = 'a' * 99998 ~ 'b' %}"
 HOSTILE = {
     "attribute": ("{{ ''.__class__.__mro__ }}", "__class__"),
     "attr filter": ("{{ ''|attr('__class__') }}", "__class__"),
@@ -53,7 +54,18 @@ HOSTILE = {
         WORK,
     ),
     "recursive block": ("{% block a %}{{ self.a() }}{% endblock %}", "recursion"),
-    "budget given back": ("{{ [1]|map('~tick', -10**15)|list }}" + loops(""), WORK),
+    "a filter that is not jinja's": ("{{ [1]|map('charge', -10**15)|list }}" + loops(""), "charge"),
+    "charging by hand": ("{{ environment.charge(-10**15) }}" + loops(""), "environment"),
+    "loop of long comparisons": (ALMOST_EQUAL + loops("{{ x == y }}"), WORK),
+    "loop of slices": (ALMOST_EQUAL + loops("{% set z = x[1:] %}"), WORK),
+    "loop of long argument lists": (
+        "{% set r = range(60000)|list %}{% macro f() %}{{ varargs|length }}{% endmacro %}" + loops("{{ f(*r) }}"),
+        WORK,
+    ),
+    "macro with long defaults": (
+        "{% macro f(a=[" + "1, " * 9999 + "x]) %}{% endmacro %}" + loops("{{ f() }}"),
+        WORK,
+    ),
     "* of text": ("{{ 'a' * 10**9 }}", WORK),
     "* of a list": ("{{ 10**9 * [0] }}", WORK),
     "~ doubling": (grows("'a'", "ns.x ~ ns.x", ""), WORK),
@@ -73,9 +85,23 @@ HOSTILE = {
         "{% set ns = namespace() %}{% set ns.x = [ns, ns] %}{{ ns }}",
         WORK,
     ),
+    "nested, as text": (nested("{{ ns.x|upper }}"), WORK),
+    "nested, as safe text": (nested("{{ ns.x|safe }}"), WORK),
+    "nested, tested": (nested("{{ ns.x is lower }}"), WORK),
+    "nested, hashed by a test": (nested("{{ ns.x is filter }}"), WORK),
+    "nested, hashed by a filter": (nested("{{ [ns.x]|select|unique|list }}"), WORK),
+    "nested, looked for": (nested("{{ ns.x in {} }}"), WORK),
+    "nested, in a message about it": (nested("{{ ({}[ns.x]).y }}"), WORK),
+    "nested twice, sorted": (nested("{% set a = ns.x %}") + nested("{{ [a, ns.x]|select|sort }}"), WORK),
+    "deep": (
+        "{% set ns = namespace(x=(1,)) %}{% for i in range(900) %}{% set ns.x = (ns.x,) %}{% endfor %}{{ {ns.x: 1} }}",
+        "nested",
+    ),
     "integers": (grows("3", "ns.x * ns.x", ""), "too large"),
     "power": ("{{ 9 ** 999999999 }}", "too large"),
-    "round": ("{{ 1|round(999999999) }}", "too large"),
+    "round": ("{{ 1|round(999999999) }}", WORK),
+    "round up": ("{{ 1|round(-999999999, 'ceil') }}", WORK),
+    "round text": ("{{ 'a'|round(9, 'ceil') }}", "number"),
     "int": ("{{ ('9' * 100000)|int }}", "too large"),
     "replace filter": ("{{ ('a' * 9999)|replace('a', 'b' * 9999) }}", WORK),
     "replace method": ("{{ ('a' * 9999).replace('a', 'b' * 9999) }}", WORK),
@@ -88,23 +114,45 @@ HOSTILE = {
     "expandtabs": ("{{ '\\t'.expandtabs(10**9) }}", WORK),
     "indent": ("{{ ('\\n' * 9999)|indent(9999) }}", WORK),
     "format": ("{{ '{:999999999}'.format(1) }}", "too wide"),
+    "format, filled": ("{{ '{:a<999999999}'.format(1) }}", "too wide"),
+    "format, precise": ("{{ '{:.999999999f}'.format(1.5) }}", "too wide"),
+    "format, in other digits": ("{{ '{:٩٩٩٩٩٩٩٩٩}'.format(1) }}", "too wide"),
+    "format of many fields": ("{{ ('{0:999}' * 250000).format(1) }}", WORK),
     "format by its own values": ("{{ '{:{w}}'.format(1, w=999999999) }}", "too wide"),
     "format of a large value": ("{{ ('{0}' * 9999).format('b' * 9999) }}", WORK),
     "format_map": ("{{ ('{a}' * 9999).format_map({'a': 'b' * 9999}) }}", WORK),
     "format filter": ("{{ '%999999999d'|format(1) }}", "too wide"),
     "% operator": ("{{ '%*d' % (999999999, 1) }}", "too wide"),
+    "% of a key": ("{{ '%(a)999999999d' % {'a': 1} }}", "too wide"),
+    "% of a key in parentheses": ("{{ '%(a(b)c)999999999d' % {'a(b)c': 1} }}", "too wide"),
+    "% in a test": ("{{ '%999999999d' is odd }}", "number"),
+    "% in another test": ("{{ '%999999999d' is divisibleby 3 }}", "number"),
     "% of a large value": ("{{ ('%(a)s' * 9999) % {'a': 'b' * 9999} }}", WORK),
     "tojson": ("{{ [[1]]|tojson(indent=999999999) }}", "too wide"),
+    "tojson, separated": ("{{ ([0] * 9999)|tojson(separators=('b' * 9999, ':')) }}", WORK),
+    "tojson, deep": (
+        "{% set ns = namespace(x=[0] * 9999) %}{% for i in range(400) %}{% set ns.x = [ns.x] %}{% endfor %}"
+        "{{ ns.x|tojson(indent=16) }}",
+        WORK,
+    ),
     "batch": ("{{ [1]|batch(10**9, 0)|list }}", WORK),
     "slice": ("{{ [1]|slice(10**9)|list }}", WORK),
-    "sum": ("{{ ([[1]] * 99)|sum(start=[]) }}", "sum is for numbers"),
+    "sum": ("{{ ([[1]] * 99)|sum(start=[]) }}", "sum expects numbers"),
     "split": ("{{ ('a,' * 999999).split(',') }}", WORK),
     "splitlines": ("{{ ('\\n' * 999999).splitlines() }}", WORK),
     "searching backwards": ("{{ ('a' * 999999).rfind('b' + 'a' * 99999) }}", WORK),
+    "stripping": ("{{ ('a' * 300000).strip('!' * 300000 ~ 'a') }}", WORK),
+    "trim": ("{{ ('a' * 300000)|trim('!' * 300000 ~ 'a') }}", WORK),
+    "title": ("{{ ('a ' * 999999)|title }}", WORK),
+    "wordcount": ("{{ ('a ' * 999999)|wordcount }}", WORK),
+    "translate": ("{{ 'a'.translate({97: 'b' * 99999}) }}", "translate"),
+    "striptags": ("{{ ('<!---->'|safe).striptags() }}", "striptags"),
+    "integers to bytes": ("{{ (5).to_bytes(10**9) }}", "to_bytes"),
+    "long attribute": ("{{ [messages]|map(attribute='0' ~ '.0' * 9999)|list }}", "attributes"),
     "list": ("{{ ('a' * 999999)|list }}", WORK),
     "sort": ("{{ range(99999)|sort }}", WORK),
     "urlencode": ("{{ ('é' * 999999)|urlencode }}", WORK),
-    "strftime": ("{{ strftime_now('%999999999d') }}", "too long"),
+    "strftime": ("{{ strftime_now('%999999999d') }}", "strftime"),
     "lipsum": ("{{ lipsum(n=9999) }}", "lipsum"),
     "raised": ("{{ raise_exception('not\nthis') }}", "not this"),
     "undefined": ("{{ nothing.at_all }}", "'nothing' is undefined"),
@@ -116,7 +164,8 @@ BROKEN = {
     "unknown tag": ("{% do x %}", "unknown tag 'do'"),
     "deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
     "deep blocks": ("{% if 1 %}" * 200 + "{% endif %}" * 200, "chat template"),
-    "long": ("a" * 300_000, "pentad takes up to"),
+    "deep chain": ("{{ a" + " + a" * 50_000 + " }}", "recursion"),
+    "long": ("a" * 300_000, "262144"),
 }
 
 
@@ -161,6 +210,10 @@ def test_broken(source: str, message: str) -> None:
         ("{% for k, v in {'a': 1}.items() %}{{ k ~ v }}{% endfor %}", "a1"),
         ("{% for c in [1] recursive %}{{ c }}{% if c < 3 %}{{ loop([c + 1]) }}{% endif %}{% endfor %}", "123"),
         ("{{ 'a' in messages[0] or 'role' in messages[0] }}", "True"),
+        ("{{ ', '.join(messages|map(attribute='role')) }}{{ 'user' in messages|map(attribute='role') }}", "userTrue"),
+        ("{{ '2024 {} %d'.format(1) % 2 }}{{ 7.5|round(1) }}{{ 'a b'|title }}{{ 4 is even }}", "2024 1 27.5A BTrue"),
+        ("{% for i in [1, 2, 3] if i is odd %}{{ loop.index }}{{ i }}{% endfor %}", "1123"),
+        ("{{ 'a' < 'b' < 'c' }}{{ 1 if 2 not in [1] else 0 }}{{ [1, 2, 3][::-1] }}", "True1[3, 2, 1]"),
         ("{{ messages[0].content.split('i')[0] ~ 'x'.join(['a', 'b']) }}", "haxb"),
         ("{{ [3, 1, 2]|sort|join('-') }}{{ {'b': 1}|dictsort }}", "1-2-3[('b', 1)]"),
         ("{{ '%02d' % 7 }}{{ '%s'|format('x') }}{{ 7 // 2 }}{{ 2 ** 5 }}{{ '{}{:>3}'.format(1, 2) }}", "07x3321  2"),
