@@ -122,7 +122,12 @@ def _compiled_attention_backward(
     scale: float | None,
 ) -> list[Tensor]:
     """Gradients of q, k and v; attention is computed again."""
-    with torch.enable_grad():
+    # An operator's implementation runs below autograd; this one needs it.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    with guard, torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q_NHD, k, v)]
         out = _attention(*inputs, SequenceLayout(queries), SequenceLayout(keys), causal, window, scale, None)
     return [x.contiguous() for x in torch.autograd.grad(out, inputs, grad)]

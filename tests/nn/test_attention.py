@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pentad.nn.attention
-from pentad.nn.attention import Attention, attention
+from pentad.nn.attention import Attention, Bias, attention
 from pentad.nn.batch import Batch, PagedKV, SequenceLayout
 from pentad.nn.cache import PagedCache
 from pentad.nn.rope import Rope
@@ -251,3 +252,24 @@ def test_a_rolling_buffer_filled_in_chunks_is_whole_prefill(chunk: int, page_siz
         got = [torch.cat([y, part]) for y, part in zip(got, out, strict=True)]
     for ours, expected in zip(got, whole, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [None, slope])
+@pytest.mark.parametrize("context", [None, 3])
+def test_sequences_of_one_length_are_one_call(
+    monkeypatch: pytest.MonkeyPatch, bias: Bias | None, context: int | None
+) -> None:
+    """25 windows of an image, with a bias too, attending to themselves or to a context of another length."""
+    calls, sdpa = [], F.scaled_dot_product_attention
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        return sdpa(*arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    queries, keys = [6] * 25, [context or 6] * 25
+    arguments = (random_rows(queries, 4, 1), random_rows(keys, 2, 2), random_rows(keys, 2, 3))
+    layouts = SequenceLayout.of(queries), SequenceLayout.of(keys)
+    ours = attention(*arguments, *layouts, bias=bias)
+    assert len(calls) == 1
+    torch.testing.assert_close(ours, plain_attention(*arguments, *layouts, bias=bias), rtol=1e-5, atol=1e-5)
