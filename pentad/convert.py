@@ -298,7 +298,7 @@ def _read_back(work: _Work, config: Mapping[str, Any], tensors: list[PendingTens
     """
     entries = {
         t.name: TensorEntry(
-            t.name, t.shape, t.kind if isinstance(t.kind, torch.dtype) else None, None, t.nbytes, t.make
+            t.name, t.shape, t.type if isinstance(t.type, torch.dtype) else None, None, t.nbytes, t.make
         )
         for t in tensors
     }

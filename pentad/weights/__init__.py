@@ -1,6 +1,6 @@
-"""Files <-> named tensors, knowing no model.
+"""Files <-> named tensors; knows no model.
 
-Light to import: torch comes with the first file that is opened.
+Importing this package imports no torch; opening the first file does.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ __all__ = ["open"]
 
 
 def open(path: str | Path) -> Checkpoint:
-    """Opens a checkpoint by what it holds: reads headers, maps weights, and reads none of them.
+    """Open a checkpoint of any format: read its headers and map its weights, which are not read.
 
-    `path` is a GGUF file (or any part of a split one); a folder as transformers saves it, or its
-    config.json, weights or index; a folder as Mistral and Meta publish them, or its params.json,
-    weights or index; a folder with one GGUF in it; or a configuration alone (config.json, by
-    whatever name, or params.json, by that name), whose checkpoint has no tensors. Raises BadInput,
-    in one line that names the file, for anything else and for whatever is wrong with them.
+    Args:
+        path: a GGUF file (or any part of a split one); a folder in Hugging Face's layout, or its config.json, weights
+            or index; a folder in the consolidated layout, or its params.json, weights or index; a folder with one GGUF
+            file; or a config alone (any .json file; consolidated only as params.json), which gives no tensors.
+
+    Raises:
+        BadInput: in one line that names the file: it is none of these, or is damaged or incomplete.
     """
+    from pentad.weights.checkpoint import Checkpoint
     from pentad.weights.consolidated import is_consolidated
-    from pentad.weights.files import READABLE, describe, read_start, refuse
-    from pentad.weights.folder import CONFIG, PARAMS, open_config, open_consolidated, open_folder, open_weights
+    from pentad.weights.files import READABLE, describe, read_json, read_start, refuse
+    from pentad.weights.folder import CONFIG, PARAMS, open_consolidated, open_folder, open_weights
     from pentad.weights.gguf import MAGIC, open_gguf
     from pentad.weights.pickled import is_pickled, read_pickled
     from pentad.weights.safetensors import is_safetensors, read_safetensors
@@ -47,5 +50,5 @@ def open(path: str | Path) -> Checkpoint:
     if path.name == CONFIG or path.name.endswith(".index.json"):
         return open_folder(path.parent)
     if path.suffix == ".json":
-        return open_config(path)
+        return Checkpoint(path.parent, "hf", read_json(path), {}, {})
     refuse(path, f"not a model but {describe(path)}; {READABLE}")

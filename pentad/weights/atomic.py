@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pentad.errors import BadInput, PentadError
-from pentad.weights.cache import Progress, Silent, task
+from pentad.weights.cache import FULL_DISK, Progress, Silent, task
 
-__all__ = ["NewFile", "new_folder", "write_files"]
+_RENAME = "choose another name, or remove it"
 
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to be written: its size in bytes, known before, and what is in it, made piece by piece as it is taken."""
+    """A file to be written.
+
+    Attributes:
+        path: where to.
+        nbytes: its size, known before it is written.
+        pieces: its content, each piece made when it is asked for.
+    """
 
     path: Path
     nbytes: int
@@ -28,18 +34,25 @@ class NewFile:
 
 
 def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> list[Path]:
-    """Write files of one folder, all of them or none, and give their paths.
+    """Write files of one folder, all of them or none.
 
-    Until all are complete they have hidden names beside their own. `progress` counts bytes.
+    Until all are complete they have hidden names in the same folder.
+
+    Args:
+        files: an existing file is never replaced.
+        progress: is told of the bytes written.
+
+    Returns:
+        The files' paths.
 
     Raises:
-        BadInput: a file of that name exists: none is ever replaced. Or what would be its folder is a file.
+        BadInput: a file of that name exists, or the folder is a file.
         PentadError: the disk is full, before or while writing, or the folder can't be written.
     """
     folder, needed = files[0].path.parent, sum(file.nbytes for file in files)
     for file in files:
         if os.path.lexists(file.path):
-            raise BadInput(f"{file.path} exists already: choose another name, or remove it")
+            raise BadInput(f"{file.path} exists already: {_RENAME}")
     progress = progress or Silent()
     suffix = f".{secrets.token_hex(4)}.part"
     partials = [file.path.with_name(f".{file.path.name}{suffix}") for file in files]
@@ -57,9 +70,9 @@ def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> l
                 placed.append(file.path)
                 with _disk_errors(file.path, needed):
                     os.replace(partial, file.path)
-        except BaseException:  # an interruption too
+        except BaseException:  # also Ctrl-C
             for path in (*partials, *placed):
-                with contextlib.suppress(OSError):  # what went wrong first is what is to be told
+                with contextlib.suppress(OSError):  # the first error is the one to report
                     path.unlink(missing_ok=True)
             raise
     return placed
@@ -67,12 +80,12 @@ def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> l
 
 @contextlib.contextmanager
 def _made(folder: Path, needed: int | None = None) -> Iterator[None]:
-    """A folder and those above it, made where they are missing; gone again, where they are empty, if anything fails."""
+    """Make a folder and its parents where they are missing; remove those made, if empty, when the block fails."""
     with _disk_errors(folder, needed):
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        there = (missing[-1] if missing else folder / "_").parent
-        if not there.is_dir():
-            raise BadInput(f"{there} is a file: nothing can be put in it")
+        parent = (missing[-1] if missing else folder / "_").parent
+        if not parent.is_dir():
+            raise BadInput(f"{parent} is a file; expected a folder")
     try:
         with _disk_errors(folder, needed):
             folder.mkdir(parents=True, exist_ok=True)
@@ -86,50 +99,51 @@ def _made(folder: Path, needed: int | None = None) -> Iterator[None]:
 
 def _write(partial: Path, file: NewFile, needed: int, progress: Progress) -> None:
     with _disk_errors(file.path, needed):
-        out = _create(partial)
+        out = open_new(partial)
     try:
         for piece in file.pieces:
             with _disk_errors(file.path, needed):
                 out.write(piece)
             progress.advance(len(piece))
-            del piece  # which may be a view of a whole tensor, and the next one is about to be made
+            del piece  # may be a view of a whole tensor, and the next tensor is about to be made
         with _disk_errors(file.path, needed):
             out.flush()
-            os.fsync(out.fileno())  # some disks say only now that they are full
+            os.fsync(out.fileno())  # some disks report only here that they are full
             out.close()
     except BaseException:
-        with contextlib.suppress(OSError):  # it would flush once more
+        with contextlib.suppress(OSError):  # closing flushes once more
             out.close()
         raise
 
 
-def _create(path: Path) -> BinaryIO:
+def open_new(path: Path) -> BinaryIO:
+    """A file that doesn't exist yet, opened for writing; tests put a failing disk here."""
     return path.open("xb")
 
 
 @contextlib.contextmanager
 def _disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Says in one line what is wrong with the disk; `needed`: how many bytes all of it takes."""
+    """Turn errors of the disk into one line; `needed` is the size of all files, in bytes."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL_DISK:
             amount = f": {needed:,} bytes are needed in all" if needed is not None else ""
             raise PentadError(f"{path}: no space left{amount}; free some, or write to another disk") from error
         if error.errno == errno.EFBIG:
-            raise PentadError(f"{path}: larger than files may be there; write smaller shards") from error
+            raise PentadError(f"{path}: larger than the disk allows files to be; write smaller shards") from error
         raise PentadError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `destination` at the end, and is gone if anything goes wrong before.
+    """A folder to write into, which becomes `destination` at the end, and is deleted if the block fails.
 
-    Folders above it are made where they are missing.
+    Missing parents of `destination` are made.
 
     Raises:
-        BadInput: `destination` is a file, in a file, a folder with something in it, or the one that this process is in.
-        PentadError: it can't be made, or the disk is full (whoever finds that out within).
+        BadInput: `destination` is a file, in a file, a folder that isn't empty, or the current folder.
+        PentadError: it can't be made, or the disk is full (also if the block finds out).
     """
     target = destination.resolve()  # a link stays a link
     with _disk_errors(destination):
@@ -141,12 +155,13 @@ def new_folder(destination: Path) -> Iterator[Path]:
         try:
             try:
                 yield partial
-            except PentadError as error:  # in the words of whoever named the destination
+            except PentadError as error:  # names the hidden folder, which the user doesn't know
                 raise type(error)(str(error).replace(str(partial), str(destination))) from error
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in FULL_DISK:
                     raise
-                raise PentadError(f"{destination}: no space left; free some, or write to another disk") from error
+                with _disk_errors(destination):
+                    raise
             with _disk_errors(destination):
                 os.replace(partial, target)
         finally:
@@ -154,11 +169,10 @@ def new_folder(destination: Path) -> Iterator[Path]:
 
 
 def _check_new(destination: Path, target: Path) -> None:
-    """BadInput where `target`, which the user named as `destination`, can't become a new folder."""
-    if target.is_dir():
-        if target == Path.cwd():
-            raise BadInput(f"{destination} is the current folder: name a new one")
-        if any(target.iterdir()):
-            raise BadInput(f"{destination} exists already and is not empty: choose another name, or remove it")
-    elif target.exists():
-        raise BadInput(f"{destination} exists already, and is no folder: choose another name, or remove it")
+    """Raise BadInput if `target`, which the user calls `destination`, can't become a new folder."""
+    if target == Path.cwd():
+        raise BadInput(f"{destination} is the current folder; expected a new one")
+    if target.is_dir() and any(target.iterdir()):
+        raise BadInput(f"{destination} exists already and is not empty: {_RENAME}")
+    if target.exists() and not target.is_dir():
+        raise BadInput(f"{destination} exists already and is a file: {_RENAME}")

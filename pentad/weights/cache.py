@@ -1,4 +1,4 @@
-"""Where pulled models are kept, how a pull tells how far it is, what to say of a bad disk."""
+"""The folder of pulled models, progress reports, and errors about a full or read-only disk."""
 
 import contextlib
 import errno
@@ -10,27 +10,27 @@ from typing import Protocol
 
 from pentad.errors import PentadError
 
-__all__ = ["Progress", "Silent", "cache_folder", "storage_error", "task"]
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Progress(Protocol):
-    """What a pull tells whoever watches: any number of tasks, one after another.
+    """Receives the progress of any number of tasks, one after another.
 
-    `advance` may be called from a worker thread, never from two at once.
+    `advance` may be called from a worker thread, but never from two threads at once.
     """
 
     def start(self, description: str, total: int | None) -> None:
-        """A task of `total` bytes begins; None where nobody knows how many."""
+        """A task of `total` bytes begins; None if the size is unknown."""
 
     def advance(self, n: int) -> None:
-        """`n` more bytes are there."""
+        """`n` more bytes are done."""
 
     def finish(self) -> None:
-        """The task that was started last is over, done or failed."""
+        """The task that was started last has ended, done or failed."""
 
 
 class Silent:
-    """A `Progress` for when nobody watches."""
+    """A `Progress` that reports nothing."""
 
     def start(self, description: str, total: int | None) -> None: ...
 
@@ -41,7 +41,7 @@ class Silent:
 
 @contextlib.contextmanager
 def task(progress: Progress, description: str, total: int | None) -> Iterator[None]:
-    """A task of `progress` that is finished whatever happens in it."""
+    """A task that is finished even if its block raises."""
     progress.start(description, total)
     try:
         yield
@@ -50,24 +50,20 @@ def task(progress: Progress, description: str, total: int | None) -> Iterator[No
 
 
 def cache_folder() -> Path:
-    """pentad's own cache: `$PENTAD_CACHE`, else `pentad` in the platform's folder for caches.
+    """pentad's own cache, which may not exist yet: `$PENTAD_CACHE`, else `pentad` in the platform's cache folder.
 
-    That is `$XDG_CACHE_HOME`, else `~/.cache`, on macOS `~/Library/Caches`. It may not exist yet.
+    The latter is `$XDG_CACHE_HOME`, else `~/.cache`, on macOS `~/Library/Caches`.
     """
-    if chosen := os.environ.get("PENTAD_CACHE"):
-        return Path(chosen).expanduser().absolute()
+    if folder := os.environ.get("PENTAD_CACHE"):
+        return Path(folder).expanduser().absolute()
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base).expanduser().absolute() / "pentad"
-    home = Path.home()
-    return home / "Library" / "Caches" / "pentad" if sys.platform == "darwin" else home / ".cache" / "pentad"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "pentad"
 
 
 def storage_error(error: OSError, folder: Path, variable: str = "PENTAD_CACHE") -> PentadError:
-    """What to tell a user whose disk refused: a full disk or a folder that can't be written.
-
-    `variable` is the environment variable that moves the cache elsewhere.
-    """
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """The error to raise if a cache's disk is full or read-only; `variable` moves that cache elsewhere."""
+    if error.errno in FULL_DISK:
         return PentadError(f"no space left for {folder}: free some, or set {variable} to a folder on another disk")
     reason = error.strerror or str(error)
-    return PentadError(f"cannot use the cache folder {folder}: {reason}; set {variable} to a folder you can write to")
+    return PentadError(f"cannot use the cache folder {folder}: {reason}; set {variable} to a writable folder")

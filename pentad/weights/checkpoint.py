@@ -1,4 +1,4 @@
-"""What an opened checkpoint is: metadata, and named tensors that nobody has read yet."""
+"""An opened checkpoint: metadata, and named tensors that are not read yet."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ if TYPE_CHECKING:
 
     from pentad.weights.quantized import QuantizedTensor
 
-__all__ = ["Checkpoint", "TensorEntry"]
-
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file, described by its header.
+    """One tensor of a file, as its header describes it.
 
-    `shape` is in torch's order, rows first. Of `dtype` and `quantization` (a key of
-    `pentad.weights.quantized.BLOCKS`) exactly one is None. `nbytes` is what it takes in the file.
-    `read` gives the tensor: a view of the mapped file, or a new one where files hold slices of it.
+    Attributes:
+        name: its name in the file.
+        shape: in torch's order, rows first.
+        dtype: None if the tensor is quantized.
+        quantization: a key of `pentad.weights.quantized.BLOCKS`; None if it isn't quantized.
+        nbytes: its size in the file.
+        read: gives the tensor: a view of the mapped file, or a new one joined from the slices in several files.
     """
 
     name: str
@@ -34,13 +36,14 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's files, opened; nothing but headers has been read.
+    """A checkpoint's files, opened: only headers have been read.
 
-    `format` is "hf" (as transformers saves), "consolidated" (as Mistral and Meta publish) or "gguf".
-    `path` is the folder or, of GGUF, the file, of a split one the first. `config` is config.json,
-    params.json, or the GGUF's metadata with its keys as they are in the file.
-    `generation` is generation_config.json, empty where there is none. `tensors` is empty for a
-    configuration without weights.
+    Attributes:
+        path: the folder; of GGUF the file, and of a split one its first part.
+        format: "hf" (config.json beside the weights), "consolidated" (params.json) or "gguf".
+        config: config.json, params.json, or a GGUF's metadata under the file's own keys.
+        generation: generation_config.json; empty if there is none.
+        tensors: by name; empty for a config without weights.
     """
 
     path: Path

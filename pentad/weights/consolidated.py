@@ -1,34 +1,27 @@
-"""Folders as Mistral and Meta publish them: params.json, and weights called consolidated.
+"""Weights in the consolidated layout: params.json, and weights called consolidated.
 
 One file (`consolidated.safetensors`, `consolidated.00.pth`), or several: numbered (`consolidated.00.pth`,
-`consolidated.01.pth`, …) or in Hugging Face's manner (`consolidated-00001-of-00003.safetensors`, most often with an
-index). Several hold different tensors (Mixtral, Mistral Large), or each holds a slice of every tensor, as Meta's do,
-one for each GPU that the model was made to run on (Llama 2 13B: 2, 70B: 8).
+`consolidated.01.pth`, …) or counted (`consolidated-00001-of-00003.safetensors`, usually with an index). Several files
+hold different tensors, or each holds a slice of every tensor, for one GPU each.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pentad.weights.checkpoint import TensorEntry
-from pentad.weights.files import refuse
+from pentad.weights.files import check_present, refuse
 from pentad.weights.pickled import read_pickled
 from pentad.weights.safetensors import read_safetensors
 from pentad.weights.shards import INDEX, Reader, read_index, read_shards
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["PARAMS", "find_sets", "is_consolidated", "read_consolidated"]
-
 PARAMS = "params.json"
-"""What such a folder has for a config."""
+"""The config of this layout."""
 
 _INDEX = f"consolidated.safetensors{INDEX}"
 _WEIGHTS = re.compile(
@@ -36,8 +29,8 @@ _WEIGHTS = re.compile(
 )
 _READERS: dict[str, Reader] = {".safetensors": read_safetensors, ".pth": read_pickled, ".pt": read_pickled}
 _EMBEDDING = "tok_embeddings.weight"
-# What a slice has fewer columns of: fairscale's RowParallelLinear (an input is cut) and ParallelEmbedding.
-_CUT_IN_COLUMNS = re.compile(r"tok_embeddings\.weight|.*\.(?:wo|w2)\.weight")
+_SLICED_COLUMNS = re.compile(r"tok_embeddings\.weight|.*\.(?:wo|w2)\.weight")
+"""Tensors sliced along their columns: fairscale's RowParallelLinear (which slices the input) and ParallelEmbedding."""
 
 
 def is_consolidated(name: str) -> bool:
@@ -46,10 +39,11 @@ def is_consolidated(name: str) -> bool:
 
 
 def find_sets(folder: Path) -> dict[str, list[Path]]:
-    """A folder's sets of weights, each of which is a whole model by itself.
+    """A folder's sets of weights; each set is a whole model.
 
-    From what all names of a set have in common (`consolidated.*.pth`; of a set with an index, the index's name) to its
-    files in order, those that the index names and that are not there among them.
+    Returns:
+        For each set, the pattern of its names (`consolidated.*.pth`; with an index, the index's name) and its files in
+        order, including those that the index names and that are missing.
     """
     sets: dict[str, list[Path]] = {}
     index = folder / _INDEX
@@ -60,9 +54,9 @@ def find_sets(folder: Path) -> dict[str, list[Path]]:
     for path in sorted(folder.glob("consolidated*")):
         match = _WEIGHTS.fullmatch(path.name)
         if match and path.name not in indexed:
-            changing = next((group for group in ("number", "part") if match[group]), None)
-            start, end = match.span(changing) if changing else (0, 0)
-            sets.setdefault(f"{path.name[:start]}*{path.name[end:]}" if changing else path.name, []).append(path)
+            group = next((group for group in ("number", "part") if match[group]), None)
+            start, end = match.span(group) if group else (0, 0)
+            sets.setdefault(f"{path.name[:start]}*{path.name[end:]}" if group else path.name, []).append(path)
     return sets
 
 
@@ -72,106 +66,88 @@ def read_consolidated(
     """The tensors of a folder's weights.
 
     Args:
-        folder: where they are.
-        params: params.json, by which slices are put together.
-        sets: as `find_sets` gives them.
-        named: the file that the user named, which says which set is meant; None: the only one.
+        folder: holds them.
+        params: params.json, which tells how slices are joined.
+        sets: from `find_sets`.
+        named: the file that the user named, which selects a set; None selects the only set.
 
     Raises:
         BadInput: two sets and no file named, missing files, or files that do not fit together.
     """
-    chosen = [key for key, paths in sets.items() if named == key or named in [path.name for path in paths]] or [*sets]
-    if len(chosen) > 1:
-        names = ", ".join(sets[key][0].name for key in chosen)
-        refuse(folder, f"{len(chosen)} sets of weights: name a file of the one that is meant: {names}")
-    key, paths = chosen[0], sets[chosen[0]]
+    keys = [key for key, paths in sets.items() if named == key or named in [path.name for path in paths]] or [*sets]
+    if len(keys) > 1:
+        names = ", ".join(sets[key][0].name for key in keys)
+        refuse(folder, f"{len(keys)} sets of weights; give the path of a file of one: {names}")
+    key, paths = keys[0], sets[keys[0]]
     if key == _INDEX:
         return read_shards(folder / _INDEX, read_safetensors)
-    _check_names(folder, paths)
-    shards = {path.name: _READERS[path.suffix](path) for path in paths}
-    tensors = _unite(folder, shards, params)
+    check_present(folder, _expected(folder, paths))
+    tensors = _unite(folder, {path.name: _READERS[path.suffix](path) for path in paths}, params)
     if "*" in key:
         _check_count(folder, len(paths), tensors, params)
     return tensors
 
 
-def _check_names(folder: Path, paths: Sequence[Path]) -> None:
-    """An error where the files' own numbers leave some out; how many those called 00, 01, … are, no name says."""
-    matches = [match for path in paths if (match := _WEIGHTS.fullmatch(path.name))]
-    first = matches[0]
-    if first["number"]:
-        count = int(matches[-1]["number"]) + 1
-        wanted = [f"consolidated.{number:02}{first['suffix']}" for number in range(count)]
-    elif first["count"]:
-        count = int(first["count"])
-        wanted = [f"consolidated-{number:05}-of-{first['count']}{first['suffix']}" for number in range(1, count + 1)]
-    else:
-        return
-    there = {path.name for path in paths}
-    missing = [name for name in wanted if name not in there]
-    if missing:
-        refuse(folder, f"{len(missing)} of {len(wanted)} files missing: {', '.join(missing[:8])}")
+def _expected(folder: Path, paths: Sequence[Path]) -> Sequence[Path]:
+    """The files of a set by their names; the names 00, 01, … do not tell how many follow the last one found."""
+    last = _WEIGHTS.fullmatch(paths[-1].name)
+    assert last is not None
+    if last["number"]:
+        return [folder / f"consolidated.{i:02}{last['suffix']}" for i in range(int(last["number"]) + 1)]
+    if last["count"]:
+        count = last["count"]
+        return [folder / f"consolidated-{i:05}-of-{count}{last['suffix']}" for i in range(1, int(count) + 1)]
+    return paths
 
 
 def _unite(
     folder: Path, shards: Mapping[str, dict[str, TensorEntry]], params: Mapping[str, Any]
 ) -> dict[str, TensorEntry]:
-    """The tensors of files that hold different ones, or slices of the same."""
-    homes: dict[str, list[str]] = {}
+    """The tensors of files that hold different ones, or slices of the same ones."""
+    files_of: dict[str, list[str]] = {}
     for file, entries in shards.items():
         for name in entries:
-            homes.setdefault(name, []).append(file)
-    if all(len(files) == 1 for files in homes.values()):
+            files_of.setdefault(name, []).append(file)
+    sliced = next((name for name, files in files_of.items() if len(files) > 1), None)
+    if sliced is None:
         return {name: entry for entries in shards.values() for name, entry in entries.items()}
-    for name, files in homes.items():
-        if len(files) < len(shards):
-            absent = next(file for file in shards if file not in files)
-            shared = next(name for name, files in homes.items() if len(files) > 1)
-            refuse(
-                folder,
-                f"tensor {name!r} is in {files[0]} and not in {absent}, {shared!r} in more than one: files of "
-                "different models?",
-            )
-    return {name: _join(folder, name, {file: shards[file][name] for file in shards}, params) for name in homes}
+    for name, files in files_of.items():
+        absent = next((file for file in shards if file not in files), None)
+        if absent is not None:
+            problem = f"tensor {name!r} is in {files[0]} and not in {absent}, {sliced!r} in more than one"
+            refuse(folder, f"{problem}: files of different models?")
+    return {name: _join(folder, name, {file: shards[file][name] for file in shards}, params) for name in files_of}
 
 
 def _join(folder: Path, name: str, slices: Mapping[str, TensorEntry], params: Mapping[str, Any]) -> TensorEntry:
-    """One tensor from a slice of it in each file, put together when it is read.
+    """One tensor from a slice of it in each file, joined when it is read.
 
-    What is cut along what: https://github.com/meta-llama/llama/blob/main/llama/model.py, by the layers of
-    https://github.com/facebookresearch/fairscale/blob/main/fairscale/nn/model_parallel/layers.py. Norms, and all else
-    with one dimension (rope.freqs), are whole in every file. Llama 3 cuts the embedding into rows, Llama 2 into
-    columns: the width in params.json tells them apart.
+    The slices are those of https://github.com/meta-llama/llama/blob/main/llama/model.py, by the layers of
+    https://github.com/facebookresearch/fairscale/blob/main/fairscale/nn/model_parallel/layers.py. Tensors with one
+    dimension are whole in every file. Embeddings are sliced along their rows or their columns: the width in
+    params.json tells which.
     """
     (first_file, first), *others = slices.items()
     for file, entry in others:
         if (entry.shape, entry.dtype) != (first.shape, first.dtype):
-            refuse(
-                folder,
-                f"tensor {name!r} is {list(first.shape)} {first.dtype} in {first_file} and {list(entry.shape)} "
-                f"{entry.dtype} in {file}: files of different models?",
-            )
+            first_is = f"{list(first.shape)} {first.dtype} in {first_file}"
+            other_is = f"{list(entry.shape)} {entry.dtype} in {file}"
+            refuse(folder, f"tensor {name!r} is {first_is} and {other_is}: files of different models?")
     if len(first.shape) < 2:
         return first
-    in_rows = name == _EMBEDDING and first.shape[1] == params.get("dim")
-    axis = 1 if _CUT_IN_COLUMNS.fullmatch(name) and not in_rows else 0
+    whole_columns = name == _EMBEDDING and first.shape[1] == params.get("dim")
+    axis = 1 if _SLICED_COLUMNS.fullmatch(name) and not whole_columns else 0
     shape = tuple(size * len(slices) if d == axis else size for d, size in enumerate(first.shape))
-    read = partial(_read_joined, [entry.read for entry in slices.values()], axis)
-    return TensorEntry(name, shape, first.dtype, None, first.nbytes * len(slices), read)
-
-
-def _read_joined(reads: Sequence[Callable[[], Any]], axis: int) -> Tensor:
-    return torch.cat([read() for read in reads], axis)
+    reads: Any = [entry.read for entry in slices.values()]
+    nbytes = first.nbytes * len(slices)
+    return TensorEntry(name, shape, first.dtype, None, nbytes, lambda: torch.cat([read() for read in reads], axis))
 
 
 def _check_count(folder: Path, count: int, tensors: Mapping[str, TensorEntry], params: Mapping[str, Any]) -> None:
-    """An error where the embedding is a fraction of what params.json says: the last slices are missing."""
+    """Raise BadInput if the embedding is a fraction of the size in params.json: then the last slices are missing."""
     embedding = tensors.get(_EMBEDDING)
     for size, key in zip(embedding.shape if embedding else (), ("vocab_size", "dim"), strict=False):
         whole = params.get(key)
         if isinstance(whole, int) and 0 < size < whole and whole % size == 0:
-            refuse(
-                folder,
-                f"only {count} of {count * whole // size} files are there: {_EMBEDDING} has {size} of the {whole} that "
-                f"{PARAMS} gives as {key}",
-            )
+            found = f"{_EMBEDDING} has {size} of the {whole} in {PARAMS} ({key})"
+            refuse(folder, f"only {count} of {count * whole // size} files are there: {found}")

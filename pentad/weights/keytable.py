@@ -1,11 +1,12 @@
-"""From a file's tensors to a network's and back, as a table that reads in both directions."""
+"""From a file's tensors to a network's and back: one table, read in both directions."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,25 +24,25 @@ LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 """A layer's number in a module's name."""
 
 
-class Operation(Protocol):
-    """What is done to the tensors of a rule on their way in; `store` undoes what `load` did, without loss."""
+class Operation:
+    """Converts the tensors of a rule when they are loaded; `store` is the exact inverse of `load`."""
 
     def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
-        """The shapes of the file's tensors, from the network's."""
+        """The shapes of the file's tensors, from the network's: the same, unless a subclass changes them."""
+        return ours
 
-    def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
+    def load(self, theirs: Sequence[Value], /) -> Sequence[Value]:
         """The network's tensors, from the file's."""
+        raise NotImplementedError
 
-    def store(self, ours: Sequence[Value]) -> Sequence[Value]:
+    def store(self, ours: Sequence[Value], /) -> Sequence[Value]:
         """The file's tensors, from the network's."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Identity:
-    """The tensor as it is: used in place, where it lies in the file."""
-
-    def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
-        return ours
+class Identity(Operation):
+    """The tensor as it is, in the file's memory."""
 
     def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
         return theirs
@@ -50,17 +51,14 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class UnpermuteRope:
-    """Rows of a projection to `heads` heads, stored for interleaved RoPE, put in half-split order.
+class UnpermuteRope(Operation):
+    """Rows of a projection to `heads` heads, from the interleaved form of RoPE to the half-split form.
 
-    Within a head the file has the pairs (0, 1), (2, 3), … side by side; here a pair is (i, i + D/2). Rows of quantized
-    blocks are whole, so they permute without loss.
+    Within a head of D rows the file has the pairs (0, 1), (2, 3), …; here the pairs are (i, i + D/2). Rows of quantized
+    blocks are whole, so permuting them is exact.
     """
 
     heads: int
-
-    def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
-        return ours
 
     def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
         return [_take_rows(value, self._order(value.shape[0])) for value in theirs]
@@ -73,12 +71,12 @@ class UnpermuteRope:
 
 
 @dataclass(frozen=True)
-class Concat:
-    """Several projections of one input, stored as one tensor: their rows one after the other.
+class Concat(Operation):
+    """Several projections of one input, stored as one tensor with their rows one after the other.
 
     Args:
-        rows: how many rows each has.
-        axis: which dimension the rows are: 1 in stacks of matrices, each of which is joined with its like.
+        rows: the number of rows of each.
+        axis: the dimension of the rows; 1 in stacks of matrices, which are concatenated one by one.
     """
 
     rows: tuple[int, ...]
@@ -92,16 +90,15 @@ class Concat:
         (value,) = theirs
         if isinstance(value, Tensor) or self.axis:
             return torch.split(_numbers(value), list(self.rows), self.axis)
-        stops = [sum(self.rows[: i + 1]) for i in range(len(self.rows))]
-        return [value.rows(stop - count, stop) for stop, count in zip(stops, self.rows, strict=True)]
+        return [value.rows(stop - count, stop) for stop, count in zip(accumulate(self.rows), self.rows, strict=True)]
 
     def store(self, ours: Sequence[Value]) -> Sequence[Value]:
-        blocks = None if self.axis else _one_below_the_other(ours)
+        blocks = None if self.axis else _concat_blocks(ours)
         return [torch.cat([_numbers(value) for value in ours], self.axis) if blocks is None else blocks]
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(Operation):
     """A stack of matrices, one for each expert, stored one by one."""
 
     def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
@@ -109,7 +106,7 @@ class Stacked:
         return [shape[1:]] * shape[0]
 
     def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
-        blocks = _one_below_the_other(theirs)
+        blocks = _concat_blocks(theirs)
         if blocks is None:
             return [torch.stack([_numbers(value) for value in theirs])]
         return [QuantizedTensor(blocks.blocks, blocks.type, (len(theirs), *theirs[0].shape))]
@@ -123,11 +120,11 @@ class Stacked:
 
 
 @dataclass(frozen=True)
-class Flattened:
-    """A stack of matrices, stored as one: the matrices, or their transposes, one below the other.
+class Flattened(Operation):
+    """A stack of matrices, stored as one matrix: all of them, or their transposes, one below the other.
 
     Args:
-        count: how many the stack has.
+        count: the number of matrices.
         transposed: whether the file has the transposes.
     """
 
@@ -148,7 +145,7 @@ class Flattened:
 
 
 @dataclass(frozen=True)
-class Transposed:
+class Transposed(Operation):
     """A stack of matrices, stored as a stack of their transposes."""
 
     def shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
@@ -164,8 +161,8 @@ def _numbers(value: Value) -> Tensor:
     return value.dequantize() if isinstance(value, QuantizedTensor) else value
 
 
-def _one_below_the_other(values: Sequence[Value]) -> QuantizedTensor | None:
-    """The rows of quantized matrices, as one; None where they aren't all quantized alike."""
+def _concat_blocks(values: Sequence[Value]) -> QuantizedTensor | None:
+    """The rows of quantized matrices as one matrix; None if they aren't all quantized in one type."""
     quantized = [value for value in values if isinstance(value, QuantizedTensor)]
     if len(quantized) < len(values) or len({value.type for value in quantized}) > 1:
         return None
@@ -179,10 +176,13 @@ def _take_rows(value: Value, index: Tensor) -> Value:
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: the same modules' names here and in the file, ``*`` standing for a layer's number.
+    """One row of a table: names of modules here and in the file, for their ``weight`` and their ``bias``.
 
-    The rule is for the modules' ``weight`` and ``bias`` alike. One that names a layer by its number is for that layer.
-    Where it is `bare`, the file's tensors have the modules' names without ``.weight``.
+    Args:
+        ours: ``*`` stands for a layer's number; a name with a number is for that layer only.
+        theirs: as `ours`.
+        operation: how the tensors are converted.
+        bare: whether the file's tensors have the modules' names without ``.weight``.
     """
 
     ours: str | tuple[str, ...]
@@ -200,7 +200,7 @@ class Group(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """Tensors of the network, by our names, with the file's that they are made of, and how."""
+    """Tensors of the network, by our names, with the file's tensors that they are made of."""
 
     ours: tuple[str, ...]
     entries: tuple[TensorEntry, ...]
@@ -208,11 +208,11 @@ class Pairing(NamedTuple):
 
 
 class KeyTable:
-    """All rows of a family for one layout of file, and what in such files has no counterpart and is ignored.
+    """All rules of a family for one layout of file.
 
     Args:
-        rules: names of modules; of two rules for the same module the later one holds.
-        ignored: regular expressions for names of tensors that carry no weight of the network.
+        rules: of two rules for the same module the later one holds.
+        ignored: regular expressions for names of the file's tensors that carry no weight of the network.
     """
 
     def __init__(self, rules: Iterable[Rule], ignored: Sequence[str] = ()) -> None:
@@ -221,21 +221,21 @@ class KeyTable:
         self._rule_of = {module: rule for rule in self.rules for module in _names(rule.ours)}
 
     def groups(self, names: Iterable[str]) -> list[Group]:
-        """The network's tensors `names` (those that a rule ties together: all of them), with the file's names.
+        """The network's tensors `names`, each with all tensors that its rule ties together.
 
         Raises:
-            LookupError: there is no rule for one.
+            LookupError: there is no rule for a name.
         """
         groups = dict[str, Group]()
         for name in names:
-            module, _, kind = name.rpartition(".")
+            module, _, leaf = name.rpartition(".")
             numbers = LAYER.findall(module)
             rule = self._rule_of.get(module) or self._rule_of.get(LAYER.sub("*", module))
             if rule is None:
-                raise LookupError(f"the family's table has no rule for its own tensor {name}")
+                raise LookupError(f"the family's key table has no rule for its own tensor {name}")
             ours, theirs = (
                 tuple(f"{_numbered(pattern, numbers)}{ending}" for pattern in _names(patterns))
-                for patterns, ending in ((rule.ours, f".{kind}"), (rule.theirs, "" if rule.bare else f".{kind}"))
+                for patterns, ending in ((rule.ours, f".{leaf}"), (rule.theirs, "" if rule.bare else f".{leaf}"))
             )
             groups.setdefault(ours[0], Group(ours, theirs, rule.operation))
         return list(groups.values())
@@ -243,46 +243,48 @@ class KeyTable:
     def pair(
         self, tensors: Mapping[str, TensorEntry], shapes: Mapping[str, Sequence[int]], source: object
     ) -> list[Pairing]:
-        """Each tensor of the network with the file's that it is made of, and how.
+        """Pair each tensor of the network with the file's tensors that it is made of.
 
         Args:
             tensors: the file's.
-            shapes: the network's tensors, by our names.
+            shapes: of the network's tensors, by our names.
             source: names the file in errors.
 
         Raises:
-            BadInput: one that names every tensor that is missing, not used or of the wrong shape.
+            BadInput: names all tensors that are missing, not used or of the wrong shape.
         """
         pairs: list[Pairing] = []
         used: set[str] = set()
-        missing, misshapen = [], []
+        problems: dict[str, list[str]] = {"missing": [], "of the wrong shape": [], "not used": []}
         for ours, theirs, operation in self.groups(shapes):
             expected = operation.shapes([tuple(shapes[name]) for name in ours])
             for name, shape in zip(theirs, expected, strict=True):
                 if name not in tensors:
-                    missing.append(name)
+                    problems["missing"].append(name)
                 elif tensors[name].shape != tuple(shape):
-                    misshapen.append(f"{name} is {list(tensors[name].shape)}, the config asks for {list(shape)}")
+                    mismatch = f"{name} is {list(tensors[name].shape)}, the config asks for {list(shape)}"
+                    problems["of the wrong shape"].append(mismatch)
             used.update(theirs)
             if all(name in tensors for name in theirs):
                 pairs.append(Pairing(ours, tuple(tensors[name] for name in theirs), operation))
-        unused = [n for n in tensors if n not in used and not any(p.fullmatch(n) for p in self.ignored)]
-        problems = [
-            f"{len(names)} {what}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
-            for what, names in (("missing", missing), ("of the wrong shape", misshapen), ("not used", unused))
+        unused = (name for name in tensors if name not in used)
+        problems["not used"] = [name for name in unused if not any(p.fullmatch(name) for p in self.ignored)]
+        lists = [
+            f"{len(names)} {problem}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+            for problem, names in problems.items()
             if names
         ]
-        if problems:
-            raise BadInput(f"{source}: tensors don't fit the config: {'; '.join(problems)}")
+        if lists:
+            raise BadInput(f"{source}: tensors don't fit the config: {'; '.join(lists)}")
         return pairs
 
     def found(self, tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> int:
-        """How many of the tensors that this layout has for the network's `names` are in a file."""
+        """How many of this layout's tensors for the network's `names` are in a file."""
         return sum(name in tensors for group in self.groups(names) for name in group.theirs)
 
 
 def best_table(tables: Sequence[KeyTable], tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> KeyTable:
-    """Of the layouts that a family has been published in, the one that a file's tensors are named by."""
+    """The table of the layout, of all in which a family has been published, that most of a file's tensors fit."""
     names = list(names)
     return max(tables, key=lambda table: table.found(tensors, names))
 

@@ -1,4 +1,4 @@
-"""Files mapped into memory, and their pages given back once they were read."""
+"""Files mapped into memory, and releasing their pages after use."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from torch import Tensor
 
 from pentad.errors import PentadError
 
-__all__ = ["drop_pages", "map_file"]
-
 
 def map_file(path: Path) -> Tensor:
-    """A file's bytes, uint8 [size]: what is written to them stays in this process.
+    """A file's bytes, uint8 [size]; writes to them do not reach the file.
 
-    Raises PentadError where the system can't map it.
+    Raises:
+        PentadError: the system cannot map the file.
     """
     with contextlib.suppress(RuntimeError):
         return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    # Such a mapping counts as memory, and the file is larger than there is of that. One that can't be written doesn't.
+    # A writable mapping counts as memory, of which there is less than the file needs. A read-only one doesn't count.
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
@@ -33,10 +32,10 @@ def map_file(path: Path) -> Tensor:
 
 
 def drop_pages(view: Tensor) -> None:
-    """Give back the memory that a view of a mapped file takes; whoever looks again reads the file again.
+    """Free the memory of a view of a mapped file; the next access reads the file again.
 
-    Only whole pages go, which are nobody else's. Where torch wrote to the mapping, nothing is given back: it would be
-    lost.
+    Only whole pages are freed, since the others may belong to neighbors too. If torch has written to the mapping,
+    nothing is freed, because the changes would be lost.
     """
     if not hasattr(mmap, "MADV_DONTNEED") or view.is_inference() or view._version:
         return

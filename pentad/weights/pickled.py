@@ -1,4 +1,4 @@
-"""One PyTorch file (torch.save of a state dict) -> named tensors, mapped; nothing in it is run."""
+"""One PyTorch file (torch.save of a state dict) -> named tensors, mapped; no code in it is run."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pentad.errors import PentadError
 from pentad.weights.checkpoint import TensorEntry
 from pentad.weights.files import describe, read_start, refuse
 
-__all__ = ["is_pickled", "read_pickled"]
-
 _ZIP = b"PK\x03\x04"
 _SAFE = "ask for the model as safetensors"
 
 
 def is_pickled(start: bytes) -> bool:
-    """Whether a file that begins so is a zip archive or a pickle: torch.save writes both."""
+    """Whether a file that starts with these bytes is a zip archive or a pickle: torch.save writes both."""
     return start.startswith((_ZIP, b"\x80"))
 
 
 def read_pickled(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file. BadInput for what holds anything but tensors, or wants to run code.
+    """The tensors of one file.
 
-    Only the archives that torch.save has written since PyTorch 1.6 (2020) are read: those can be
-    mapped. PentadError where the system doesn't map it.
+    Raises:
+        BadInput: it holds anything but named tensors, wants to run code, or is no archive of the form that torch.save
+            has written since PyTorch 1.6 (2020); only such archives can be mapped.
+        PentadError: the system cannot map it.
     """
     if not read_start(path).startswith(_ZIP):
         refuse(path, f"not a PyTorch archive but {describe(path)}; {_SAFE}")
@@ -35,18 +35,18 @@ def read_pickled(path: Path) -> dict[str, TensorEntry]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a hostile archive can raise nearly anything
-        if "unable to mmap" in str(error):  # torch's, where the file is larger than memory
+        if "unable to mmap" in str(error):  # the file is larger than memory
             raise PentadError(f"{path}: cannot be mapped into memory: {str(error).splitlines()[0]}") from error
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        wants = f"its pickle wants to run code ({named[1]})" if named else "not an archive of tensors"
-        refuse(path, f"{wants}: refused; {_SAFE}")
+        function = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"its pickle wants to run code ({function[1]})" if function else "not an archive of tensors"
+        refuse(path, f"{problem}: refused; {_SAFE}")
     if not isinstance(state, dict):
         refuse(path, f"holds a {type(state).__name__}, not a dict of tensors; {_SAFE}")
     return {name: _entry(path, name, value) for name, value in state.items()}
 
 
 def _check_archive(path: Path) -> None:
-    """An error for compressed members: torch.save stores them, and only those can be mapped."""
+    """Raise BadInput for compressed members: torch.save stores them uncompressed, and only those can be mapped."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()

@@ -1,7 +1,7 @@
 """Quantized weights, kept as the blocks of their file.
 
-A block holds 32 to 256 neighboring weights of one row: small integers, and the scales that make
-numbers of them. The formats are ggml's: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
+A block holds 32 to 256 neighboring weights of one row: small integers, and their scales. The formats are ggml's:
+https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,62 +16,36 @@ from torch import Tensor
 from pentad.errors import PentadError
 from pentad.weights.mapped import drop_pages
 
-__all__ = ["BLOCKS", "Affine4", "QuantizedTensor"]
-
+# fmt: off
 BLOCKS = {
-    "q4_0": (32, 18),
-    "q4_1": (32, 20),
-    "q5_0": (32, 22),
-    "q5_1": (32, 24),
-    "q8_0": (32, 34),
-    "q2_k": (256, 84),
-    "q3_k": (256, 110),
-    "q4_k": (256, 144),
-    "q5_k": (256, 176),
-    "q6_k": (256, 210),
-    "iq2_xxs": (256, 66),
-    "iq2_xs": (256, 74),
-    "iq3_xxs": (256, 98),
-    "iq1_s": (256, 50),
-    "iq4_nl": (32, 18),
-    "iq3_s": (256, 110),
-    "iq2_s": (256, 82),
-    "iq4_xs": (256, 136),
-    "iq1_m": (256, 56),
-    "tq1_0": (256, 54),
-    "tq2_0": (256, 66),
-    "mxfp4": (32, 17),
-    "nvfp4": (64, 36),
+    "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34),
+    "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
+    "iq2_xxs": (256, 66), "iq2_xs": (256, 74), "iq3_xxs": (256, 98), "iq1_s": (256, 50), "iq4_nl": (32, 18),
+    "iq3_s": (256, 110), "iq2_s": (256, 82), "iq4_xs": (256, 136), "iq1_m": (256, 56),
+    "tq1_0": (256, 54), "tq2_0": (256, 66), "mxfp4": (32, 17), "nvfp4": (64, 36),
 }
-"""Type name -> (weights a block, bytes a block), for every type that can be dequantized."""
+# fmt: on
+"""Type name -> (weights a block, bytes a block), for each type that can be dequantized."""
 
 AFFINE4 = ("q4_0", "q4_1", "q4_k")
 """Types whose weights are 4-bit integers with a scale and a minimum per 32."""
 
-# Weights dequantized at a time: as float32 they stay in the caches, and fork-joins are few.
-_SLAB = 1 << 19
-
-
-class Affine4(NamedTuple):
-    """Four-bit weights as integers: `value = q * scale + minimum`, groups of 32 sharing the two."""
-
-    q: Tensor
-    """int32 [*leading, columns], 0 to 15."""
-    scale: Tensor
-    """float32 [*leading, columns / 32]."""
-    minimum: Tensor
-    """float32 [*leading, columns / 32]."""
+SLAB = 1 << 19  # weights dequantized at a time: as float32 they fit in the CPU's caches
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A weight in the blocks of its file, most often a view of the mapped file itself.
+    """A weight in the blocks of its file, usually a view of the mapped file.
 
-    `stored` is uint8 [rows, bytes a row]; `type` a key of BLOCKS; `shape` the shape of the numbers
-    in torch's order. Of a shape with more than two dimensions (stacked experts), all but the last
-    are flattened into rows. `order` (int64) names the rows of `stored` that are meant, where they
-    aren't all of them as they come. `mapped` says that `stored` is a view of a mapped file. Raises
-    ValueError where these do not fit together.
+    Attributes:
+        stored: uint8 [rows, bytes a row].
+        type: a key of BLOCKS.
+        shape: of the dequantized weight, in torch's order. All dimensions but the last are flattened into rows.
+        order: int64, the row of `stored` for each row of the weight; None if both are in the same order.
+        mapped: whether `stored` is a view of a mapped file.
+
+    Raises:
+        ValueError: these do not fit together.
     """
 
     stored: Tensor
@@ -83,18 +56,19 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         if self.type not in BLOCKS:
-            raise ValueError(f"unknown quantization {self.type!r}: known are {', '.join(BLOCKS)}")
+            raise ValueError(f"unknown quantization {self.type!r}; known types: {', '.join(BLOCKS)}")
         size, nbytes = BLOCKS[self.type]
         rows, columns = math.prod(self.shape[:-1]), self.shape[-1]
         if columns % size:
             raise ValueError(f"{columns} columns are not whole {self.type} blocks of {size}")
-        wanted = rows, columns // size * nbytes
-        given = len(self.stored if self.order is None else self.order), *self.stored.shape[1:]
-        if self.stored.dtype != torch.uint8 or given != wanted:
-            raise ValueError(f"{self.type} blocks of {self.shape} are uint8 {wanted}, not {self.stored.dtype} {given}")
+        expected = rows, columns // size * nbytes
+        found = len(self.stored if self.order is None else self.order), *self.stored.shape[1:]
+        if self.stored.dtype != torch.uint8 or found != expected:
+            blocks = f"{self.type} blocks of {self.shape}"
+            raise ValueError(f"{blocks} are {self.stored.dtype} {found}; expected torch.uint8 {expected}")
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are views of the same stored rows: one weight, of which one packed form will do."""
+        """Whether both are the same rows in the same memory, so that they can share a packed form."""
         if not isinstance(other, QuantizedTensor):
             return NotImplemented
         same_memory = self.stored is other.stored and self.order is other.order
@@ -105,31 +79,21 @@ class QuantizedTensor:
 
     @property
     def blocks(self) -> Tensor:
-        """uint8 [rows, bytes a row]: `stored` itself, or a new copy of its rows in `order`."""
+        """uint8 [rows, bytes a row]: `stored` itself, or a copy of its rows in `order`."""
         return self.stored if self.order is None else self.stored.index_select(0, self.order)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the blocks."""
-        size, nbytes = BLOCKS[self.type]
-        return math.prod(self.shape) // size * nbytes
-
-    @property
-    def is_affine4(self) -> bool:
-        """Whether `affine4` can be called: 4-bit integers with a scale and a minimum per 32."""
-        return self.type in AFFINE4
-
     def rows(self, start: int, stop: int) -> QuantizedTensor:
-        """Rows start to stop of the flattened rows, as a view: shape (stop - start, columns)."""
+        """The flattened rows from start to stop, as a view of shape (stop - start, columns)."""
         if self.order is not None:
             return self.take_rows(torch.arange(start, min(stop, len(self.order)), device=self.order.device))
         stored = self.stored[start:stop]
         return replace(self, stored=stored, shape=(len(stored), self.shape[-1]))
 
     def chunk(self, count: int, dim: int = -2) -> tuple[QuantizedTensor, ...]:
-        """As `Tensor.chunk`, along the rows: the matrix, or each of a stack, in `count` parts of equal height.
+        """As `Tensor.chunk` along the rows: the matrix, or each one of a stack, in `count` parts of equal height.
 
-        Raises ValueError where its rows are not so many equal parts, or for another dimension.
+        Raises:
+            ValueError: `count` does not divide the rows, or `dim` is another dimension.
         """
         *stack, rows, _ = self.shape
         if dim != -2 or rows % count:
@@ -138,27 +102,25 @@ class QuantizedTensor:
         return tuple(self.take_rows(part) for part in index.unbind(-2))
 
     def take_rows(self, index: Tensor) -> QuantizedTensor:
-        """The flattened rows that `index` (integers of any shape) names, as a view.
+        """The flattened rows at `index` (integers of any shape), as a view of shape (*index.shape, columns).
 
-        The result's shape is (*index.shape, columns). Nothing is lost: a permutation of rows, or an
-        embedding's gather. Raises IndexError for a row that is not there.
+        Raises:
+            IndexError: a row does not exist.
         """
         every = torch.arange(len(self.stored), device=self.stored.device) if self.order is None else self.order
         order = every.index_select(0, index.reshape(-1))
         return replace(self, order=order, shape=(*index.shape, self.shape[-1]))
 
     def release(self) -> None:
-        """Let go of the memory that the blocks of a mapped file take; they are read again when they are wanted again.
-
-        For whoever has made something else of them.
-        """
+        """Free the memory of a mapped file's blocks, after a use: the next access reads the file again."""
         if self.mapped:
             drop_pages(self.stored)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The numbers, as a tensor [*shape]: computed in float32, then rounded to `dtype`.
+        """The numbers [*shape], computed in float32, then rounded to `dtype`.
 
-        Raises PentadError where the installed `gguf` is too old to know the type.
+        Raises:
+            PentadError: the installed `gguf` is too old to know the type.
         """
         size, nbytes = BLOCKS[self.type]
         blocks = self.blocks.reshape(-1, nbytes)
@@ -166,16 +128,23 @@ class QuantizedTensor:
         decode = _DECODERS.get(self.type)
         if decode is None:
             return out.copy_(_by_gguf(self.blocks, self.type).view(-1, size)).view(self.shape)
-        count = max(1, _SLAB // size)
+        count = max(1, SLAB // size)
         for start in range(0, len(blocks), count):
             part = slice(start, start + count)
             out[part].copy_(decode(blocks[part]))
         return out.view(self.shape)
 
-    def affine4(self) -> Affine4:
-        """The exact 4-bit form of q4_0, q4_1 and q4_k. Raises ValueError for other types."""
-        if not self.is_affine4:
-            raise ValueError(f"{self.type} is not 4 bits with a scale and a minimum: dequantize it")
+    def affine4(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Integers q and the scales and minimums of groups of 32: the numbers are exactly `q * scale + minimum`.
+
+        Returns:
+            int32 [*shape], 0 to 15; float32 [*leading, columns / 32] twice.
+
+        Raises:
+            ValueError: the type is not in AFFINE4.
+        """
+        if self.type not in AFFINE4:
+            raise ValueError(f"type is {self.type}; expected one of {', '.join(AFFINE4)}")
         nbytes = BLOCKS[self.type][1]
         blocks = self.blocks.reshape(-1, nbytes)
         if self.type == "q4_k":
@@ -185,7 +154,7 @@ class QuantizedTensor:
             minimum = _halves(blocks, 1) if self.type == "q4_1" else scale * -8
             q = _nibbles(blocks[:, nbytes - 16 :], 16)
         groups = (*self.shape[:-1], self.shape[-1] // 32)
-        return Affine4(q.int().view(self.shape), scale.view(groups), minimum.view(groups))
+        return q.int().view(self.shape), scale.view(groups), minimum.view(groups)
 
 
 def _halves(blocks: Tensor, index: int) -> Tensor:
@@ -221,10 +190,9 @@ def _q4_k(blocks: Tensor) -> Tensor:
 def _q4_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and minimums of the 8 groups of a q4_k block: float32 [blocks, 8] each.
 
-    Both are 6-bit integers times a float16 of the block. Bytes 0-3 have the first four scales and,
-    above them, the two high bits of the last four; bytes 4-7 the same of the minimums; bytes 8-11
-    the four low bits of the last four scales and, above them, of the minimums (get_scale_min_k4 in
-    ggml-quants.c).
+    Both are 6-bit integers times a float16 of the block. Bytes 0-3 have the first four scales and, above them, the two
+    high bits of the last four. Bytes 4-7 have the minimums in the same form. Bytes 8-11 have the four low bits of the
+    last four scales and, above them, those of the last four minimums (get_scale_min_k4 in ggml-quants.c).
     """
     d, m, low = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scale = torch.cat((d & 63, (low & 15) | (d >> 2 & 48)), 1)
@@ -232,23 +200,18 @@ def _q4_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return scale.float() * _halves(blocks, 0), minimum.float() * -_halves(blocks, 1)
 
 
-_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "q4_0": _q4_0,
-    "q4_1": _q4_1,
-    "q4_k": _q4_k,
-    "q8_0": _q8_0,
-}
+_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {"q4_0": _q4_0, "q4_1": _q4_1, "q4_k": _q4_k, "q8_0": _q8_0}
 
 
 def _by_gguf(blocks: Tensor, name: str) -> Tensor:
-    """The numbers of any type, by ggml's own Python package: float32 [rows, columns]."""
+    """float32 [rows, columns] from blocks of any type, by ggml's own Python package."""
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     try:
-        kind = GGMLQuantizationType[name.upper()]
+        ggml_type = GGMLQuantizationType[name.upper()]
     except KeyError:
         raise PentadError(f"the installed gguf is too old for {name}: upgrade it") from None
-    with np.errstate(all="ignore"):  # infinite and NaN scales are the caller's to notice
-        return torch.from_numpy(dequantize(blocks.cpu().numpy(), kind))
+    with np.errstate(all="ignore"):  # a scale may be infinite or NaN; callers check
+        return torch.from_numpy(dequantize(blocks.cpu().numpy(), ggml_type))

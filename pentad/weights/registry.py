@@ -11,12 +11,10 @@ from pentad.weights import hub, wheel
 from pentad.weights.cache import Progress, Silent, cache_folder, storage_error
 from pentad.weights.wheel import WheelFile
 
-__all__ = ["KNOWN", "KnownModel", "ModelRow", "known", "locate", "remove"]
-
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model that pentad has a name of its own for."""
+    """A model that has a name of pentad's own."""
 
     source: WheelFile
     description: str
@@ -24,7 +22,7 @@ class KnownModel:
 
     @property
     def path(self) -> Path:
-        """Where in pentad's cache its file is, once pulled."""
+        """Its file in pentad's cache, once pulled."""
         return cache_folder() / "models" / Path(self.source.member).name
 
 
@@ -57,27 +55,32 @@ class ModelRow:
 
 
 def locate(name_or_path: str | os.PathLike[str], *, progress: Progress | None = None) -> Path:
-    """The file or folder that a name or a path stands for; what is missing is pulled.
+    """The file or folder of a model, pulled if it is missing.
 
-    In this order: one of pentad's own names (`./smollm2` means a file of that name); a path that
-    exists, returned as it is; a hub name, `org/name[@revision][:quantization]`, by way of
-    huggingface_hub and its cache. A hub name gives the snapshot's folder or, where the repository
-    is one of GGUF files, the file (of a split one the first).
+    Args:
+        name_or_path: looked up in this order: one of pentad's own names (`./smollm2` is a file of that name); an
+            existing path; a hub name, `org/name[@revision][:quantization]`.
+        progress: is told of the bytes of a pull.
 
-    Raises BadInput for a path that isn't there, a name that nobody knows and an absent repository,
-    revision or file; PentadError when a pull fails, and offline when it isn't cached.
+    Returns:
+        An existing path as it is; of a hub name the snapshot's folder or, if the repository holds GGUF files, the file
+        (of a split one the first part).
+
+    Raises:
+        BadInput: a missing path, an unknown name, or an absent repository, revision or file.
+        PentadError: a pull fails, or pentad is offline and the model isn't cached.
     """
     name = os.fspath(name_or_path)
-    watcher = progress if progress is not None else Silent()
+    progress = progress or Silent()
     if isinstance(name_or_path, str) and (model := KNOWN.get(name)) is not None:
-        wheel.pull(model.source, model.path, watcher)
+        wheel.pull(model.source, model.path, progress)
         return model.path
     path = Path(name).expanduser() if name.startswith("~") else Path(name)
     if name and os.path.exists(path):
         return path
     if not isinstance(name_or_path, str) or _looks_like_a_path(name):
         raise BadInput(f"no such file or folder: {name!r}")
-    return hub.pull(_parse(name), watcher)
+    return hub.pull(_parse(name), progress)
 
 
 def known() -> list[ModelRow]:
@@ -86,17 +89,18 @@ def known() -> list[ModelRow]:
     for name, model in KNOWN.items():
         path = model.path if wheel.is_pulled(model.source, model.path) else None
         rows.append(ModelRow(name, path, model.source.nbytes, model.description, model.license))
-    rows += [
-        ModelRow(repo.name, repo.path, repo.nbytes, "in the Hugging Face cache", None) for repo in hub.cached_repos()
-    ]
-    return rows
+    return rows + [ModelRow(*repo, "in the Hugging Face cache", None) for repo in hub.cached_repos()]
 
 
 def remove(name: str) -> int:
-    """Take a model out of its cache: one of pentad's own, `org/name` or `org/name@revision`.
+    """Remove a model from its cache: one of pentad's own names, `org/name` or `org/name@revision`.
 
-    Returns the bytes freed. Raises BadInput when nothing of that name is cached, PentadError when
-    the disk refuses.
+    Returns:
+        The bytes freed.
+
+    Raises:
+        BadInput: no model of that name is cached.
+        PentadError: the disk refuses.
     """
     if (model := KNOWN.get(name)) is None:
         return hub.remove(_parse(name))
@@ -111,7 +115,7 @@ def remove(name: str) -> int:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    """Whether whoever wrote this meant a file: no hub name starts, ends or is divided like it."""
+    """Whether the user meant a file: no hub name starts, ends or is divided like this."""
     return (
         name.startswith((".", "~", os.sep))
         or "\\" in name
@@ -124,8 +128,5 @@ def _looks_like_a_path(name: str) -> bool:
 def _parse(name: str) -> hub.HubName:
     if "/" in name:
         return hub.parse(name)
-    raise BadInput(
-        f"unknown model {name!r}: pentad knows {', '.join(KNOWN)}; "
-        "a model of the Hugging Face hub is org/name[@revision][:quantization], "
-        "a file or folder is given by its path"
-    )
+    hub_name = "a model of the Hugging Face hub is org/name[@revision][:quantization]"
+    raise BadInput(f"unknown model {name!r}; known models: {', '.join(KNOWN)}; {hub_name}; or give a path")

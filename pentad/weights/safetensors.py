@@ -16,69 +16,62 @@ from safetensors import SafetensorError, safe_open
 
 from pentad.errors import PentadError
 from pentad.weights.checkpoint import TensorEntry
-from pentad.weights.files import describe, read_start, refuse
+from pentad.weights.files import MAX_JSON_BYTES, describe, read_start, refuse
 
-__all__ = ["DTYPES", "is_safetensors", "read_safetensors"]
-
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# fmt: off
 DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
 }
-"""The format's dtypes, those that torch has."""
+# fmt: on
+"""The format's dtypes, except those that torch lacks."""
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Whether a file that begins so (9 bytes or more) is meant to be safetensors."""
-    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER_BYTES
+    """Whether a file that starts with these bytes (at least 9) is meant to be safetensors."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_JSON_BYTES
 
 
 def read_safetensors(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file, none of them read. BadInput names the file, and the tensor too."""
+    """The tensors of one file, none of which is read.
+
+    Raises:
+        BadInput: names the file and the tensor that is wrong.
+        PentadError: the system cannot map the file.
+    """
     read_start(path)
     try:
         file: Any = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         refuse(path, _diagnose(path) or str(error))
-    except RuntimeError as error:  # torch's, where the file is larger than memory
+    except RuntimeError as error:  # torch's, if the file is larger than memory
         raise PentadError(f"{path}: cannot be mapped into memory: {str(error).splitlines()[0]}") from error
     entries = {}
     for name in file.keys():  # noqa: SIM118 - not a dict
         header = file.get_slice(name)
         dtype, shape = DTYPES.get(header.get_dtype()), tuple(header.get_shape())
         if dtype is None:
-            refuse(path, f"tensor {name!r}: {_unknown_dtype(header.get_dtype())}")
+            refuse(path, _unknown_dtype(name, header.get_dtype()))
         nbytes = math.prod(shape) * dtype.itemsize
         entries[name] = TensorEntry(name, shape, dtype, None, nbytes, partial(file.get_tensor, name))
     return entries
 
 
-def _unknown_dtype(dtype: object) -> str:
-    return f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"
+def _unknown_dtype(name: str, dtype: object) -> str:
+    return f"tensor {name!r}: dtype {dtype!r} is not one of {', '.join(DTYPES)}"
 
 
 def _diagnose(path: Path) -> str | None:
-    """What is wrong with a file that the library refused, in more detail; None if unclear."""
+    """The problem of a file that the library refused, in more detail than the library gives; None if unclear."""
     size = path.stat().st_size
     start = read_start(path)
     length = int.from_bytes(start[:8], "little")
     if start[8:9] != b"{":
         return f"not a safetensors file but {describe(path)}"
-    if length > _MAX_HEADER_BYTES:
-        return f"the header claims {length} bytes, the format allows {_MAX_HEADER_BYTES}"
+    if length > MAX_JSON_BYTES:
+        return f"the header claims {length} bytes, the format allows {MAX_JSON_BYTES}"
     if 8 + length > size:
         return f"truncated: the header alone takes {8 + length} bytes, the file has {size}"
     try:
@@ -86,7 +79,7 @@ def _diagnose(path: Path) -> str | None:
         infos = {name: header[name] for name in header if name != "__metadata__"}
         for name, info in infos.items():
             if info["dtype"] not in DTYPES:
-                return f"tensor {name!r}: {_unknown_dtype(info['dtype'])}"
+                return _unknown_dtype(name, info["dtype"])
         end = 8 + length + max(info["data_offsets"][1] for info in infos.values())
         if end > size:
             return f"truncated: {end - size} of {end} bytes are missing; download it again"
@@ -94,10 +87,8 @@ def _diagnose(path: Path) -> str | None:
             first, last = info["data_offsets"]
             nbytes = math.prod(info["shape"]) * DTYPES[info["dtype"]].itemsize
             if last - first != nbytes:
-                return (
-                    f"tensor {name!r} of {info['shape']} {info['dtype']} takes {nbytes} bytes, its "
-                    f"offsets leave {last - first}"
-                )
+                tensor = f"tensor {name!r} of {info['shape']} {info['dtype']}"
+                return f"{tensor} takes {nbytes} bytes, its offsets leave {last - first}"
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError):
-        return None  # the header is no table of tensors at all: the library's own words will do
+        return None  # the header is no table of tensors at all: the library's message says so
     return None

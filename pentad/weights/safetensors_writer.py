@@ -6,7 +6,7 @@ The format: https://github.com/huggingface/safetensors#format. Equal tensors giv
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,10 @@ import torch
 from pentad.weights.atomic import NewFile, write_files
 from pentad.weights.safetensors import DTYPES
 from pentad.weights.shards import INDEX
-from pentad.weights.writing import PendingTensor, pieces, split
+from pentad.weights.writing import PendingTensor, file_of, split
 
 if TYPE_CHECKING:
     from pentad.weights.cache import Progress
-
-__all__ = ["write_safetensors"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -28,15 +26,15 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def write_safetensors(
     folder: Path, stem: str, tensors: Sequence[PendingTensor], *, shard_bytes: int, progress: Progress | None = None
 ) -> list[Path]:
-    """Write `stem`.safetensors or, where that would be more than `shard_bytes`, shards and their index.
+    """Write `stem`.safetensors or, if it would be larger than `shard_bytes`, shards and their index.
 
-    Those are called as transformers calls them: `stem`-00001-of-0000N.safetensors, `stem`.safetensors.index.json.
+    Shards have transformers' names: `stem`-00001-of-0000N.safetensors, `stem`.safetensors.index.json.
 
     Args:
-        folder: where to; made if it is missing.
-        stem: "model" of Hugging Face's layout, "consolidated" of Mistral's.
-        tensors: in the order in which they are shared out; `kind` is a dtype.
-        shard_bytes: the most that the tensors of one file take; one that is larger has a file to itself.
+        folder: made if it is missing.
+        stem: "model" in Hugging Face's layout, "consolidated" in the other.
+        tensors: distributed over the shards in this order; each `type` is a dtype.
+        shard_bytes: limit for the tensors of one file; a larger tensor gets a file for itself.
         progress: is told of the bytes written.
 
     Returns:
@@ -44,8 +42,8 @@ def write_safetensors(
 
     Raises:
         BadInput: a file of that name exists, or a number is too large for its dtype.
-        PentadError: the disk is full or can't be written. Nothing is left of the files then.
-        ValueError: a name is there twice, or what `make` gives is not what was promised.
+        PentadError: the disk is full or can't be written; no file is left then.
+        ValueError: a duplicate name, or a tensor that differs from its description.
     """
     weight_map: dict[str, str] = {}
     shards = split(tensors, shard_bytes)
@@ -55,7 +53,7 @@ def write_safetensors(
         path = folder / f"{stem}{part}.safetensors"
         for tensor in shard:
             if tensor.name in weight_map or tensor.name == "__metadata__":
-                raise ValueError(f"tensor {tensor.name!r} is there twice, or can't be called so")
+                raise ValueError(f"tensor {tensor.name!r} is there twice, or has a reserved name")
             weight_map[tensor.name] = path.name
         files.append(_file(path, shard))
     if len(shards) > 1:
@@ -66,30 +64,23 @@ def write_safetensors(
 
 
 def _file(path: Path, tensors: Sequence[PendingTensor]) -> NewFile:
-    # The widest numbers first, as the library has them: so all are aligned.
-    ordered = sorted(tensors, key=lambda tensor: -_itemsize(tensor))
+    # The widest numbers first, as the library orders them, so that all are aligned.
+    ordered = sorted(tensors, key=lambda tensor: -_dtype(tensor).itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in ordered:
         start, end = end, end + tensor.nbytes
         header[tensor.name] = {
-            "dtype": _NAMES[tensor.kind],  # type: ignore[index]
+            "dtype": _NAMES[_dtype(tensor)],
             "shape": tensor.shape,
             "data_offsets": (start, end),
         }
     content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
-    start_of_file = len(content).to_bytes(8, "little") + content
-    return NewFile(path, len(start_of_file) + end, _pieces(start_of_file, ordered))
+    return file_of(path, len(content).to_bytes(8, "little") + content, ordered)
 
 
-def _itemsize(tensor: PendingTensor) -> int:
-    if not isinstance(tensor.kind, torch.dtype) or tensor.kind not in _NAMES:
-        raise ValueError(f"tensor {tensor.name!r}: safetensors has no {tensor.kind}")
-    return tensor.kind.itemsize
-
-
-def _pieces(start: bytes, tensors: Sequence[PendingTensor]) -> Iterator[bytes | memoryview]:
-    yield start
-    for tensor in tensors:
-        yield from pieces(tensor)
+def _dtype(tensor: PendingTensor) -> torch.dtype:
+    if not isinstance(tensor.type, torch.dtype) or tensor.type not in _NAMES:
+        raise ValueError(f"tensor {tensor.name!r}: safetensors has no {tensor.type}")
+    return tensor.type

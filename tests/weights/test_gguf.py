@@ -116,7 +116,7 @@ def test_quantized_tensors(tmp_path: Path, name: str) -> None:
     assert isinstance(tensor, QuantizedTensor)
     assert isinstance(experts, QuantizedTensor)
     assert (tensor.type, tensor.shape, experts.shape) == (name, (6, 512), (2, 3, 512))
-    assert entry.nbytes == tensor.nbytes == blocks.nbytes
+    assert entry.nbytes == tensor.blocks.nbytes == blocks.nbytes
     np.testing.assert_array_equal(tensor.blocks.numpy(), blocks)
     np.testing.assert_array_equal(experts.blocks.numpy(), blocks)
     with np.errstate(all="ignore"):
@@ -191,10 +191,10 @@ def test_a_split_file_opens_from_any_part(tmp_path: Path) -> None:
 def test_a_split_file_with_something_wrong(tmp_path: Path) -> None:
     parts = [write_part(tmp_path, number) for number in range(3)]
     parts[1].rename(tmp_path / "away")
-    with pytest.raises(BadInput, match=r"1 of 3 parts missing: m-00002-of-00003\.gguf"):
+    with pytest.raises(BadInput, match=r"1 of 3 .*missing: m-00002-of-00003\.gguf"):
         pentad.weights.open(parts[2])
     parts[0].rename(tmp_path / "m.gguf")
-    with pytest.raises(BadInput, match="is one of 3 files, which its name does not"):
+    with pytest.raises(BadInput, match=r"m\.gguf: split\.count is 3"):
         pentad.weights.open(tmp_path / "m.gguf")
     for number in range(3):
         write_part(tmp_path, number, total=4)
@@ -205,14 +205,14 @@ def test_a_split_file_with_something_wrong(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"00002-of-00003\.gguf: split\.no and split\.count are 0"):
         pentad.weights.open(parts[0])
     write_part(tmp_path, 1, count=2)
-    with pytest.raises(BadInput, match="are 1 and 2, by the file's name they are 1 and 3"):
+    with pytest.raises(BadInput, match="are 1 and 2; expected 1 and 3"):
         pentad.weights.open(parts[0])
 
 
 def test_a_tensor_in_two_parts(tmp_path: Path) -> None:
     parts = [write_part(tmp_path, number) for number in range(3)]
     parts[1].write_bytes(parts[1].read_bytes().replace(b"x.1", b"x.0"))
-    with pytest.raises(BadInput, match=r"tensor 'x\.0' is in another part of the split too"):
+    with pytest.raises(BadInput, match=r"'x\.0' is in another part"):
         pentad.weights.open(parts[0])
 
 

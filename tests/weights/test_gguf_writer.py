@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pentad.weights
-from pentad.errors import BadInput, PentadError
+from pentad.errors import BadInput
 from pentad.weights.gguf_writer import write_gguf
 from pentad.weights.quantized import BLOCKS, QuantizedTensor
 from pentad.weights.writing import QUANTIZED, PendingTensor
@@ -143,7 +143,7 @@ def test_metadata(tmp_path: Path, value: Any, types: list[GGUFValueType] | None)
 
 @pytest.mark.parametrize("value", [None, {}, [1, "a"], [True, 2], [[1], [2]], 1j, b"x", 2**70, np.array(["a"]), [None]])
 def test_metadata_that_gguf_does_not_have(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(ValueError, match="metadata key 'k': GGUF has nothing for"):
+    with pytest.raises(ValueError, match="metadata key 'k'"):
         write_gguf(tmp_path / "m.gguf", {"k": value}, [])
     assert not list(tmp_path.iterdir())
 
@@ -188,19 +188,19 @@ def test_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "error", "message"),
     [
-        ([PendingTensor("x", (32,), torch.float32, lambda: torch.ones(32))] * 2, ValueError, "a tensor is there twice"),
+        ([PendingTensor("x", (32,), torch.float32, lambda: torch.ones(32))] * 2, ValueError, "twice"),
         (
             [PendingTensor("x", (), torch.float32, lambda: torch.ones(()))],
             ValueError,
-            "'x' has 0 dimensions: GGUF has 1 to",
+            "'x' has 0 dimensions",
         ),
         ([PendingTensor("x", (1,) * 5, torch.float32, lambda: torch.ones(()))], ValueError, "'x' has 5 dimensions"),
-        ([PendingTensor("x", (2,), torch.uint8, lambda: torch.ones(()))], ValueError, "'x': GGUF has no torch.uint8"),
-        ([PendingTensor("x", (40,), "q4_0", lambda: torch.ones(40))], BadInput, "rows are not whole blocks of 32"),
+        ([PendingTensor("x", (2,), torch.uint8, lambda: torch.ones(()))], ValueError, "'x': .*torch.uint8"),
+        ([PendingTensor("x", (40,), "q4_0", lambda: torch.ones(40))], BadInput, "'x' .*blocks of 32"),
         (
             [PendingTensor("x", (256,), "q4_k", lambda: torch.ones(256))],
             BadInput,
-            "pentad quantizes to .*, not to q4_k",
+            "quantizes to .*q4_k",
         ),
     ],
 )
@@ -210,9 +210,3 @@ def test_what_can_not_be_written(
     with pytest.raises(error, match=message):
         write_gguf(tmp_path / "m.gguf", ARCHITECTURE, tensors)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_gguf_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pentad.weights.gguf_writer.GGMLQuantizationType", {})
-    with pytest.raises(PentadError, match="the installed gguf is too old for q4_0: upgrade it"):
-        write_gguf(tmp_path / "m.gguf", {}, [PendingTensor("x", (32,), "q4_0", lambda: torch.ones(32))])

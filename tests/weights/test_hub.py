@@ -12,7 +12,8 @@ import pytest
 from pentad.errors import BadInput, PentadError
 from pentad.weights import hub, registry
 from pentad.weights.registry import locate
-from tests.weights.hub_server import HubServer, serve
+from tests.helpers.hub_server import HubServer, serve
+from tests.helpers.progress import Watcher
 
 CONFIG = {
     "config.json": b'{"model_type": "llama"}',
@@ -52,27 +53,6 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield hub_server
-
-
-class Watcher:
-    """Notes what a pull tells."""
-
-    def __init__(self) -> None:
-        self.tasks: list[tuple[str, int | None]] = []
-        self.counts: list[int] = []
-        self.open = 0
-
-    def start(self, description: str, total: int | None) -> None:
-        self.tasks.append((description, total))
-        self.counts.append(0)
-        self.open += 1
-
-    def advance(self, n: int) -> None:
-        assert n >= 0
-        self.counts[-1] += n
-
-    def finish(self) -> None:
-        self.open -= 1
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -176,13 +156,13 @@ def test_the_only_gguf_file_needs_no_name(server: HubServer) -> None:
     ("name", "words"),
     [
         ("org/quants", ["several", "tiny.Q4_K,", "tiny.Q4_K_M", "tiny.Q8_0", "tiny-BF16"]),
-        ("org/quants:IQ2_XS", ["no GGUF file called IQ2_XS", "tiny.Q4_K_M", "tiny-BF16"]),
-        ("org/full:Q4_K_M", ["no GGUF file", "leave out `:Q4_K_M`"]),
-        ("org/parts", ["only 1 of the 3 parts", "model.safetensors"]),
-        ("org/foreign", ["no weights that pentad opens", "tf_model.h5"]),
-        ("org/empty", ["no weights", "nothing"]),
-        ("org/nobody", ["no model org/nobody", "no such path", "HF_TOKEN"]),
-        ("org/full@v9", ["no revision 'v9'", "/org/full"]),
+        ("org/quants:IQ2_XS", ["no GGUF file", "IQ2_XS", "tiny.Q4_K_M", "tiny-BF16"]),
+        ("org/full:Q4_K_M", ["no GGUF file", "`:Q4_K_M`"]),
+        ("org/parts", ["1 of the 3", "model.safetensors"]),
+        ("org/foreign", ["no weights", "tf_model.h5"]),
+        ("org/empty", ["no weights", "none"]),
+        ("org/nobody", ["org/nobody", "HF_TOKEN"]),
+        ("org/full@v9", ["revision 'v9'", "/org/full"]),
     ],
 )
 def test_names_that_nothing_answers_to(server: HubServer, name: str, words: list[str]) -> None:
@@ -204,7 +184,7 @@ def test_a_gated_repository(server: HubServer, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(PentadError) as caught:
         locate("org/gated")
     assert not isinstance(caught.value, BadInput)
-    assert f"visit {server.url}/org/gated" in one_line(caught.value)
+    assert f"{server.url}/org/gated" in one_line(caught.value)
     assert "HF_TOKEN" in str(caught.value)
     monkeypatch.setenv("HF_TOKEN", server.token)
     assert read_folder(locate("org/gated")) == CONFIG | WEIGHTS
@@ -231,7 +211,7 @@ def test_offline_half_a_model_is_none(server: HubServer, monkeypatch: pytest.Mon
     server.add("org/tiny", CONFIG | WEIGHTS)
     (locate("org/tiny") / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(PentadError, match="not in the cache"):
+    with pytest.raises(PentadError, match=r"org/tiny .*cache"):
         locate("org/tiny")
 
 
@@ -242,7 +222,7 @@ def test_no_connection(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> No
         closed = other.url  # nobody listens there any more
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed)
     assert locate("org/tiny") == folder
-    with pytest.raises(PentadError, match="check the connection") as caught:
+    with pytest.raises(PentadError, match="connection") as caught:
         locate("org/other")
     assert closed in one_line(caught.value)
 
@@ -253,7 +233,7 @@ def test_a_connection_that_is_cut_leaves_nothing(
     server.add("org/tiny", CONFIG | WEIGHTS)
     server.cut_off.add("model.safetensors")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits between tries
-    with pytest.raises(PentadError, match=r"could not pull org/tiny") as caught:
+    with pytest.raises(PentadError, match=r"org/tiny") as caught:
         locate("org/tiny")
     one_line(caught.value)
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -265,7 +245,7 @@ def test_a_connection_that_is_cut_leaves_nothing(
 def test_damaged_weights_are_thrown_away(server: HubServer, tmp_path: Path) -> None:
     server.add("org/tiny", CONFIG | WEIGHTS)
     server.damaged.add("model.safetensors")  # of the right size
-    with pytest.raises(PentadError, match="arrived damaged") as caught:
+    with pytest.raises(PentadError, match="damaged") as caught:
         locate("org/tiny")
     assert "SHA-256" in one_line(caught.value)
     damaged = bytes(byte ^ 1 for byte in WEIGHTS["model.safetensors"])

@@ -1,4 +1,4 @@
-"""Memory of mapped files: given back once it was read, without loss."""
+"""Memory of mapped files: released after use, without loss."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 from pentad.weights.mapped import drop_pages, map_file
 from pentad.weights.quantized import QuantizedTensor
+from tests.helpers.resident import resident
 
 SIZE = 1 << 20
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -18,17 +19,6 @@ def content(tmp_path: Path) -> torch.Tensor:
     content = torch.randint(0, 256, (SIZE,), dtype=torch.uint8)
     (tmp_path / "file").write_bytes(content.numpy().tobytes())
     return content
-
-
-def resident(path: Path) -> int:
-    """Bytes of a file's mappings that are in this process's memory."""
-    total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ", 1)[0]:
-            inside = line.endswith(str(path))
-        elif inside and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
 
 
 def test_pages_are_given_back_and_read_again(tmp_path: Path, content: torch.Tensor) -> None:

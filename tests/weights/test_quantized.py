@@ -8,7 +8,7 @@ from gguf.quants import dequantize
 
 from pentad.errors import PentadError
 from pentad.weights import quantized
-from pentad.weights.quantized import BLOCKS, QuantizedTensor
+from pentad.weights.quantized import AFFINE4, BLOCKS, QuantizedTensor
 
 AFFINE = ["q4_0", "q4_1", "q4_k"]
 FAST = [*AFFINE, "q8_0"]
@@ -66,7 +66,7 @@ def test_extreme_scales(name: str) -> None:
 def test_a_weight_of_many_slabs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = random_tensor(name, rows=10, blocks_a_row=5)
     whole = tensor.dequantize(torch.bfloat16)
-    monkeypatch.setattr(quantized, "_SLAB", 3 * BLOCKS[name][0])
+    monkeypatch.setattr(quantized, "SLAB", 3 * BLOCKS[name][0])
     assert torch.equal(tensor.dequantize(torch.bfloat16).view(torch.int16), whole.view(torch.int16))
 
 
@@ -93,8 +93,8 @@ def test_affine_form_is_exact(name: str) -> None:
 
 
 def test_only_four_bit_types_are_affine() -> None:
-    assert [name for name in BLOCKS if random_tensor(name).is_affine4] == AFFINE
-    with pytest.raises(ValueError, match="q8_0 is not 4 bits"):
+    assert list(AFFINE4) == AFFINE
+    with pytest.raises(ValueError, match="q8_0; expected one of q4_0"):
         random_tensor("q8_0").affine4()
 
 
@@ -117,14 +117,13 @@ def test_rows_are_taken_without_loss(name: str) -> None:
 def test_stacked_experts_keep_their_shape() -> None:
     experts = QuantizedTensor(random_blocks("q4_1", 12, 2), "q4_1", (3, 4, 64))
     flat = QuantizedTensor(experts.blocks, "q4_1", (12, 64))
-    assert experts.dequantize().shape == experts.affine4().q.shape == (3, 4, 64)
-    assert experts.nbytes == 12 * 40
+    assert experts.dequantize().shape == experts.affine4()[0].shape == (3, 4, 64)
     torch.testing.assert_close(experts.dequantize()[1], flat.rows(4, 8).dequantize(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_type_that_the_installed_gguf_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BLOCKS, "q9_0", (32, 18))
-    with pytest.raises(PentadError, match="the installed gguf is too old for q9_0: upgrade it"):
+    with pytest.raises(PentadError, match=r"gguf .*q9_0"):
         random_tensor("q9_0").dequantize()
 
 
@@ -132,9 +131,9 @@ def test_a_type_that_the_installed_gguf_does_not_know(monkeypatch: pytest.Monkey
     ("blocks", "name", "shape", "message"),
     [
         (torch.zeros(2, 20, dtype=torch.uint8), "q9", (2, 32), "unknown quantization 'q9'"),
-        (torch.zeros(2, 20, dtype=torch.uint8), "q4_1", (2, 33), "33 columns are not whole q4_1"),
-        (torch.zeros(2, 20, dtype=torch.uint8), "q4_1", (2, 64), r"are uint8 \(2, 40\), not"),
-        (torch.zeros(2, 20), "q4_1", (2, 32), "not torch.float32"),
+        (torch.zeros(2, 20, dtype=torch.uint8), "q4_1", (2, 33), "33 columns .*q4_1"),
+        (torch.zeros(2, 20, dtype=torch.uint8), "q4_1", (2, 64), r"expected torch\.uint8 \(2, 40\)"),
+        (torch.zeros(2, 20), "q4_1", (2, 32), r"are torch\.float32"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(

@@ -23,6 +23,7 @@ from pentad.errors import BadInput
 from pentad.weights.safetensors import DTYPES, read_safetensors
 from pentad.weights.safetensors_writer import write_safetensors
 from pentad.weights.writing import PendingTensor
+from tests.helpers.progress import Watcher
 
 
 def pending_tensors(tensors: dict[str, Tensor]) -> list[PendingTensor]:
@@ -153,33 +154,22 @@ def test_tensors_are_made_once_and_one_after_another(tmp_path: Path) -> None:
 
 
 def test_progress_counts_bytes(tmp_path: Path) -> None:
-    class Log:
-        total, done, finished = 0, 0, 0
-
-        def start(self, description: str, total: int | None) -> None:
-            self.total = total or 0
-
-        def advance(self, n: int) -> None:
-            self.done += n
-
-        def finish(self) -> None:
-            self.finished += 1
-
-    log = Log()
+    watcher = Watcher()
     paths = write_safetensors(
-        tmp_path, "m", pending_tensors({"a": torch.ones(9), "b": torch.ones(9)}), shard_bytes=40, progress=log
+        tmp_path, "m", pending_tensors({"a": torch.ones(9), "b": torch.ones(9)}), shard_bytes=40, progress=watcher
     )
-    assert log.total == log.done == sum(path.stat().st_size for path in paths)
-    assert log.finished == 1
+    ((_, total),) = watcher.tasks
+    assert [total] == watcher.counts == [sum(path.stat().st_size for path in paths)]
+    assert watcher.open == 0
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ([("x", torch.float32), ("x", torch.float32)], "tensor 'x' is there twice"),
-        ([("__metadata__", torch.float32)], "or can't be called so"),
-        ([("x", "q8_0")], "tensor 'x': safetensors has no q8_0"),
-        ([("x", torch.complex128)], "tensor 'x': safetensors has no torch"),
+        ([("x", torch.float32), ("x", torch.float32)], "'x' is there twice"),
+        ([("__metadata__", torch.float32)], "'__metadata__'"),
+        ([("x", "q8_0")], "'x': .* q8_0"),
+        ([("x", torch.complex128)], "'x': .* torch.complex128"),
     ],
 )
 def test_what_can_not_be_written(
@@ -196,7 +186,7 @@ def test_a_number_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
         PendingTensor("a", (2,), torch.float16, lambda: torch.ones(2)),
         PendingTensor("b", (2,), torch.float16, lambda: torch.full((2,), 1e6)),
     ]
-    with pytest.raises(BadInput, match=r"tensor 'b' holds 1e\+06"):
+    with pytest.raises(BadInput, match=r"'b' .*1e\+06"):
         write_safetensors(tmp_path, "model", tensors, shard_bytes=4)
     assert not list(tmp_path.iterdir())
 
@@ -211,6 +201,7 @@ from pentad.weights import atomic
 from pentad.weights.safetensors import read_safetensors
 from pentad.weights.safetensors_writer import write_safetensors
 from pentad.weights.writing import PendingTensor
+from tests.helpers.progress import Watcher
 
 torch.set_num_threads(1)
 
@@ -229,11 +220,11 @@ def anonymous():
     return 1024 * int(re.search(r"RssAnon:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
 source, folder = map(pathlib.Path, sys.argv[1:])
-create = atomic._create
-atomic._create = lambda path: Sparse(create(path))
+open_new = atomic.open_new
+atomic.open_new = lambda path: Sparse(open_new(path))
 entries = read_safetensors(source)
 tensors = [PendingTensor(e.name, e.shape, e.dtype, e.read) for e in entries.values()]
-tensors[3] = dataclasses.replace(tensors[3], kind=torch.float32)
+tensors[3] = dataclasses.replace(tensors[3], type=torch.float32)
 torch.ones(1000).bfloat16().float()
 before, peak, done = anonymous(), 0, threading.Event()
 def watch():

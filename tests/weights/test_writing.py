@@ -31,7 +31,7 @@ def expected(value: Tensor, kind: str) -> bytes:
 
 @pytest.fixture
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "_SLAB", 256)
+    monkeypatch.setattr(writing, "SLAB", 256)
 
 
 SHAPES = [(), (5,), (0,), (3, 0), (300,), (2, 1000), (700, 2), (3, 5, 64), (2, 3, 300), (1, 1, 257)]
@@ -70,9 +70,9 @@ def test_bfloat16_is_rounded_as_ggml_rounds() -> None:
 def test_other_numbers_pass_as_they_are() -> None:
     for value in (torch.arange(7), torch.tensor([True, False]), torch.tensor([2, 3], dtype=torch.uint8)):
         assert content(value, value.dtype) == raw(value)
-    with pytest.raises(ValueError, match=r"tensor 'x' is torch\.int64, which torch\.float32 does not hold"):
+    with pytest.raises(ValueError, match=r"'x' is torch\.int64, .*torch\.float32"):
         content(torch.arange(7), torch.float32)
-    with pytest.raises(ValueError, match=r"tensor 'x' is torch\.float32, which torch\.int8 does not hold"):
+    with pytest.raises(ValueError, match=r"'x' is torch\.float32, .*torch\.int8"):
         content(torch.ones(7), torch.int8)
 
 
@@ -108,7 +108,7 @@ def test_numbers_that_are_too_large(kind: torch.dtype | str) -> None:
     value = torch.ones(2, 32)
     value[1, 3] = -7e5
     name = str(kind)
-    with pytest.raises(BadInput, match=f"tensor 'x' holds 7e\\+05; {name} holds numbers up to 65504"):
+    with pytest.raises(BadInput, match=f"'x' .*7e\\+05; {name} .*65504"):
         content(value, kind)
     content(value * 0.01, kind)
 
@@ -118,25 +118,25 @@ def test_numbers_that_are_too_large(kind: torch.dtype | str) -> None:
 def test_one_that_is_no_number_would_spoil_a_block(kind: str, dtype: torch.dtype) -> None:
     value = torch.ones(1, 64, dtype=dtype)
     value[0, 3] = torch.nan
-    with pytest.raises(BadInput, match=f"tensor 'x' holds nan; {kind} holds numbers up to 65504"):
+    with pytest.raises(BadInput, match=f"'x' .*nan; {kind} .*65504"):
         content(value, kind)
     assert content(value, torch.float32) == raw(value.float())
 
 
 def test_rows_that_are_not_whole_blocks() -> None:
     for shape in ((4, 33), (31,), ()):
-        with pytest.raises(BadInput, match=r"tensor 'x' of \[.*\] can't be q4_0: rows are not whole blocks of 32"):
+        with pytest.raises(BadInput, match=r"'x' of \[.*\] .*q4_0: .*blocks of 32"):
             _ = PendingTensor("x", shape, "q4_0", lambda: torch.ones(1)).nbytes
 
 
 def test_types_that_nobody_quantizes_to() -> None:
     for kind in ("q4_k", "iq4_nl"):
-        with pytest.raises(BadInput, match=f"pentad quantizes to q4_0, q4_1, q5_0, q5_1, q8_0, not to {kind}"):
+        with pytest.raises(BadInput, match=f"q4_0, q4_1, q5_0, q5_1, q8_0, .*{kind}"):
             content(torch.ones(256), kind)
 
 
 def test_a_promise_that_is_not_kept() -> None:
-    with pytest.raises(ValueError, match=r"tensor 'x' was to be \(2, 3\), and is \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"'x' is \(3, 2\); expected \(2, 3\)"):
         list(pieces(PendingTensor("x", (2, 3), torch.float32, lambda: torch.ones(3, 2))))
 
 
@@ -153,7 +153,7 @@ def test_tensors_are_shared_out_in_order() -> None:
 
 
 def test_quantizing_takes_no_float32_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "_SLAB", 256)
+    monkeypatch.setattr(writing, "SLAB", 256)
     seen: list[int] = []
     monkeypatch.setattr(
         "gguf.quants.quantize",
