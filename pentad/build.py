@@ -19,14 +19,13 @@ from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import corrected_by_tensors, read_family_config
 from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
 from pentad.nn.moe.experts import GroupedLinear, QuantizedGroupedLinear
-from pentad.weights.cache import Silent, task
+from pentad.weights.cache import Progress, task
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.keytable import best_table
 from pentad.weights.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from pentad.nn.decoder import Decoder
-    from pentad.weights.cache import Progress
     from pentad.weights.checkpoint import TensorEntry
     from pentad.weights.keytable import Operation, Pairing
 
@@ -148,7 +147,7 @@ def fill(
         raise BadInput(f"{checkpoint.path}: there are no weights beside the config")
     device = torch.device(device)
     placements = _placements(checkpoint, network, dtype, device, quantized)
-    progress = progress or Silent()
+    progress = progress or Progress()
     with task(progress, "Loading", sum(placement.nbytes for placement in placements)):
         for placement in placements:
             _place(network, placement, dtype, device)

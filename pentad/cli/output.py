@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pentad.weights.cache import Progress
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
-
-    from pentad.weights.cache import Progress
 
 # Shown as U+2400…: a model's text, or a file's name, doesn't get to command the terminal.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -88,7 +88,7 @@ def abandon_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Bars:
+class Bars(Progress):
     """Progress of downloads and loading as bars on standard error."""
 
     def __init__(self) -> None:
@@ -96,13 +96,14 @@ class Bars:
 
     def start(self, description: str, total: int | None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+        from rich.progress import BarColumn, DownloadColumn, TextColumn
+        from rich.progress import Progress as RichProgress
         from rich.progress import TimeRemainingColumn as Remaining
 
         columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(30)]
         if total is not None:
             columns += [DownloadColumn(), Remaining()]
-        self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._bars = RichProgress(*columns, console=Console(stderr=True), transient=True)
         self._bars.add_task(description, total=total)
         self._bars.start()
 

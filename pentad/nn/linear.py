@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
+from operator import is_not
 from typing import Any
 
 import torch
@@ -27,26 +28,18 @@ class Derived:
     """
 
     def __init__(self) -> None:
-        self._cached: tuple[list[tuple[Tensor, int]], Any] = [], None
+        self._cached: tuple[Sequence[Tensor], list[int], Any] = (), [], None
 
     def get(self, sources: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
-        seen, value = self._cached
-        if len(seen) == len(sources):
-            for source, (tensor, version) in zip(sources, seen, strict=True):
-                if source is not tensor or _version(source) != version:
-                    break
-            else:
-                return value
-        value = compute()
-        self._cached = [(source, _version(source)) for source in sources], value
+        versions = [0 if source.is_inference() else source._version for source in sources]
+        cached_sources, cached_versions, value = self._cached
+        if versions != cached_versions or any(map(is_not, sources, cached_sources)):
+            value = compute()
+            self._cached = sources, versions, value
         return value
 
     def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
         return Derived, ()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class _LinearMap(torch.autograd.Function):

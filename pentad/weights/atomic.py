@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pentad.errors import BadInput, PentadError
-from pentad.weights.cache import FULL_DISK, Progress, Silent, task
+from pentad.weights.cache import FULL_DISK, Progress, task
 
 _RENAME = "choose another name, or remove it"
 
@@ -53,7 +53,7 @@ def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> l
     for file in files:
         if os.path.lexists(file.path):
             raise BadInput(f"{file.path} exists already: {_RENAME}")
-    progress = progress or Silent()
+    progress = progress or Progress()
     suffix = f".{secrets.token_hex(4)}.part"
     partials = [file.path.with_name(f".{file.path.name}{suffix}") for file in files]
     placed: list[Path] = []

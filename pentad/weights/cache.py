@@ -6,15 +6,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from pentad.errors import PentadError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Progress(Protocol):
-    """Receives the progress of any number of tasks, one after another.
+class Progress:
+    """Receives the progress of any number of tasks, one after another; this class ignores it.
 
     `advance` may be called from a worker thread, but never from two threads at once.
     """
@@ -27,16 +26,6 @@ class Progress(Protocol):
 
     def finish(self) -> None:
         """The task that was started last has ended, done or failed."""
-
-
-class Silent:
-    """A `Progress` that reports nothing."""
-
-    def start(self, description: str, total: int | None) -> None: ...
-
-    def advance(self, n: int) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 @contextlib.contextmanager

@@ -219,14 +219,11 @@ class _Parser:
             metadata[key] = self.value(self.u32(f"the type of {key!r}"), f"the value of {key!r}")
         return metadata
 
-    def value(self, type: int, what: str) -> Any:
+    def value(self, type: int, what: str, depth: int = 0) -> Any:
         if type == STRING:
             return self.string(what)
-        if type == ARRAY:
-            return self.array(what, 0)
-        return self.numbers(type, 1, what)[0]
-
-    def array(self, what: str, depth: int) -> list[Any]:
+        if type != ARRAY:
+            return self.numbers(type, 1, what)[0]
         if depth == _MAX_NESTING:
             self.fail(f"{what} has arrays nested more than {_MAX_NESTING} deep")
         type, count = self.u32(what), self.u64(what)
@@ -235,7 +232,7 @@ class _Parser:
             return self.strings(count, what)
         if type == ARRAY:
             self.check_count(count, 12, f"arrays in {what}")
-            return [self.array(what, depth + 1) for _ in range(count)]
+            return [self.value(ARRAY, what, depth + 1) for _ in range(count)]
         return list(self.numbers(type, count, what))
 
     def numbers(self, type: int, count: int, what: str) -> tuple[Any, ...]:

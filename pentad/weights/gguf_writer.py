@@ -10,16 +10,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pentad.weights.atomic import NewFile, write_files
+from pentad.weights.cache import Progress
 from pentad.weights.gguf import ARRAY, DTYPES, MAGIC, NUMBERS, STRING, TYPES
 from pentad.weights.writing import PendingTensor, file_of, split
-
-if TYPE_CHECKING:
-    from pentad.weights.cache import Progress
 
 _ALIGNMENT = "general.alignment"
 _TYPE_OF = {np.dtype(f"<{code}"): type for type, code in NUMBERS.items()}

@@ -143,13 +143,7 @@ def remove(name: HubName) -> int:
 
     if name.file is not None:
         raise BadInput(f"cannot remove one file of a repository: remove all of {name.repo}")
-    commits = [
-        revision.commit_hash
-        for repo in _scan_models()
-        if repo.repo_id == name.repo
-        for revision in repo.revisions
-        if name.revision is None or _is_called(revision, name.revision)
-    ]
+    commits = [revision.commit_hash for revision in _cached_revisions(name.repo, name.revision)]
     if not commits:
         raise BadInput(f"{name} is not in the cache: nothing to remove")
     try:
@@ -241,19 +235,19 @@ def _listing(names: Sequence[str]) -> str:
 
 def _find_cached(name: HubName) -> Path | None:
     """The path that `pull` would return, if the cache holds everything."""
-    for repo in _scan_models():
-        for revision in repo.revisions:
-            if repo.repo_id == name.repo and _is_called(revision, name.revision or "main"):
-                files = [file.file_path.relative_to(revision.snapshot_path).as_posix() for file in revision.files]
-                with contextlib.suppress(BadInput):  # the wanted files are not there
-                    paths, entry = _choose(name, files)
-                    if any(path.endswith((".safetensors", ".bin", ".gguf")) for path in paths):
-                        return revision.snapshot_path / (entry or "")
+    for revision in _cached_revisions(name.repo, name.revision or "main"):
+        files = [file.file_path.relative_to(revision.snapshot_path).as_posix() for file in revision.files]
+        with contextlib.suppress(BadInput):  # the wanted files are not there
+            paths, entry = _choose(name, files)
+            if any(path.endswith((".safetensors", ".bin", ".gguf")) for path in paths):
+                return revision.snapshot_path / (entry or "")
     return None
 
 
-def _is_called(revision: "CachedRevisionInfo", name: str) -> bool:
-    return name in revision.refs or revision.commit_hash == name
+def _cached_revisions(repo_id: str, name: str | None) -> "list[CachedRevisionInfo]":
+    """A repository's cached revisions: those of this name (a commit, branch or tag), or all."""
+    revisions = [revision for repo in _scan_models() if repo.repo_id == repo_id for revision in repo.revisions]
+    return [revision for revision in revisions if name in (None, revision.commit_hash, *revision.refs)]
 
 
 def _scan() -> "HFCacheInfo":

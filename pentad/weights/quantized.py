@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,7 +86,8 @@ class QuantizedTensor:
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """The flattened rows from start to stop, as a view of shape (stop - start, columns)."""
         if self.order is not None:
-            return self.take_rows(torch.arange(start, min(stop, len(self.order)), device=self.order.device))
+            order = self.order[start:stop]
+            return replace(self, order=order, shape=(len(order), self.shape[-1]))
         stored = self.stored[start:stop]
         return replace(self, stored=stored, shape=(len(stored), self.shape[-1]))
 
@@ -145,14 +147,7 @@ class QuantizedTensor:
         """
         if self.type not in AFFINE4:
             raise ValueError(f"type is {self.type}; expected one of {', '.join(AFFINE4)}")
-        nbytes = BLOCKS[self.type][1]
-        blocks = self.blocks.reshape(-1, nbytes)
-        if self.type == "q4_k":
-            q, (scale, minimum) = _nibbles(blocks[:, 16:], 32), _q4_k_scales(blocks)
-        else:
-            scale = _halves(blocks, 0)
-            minimum = _halves(blocks, 1) if self.type == "q4_1" else scale * -8
-            q = _nibbles(blocks[:, nbytes - 16 :], 16)
+        q, scale, minimum = _affine(self.blocks.reshape(-1, BLOCKS[self.type][1]), self.type)
         groups = (*self.shape[:-1], self.shape[-1] // 32)
         return q.int().view(self.shape), scale.view(groups), minimum.view(groups)
 
@@ -168,23 +163,26 @@ def _nibbles(packed: Tensor, run: int) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), 2).flatten(1)
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
+def _affine(blocks: Tensor, type: str) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 [blocks, weights a block], and the scales and minimums of groups of 32: float32 [blocks, groups]."""
+    if type == "q4_k":
+        return _nibbles(blocks[:, 16:], 32), *_q4_k_scales(blocks)
+    scale = _halves(blocks, 0)
+    return _nibbles(blocks[:, -16:], 16), scale, _halves(blocks, 1) if type == "q4_1" else scale * -8
+
+
+def _decode_affine(blocks: Tensor, type: str) -> Tensor:
+    q, scale, minimum = _affine(blocks, type)
+    numbers = q.view(*scale.shape, 32).float()
+    return numbers.mul_(scale.unsqueeze(2)).add_(minimum.unsqueeze(2)).flatten(1)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:  # the affine form gives the same numbers, but NaN if the scale is infinite
     return _nibbles(blocks[:, 2:], 16).float().sub_(8).mul_(_halves(blocks, 0))
-
-
-def _q4_1(blocks: Tensor) -> Tensor:
-    q = _nibbles(blocks[:, 4:], 16).float()
-    return q.mul_(_halves(blocks, 0)).add_(_halves(blocks, 1))
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
     return blocks[:, 2:].view(torch.int8).float().mul_(_halves(blocks, 0))
-
-
-def _q4_k(blocks: Tensor) -> Tensor:
-    scale, minimum = _q4_k_scales(blocks)
-    q = _nibbles(blocks[:, 16:], 32).view(-1, 8, 32).float()
-    return q.mul_(scale.unsqueeze(2)).add_(minimum.unsqueeze(2)).flatten(1)
 
 
 def _q4_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +198,12 @@ def _q4_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return scale.float() * _halves(blocks, 0), minimum.float() * -_halves(blocks, 1)
 
 
-_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {"q4_0": _q4_0, "q4_1": _q4_1, "q4_k": _q4_k, "q8_0": _q8_0}
+_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "q4_0": _q4_0,
+    "q4_1": partial(_decode_affine, type="q4_1"),
+    "q4_k": partial(_decode_affine, type="q4_k"),
+    "q8_0": _q8_0,
+}
 
 
 def _by_gguf(blocks: Tensor, name: str) -> Tensor:
@@ -213,5 +216,5 @@ def _by_gguf(blocks: Tensor, name: str) -> Tensor:
         ggml_type = GGMLQuantizationType[name.upper()]
     except KeyError:
         raise PentadError(f"the installed gguf is too old for {name}: upgrade it") from None
-    with np.errstate(all="ignore"):  # a scale may be infinite or NaN; callers check
+    with np.errstate(all="ignore"):  # infinite and NaN scales give NaN; callers check for that
         return torch.from_numpy(dequantize(blocks.cpu().numpy(), ggml_type))

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from pentad.errors import BadInput
 from pentad.weights import hub, wheel
-from pentad.weights.cache import Progress, Silent, cache_folder, storage_error
+from pentad.weights.cache import Progress, cache_folder, storage_error
 from pentad.weights.wheel import WheelFile
 
 
@@ -71,7 +71,7 @@ def locate(name_or_path: str | os.PathLike[str], *, progress: Progress | None = 
         PentadError: a pull fails, or pentad is offline and the model isn't cached.
     """
     name = os.fspath(name_or_path)
-    progress = progress or Silent()
+    progress = progress or Progress()
     if isinstance(name_or_path, str) and (model := KNOWN.get(name)) is not None:
         wheel.pull(model.source, model.path, progress)
         return model.path

@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pentad.weights.atomic import NewFile, write_files
+from pentad.weights.cache import Progress
 from pentad.weights.safetensors import DTYPES
 from pentad.weights.shards import INDEX
 from pentad.weights.writing import PendingTensor, file_of, split
-
-if TYPE_CHECKING:
-    from pentad.weights.cache import Progress
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -15,7 +15,7 @@ import pytest
 
 from pentad.errors import BadInput, PentadError
 from pentad.weights import registry, wheel
-from pentad.weights.cache import Progress, Silent, cache_folder
+from pentad.weights.cache import Progress, cache_folder
 from pentad.weights.registry import KnownModel, known, locate, remove
 from pentad.weights.wheel import WheelFile
 from tests.helpers.progress import Watcher
@@ -255,11 +255,11 @@ PROCESS = """
 import shutil, sys, time
 from pathlib import Path
 from pentad.weights import wheel
-from pentad.weights.cache import Silent
+from pentad.weights.cache import Progress
 
 folder, member, nbytes, sha256 = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 
-class Watcher(Silent):
+class Watcher(Progress):
     def start(self, description, total):
         if "waiting" in description:
             (folder / "waiting").touch()
@@ -384,7 +384,7 @@ def test_when_every_tool_fails(cache: Path, tools: Path) -> None:
 def test_an_interrupt_ends_the_tool(cache: Path, tools: Path, tmp_path: Path) -> None:
     started = tmp_path / "started"
 
-    class Impatient(Silent):
+    class Impatient(Progress):
         def advance(self, n: int) -> None:
             if started.exists() and started.read_text():
                 raise KeyboardInterrupt
