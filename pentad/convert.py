@@ -284,7 +284,7 @@ def _to_gguf(work: _Work, path: Path, quantize: str | None, shard_bytes: int, pr
         metadata |= {"general.file_type": FILE_TYPES[FLOATS.get(quantize, quantize)], "general.quantization_version": 2}
     tokenizer = export.gguf_metadata(work.checkpoint, vocab_size=work.config.vocab_size)
     family, notes = _read_back(work, metadata, tensors)
-    if not export.spaced_alike(work.checkpoint, tokenizer):
+    if not export.keeps_spacing(work.checkpoint, tokenizer):
         notes.append("gguf files have no place for text without a space after a control token: it gets one")
     files = write_gguf(path, {**metadata, **tokenizer}, tensors, shard_bytes=shard_bytes, progress=progress)
     return Conversion(files[0], family, files, notes)

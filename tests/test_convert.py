@@ -34,7 +34,7 @@ from tests.helpers.tiny import (
     tiny_peer,
 )
 from tests.helpers.tiny_qwen import qwen_checkpoint
-from tests.text.vocabularies import sentencepiece_model
+from tests.helpers.vocabularies import sentencepiece_model
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -329,7 +329,7 @@ def test_a_model_without_a_tokenizer_has_none_anywhere(tmp_path: Path) -> None:
 def test_a_tokenizer_that_does_not_fit(to: str, tmp_path: Path) -> None:
     talking_checkpoint(tmp_path / "a", vocab_size=200)
     there = tmp_path / ("b.gguf" if to == "gguf" else "b")
-    with pytest.raises(BadInput, match="its tokenizer has 257 ids, its embedding only 200 rows"):
+    with pytest.raises(BadInput, match=r"257 ids.* 200 rows"):
         convert(tmp_path / "a", there, to=to)
     assert not (there).exists()
 

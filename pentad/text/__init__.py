@@ -1,20 +1,25 @@
-"""Text <-> token ids: tokenizers, chat templates, incremental detokenizing, in this one place."""
+"""Convert between text and token ids: tokenizers, chat templates and incremental detokenization."""
 
 from pentad.errors import BadInput
 from pentad.text.detokenizer import Detokenizer
-from pentad.text.tokenizer import Source, Tokenizer, refusing
+from pentad.text.files import refusing
+from pentad.text.tokenizer import Source, Tokenizer
 
 __all__ = ["Detokenizer", "Source", "Tokenizer", "load"]
 
 
 def load(checkpoint: Source, vocab_size: int | None = None) -> Tokenizer | None:
-    """The tokenizer that lies in or beside a checkpoint; None where it has none.
+    """Load a checkpoint's tokenizer.
 
-    `vocab_size`: how many rows the network's embedding has. Fewer ids than rows are usual
-    (embeddings are padded); for one id more the network has no vector.
+    Args:
+        checkpoint: a GGUF file, whose metadata hold the vocabulary, or a folder, which holds its files.
+        vocab_size: the number of rows of the network's embedding. The vocabulary may be smaller, not larger.
 
-    Raises `BadInput` where the files are there but broken, of a kind that pentad can't read, or
-    don't fit the embedding.
+    Returns:
+        The tokenizer, or None if the checkpoint has none.
+
+    Raises:
+        BadInput: the files are broken, have a format that pentad can't read, or don't fit the embedding.
     """
     with refusing(f"{checkpoint.path}: its tokenizer can't be read"):
         if checkpoint.format == "gguf":
@@ -27,7 +32,7 @@ def load(checkpoint: Source, vocab_size: int | None = None) -> Tokenizer | None:
             tokenizer = folder_vocab.load(checkpoint)
     if tokenizer is not None and vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise BadInput(
-            f"{checkpoint.path}: its tokenizer has {tokenizer.vocab_size} ids, its embedding only {vocab_size} rows: "
-            "they are not of the same model"
+            f"{checkpoint.path}: its tokenizer has {tokenizer.vocab_size} ids, but its embedding {vocab_size} rows; "
+            "use the tokenizer and the weights of one model"
         )
     return tokenizer

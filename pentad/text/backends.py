@@ -1,4 +1,4 @@
-"""What encodes: the `tokenizers` library and `sentencepiece`, behind one small interface."""
+"""The libraries that encode, `tokenizers` and `sentencepiece`, behind one small interface."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pentad.errors import BadInput
 from pentad.text.byte_level import BYTE_OF, CHARACTER_OF
 from pentad.text.control import ControlStrings, is_control
+from pentad.text.files import one_line
 from pentad.text.sentencepiece_proto import BYTE_PIECE, SPACE, without_prefix
 
 if TYPE_CHECKING:
@@ -21,21 +22,21 @@ __all__ = ["Backend", "SentencePieceBackend", "TokenizersBackend"]
 
 
 class Backend(Protocol):
-    """A vocabulary that can encode."""
+    """A vocabulary and its encoder.
 
-    @property
-    def vocab_size(self) -> int:
-        """How many ids there are: 0 … vocab_size - 1."""
+    Attributes:
+        vocab_size: the number of ids.
+        control: the control strings.
+    """
 
-    @property
-    def control(self) -> ControlStrings:
-        """The control strings."""
+    vocab_size: int
+    control: ControlStrings
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Ids of `text`; control strings become their ids only where `special`."""
+        """The ids of `text`; control strings become their ids only if `special`."""
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of one text given as runs of plain text and control ids."""
+        """The ids of one text, given as runs of plain text and the ids of control strings."""
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token in the middle of a text."""
@@ -45,22 +46,28 @@ class Backend(Protocol):
 
 
 class TokenizersBackend:
-    """A pipeline of the `tokenizers` library: byte-level BPE, or whatever a tokenizer.json
-    describes.
+    """A pipeline of the `tokenizers` library, as a tokenizer.json describes it.
 
-    Attributes: `pipeline`, to read from; `byte_level`: whether its tokens are bytes, one character
-    each, and not text with `<0x0A>` for a byte.
+    Attributes:
+        pipeline: the library's object; read only.
+        byte_level: the characters of its tokens stand for one byte each; otherwise tokens are text, with `<0x0A>` for
+            a byte.
     """
 
     def __init__(self, pipeline: Tokenizer, vocab_size: int | None = None) -> None:
-        """Takes the pipeline over. Raises `BadInput` where it can't say how tokens become bytes.
+        """Take over a pipeline.
 
-        `vocab_size`: the largest id and one; looked up, which takes a while, if it isn't known.
+        Args:
+            pipeline: the library's object; its settings are changed.
+            vocab_size: the largest id plus one, if known; finding it takes a while.
+
+        Raises:
+            BadInput: the decoder of the pipeline is of an unsupported type.
         """
         pipeline.no_truncation()
         pipeline.no_padding()
         self.pipeline = pipeline
-        # `encode_special_tokens` is a setting of the pipeline, not of a call.
+        # `encode_special_tokens` belongs to the pipeline, not to a call.
         self._lock = threading.Lock()
         added = pipeline.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
@@ -74,11 +81,11 @@ class TokenizersBackend:
         self._unknown = _unknown_of(pipeline)
         self._control_ids = frozenset(control) - {self._unknown}
         steps = _steps(pipeline.decoder, "decoders")
-        kinds = {step["type"] for step in steps}
-        self.byte_level = "ByteLevel" in kinds
-        if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            named = ", ".join(sorted(kinds)) or "none"
-            raise BadInput(f"tokenizer.json: its decoder is {named}: pentad reads ByteLevel and Metaspace ones")
+        types = {step["type"] for step in steps}
+        self.byte_level = "ByteLevel" in types
+        if not types & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            named = ", ".join(sorted(types)) or "missing"
+            raise BadInput(f"tokenizer.json: its decoder is {named}; expected ByteLevel, ByteFallback or Metaspace")
         self._strips_first = any(
             (step["type"] == "Strip" and step.get("start", 0) > 0)
             or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
@@ -96,7 +103,7 @@ class TokenizersBackend:
             ids: list[int] = self.pipeline.encode(text, add_special_tokens=False).ids
         if special or self._control_ids.isdisjoint(ids):
             return ids
-        # A control token that is also a word of the model (ignore_merges, or by its merges).
+        # A control token may also be a word of the model (with ignore_merges, or by its merges).
         spelled = (self._spelled(i) if i in self._control_ids else [i] for i in ids)
         return [i for run in spelled for i in run]
 
@@ -107,7 +114,7 @@ class TokenizersBackend:
             if isinstance(part, int):
                 ids.append(part)
             elif number and self._prefixes_first_only:
-                opening = self.encode("\n", special=False)  # takes the prefix, so that the text gets none
+                opening = self.encode("\n", special=False)  # takes the prefix in place of the text
                 ids += self.encode("\n" + part, special=False)[len(opening) :]
             else:
                 ids += self.encode(part, special=False)
@@ -133,7 +140,7 @@ class TokenizersBackend:
         return data[1:] if self._strips_first and token not in self._added and data[:1] == b" " else data
 
     def _spelled(self, token: int) -> list[int]:
-        if self._unknown is not None:  # there are no tokens for bytes
+        if self._unknown is not None:  # the vocabulary has no tokens for bytes
             characters = (self.pipeline.token_to_id(character) for character in self._added[token])
             return [self._unknown if i is None else i for i in characters]
         pieces = (
@@ -144,18 +151,24 @@ class TokenizersBackend:
 
 
 class SentencePieceBackend:
-    """A SentencePiece model. Ids are the library's own.
+    """A SentencePiece model, with the library's ids.
 
-    A space is put in front of a text that follows a control token (`prefix_after_control`), as
-    llama.cpp and Hugging Face's converted tokenizer.json do and as these models were trained by
-    their original code; files that say `"legacy": false` want none.
-
-    Attributes: `model`, the serialized ModelProto; `special_tokens`: what the model itself names as
-    `bos_token`, `eos_token`, `unk_token` and `pad_token`.
+    Attributes:
+        model: the serialized ModelProto.
+        special_tokens: role (`bos_token`, `eos_token`, `unk_token`, `pad_token`) -> piece, as the model has it.
     """
 
     def __init__(self, model: bytes, *, prefix_after_control: bool = True) -> None:
-        """`model`: a serialized ModelProto. Raises `BadInput` where sentencepiece refuses it."""
+        """Open a model.
+
+        Args:
+            model: a serialized ModelProto.
+            prefix_after_control: put a space in front of text that follows a control token, as llama.cpp, the
+                converted tokenizer.json and the models' training code do; `"legacy": false` in a file turns it off.
+
+        Raises:
+            BadInput: sentencepiece refuses the model.
+        """
         self.model = model
         self._prefix_after_control = prefix_after_control
         self._processor = _sentencepiece(model)
@@ -164,7 +177,7 @@ class SentencePieceBackend:
         try:
             self._pieces: list[str] = processor.id_to_piece(list(range(self.vocab_size)))
         except UnicodeDecodeError as error:
-            raise BadInput(f"the SentencePiece vocabulary is broken: {error.object[:20]!r} is not UTF-8") from None
+            raise BadInput(f"the SentencePiece vocabulary is invalid: {error.object[:20]!r} is not UTF-8") from None
         control = (i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i))
         self.control = ControlStrings({self._pieces[i]: i for i in control})
         roles = {"bos": processor.bos_id(), "eos": processor.eos_id()}
@@ -173,12 +186,12 @@ class SentencePieceBackend:
 
     @cached_property
     def _bare(self) -> SentencePieceProcessor:
-        """The same model without the leading space."""
+        """The model without the leading space."""
         return _sentencepiece(without_prefix(self.model))
 
     @cached_property
     def prefixes(self) -> bool:
-        """Whether a space is put in front of a text."""
+        """True if the model puts a space in front of a text."""
         return bool(self._processor.encode("a") != self._bare.encode("a"))
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -214,7 +227,7 @@ def _sentencepiece(model: bytes) -> SentencePieceProcessor:
     try:
         return SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-        raise BadInput(f"the SentencePiece vocabulary is broken: {' '.join(str(error).split())}") from None
+        raise BadInput(f"the SentencePiece vocabulary is invalid: {one_line(error)}") from None
 
 
 def _piece_bytes(piece: str) -> bytes:
@@ -223,8 +236,9 @@ def _piece_bytes(piece: str) -> bytes:
 
 
 def _unknown_of(pipeline: Tokenizer) -> int | None:
-    """What a Unigram vocabulary without bytes has for a character that is not in it: a token that its files call
-    control, though any text may have it.
+    """The id of a Unigram vocabulary without bytes for an unknown character.
+
+    Its files call this token control, but any text may contain it.
     """
     from tokenizers import models
 
@@ -235,9 +249,7 @@ def _unknown_of(pipeline: Tokenizer) -> int | None:
 
 
 def _steps(part: Any, key: str) -> list[dict[str, Any]]:
-    """The steps of a decoder or pre-tokenizer, as tokenizer.json has them: its pickled state is
-    that JSON.
-    """
+    """The steps of a decoder or pre-tokenizer as in tokenizer.json, which is its pickled state."""
     if part is None:
         return []
     state: dict[str, Any] = json.loads(part.__getstate__())

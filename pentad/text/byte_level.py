@@ -1,11 +1,11 @@
-"""Byte-level BPE (Radford et al. 2019): bytes as characters, how texts are split into words, merges.
+"""Byte-level BPE (Radford et al. 2019): bytes as characters, the splits into words, merges.
 
-What each name of `tokenizer.ggml.pre` stands for: llama.cpp, src/llama-vocab.cpp.
+llama.cpp, src/llama-vocab.cpp, defines the split of each name of `tokenizer.ggml.pre`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pentad.errors import BadInput
@@ -13,9 +13,9 @@ from pentad.errors import BadInput
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["BYTE_OF", "CHARACTER_OF", "SPLITS", "WHOLE_WORDS", "build", "characters", "check_bytes", "merges"]
+__all__ = ["BYTE_OF", "CHARACTER_OF", "SPLITS", "WHOLE_WORDS", "build", "build_ranked", "characters", "merges"]
 
-_LONGEST = 1024  # bytes; the longest word published has 128, and finding its merges is quadratic
+_MAX_WORD = 1024  # bytes; the longest published word has 128, and finding its merges takes quadratic time
 
 _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",)
 _STARCODER = (r"\p{N}", *_GPT2)
@@ -31,7 +31,7 @@ _TEKKEN = (
 )
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", *_GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
-# tokenizer.ggml.pre -> the splits, made one after the other. Of names that mean the same, the first is written.
+# tokenizer.ggml.pre -> regular expressions, applied one after the other. Exports use the first of equal names.
 SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "minerva-7b"), _STARCODER),
@@ -41,54 +41,35 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "tekken": _TEKKEN,
     "default": _DEFAULT,
 }
-# These take a word that is in the vocabulary as it is, before any merge, and begin with BOS where
-# the file is silent.
+# These encode a word of the vocabulary without merges, and add BOS unless the file says otherwise.
 WHOLE_WORDS = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"})
 
-
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's table: each byte as a printable character, its own where it has one, else from U+0100
-    on.
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-CHARACTER_OF = _byte_characters()
+# GPT-2's table: printable bytes are their own characters, the others follow from U+0100 on.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
+CHARACTER_OF = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(_UNPRINTABLE)}
 BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
 
 
 def characters(data: bytes) -> str:
-    """`data` as the pipeline spells it: one character a byte."""
+    """`data` in the pipeline's form: one character for each byte."""
     return data.decode("latin-1").translate(CHARACTER_OF)
 
 
-def check_bytes(words: Iterable[str]) -> None:
-    """Raises `BadInput` where one of the 256 bytes is no word, so that some text would have no ids."""
-    missing = sorted(BYTE_OF[character] for character in BYTE_OF.keys() - set(words))
-    if missing:
-        raise BadInput(f"the vocabulary lacks {len(missing)} of the 256 bytes, 0x{missing[0]:02x} for one")
-
-
 def merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """The merges of a BPE that joins, of all neighbors that make up a word, those whose word comes
-    first in `words`, and of equals the leftmost: as tiktoken does by rank, sentencepiece by score.
+    """The merges of a BPE that joins the pair whose word comes first in `words`, of equal pairs the leftmost.
 
-    Every way to split a word in two words is listed; none is wrong. Inside the span that a word
-    takes, merges come in the order in which they come for the word alone, so the two parts that it
-    is made of at last are always the same, and the other ways never lie side by side.
+    tiktoken does so by rank, sentencepiece by score. All ways to split a word into two words are listed, and none is
+    wrong: within a word, merges come in the order in which they come for the word alone. So its last two parts are
+    always the same, and other pairs of parts never lie side by side.
 
-    Raises `BadInput` for a word that is longer than any real one.
+    Raises:
+        BadInput: a word is longer than any published one.
     """
     vocabulary = set(words)
     longest = max(words, key=len, default="")
-    if len(longest) > _LONGEST:
-        raise BadInput(f"a token has {len(longest)} bytes; {_LONGEST} are possible: {longest[:20]}…")
+    if len(longest) > _MAX_WORD:
+        raise BadInput(f"a token has {len(longest)} bytes; expected at most {_MAX_WORD}: {longest[:20]}…")
     return [
         (word[:end], word[end:])
         for word in words
@@ -107,13 +88,19 @@ def build(
     user_defined: Sequence[str] = (),
     nfc: bool = False,
 ) -> Tokenizer:
-    """The pipeline of a byte-level BPE.
+    """Build the pipeline of a byte-level BPE.
 
-    `vocabulary`: string -> id, of words by their characters and of added tokens as they are;
-    `pairs`: the merges, first ones first; `splits`: regular expressions, each applied to what the
-    one before has left in one piece; `whole_words`: a word that is in the vocabulary is never
-    merged from parts; `control`, `user_defined`: the added tokens; `nfc`: composes characters first.
-    Raises whatever the `tokenizers` library raises, which is no narrower than Exception.
+    Args:
+        vocabulary: string -> id; words in the form of `characters`, added tokens as they are.
+        pairs: the merges, in order.
+        splits: regular expressions; each splits the pieces that the one before left whole.
+        whole_words: encode a word of the vocabulary without merges.
+        control: the control tokens.
+        user_defined: the other added tokens.
+        nfc: compose characters (NFC) before encoding.
+
+    Raises:
+        Exception: the `tokenizers` library refuses the vocabulary; it has no narrower class.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -128,3 +115,27 @@ def build(
     pipeline.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     pipeline.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
     return pipeline
+
+
+def build_ranked(
+    tokens: Sequence[str], words: Sequence[str], pattern: str, *, control: Sequence[str], nfc: bool = False
+) -> Tokenizer:
+    """Build the pipeline of a BPE whose words are listed by rank, as tiktoken has it.
+
+    Args:
+        tokens: all tokens by id.
+        words: the words by rank, in the form of `characters`.
+        pattern: the regular expression that splits a text into words.
+        control: the control tokens.
+        nfc: compose characters (NFC) before encoding.
+
+    Raises:
+        BadInput: a byte is no word, a token is listed twice, or a word is longer than any published one.
+    """
+    missing = sorted(BYTE_OF[character] for character in BYTE_OF.keys() - set(words))
+    if missing:
+        raise BadInput(f"the vocabulary lacks {len(missing)} of the 256 bytes, such as 0x{missing[0]:02x}")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise BadInput(f"{len(tokens) - len(vocabulary)} of its tokens are listed twice")
+    return build(vocabulary, merges(words), [pattern], whole_words=True, control=control, nfc=nfc)

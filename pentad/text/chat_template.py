@@ -1,7 +1,6 @@
-"""A conversation -> the text that a model's own jinja template makes of it.
+"""Render a conversation by a model's own jinja template.
 
-Follows transformers' utils/chat_template_utils.py in what a template may use, and so in what it
-renders to.
+A template may use what transformers' utils/chat_template_utils.py allows, and renders to the same text.
 """
 
 from __future__ import annotations
@@ -10,29 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pentad.errors import BadInput
-from pentad.text import sandbox
 from pentad.text.control import ControlStrings
+from pentad.text.sandbox import ChatTemplate
 
 __all__ = ["ChatTemplate", "render_guarded"]
 
 _PRIVATE_USE = range(0xE000, 0xF900)
-
-
-class ChatTemplate:
-    """A compiled chat template."""
-
-    def __init__(self, source: str) -> None:
-        """Raises `BadInput` where `source` isn't a jinja template, or one that asks for what none
-        may have.
-        """
-        self.source = source
-        self._code, self.words = sandbox.compile_template(source)
-
-    def render(self, variables: Mapping[str, Any]) -> str:
-        """The text. Raises `BadInput` with the template's own complaint, or where it does too much
-        work.
-        """
-        return sandbox.render(self._code, variables)
 
 
 def render_guarded(
@@ -41,16 +23,25 @@ def render_guarded(
     inputs: Mapping[str, Any],
     trusted: Mapping[str, Any],
 ) -> tuple[str, str]:
-    """Renders `inputs`, in which a sentinel breaks every control string, and `trusted`, which stays
-    as it is.
+    """Render a template so that the control strings of its inputs can be told from its own.
 
-    Returns the text and the sentinel: one character that occurs in none of the inputs.
+    Args:
+        template: the template.
+        control: the control strings of the vocabulary.
+        inputs: variables, with `messages` among them, in which a sentinel breaks every control string.
+        trusted: variables that stay as they are.
+
+    Returns:
+        The text, and the sentinel: a character that none of the inputs holds.
+
+    Raises:
+        BadInput: the inputs are malformed, or the template raises an error.
     """
-    check_messages(inputs["messages"])
+    _check_messages(inputs["messages"])
     try:
-        copied = {name: plain(value, name) for name, value in inputs.items()}
+        copied = {name: _plain(value, name) for name, value in inputs.items()}
     except RecursionError:
-        raise BadInput("messages: they are nested too deeply") from None
+        raise BadInput("messages are nested too deeply") from None
     copied["messages"] = [
         {key: value for key, value in message.items() if value is not None} for message in copied["messages"]
     ]
@@ -60,34 +51,34 @@ def render_guarded(
         seen.update(text)
         return text
 
-    map_strings(copied, see)
+    _map_strings(copied, see)
     sentinel = next((chr(code) for code in _PRIVATE_USE if chr(code) not in seen), None)
     if sentinel is None:
-        raise BadInput("messages: they use every private-use character there is: drop one of them")
+        raise BadInput("messages hold every private-use character (U+E000 to U+F8FF); remove one of them")
 
     def guard(text: str) -> str:
-        # The template's own words (roles, types) are compared with, so they stay as they are.
-        return text if text in template.words and text.isalnum() else control.guard(text, sentinel)
+        # The template compares its own words (roles, types) with the inputs, so these words stay as they are.
+        return text if text in template.literals and text.isalnum() else control.guard(text, sentinel)
 
-    return template.render({**trusted, **map_strings(copied, guard)}), sentinel
+    return template.render({**trusted, **_map_strings(copied, guard)}), sentinel
 
 
-def check_messages(messages: Any) -> None:
-    """Raises `BadInput` where `messages` isn't a list of dicts with a role and a content."""
+def _check_messages(messages: Any) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise BadInput("messages: a list of {role, content} with at least one message was expected")
+        raise BadInput("messages: expected a list of at least one {role, content}")
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, Mapping):
-            raise BadInput(f"{where}: a dict with role and content was expected, not {type(message).__name__}")
+            raise BadInput(f"{where} is a {type(message).__name__}; expected a dict with role and content")
         if not isinstance(message.get("role"), str):
-            raise BadInput(f"{where}: 'role' must be a string such as 'user', not {message.get('role')!r}")
+            raise BadInput(f"{where}: role is {message.get('role')!r}; expected a string such as 'user'")
         if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-            raise BadInput(f"{where}: 'content' must be a string or a list of parts")
+            content = type(message.get("content")).__name__
+            raise BadInput(f"{where}: content is a {content}; expected a string or a list of parts")
 
 
-def plain(value: Any, where: str) -> Any:
-    """A copy made of JSON's types alone: a template could call methods of anything else."""
+def _plain(value: Any, where: str) -> Any:
+    """A copy of `value` in JSON's types: a template could call the methods of other types."""
     match value:
         case None | bool():
             return value
@@ -98,22 +89,19 @@ def plain(value: Any, where: str) -> Any:
         case float():
             return float(value)
         case Mapping():
-            return {plain(key, where): plain(item, f"{where}.{key}") for key, item in value.items()}
+            return {_plain(key, where): _plain(item, f"{where}.{key}") for key, item in value.items()}
         case list() | tuple():
-            return [plain(item, f"{where}[{n}]") for n, item in enumerate(value)]
-    kind = type(value).__name__
-    raise BadInput(f"{where}: strings, numbers, lists and dicts can be rendered, not {kind}")
+            return [_plain(item, f"{where}[{n}]") for n, item in enumerate(value)]
+    raise BadInput(f"{where} is a {type(value).__name__}; expected a string, a number, a list or a dict")
 
 
-def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with every string in it changed; of the keys those that a template can't name."""
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Change every string in `value`, except for keys that a template can name."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
         return {
-            key if str(key).isidentifier() else map_strings(key, change): map_strings(item, change)
+            key if str(key).isidentifier() else _map_strings(key, change): _map_strings(item, change)
             for key, item in value.items()
         }
-    if isinstance(value, list):
-        return [map_strings(item, change) for item in value]
-    return value
+    return [_map_strings(item, change) for item in value] if isinstance(value, list) else value

@@ -1,6 +1,4 @@
-"""Control strings (`<|im_end|>`, `</s>`): finding them in a text, and keeping users from forging
-them.
-"""
+"""Find control strings (`<|im_end|>`, `</s>`) in a text, and keep users from forging them."""
 
 from __future__ import annotations
 
@@ -10,37 +8,35 @@ from functools import cached_property
 
 __all__ = ["END_OF_TURN", "ControlStrings", "is_control"]
 
-# Tokens at which a reply has ended, whatever the file calls its end-of-sequence token: many chat
-# models end a turn by one token and a document by another, and name only one of them.
+# A reply ends at each of these. Many chat models end a turn with one token and a document with another, but their
+# files name only one of them as the end of a sequence.
 END_OF_TURN = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "<|end_of_turn|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<EOT>",
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>", "<|endoftext|>"),
+    *("<|end_of_text|>", "</s>", "<EOT>"),
 )
 
 
 def is_control(string: str) -> bool:
-    """Whether an added token that its file doesn't mark as control is one by its looks.
+    """Recognize a control string that its file lists as an ordinary added token.
 
-    Converters mark `<|im_start|>` as an ordinary added token where a fine-tuner added it as one;
-    read so, any user could write it.
+    Fine-tuners add `<|im_start|>` and its like as ordinary tokens; if they stayed so, any user could write them.
     """
     return string in END_OF_TURN or re.fullmatch(r"<[|\uff5c][^|\uff5c\s]+[|\uff5c]>", string) is not None
 
 
 class ControlStrings:
-    """The control strings of a vocabulary."""
+    """The control strings of a vocabulary.
+
+    Attributes:
+        ids: string -> id.
+    """
 
     def __init__(self, ids: Mapping[str, int], strips: Mapping[str, tuple[bool, bool]] | None = None) -> None:
-        """`ids`: string -> id; `strips`: whether the token swallows white space to its left, to its
-        right.
+        """Make a set of control strings.
+
+        Args:
+            ids: string -> id.
+            strips: string -> whether its token swallows white space on its left, and on its right.
         """
         self.ids = dict(ids)
         self._strips = dict(strips or {})
@@ -55,7 +51,7 @@ class ControlStrings:
 
     @cached_property
     def _forged(self) -> re.Pattern[str]:
-        # Any case: a template may write what a user said in capitals.
+        # In any case: a template may write a message in capitals.
         return self._pattern(f"[{self._singles}]" if self._singles else "", re.IGNORECASE)
 
     @cached_property
@@ -69,10 +65,14 @@ class ControlStrings:
         return re.compile("|".join(filter(None, (self._longest_first, singles))) or "(?!)", flags)
 
     def split(self, text: str, sentinel: str = "") -> list[str | int]:
-        """`text` as runs of plain text and the ids of the control strings between them, longest
-        match first.
+        """Split `text` at its control strings, the longest match first.
 
-        A `sentinel` (see `guard`) breaks what it stands in, and is dropped from the runs.
+        Args:
+            text: any text.
+            sentinel: a character (see `guard`) that breaks the control strings it stands in.
+
+        Returns:
+            Runs of plain text without the sentinel, and ids of control strings.
         """
         singles = f"[{self._singles}]" + (f"(?!{sentinel})" if sentinel else "") if self._singles else ""
         parts: list[str | int] = []
@@ -86,11 +86,10 @@ class ControlStrings:
         return [*parts, run] if run else parts
 
     def guard(self, text: str, sentinel: str) -> str:
-        """`text` with `sentinel` put wherever it holds a control string, or could help to make one
-        with its neighbor.
+        """Insert `sentinel` into each control string of `text`, and into what could become one beside other text.
 
-        Neighbors: a text that ends in `<|im_` and one that opens with `end|>`, also once white
-        space is trimmed.
+        Two texts could join to a control string if one ends in `<|im_` and the next opens with `end|>`, also after
+        white space is trimmed.
         """
         broken = self._forged.sub(lambda match: match[0][0] + sentinel + match[0][1:], text)
         starts, ends, longest = self._edges

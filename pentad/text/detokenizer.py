@@ -1,55 +1,50 @@
-"""Token ids -> text, one id at a time, never half a character."""
+"""Decode token ids one at a time, without ever cutting a character in half."""
 
 from __future__ import annotations
 
 import codecs
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-__all__ = ["Detokenizer", "Pieces"]
+if TYPE_CHECKING:
+    from pentad.text.tokenizer import Tokenizer
 
-
-class Pieces(Protocol):
-    """What a detokenizer needs to know of a vocabulary."""
-
-    @property
-    def control(self) -> dict[str, int]:
-        """Control string -> id."""
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that `token` stands for."""
-
-    def first_bytes(self, token: int) -> bytes:
-        """The same where `token` opens a text: without the space that encoding put in front."""
+__all__ = ["Detokenizer"]
 
 
 class Detokenizer:
-    """Turns a stream of ids into text. The pieces, joined, are what `Tokenizer.decode` gives for
-    all of the ids.
+    """An incremental decoder: its pieces, joined, equal `Tokenizer.decode` of all ids.
 
-    Bytes that don't yet make up a character are held back; bytes that never will come out as
-    U+FFFD, where Python's incremental UTF-8 decoder puts it.
+    It holds back bytes until they complete a character. Invalid bytes become U+FFFD.
     """
 
-    def __init__(self, pieces: Pieces, *, special: bool = False, continues: bool = False) -> None:
-        """`special` lets control tokens through as their text; `continues` says that text comes
-        before the first id, so that a SentencePiece vocabulary's leading space is a space and not
-        the opening of a text.
+    def __init__(self, tokenizer: Tokenizer, *, special: bool = False, continues: bool = False) -> None:
+        """Start decoding.
+
+        Args:
+            tokenizer: the vocabulary of the ids.
+            special: keep control tokens, as their text.
+            continues: text precedes the first id, so the leading space of a SentencePiece vocabulary is kept.
         """
-        self._pieces = pieces
-        self._skipped = frozenset() if special else frozenset(pieces.control.values())
+        self._tokenizer = tokenizer
+        self._skipped = frozenset() if special else frozenset(tokenizer.control.values())
         self._opening = not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that is complete now that `token` has come; often empty in the middle of an
-        emoji.
+        """Decode one more id.
+
+        Returns:
+            The text that it completes; empty in the middle of a character.
+
+        Raises:
+            BadInput: `token` is negative.
         """
         if token in self._skipped:
             return ""
-        read = self._pieces.first_bytes if self._opening else self._pieces.token_bytes
+        to_bytes = self._tokenizer.first_bytes if self._opening else self._tokenizer.token_bytes
         self._opening = False
-        return self._utf8.decode(read(token))
+        return self._utf8.decode(to_bytes(token))
 
     def finish(self) -> str:
-        """What was held back: U+FFFD for a character that never ended, else nothing."""
+        """End the text: returns U+FFFD for an incomplete character, otherwise an empty string."""
         return self._utf8.decode(b"", final=True)

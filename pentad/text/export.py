@@ -1,47 +1,40 @@
-"""A checkpoint's tokenizer -> the files and keys that other formats have for it."""
+"""Write a checkpoint's tokenizer in the formats of other programs."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pentad import text
 from pentad.errors import BadInput
 from pentad.text import folder_vocab, gguf_export, gguf_vocab, json_export
 from pentad.text.backends import Backend, SentencePieceBackend, TokenizersBackend
-from pentad.text.files import read_bytes
-from pentad.text.tokenizer import Source, Tokenizer, refusing
+from pentad.text.files import read_bytes, refusing
+from pentad.text.tokenizer import Source, Tokenizer
 
-__all__ = ["consolidated_files", "gguf_metadata", "hf_files", "spaced_alike"]
+__all__ = ["consolidated_files", "gguf_metadata", "hf_files", "keeps_spacing"]
 
 _CONFIG = "tokenizer_config.json"
 _FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "tekken.json",
-    "qwen.tiktoken",
-    "vocab.json",
-    "merges.txt",
-    _CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json", "qwen.tiktoken", "vocab.json", "merges.txt"),
+    *(_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     "additional_chat_templates/*.jinja",
 )
 
 
 def hf_files(checkpoint: Source) -> dict[str, bytes]:
-    """Name -> content of the tokenizer's files in a folder that transformers reads; none where the
-    checkpoint has no tokenizer.
+    """Write the tokenizer's files for a folder that transformers reads.
 
-    The checkpoint's own files are copied. Where they are of a kind that transformers doesn't read
-    (GGUF, tekken.json, qwen.tiktoken, a SentencePiece model by itself), tokenizer.json is made, and
-    tokenizer_config.json made or completed. Which ids end a reply, beyond the one of `eos_token`, is
-    for generation_config.json to say (`Tokenizer.eos_ids`).
-    Raises `BadInput` as `text.load`, and where what is made would not give the same ids.
+    The checkpoint's own files are copied. If transformers can't read them (GGUF, tekken.json, qwen.tiktoken, a
+    SentencePiece model by itself), a tokenizer.json is added, and tokenizer_config.json is written or completed. More
+    ids that end a reply than that of `eos_token` belong in generation_config.json (`Tokenizer.eos_ids`).
+
+    Returns:
+        Name -> content; empty if the checkpoint has no tokenizer.
+
+    Raises:
+        BadInput: as `text.load`, and if the tokenizer.json would give other ids.
     """
     files = _copied(checkpoint)
     if files.keys() & {"tokenizer.json", "spiece.model"} or ("tokenizer.model" in files and _CONFIG in files):
@@ -49,7 +42,7 @@ def hf_files(checkpoint: Source) -> dict[str, bytes]:
     tokenizer = text.load(checkpoint)
     if tokenizer is None:
         return files
-    with _writing(checkpoint, "as tokenizer.json"):
+    with refusing(f"{checkpoint.path}: its tokenizer can't be written as tokenizer.json", prefix=True):
         content = json_export.tokenizer_json(tokenizer)
         _check_same(tokenizer, _pipeline(content))
         files["tokenizer.json"] = content
@@ -63,19 +56,22 @@ def hf_files(checkpoint: Source) -> dict[str, bytes]:
 
 
 def consolidated_files(checkpoint: Source) -> dict[str, bytes]:
-    """Name -> content of the tokenizer's files beside a params.json: the checkpoint's own
-    (tokenizer.model, tekken.json, or whatever it has), of a GGUF file those of `hf_files`.
-    """
+    """Name -> content of the tokenizer's files beside a params.json: copies, or for a GGUF file those of `hf_files`."""
     return hf_files(checkpoint) if checkpoint.format == "gguf" else _copied(checkpoint)
 
 
 def gguf_metadata(checkpoint: Source, vocab_size: int | None = None) -> dict[str, Any]:
-    """The `tokenizer.…` keys of a GGUF file, each a string, int, bool or a list of strings, of ints (int32) or of
-    floats (float32); where the checkpoint has no tokenizer, the one that says so.
+    """Write the `tokenizer.…` keys of a GGUF file; those of a GGUF checkpoint are copied.
 
-    A GGUF file's own keys are taken as they are. `vocab_size`: how many rows the embedding has; tokens past the
-    vocabulary become `[PAD32001]`, of type unused.
-    Raises `BadInput` as `text.load`, and for a tokenizer that llama.cpp has no form for.
+    Args:
+        checkpoint: a checkpoint, with or without a tokenizer.
+        vocab_size: the number of rows of the embedding; tokens past the vocabulary become `[PAD32001]`, of type unused.
+
+    Returns:
+        Key -> a string, int, bool or a list of strings, of ints (int32) or of floats (float32).
+
+    Raises:
+        BadInput: as `text.load`, and if GGUF has no form for the tokenizer.
     """
     tokenizer = text.load(checkpoint, vocab_size)
     if tokenizer is None:
@@ -83,15 +79,19 @@ def gguf_metadata(checkpoint: Source, vocab_size: int | None = None) -> dict[str
     if checkpoint.format == "gguf":
         keys = {key: value for key, value in checkpoint.config.items() if key.startswith("tokenizer.")}
     else:
-        with _writing(checkpoint, "to GGUF"):
+        with refusing(f"{checkpoint.path}: its tokenizer can't be written to GGUF", prefix=True):
             keys = gguf_export.metadata(tokenizer)
             _check_same(tokenizer, gguf_vocab.load(keys))
     return keys if vocab_size is None else gguf_export.pad(keys, vocab_size)
 
 
-def spaced_alike(checkpoint: Source, keys: Mapping[str, Any]) -> bool:
-    """Whether text after a control token has the same ids by `gguf_metadata`'s keys: of SentencePiece vocabularies,
-    some put no space in front of it, and llama.cpp always does.
+def keeps_spacing(checkpoint: Source, keys: Mapping[str, Any]) -> bool:
+    """Compare the ids of text after a control token with those by `gguf_metadata`'s keys.
+
+    llama.cpp always puts a space in front of such text; some SentencePiece vocabularies don't.
+
+    Returns:
+        True if the ids are equal.
     """
     if keys.get("tokenizer.ggml.model") != "llama":
         return True
@@ -105,20 +105,9 @@ def _copied(checkpoint: Source) -> dict[str, bytes]:
         return {}
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     found = [file for pattern in _FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
-    vocabulary = folder_vocab.find(folder)  # which may be called tokenizer.model.v3
+    vocabulary = folder_vocab.find(folder)  # its name may be tokenizer.model.v3
     files = [vocabulary, *found] if vocabulary else found
     return {file.relative_to(folder).as_posix(): read_bytes(file) for file in files}
-
-
-@contextlib.contextmanager
-def _writing(checkpoint: Source, how: str) -> Iterator[None]:
-    """Says of an error what it is that can't be written."""
-    what = f"{checkpoint.path}: its tokenizer can't be written {how}"
-    with refusing(what):
-        try:
-            yield
-        except BadInput as error:
-            raise BadInput(f"{what}: {error}") from None
 
 
 def _pipeline(content: bytes) -> Backend:
@@ -128,7 +117,6 @@ def _pipeline(content: bytes) -> Backend:
 
 
 def _check_same(tokenizer: Tokenizer, made: Tokenizer | Backend | None) -> None:
-    """Raises `BadInput` where what was made of a tokenizer would give other ids."""
     probe = gguf_export.PROBE
     if made is None or made.encode(probe, special=False) != tokenizer.encode(probe):
-        raise BadInput("what is made of it gives other ids: it normalizes or splits texts in a way of its own")
+        raise BadInput("the copy would give other ids, because the original normalizes or splits text differently")

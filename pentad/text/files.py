@@ -1,51 +1,73 @@
-"""Files of a tokenizer, read with care: each error is one line that names the file."""
+"""Read a tokenizer's files; each error is one line that names the file."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pentad.errors import BadInput
+from pentad.errors import BadInput, PentadError
 
-__all__ = ["one_line", "read_bytes", "read_json", "read_text"]
+__all__ = ["one_line", "read_bytes", "read_json", "read_text", "refusing"]
 
-_MAX_BYTES = 200_000_000  # ten times the largest published
+_MAX_BYTES = 200_000_000  # ten times the largest published file
 
 
-def one_line(error: BaseException) -> str:
-    """The message of `error` in one line of at most 500 characters; where it has none, its class."""
+def one_line(error: BaseException, limit: int = 500) -> str:
+    """The message of `error` in one line of at most `limit` characters; its class if it has no message."""
     message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= 500 else message[:500] + "…"
+    return message if len(message) <= limit else message[:limit] + "…"
+
+
+@contextlib.contextmanager
+def refusing(subject: str, *, prefix: bool = False) -> Iterator[None]:
+    """Turn errors of the libraries that read untrusted files, panics of Rust code included, into `BadInput`.
+
+    Args:
+        subject: the beginning of the message.
+        prefix: put `subject` in front of pentad's own errors too.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, PentadError):
+            if not prefix:
+                raise
+            raise BadInput(f"{subject}: {error}") from None
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BadInput(f"{subject}: {type(error).__name__}: {one_line(error, 200)}") from None
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content. Raises `BadInput` where the file can't be read, or is larger than any tokenizer's."""
+    """Read a file. Raises `BadInput` if it is unreadable, or larger than any tokenizer's file."""
     try:
         size = file.stat().st_size
         if size > _MAX_BYTES:
-            raise BadInput(f"{file}: {size} bytes are too many for a tokenizer's file")
+            raise BadInput(f"{file} has {size} bytes; expected at most {_MAX_BYTES} in a tokenizer's file")
         return file.read_bytes()
     except OSError as error:
         raise BadInput(f"{file}: {error.strerror or error}") from None
 
 
 def read_text(file: Path) -> str:
-    """The content as text. Raises `BadInput` as `read_bytes`, and for what isn't UTF-8."""
+    """Read a text file. Raises `BadInput` as `read_bytes`, and if it isn't UTF-8."""
     try:
         return read_bytes(file).decode()
     except UnicodeDecodeError as error:
-        raise BadInput(f"{file}: not valid UTF-8 (byte {error.start}): save it as UTF-8") from None
+        raise BadInput(f"{file}: byte {error.start} is not valid UTF-8; save the file as UTF-8") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises `BadInput` as `read_bytes`, and for anything else in it."""
+    """Read a JSON object. Raises `BadInput` as `read_bytes`, and for any other content."""
     try:
         content = json.loads(read_bytes(file))
     except BadInput:
         raise
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: not valid JSON: {error}") from None
+        raise BadInput(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise BadInput(f"{file}: a JSON object was expected, not {type(content).__name__}")
+        raise BadInput(f"{file} holds a {type(content).__name__}; expected a JSON object")
     return content

@@ -1,8 +1,8 @@
-"""The tokenizer files of a folder -> `Tokenizer`.
+"""Load the tokenizer in a folder.
 
-Read is the first of tokenizer.json, tekken.json, tokenizer.model, spiece.model and qwen.tiktoken that is there;
-with tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json,
-chat_template.jinja and additional_chat_templates/, whichever are there.
+The vocabulary is the first of tokenizer.json, tekken.json, tokenizer.model, spiece.model and qwen.tiktoken that the
+folder has. Settings come from tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+generation_config.json, chat_template.jinja and additional_chat_templates/, all of them optional.
 """
 
 from __future__ import annotations
@@ -15,30 +15,22 @@ from typing import Any, NamedTuple
 from pentad.errors import BadInput
 from pentad.text import mistral_chat, qwen_tiktoken, tekken
 from pentad.text.backends import Backend, SentencePieceBackend, TokenizersBackend
-from pentad.text.control import is_control
-from pentad.text.files import read_bytes, read_json, read_text
-from pentad.text.sentencepiece_proto import SPACE, Kind, Piece, append_pieces
+from pentad.text.files import read_bytes, read_json, read_text, refusing
+from pentad.text.sentencepiece_proto import SPACE, Piece, added_type, append_pieces
 from pentad.text.tokenizer import Source, Tokenizer
 
 __all__ = ["ROLES", "find", "load"]
 
-ROLES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONFIG = "tokenizer_config.json"
 _T5 = "spiece.model"
-_SENTINELS = 100  # how many tokens that stand for a span T5 has
-_VERSIONED = re.compile(r".*\.model\.(v\d+)(?:m\d+)?")  # as Mistral names SentencePiece models: tokenizer.model.v3
+_SENTINELS = 100  # T5's tokens for masked spans
+_VERSIONED = re.compile(r".*\.model\.(v\d+)(?:m\d+)?")  # Mistral's names of SentencePiece models: tokenizer.model.v3
+_TEKKEN_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 class _Vocabulary(NamedTuple):
-    """What a vocabulary's file says by itself; the files beside it may say otherwise."""
+    """The content of a vocabulary's file; the files beside it may override it."""
 
     backend: Backend
     adds_bos: bool
@@ -47,7 +39,7 @@ class _Vocabulary(NamedTuple):
 
 
 def find(folder: Path) -> Path | None:
-    """The file in `folder` that holds its vocabulary; None where none does."""
+    """Find the file in `folder` that holds its vocabulary; returns None if there is none."""
     versions = {match[1]: file for file in folder.glob("*.model.v*") if (match := _VERSIONED.fullmatch(file.name))}
     newest = [versions[version] for version in sorted(versions, key=lambda version: -int(version[1:]))]
     names = ("tokenizer.json", "tekken.json", "tokenizer.model", _T5, "qwen.tiktoken")
@@ -56,10 +48,16 @@ def find(folder: Path) -> Path | None:
 
 
 def load(checkpoint: Source) -> Tokenizer | None:
-    """The tokenizer in the folder that is the checkpoint's path, or beside the file that is; None
-    where there is none.
+    """Load the tokenizer of a checkpoint.
 
-    Raises `BadInput` naming the file that is broken.
+    Args:
+        checkpoint: its path is the folder, or a file in the folder.
+
+    Returns:
+        The tokenizer, or None if the folder has no vocabulary.
+
+    Raises:
+        BadInput: a file is broken; the message names the file.
     """
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     file = find(folder)
@@ -84,15 +82,17 @@ def load(checkpoint: Source) -> Tokenizer | None:
 
 
 def _read(file: Path, config: Mapping[str, Any], generation: Mapping[str, Any], checkpoint: Source) -> _Vocabulary:
-    """`file`'s vocabulary. Where no tokenizer_config.json says how a conversation is written, the
-    publishers' own code does: Mistral's by the version of the tokenizer, Qwen's by `chat_format`.
+    """Read the vocabulary in `file`.
+
+    Without a tokenizer_config.json, the chat template follows the publisher's code: Mistral's by the version of the
+    tokenizer, Qwen's by `chat_format`.
     """
     bare = not file.with_name(_CONFIG).is_file()
     if file.name == "tokenizer.json":
         return _pipeline(file)
     if file.name == "tekken.json":
         backend, version = tekken.load(file)
-        roles = {f"{role}_token": string for role, string in _TEKKEN_ROLES if string in backend.control.ids}
+        roles = {role: string for role, string in _TEKKEN_ROLES.items() if string in backend.control.ids}
         return _Vocabulary(backend, True, roles, mistral_chat.template(version) if bare else None)
     if file.name == "qwen.tiktoken":
         chat = qwen_tiktoken.CHATML if generation.get("chat_format") == "chatml" else None
@@ -103,39 +103,28 @@ def _read(file: Path, config: Mapping[str, Any], generation: Mapping[str, Any], 
     return _Vocabulary(model, True, model.special_tokens, template)
 
 
-_TEKKEN_ROLES = (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", "<pad>"))
-
-
 def _optional(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
 def _pipeline(file: Path) -> _Vocabulary:
-    """BOS is added where the pipeline's own post-processor begins a text with a control token."""
     from tokenizers import Tokenizer as Pipeline
 
-    try:
+    with refusing(f"{file}: not a tokenizer.json"):
         pipeline = Pipeline.from_file(str(file))
-    except Exception as error:  # the library raises no narrower class
-        raise BadInput(f"{file}: not a tokenizer.json: {error}") from None
-    with_specials, without = (
-        pipeline.encode("a").ids,
-        pipeline.encode("a", add_special_tokens=False).ids,
-    )
-    return _Vocabulary(TokenizersBackend(pipeline), with_specials[:1] != without[:1], {})
+    adds_bos = pipeline.encode("a").ids[:1] != pipeline.encode("a", add_special_tokens=False).ids[:1]
+    return _Vocabulary(TokenizersBackend(pipeline), adds_bos, {})
 
 
 def _sentencepiece(file: Path, config: Mapping[str, Any]) -> SentencePieceBackend:
     model = read_bytes(file)
-    try:
+    with refusing(f"{file}: not a SentencePiece model", prefix=True):
         size = SentencePieceBackend(model).vocab_size
-    except BadInput as error:
-        raise BadInput(f"{file}: not a SentencePiece model: {error}") from None
     extra = {i: piece for i, piece in _added(file, config).items() if i >= size}
     if file.name == _T5 and not extra:
         extra = dict(enumerate(_sentinels(file, config), size))
     if sorted(extra) != list(range(size, size + len(extra))):
-        raise BadInput(f"{file}: holds {size} tokens, which the added ones don't follow on")
+        raise BadInput(f"{file}: ids of the added tokens are {sorted(extra)}; expected {size} and so on")
     return SentencePieceBackend(
         append_pieces(model, (extra[i] for i in sorted(extra))),
         prefix_after_control=config.get("legacy") is not False,
@@ -143,9 +132,7 @@ def _sentencepiece(file: Path, config: Mapping[str, Any]) -> SentencePieceBacken
 
 
 def _added(file: Path, config: Mapping[str, Any]) -> dict[int, Piece]:
-    """Id -> token that was added to a SentencePiece model: by tokenizer_config.json, or in older folders by
-    added_tokens.json alone.
-    """
+    """Id -> token added to a SentencePiece model by tokenizer_config.json, or in older folders by added_tokens.json."""
     where = file.with_name("added_tokens.json")
     special = set(_special_tokens(config).values())
     try:
@@ -155,28 +142,26 @@ def _added(file: Path, config: Mapping[str, Any]) -> dict[int, Piece]:
         for i, token in (config.get("added_tokens_decoder") or {}).items():
             added[int(i)] = _added_piece(token["content"], bool(token.get("special")))
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BadInput(f"{where}: doesn't map ids to added tokens") from None
+        raise BadInput(f"{where}: expected a map of ids and added tokens") from None
     return added
 
 
 def _sentinels(file: Path, config: Mapping[str, Any]) -> list[Piece]:
-    """The tokens that T5's code adds to its vocabulary, the last one first; tokenizer_config.json may say how many."""
+    """The tokens that T5's code adds to its vocabulary, the last one first."""
     count = config.get("extra_ids", _SENTINELS)
     if not isinstance(count, int) or not 0 <= count <= 1000:
-        raise BadInput(f"{file.with_name(_CONFIG)}: extra_ids is {str(count)[:40]}: 0 to 1000 were expected")
+        raise BadInput(f"{file.with_name(_CONFIG)}: extra_ids is {str(count)[:40]}; expected 0 to 1000")
     return [_added_piece(f"<extra_id_{i}>", True) for i in reversed(range(count))]
 
 
 def _added_piece(token: str, special: bool) -> Piece:
-    control = special or is_control(token)
-    return Piece(token.replace(" ", SPACE), 0.0, Kind.CONTROL if control else Kind.USER_DEFINED)
+    return Piece(token.replace(" ", SPACE), 0.0, added_type(token, special))
 
 
 def _version(file: Path, model: SentencePieceBackend, checkpoint: Source) -> str | None:
-    """Which of Mistral's tokenizers a SentencePiece model is, by its name, else by its control
-    tokens; None for one of somebody else's.
+    """The version of a SentencePiece model of Mistral's, by its name or its control tokens; None for other models.
 
-    Mistral's first and Llama 2's look alike; what params.json calls its sizes tells them apart.
+    Mistral's version 1 has the control tokens of Llama 2; only its params.json has `hidden_dim`.
     """
     named = _VERSIONED.fullmatch(file.name)
     if named:
@@ -193,14 +178,14 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _content(token: Any) -> Any:
-    """A token is its string, or an object that has the string as `content`."""
+    """The string of a token: the token itself, or the `content` of an object."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _as_ids(value: Any, folder: Path) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) for i in ids):
-        raise BadInput(f"{folder / 'generation_config.json'}: eos_token_id is {value!r}: ids were expected")
+        raise BadInput(f"{folder / 'generation_config.json'}: eos_token_id is {value!r}; expected ids")
     return ids
 
 
@@ -208,14 +193,12 @@ def _named(entry: Any, folder: Path) -> tuple[str, str]:
     match entry:
         case {"name": str(name), "template": str(source)}:
             return name, source
-    raise BadInput(f"{folder / _CONFIG}: an entry of chat_template isn't {{name, template}}")
+    raise BadInput(f"{folder / _CONFIG}: an entry of chat_template is not {{name, template}}")
 
 
-def _templates(folder: Path, config: Mapping[str, Any], own: str | None) -> dict[str, str]:
-    """Name -> source: one string is the default; a list has {name, template}; files of their own
-    win; `own` counts where there is nothing else.
-    """
-    templates = {} if own is None else {"default": own}
+def _templates(folder: Path, config: Mapping[str, Any], default: str | None) -> dict[str, str]:
+    """Name -> jinja source. Template files win over tokenizer_config.json, which wins over `default`."""
+    templates = {} if default is None else {"default": default}
     match config.get("chat_template"):
         case str(source):
             templates["default"] = source

@@ -1,4 +1,4 @@
-"""A `Tokenizer` -> tokenizer.json and tokenizer_config.json, as transformers reads them."""
+"""Write a tokenizer as tokenizer.json and tokenizer_config.json, as transformers reads them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pentad.errors import BadInput
 from pentad.text import byte_level
 from pentad.text.backends import SentencePieceBackend, TokenizersBackend
 from pentad.text.folder_vocab import ROLES
-from pentad.text.sentencepiece_proto import SPACE, Kind, Piece, is_bpe, read_pieces
+from pentad.text.sentencepiece_proto import SPACE, Piece, PieceType, is_bpe, read_pieces
 from pentad.text.tokenizer import Tokenizer
 
 __all__ = ["tokenizer_config", "tokenizer_json"]
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:
-    """The pipeline that gives `tokenizer`'s ids, in the format of the `tokenizers` library.
+    """Write a tokenizer.json that gives the ids of `tokenizer`.
 
-    A SentencePiece vocabulary becomes the pipeline that Llama's published tokenizer.json has. It
-    differs in one thing: a text that follows a user-defined token also gets a space in front.
-    Raises `BadInput` for a SentencePiece vocabulary that isn't a BPE.
+    A SentencePiece vocabulary becomes the pipeline of Llama's published tokenizer.json. It differs in one way: text
+    that follows a user-defined token also gets a space in front.
+
+    Raises:
+        BadInput: a SentencePiece vocabulary is not a BPE.
     """
     backend = tokenizer.backend
     if isinstance(backend, SentencePieceBackend):
@@ -34,7 +36,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What tokenizer_config.json says beside such a tokenizer.json."""
+    """The tokenizer_config.json that belongs to `tokenizer_json`."""
     templates: Any = [{"name": name, "template": source} for name, source in tokenizer.templates.items()]
     if tokenizer.templates.keys() == {"default"}:
         templates = tokenizer.chat_template
@@ -51,13 +53,13 @@ def _sentencepiece_pipeline(backend: SentencePieceBackend) -> dict[str, Any]:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     if not is_bpe(backend.model):
-        raise BadInput("the SentencePiece vocabulary isn't a BPE: pentad can't write it as a tokenizer.json")
+        raise BadInput("its SentencePiece vocabulary is not a BPE; expected BPE")
     pieces = read_pieces(backend.model)
-    unknown = next((piece.text for piece in pieces if piece.kind == Kind.UNKNOWN), None)
+    unknown = next((piece.text for piece in pieces if piece.type == PieceType.UNKNOWN), None)
     model = models.BPE(
         vocab={piece.text: i for i, piece in enumerate(pieces)},
         merges=byte_level.merges([piece.text for piece in _by_priority(pieces)]),
-        byte_fallback=any(piece.kind == Kind.BYTE for piece in pieces),
+        byte_fallback=any(piece.type == PieceType.BYTE for piece in pieces),
         unk_token=unknown,
         fuse_unk=True,
     )
@@ -70,9 +72,9 @@ def _sentencepiece_pipeline(backend: SentencePieceBackend) -> dict[str, Any]:
     else:
         pipeline.normalizer = replaced
         pipeline.decoder = decoders.Sequence(shown)
-    added = [piece for piece in pieces if piece.kind in (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)]
-    for piece in added:
-        control = piece.kind != Kind.USER_DEFINED
+    added = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED)
+    for piece in (piece for piece in pieces if piece.type in added):
+        control = piece.type != PieceType.USER_DEFINED
         token = AddedToken(piece.text.replace(SPACE, " "), special=control, normalized=False)
         (pipeline.add_special_tokens if control else pipeline.add_tokens)([token])
     state: dict[str, Any] = json.loads(pipeline.to_str())
@@ -80,15 +82,17 @@ def _sentencepiece_pipeline(backend: SentencePieceBackend) -> dict[str, Any]:
 
 
 def _by_priority(pieces: list[Piece]) -> list[Piece]:
-    """What text is made of, first merged first. Of equal scores (runs of spaces) the longer one comes first: so a run
-    grows from its left end, as where the leftmost pair is merged.
+    """The normal pieces in the order of their merges.
+
+    Of equal scores (runs of spaces) the longer piece comes first. So a run grows from its left end, as if the leftmost
+    pair were merged.
     """
-    words = [piece for piece in pieces if piece.kind == Kind.NORMAL]
+    words = [piece for piece in pieces if piece.type == PieceType.NORMAL]
     return sorted(words, key=lambda piece: (-piece.score, -len(piece.text)))
 
 
 def _begins_with(token: str, token_id: int | None) -> dict[str, Any]:
-    """A post-processor that puts one token in front of a text."""
+    """The post-processor that puts one token in front of a text."""
     first = {"SpecialToken": {"id": token, "type_id": 0}}
     single = [first, {"Sequence": {"id": "A", "type_id": 0}}]
     return {

@@ -1,9 +1,8 @@
-"""How Mistral's instruct models write a conversation, by the version of their tokenizer.
+"""The chat templates of Mistral's instruct models, by the version of their tokenizer.
 
-mistral-common is what defines this (tokens/tokenizers/instruct.py there): it encodes each message by
-itself, and the control tokens around them keep it so here. In version 1 [INST] is plain text, and
-the system message opens the first user message; in 2 and 3 it opens the last one; from 7 on it
-stands between control tokens of its own.
+mistral-common (tokens/tokenizers/instruct.py) defines them. It encodes each message separately; here the control
+tokens around a message have the same effect. In version 1 `[INST]` is plain text and the system message opens the
+first user message; in versions 2 and 3 it opens the last one; from 7 on it has control tokens of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 __all__ = ["template"]
 
 _HEAD = """\
-{%- if tools -%}{{- raise_exception('this template has no form for tools') -}}{%- endif -%}
+{%- if tools -%}{{- raise_exception('this template does not support tools') -}}{%- endif -%}
 {%- set system = messages[0].content if messages[0].role == 'system' else '' -%}
 {%- set turns = messages[1:] if messages[0].role == 'system' else messages -%}
 {%- set last_user = (turns | length - 1) // 2 * 2 -%}
@@ -20,7 +19,7 @@ _HEAD = """\
 _TURNS = """\
 {%- for message in turns -%}
     {%- if message.role != ('assistant' if loop.index0 % 2 else 'user') -%}
-        {{- raise_exception('after a system message, if any, user and assistant must take turns') -}}
+        {{- raise_exception('user and assistant must alternate, after an optional system message') -}}
     {%- elif message.role == 'user' -%}
         USER
     {%- else -%}
@@ -50,8 +49,8 @@ _TEMPLATES = {"v1": _V1, "v2": _V3, "v3": _V3, "v7": _V7, "v11": _V7, "v13": _V7
 
 
 def template(version: str) -> str | None:
-    """The jinja source for a tokenizer of `version` ("v3"); None for one that isn't known here.
+    """The jinja source for a tokenizer of `version` (such as "v3"), or None if the version is unknown.
 
-    Text alone: tools, images and a reply to be continued have no form in it.
+    The templates support text only: no tools, no images, no reply to be continued.
     """
     return _TEMPLATES.get(version)

@@ -31,7 +31,7 @@ from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 from pentad.errors import BadInput
 from pentad.text.files import one_line
 
-__all__ = ["compile_template", "render"]
+__all__ = ["ChatTemplate"]
 
 _MAX_SOURCE = 1 << 18  # characters; the longest published templates have about 30,000
 _BUDGET = 1 << 22  # units for the template itself
@@ -60,40 +60,47 @@ _UNSAFE_METHODS = _names("encode maketrans striptags translate unescape")
 _METHOD_OWNERS = (str, dict, list, tuple, LoopContext, Cycler)
 
 
-def compile_template(source: str) -> tuple[CodeType, frozenset[str]]:
-    """Compile jinja source.
+class ChatTemplate:
+    """A compiled jinja template.
 
-    Returns:
-        Code for `render`, and the string literals of the template.
-
-    Raises:
-        BadInput: a syntax error, an unknown filter, or a source that is too long.
+    Attributes:
+        source: the template.
+        literals: the strings that are written in it.
     """
-    if len(source) > _MAX_SOURCE:
-        raise BadInput(f"chat template: {len(source)} characters are too many; expected at most {_MAX_SOURCE}")
-    sandbox = Sandbox(_BUDGET)
-    try:
-        tree = sandbox.parse(source)
-        literals = frozenset(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
-        return sandbox.compile(tree), literals
-    except jinja2.TemplateSyntaxError as error:
-        raise BadInput(f"chat template, line {error.lineno}: {one_line(error)}") from None
-    except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
-        raise BadInput(f"chat template: {one_line(error)}") from None
 
+    def __init__(self, source: str) -> None:
+        """Compile `source`. Raises `BadInput` for a syntax error, an unknown filter, or a source that is too long."""
+        if len(source) > _MAX_SOURCE:
+            raise BadInput(f"chat template: {len(source)} characters are too many; expected at most {_MAX_SOURCE}")
+        sandbox = Sandbox(_BUDGET)
+        try:
+            tree = sandbox.parse(source)
+            self.source = source
+            self.literals = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+            self._code: CodeType = sandbox.compile(tree)
+        except jinja2.TemplateSyntaxError as error:
+            raise BadInput(f"chat template, line {error.lineno}: {one_line(error)}") from None
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+            raise BadInput(f"chat template: {one_line(error)}") from None
 
-def render(code: CodeType, variables: Mapping[str, Any]) -> str:
-    """Run compiled code with `variables`, made of JSON's types.
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Render the template.
 
-    Raises:
-        BadInput: the template raised an error, whose message is kept, or exceeded its budget.
-    """
-    try:
-        sandbox = Sandbox(_BUDGET + _BUDGET_PER_UNIT * _size(variables))
-        template = jinja2.Template.from_code(sandbox, code, sandbox.make_globals(None))
-        return sandbox.concat(template.root_render_func(template.new_context(dict(variables))))
-    except Exception as error:  # a template can raise anything
-        raise BadInput(f"chat template: {one_line(error)}") from None
+        Args:
+            variables: name -> a value made of JSON's types.
+
+        Returns:
+            The text.
+
+        Raises:
+            BadInput: the template raised an error, whose message is kept, or exceeded its budget.
+        """
+        try:
+            sandbox = Sandbox(_BUDGET + _BUDGET_PER_UNIT * _size(variables))
+            template = jinja2.Template.from_code(sandbox, self._code, sandbox.make_globals(None))
+            return sandbox.concat(template.root_render_func(template.new_context(dict(variables))))
+        except Exception as error:  # a template can raise anything
+            raise BadInput(f"chat template: {one_line(error)}") from None
 
 
 class _Generation(Extension):

@@ -1,4 +1,4 @@
-"""SentencePiece's ModelProto on the wire: the few fields that make up a BPE vocabulary.
+"""Read and write SentencePiece's ModelProto: the few fields that make up a BPE vocabulary.
 
 Format: https://protobuf.dev/programming-guides/encoding; fields: sentencepiece_model.proto.
 """
@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
+from pentad.text.control import is_control
+
 __all__ = [
     "BYTE_PIECE",
     "SPACE",
-    "Kind",
     "Piece",
+    "PieceType",
+    "added_type",
     "append_pieces",
     "is_bpe",
     "read_pieces",
@@ -23,10 +26,10 @@ __all__ = [
     "write_model",
 ]
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # and a byte of a character that is no piece
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space in a piece
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # stands for a byte of a character that is not a piece
 
-# Of ModelProto, of its SentencePiece, its TrainerSpec and its NormalizerSpec
+# Field numbers of ModelProto, SentencePiece, TrainerSpec, NormalizerSpec; values of TrainerSpec.model_type
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _BYTE_FALLBACK = 3, 35
@@ -34,8 +37,8 @@ _NAME, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_SPACES, _ESCAPE_SPACES = 1, 3, 4, 5
 _UNIGRAM, _BPE = 1, 2
 
 
-class Kind(IntEnum):
-    """What a piece is. GGUF's `tokenizer.ggml.token_type` has the same numbers."""
+class PieceType(IntEnum):
+    """The type of a piece. GGUF's `tokenizer.ggml.token_type` has the same numbers."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -46,18 +49,23 @@ class Kind(IntEnum):
 
 
 class Piece(NamedTuple):
-    """One token; `text` has `SPACE` for spaces, and `<0x0A>` for a byte. Higher scores merge first."""
+    """A token. `text` has `SPACE` for spaces, and `<0x0A>` for a byte; pieces of higher `score` merge first."""
 
     text: str
     score: float
-    kind: int
+    type: int
+
+
+def added_type(token: str, special: bool = False) -> PieceType:
+    """The type of an added token, `special` if its file says so."""
+    return PieceType.CONTROL if special or is_control(token) else PieceType.USER_DEFINED
 
 
 def write_model(pieces: Iterable[Piece], *, prefix: bool) -> bytes:
-    """A serialized ModelProto: BPE by score, no normalization. `prefix`: texts begin with a space."""
+    """Serialize a BPE by score that doesn't normalize text, and puts a space in front of it if `prefix`."""
     pieces = list(pieces)
     model = b"".join(_field(_PIECES, _piece(piece)) for piece in pieces)
-    byte_fallback = any(piece.kind == Kind.BYTE for piece in pieces)
+    byte_fallback = any(piece.type == PieceType.BYTE for piece in pieces)
     trainer = _field(_MODEL_TYPE, _BPE) + _field(_BYTE_FALLBACK, int(byte_fallback))
     normalizer = (
         _field(_NAME, b"identity")
@@ -69,48 +77,48 @@ def write_model(pieces: Iterable[Piece], *, prefix: bool) -> bytes:
 
 
 def append_pieces(model: bytes, pieces: Iterable[Piece]) -> bytes:
-    """`model` with `pieces` following its own: concatenated messages merge."""
+    """Append `pieces` to a serialized model; concatenated protobuf messages merge."""
     return model + b"".join(_field(_PIECES, _piece(piece)) for piece in pieces)
 
 
 def without_prefix(model: bytes) -> bytes:
-    """`model`, but it puts no space in front of a text: of a scalar given twice, the last one counts."""
+    """Make a serialized model put no space in front of a text; the last value of a scalar field counts."""
     return model + _field(_NORMALIZER, _field(_ADD_DUMMY_PREFIX, 0))
 
 
 def read_pieces(model: bytes) -> list[Piece]:
-    """The pieces of a serialized ModelProto that sentencepiece has accepted, in order of their ids."""
+    """The pieces by id of a serialized model that sentencepiece has accepted."""
     return [_read_piece(value) for number, value in _fields(model) if number == _PIECES and isinstance(value, bytes)]
 
 
 def is_bpe(model: bytes) -> bool:
-    """Whether the model merges by score; the other kinds of sentencepiece don't."""
-    kind: int | bytes = _UNIGRAM
+    """Test if a serialized model is a BPE, which merges by score."""
+    model_type: int | bytes = _UNIGRAM
     for number, value in _fields(model):
         if number == _TRAINER and isinstance(value, bytes):
-            kind = dict(_fields(value)).get(_MODEL_TYPE, kind)
-    return kind == _BPE
+            model_type = dict(_fields(value)).get(_MODEL_TYPE, model_type)
+    return model_type == _BPE
 
 
 def _piece(piece: Piece) -> bytes:
     score = bytes([_SCORE << 3 | 5]) + struct.pack("<f", piece.score)
-    return _field(_PIECE, piece.text.encode()) + score + _field(_TYPE, piece.kind)
+    return _field(_PIECE, piece.text.encode()) + score + _field(_TYPE, piece.type)
 
 
 def _read_piece(data: bytes) -> Piece:
-    text, score, kind = b"", 0.0, int(Kind.NORMAL)
+    text, score, piece_type = b"", 0.0, int(PieceType.NORMAL)
     for number, value in _fields(data):
         if number == _TYPE and isinstance(value, int):
-            kind = value
+            piece_type = value
         elif number == _PIECE and isinstance(value, bytes):
             text = value
         elif number == _SCORE and isinstance(value, bytes):
             (score,) = struct.unpack("<f", value)
-    return Piece(text.decode(), score, kind)
+    return Piece(text.decode(), score, piece_type)
 
 
 def _field(number: int, value: bytes | int) -> bytes:
-    """A protobuf field: bytes are length-delimited, an int is a varint."""
+    """Serialize a field: bytes are length-delimited, an int is a varint."""
     if isinstance(value, int):
         return bytes([*_varint(number << 3), *_varint(value)])
     return bytes([*_varint(number << 3 | 2), *_varint(len(value))]) + value
@@ -124,7 +132,7 @@ def _varint(value: int) -> Iterator[int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field: an int for a varint, bytes for every other kind."""
+    """Yield the number and value of each field: an int for a varint, bytes for every other wire type."""
     at = 0
     while at < len(data):
         tag, at = _read_varint(data, at)

@@ -1,6 +1,6 @@
-"""Mistral's tekken.json: a byte-level BPE by rank, with control tokens in front of its words.
+"""Read Mistral's tekken.json: a byte-level BPE by rank; control tokens precede its words.
 
-Read as mistral-common does (tokens/tokenizers/tekken.py there).
+Defined by mistral-common, tokens/tokenizers/tekken.py.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from typing import Any
 from pentad.errors import BadInput
 from pentad.text import byte_level
 from pentad.text.backends import TokenizersBackend
-from pentad.text.files import read_json
+from pentad.text.files import read_json, refusing
 
 __all__ = ["load"]
 
-# What files have that list none: those up to version 7. The rest of the 1000 are called <SPECIAL_20>, …
+# The control tokens of files that list none (up to version 7). The rest of the 1000 are <SPECIAL_20>, …
 _CONTROL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
     *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
     *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
 )
-_MOST_CONTROL = 100_000  # published files have 1000
+_MAX_CONTROL = 100_000  # published files have 1000
 
 
 def load(file: Path) -> tuple[TokenizersBackend, str]:
-    """The vocabulary, and its version ("v3"), which says how a conversation is written.
+    """Load a tekken.json.
 
-    Ids: first the control tokens, then the words by rank; words past `default_vocab_size` are
-    dropped. Raises `BadInput` naming the file for whatever it lacks or contradicts itself in.
+    The control tokens have the first ids, then the words by rank; words past `default_vocab_size` are dropped.
+
+    Returns:
+        The vocabulary, and its version ("v3"), which determines the chat template.
+
+    Raises:
+        BadInput: the file is broken; the message names the file and the field.
     """
     content = read_json(file)
-    try:
+    with refusing(f"{file}: not a tekken.json", prefix=True):
         return _read(content)
-    except BadInput as error:
-        raise BadInput(f"{file}: {error}") from None
-    except Exception as error:  # the tokenizers library raises no narrower class
-        raise BadInput(f"{file}: not a tekken.json: {' '.join(str(error).split())[:200]}") from None
 
 
 def _read(content: Mapping[str, Any]) -> tuple[TokenizersBackend, str]:
-    config = content.get("config")
-    match config:
+    match content.get("config"):
         case {
             "pattern": str(pattern),
             "default_vocab_size": int(size),
@@ -53,19 +53,14 @@ def _read(content: Mapping[str, Any]) -> tuple[TokenizersBackend, str]:
             pass
         case _:
             needed = "pattern, default_vocab_size, default_num_special_tokens and version"
-            raise BadInput(f"not a tekken.json: its config lacks one of {needed}")
+            raise BadInput(f"its config is incomplete; expected {needed}")
     entries = content.get("vocab")
-    if not isinstance(entries, list) or not 0 < reserved < min(size, _MOST_CONTROL) or size > reserved + len(entries):
-        held = len(entries) if isinstance(entries, list) else "no"
-        raise BadInput(f"{held} words and {reserved} control tokens don't make up its {size} ids")
+    if not isinstance(entries, list) or not 0 < reserved < min(size, _MAX_CONTROL) or size > reserved + len(entries):
+        count = len(entries) if isinstance(entries, list) else "no"
+        raise BadInput(f"{count} words and {reserved} control tokens don't add up to its {size} ids")
     words = [byte_level.characters(_word(entry, rank)) for rank, entry in enumerate(entries[: size - reserved])]
-    byte_level.check_bytes(words)
     control = _control(content.get("special_tokens"), reserved)
-    vocabulary = {token: i for i, token in enumerate([*control, *words])}
-    if len(vocabulary) != size:
-        raise BadInput(f"{size - len(vocabulary)} of its tokens come twice")
-    pipeline = byte_level.build(vocabulary, byte_level.merges(words), [pattern], whole_words=True, control=control)
-    return TokenizersBackend(pipeline), version
+    return TokenizersBackend(byte_level.build_ranked([*control, *words], words, pattern, control=control)), version
 
 
 def _word(entry: Any, rank: int) -> bytes:
@@ -75,14 +70,14 @@ def _word(entry: Any, rank: int) -> bytes:
                 return binascii.a2b_base64(encoded, strict_mode=True)
             except ValueError as error:
                 raise BadInput(f"vocab[{rank}]: token_bytes is not base64: {error}") from None
-    raise BadInput(f"vocab[{rank}] is not a word of rank {rank} with token_bytes")
+    raise BadInput(f"vocab[{rank}]: expected an object with rank {rank} and token_bytes")
 
 
 def _control(listed: Any, reserved: int) -> list[str]:
     if listed is None:
         tokens = list(_CONTROL[:reserved])
     elif not isinstance(listed, list) or len(listed) > reserved:
-        raise BadInput(f"special_tokens is not a list of at most {reserved}")
+        raise BadInput(f"special_tokens: expected a list of at most {reserved}")
     else:
         tokens = [_control_string(entry, rank) for rank, entry in enumerate(listed)]
     return [*tokens, *(f"<SPECIAL_{i}>" for i in range(len(tokens), reserved))]
@@ -92,4 +87,4 @@ def _control_string(entry: Any, rank: int) -> str:
     match entry:
         case {"rank": int(given), "token_str": str(string)} if given == rank and string:
             return string
-    raise BadInput(f"special_tokens[{rank}] is not a token of rank {rank} with a token_str")
+    raise BadInput(f"special_tokens[{rank}]: expected an object with rank {rank} and a token_str")

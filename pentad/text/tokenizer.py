@@ -1,15 +1,15 @@
-"""The one tokenizer class; what reads a vocabulary is behind `backends.Backend`."""
+"""The tokenizer: one class for all vocabularies, which a `backends.Backend` encodes and decodes."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pentad.errors import BadInput, PentadError
-from pentad.text.control import END_OF_TURN, ControlStrings
+from pentad.errors import BadInput
+from pentad.text.control import END_OF_TURN
 from pentad.text.detokenizer import Detokenizer
+from pentad.text.files import refusing
 
 if TYPE_CHECKING:
     from pentad.text.backends import Backend
@@ -23,7 +23,7 @@ class Source(Protocol):
 
     @property
     def path(self) -> Path:
-        """The GGUF file, or the folder, or a file in it."""
+        """The GGUF file, or the folder, or a file in the folder."""
 
     @property
     def format(self) -> str:
@@ -31,17 +31,22 @@ class Source(Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """GGUF: the file's metadata; consolidated: params.json."""
+        """The metadata of a GGUF file; params.json of a consolidated checkpoint."""
 
 
 class Tokenizer:
-    """Text <-> ids for one vocabulary.
+    """Converts between text and the ids of one vocabulary.
 
-    Attributes: `vocab_size`; `control`: control string -> id; `bos_id`: the id that begins a
-    sequence, or None; `adds_bos`: whether the files say that a plain prompt begins with it;
-    `eos_ids`: the ids that end a reply: what the tokenizer's files and the generation settings
-    name, then every control token of `END_OF_TURN`. For those who write it out again: `backend`,
-    what encodes; `special_tokens`: role (`eos_token`) -> string; `templates`: name -> jinja source.
+    Attributes:
+        vocab_size: the number of ids.
+        control: control string (such as `<|im_end|>`) -> id.
+        bos_id: the id that begins a sequence, or None.
+        eos_ids: the ids that end a reply: those that the tokenizer's files and generation_config.json name, then
+            every control token of `END_OF_TURN`.
+        adds_bos: a plain prompt begins with `bos_id`, according to the files.
+        special_tokens: role (such as `eos_token`) -> string.
+        templates: name ("default", "tool_use") -> jinja source of a chat template.
+        backend: encodes and decodes.
     """
 
     def __init__(
@@ -54,9 +59,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         templates: Mapping[str, str],
     ) -> None:
-        """`special_tokens`: what a chat template may name, as `bos_token`; `templates`: name ->
-        jinja source.
-        """
+        """Make a tokenizer; see the attributes of the class."""
         self.backend = backend
         self.special_tokens = dict(special_tokens)
         self.templates = dict(templates)
@@ -70,50 +73,70 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The source of the template for a chat without tools; None where the model has none."""
+        """The jinja source of the template for chats without tools, or None."""
         return self.templates.get("default")
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
-        """The ids of `text`. Control strings in it stay text unless `special`; `bos` puts `bos_id`
-        in front.
+        """Encode text.
 
-        Raises `BadInput` for a string that isn't Unicode text, and for `bos` where there is no such
-        token.
+        Args:
+            text: any text.
+            bos: put `bos_id` in front.
+            special: turn control strings in `text` into their ids. By default they are encoded as plain text.
+
+        Returns:
+            The ids.
+
+        Raises:
+            BadInput: `text` is not a string of valid Unicode, or `bos` is set and `bos_id` is None.
         """
-        check_text(text)
+        _check_text(text)
         if bos and self.bos_id is None:
-            raise BadInput("this vocabulary has no token that begins a sequence: encode with bos=False")
+            raise BadInput("bos is True, but this vocabulary has no token that begins a sequence; use bos=False")
         with refusing("the tokenizer can't encode this text"):
             ids = self.backend.encode(text, special=special)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False, continues: bool = False) -> str:
-        """The text of `ids`, control tokens left out unless `special`; bytes that aren't UTF-8
-        become U+FFFD.
+        """Decode ids.
 
-        `continues`: text comes before the first id, so a SentencePiece vocabulary's leading space
-        is kept.
+        Args:
+            ids: token ids; those past the vocabulary stand for no text.
+            special: keep control tokens, as their text. By default they are dropped.
+            continues: text precedes the first id, so the leading space of a SentencePiece vocabulary is kept.
+
+        Returns:
+            The text, with U+FFFD in place of bytes that aren't UTF-8.
+
+        Raises:
+            BadInput: an id is negative.
         """
         stream = self.stream(special=special, continues=continues)
         return "".join([*(stream.add(token) for token in ids), stream.finish()])
 
     def stream(self, *, special: bool = False, continues: bool = False) -> Detokenizer:
-        """A fresh incremental `decode`."""
+        """Start decoding ids one at a time.
+
+        Args:
+            special: keep control tokens, as their text. By default they are dropped.
+            continues: text precedes the first id, so the leading space of a SentencePiece vocabulary is kept.
+
+        Returns:
+            A decoder: call `add(id)` for each id, then `finish()`.
+        """
         return Detokenizer(self, special=special, continues=continues)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for; none for an id past the vocabulary (embeddings are
-        padded).
-        """
+        """The bytes of one id; empty past the vocabulary (embeddings are padded). Raises `BadInput` below 0."""
         return self.backend.token_bytes(token) if self._known(token) else b""
 
     def first_bytes(self, token: int) -> bytes:
-        """The same where the id opens a text: without the space that encoding put in front."""
+        """`token_bytes` of an id that opens a text: without the space that encoding puts in front."""
         return self.backend.first_bytes(token) if self._known(token) else b""
 
     def _known(self, token: int) -> bool:
         if token < 0:
-            raise BadInput(f"{token} is not a token id: ids are 0 or more")
+            raise BadInput(f"token id is {token}; expected 0 or more")
         return token < self.vocab_size
 
     def chat(
@@ -124,26 +147,37 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[int]:
-        """The ids of a conversation, by the model's own template, which also owns BOS.
+        """Encode a conversation by the model's own template, which also writes BOS.
 
-        Control tokens come from the template's own text alone: one that is spelled out in a
-        message, tool or variable is encoded as the characters it is made of. Raises `BadInput`
-        where there is no template, where the messages aren't dicts with role and content, and for
-        whatever the template itself complains of.
+        Only the template's own text gives control tokens: a control string in a message, tool or variable is encoded
+        as plain text.
+
+        Args:
+            messages: dicts with `role` and `content` (a string, or a list of parts), and whatever else the template
+                reads.
+            tools: JSON schemas of functions; they select the template "tool_use" if there is one.
+            add_generation_prompt: end with the opening of an assistant's reply.
+            variables: more variables for the template, made of JSON's types.
+
+        Returns:
+            The ids.
+
+        Raises:
+            BadInput: the model has no template, a message is malformed, or the template raises an error.
         """
         from pentad.text.chat_template import render_guarded
 
+        control = self.backend.control
         rendered, sentinel = render_guarded(
             self._template("tool_use" if tools is not None else "default"),
-            self.backend.control,
+            control,
             {"messages": messages, "tools": tools, "documents": None, **variables},
             {**self.special_tokens, "add_generation_prompt": add_generation_prompt},
         )
-        control: ControlStrings = self.backend.control
         plain = rendered.replace(sentinel, "")
-        check_text(plain)
+        _check_text(plain)
         parts = control.split(rendered, sentinel)
-        if parts == control.split(plain):  # nothing was forged
+        if parts == control.split(plain):  # no input holds a control string
             return self.backend.encode(plain, special=True)
         return self.backend.encode_parts(parts)
 
@@ -153,31 +187,16 @@ class Tokenizer:
         if name not in self.templates:
             name = "default"
         if name not in self.templates:
-            raise BadInput("this model has no chat template: complete plain text instead")
+            raise BadInput("this model has no chat template; complete plain text instead")
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(self.templates[name])
         return self._compiled[name]
 
 
-@contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Makes `BadInput` of whatever libraries raise over a stranger's files, a panic of Rust code included."""
-    try:
-        yield
-    except PentadError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise BadInput(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-
-
-def check_text(text: str) -> None:
-    """Raises `BadInput` where `text` isn't a string, or can't be written as UTF-8."""
+def _check_text(text: str) -> None:
     if not isinstance(text, str):
-        raise BadInput(f"a text is a string, not {type(text).__name__}")
+        raise BadInput(f"text is a {type(text).__name__}; expected a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        where = f"character {error.start} is a lone surrogate"
-        raise BadInput(f"the text is not valid UTF-8 ({where}): save it as UTF-8") from None
+        raise BadInput(f"text is not valid Unicode: character {error.start} is a lone surrogate") from None

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from tests.helpers.tiny import Tiny
-from tests.text.vocabularies import SHORT
+from tests.helpers.vocabularies import SHORT
 
 SIZES = {
     "vocab_size": 96,

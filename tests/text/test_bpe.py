@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as Pipeline
 
 from pentad.errors import BadInput
 from pentad.text import Tokenizer, load
+from tests.helpers.vocabularies import CORPUS
 
 TESTS = Path(__file__).parent.parent
-CORPUS = [text * times for text, times in json.loads((TESTS / "text/corpus.json").read_text("utf-8"))]
 CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -216,26 +216,26 @@ def test_no_tokenizer_files_means_no_tokenizer(tmp_path: Path) -> None:
 
 def test_ids_past_the_vocabulary_have_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
-    with pytest.raises(BadInput, match="-1 is not a token id"):
+    with pytest.raises(BadInput, match="-1; expected 0"):
         tokenizer.token_bytes(-1)
 
 
 def test_lone_surrogate_is_bad_input(tokenizer: Tokenizer) -> None:
-    with pytest.raises(BadInput, match="character 2 is a lone surrogate"):
+    with pytest.raises(BadInput, match=r"character 2 .*surrogate"):
         tokenizer.encode("ab\udcff")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "t5"}, "'t5': pentad reads 'gpt2' and 'llama'"),
-        ({"pre": "klingon"}, "'klingon': pentad knows .*smollm"),
-        ({"tokens": []}, "missing or empty"),
-        ({"tokens": [1, 2]}, "tokens is not a list of str"),
-        ({"merges": "a b"}, "'a' is not two tokens"),
-        ({"tokens": ["a", "a"], "token_type": [1, 1], "merges": []}, "come twice"),
-        ({"token_type": [1]}, "but 1 token types"),
-        ({"merges": ["ab"]}, "'ab' is not two tokens"),
+        ({"model": "t5"}, "'t5'; expected 'gpt2' or 'llama'"),
+        ({"pre": "klingon"}, "'klingon'.*smollm"),
+        ({"tokens": []}, "tokens is missing"),
+        ({"tokens": [1, 2]}, "tokens .* list of str"),
+        ({"merges": "a b"}, "merge 'a'"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1], "merges": []}, "1 .*twice"),
+        ({"token_type": [1]}, "601 tokens .* 1 token types"),
+        ({"merges": ["ab"]}, "merge 'ab'"),
         ({"merges": ["a nosuchtoken"]}, "nosuchtoken"),
         ({"bos_token_id": 10**9}, "bos_token_id is 1000000000"),
     ],
@@ -249,10 +249,10 @@ def test_broken_gguf_vocabulary(pipeline: Pipeline, change: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer_config.json", b"[]", "a JSON object was expected, not list"),
-        ("tokenizer_config.json", b'{"chat_template": ["x"]}', "isn't {name, template}"),
-        ("generation_config.json", b'{"eos_token_id": "x"}', "ids were expected"),
-        ("chat_template.jinja", b"a\xff", "not valid UTF-8"),
+        ("tokenizer_config.json", b"[]", "list; expected a JSON object"),
+        ("tokenizer_config.json", b'{"chat_template": ["x"]}', "{name, template}"),
+        ("generation_config.json", b'{"eos_token_id": "x"}', "'x'; expected ids"),
+        ("chat_template.jinja", b"a\xff", "byte 1 .*UTF-8"),
     ],
 )
 def test_odd_folder_names_the_file(pipeline: Pipeline, tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -265,7 +265,7 @@ def test_odd_folder_names_the_file(pipeline: Pipeline, tmp_path: Path, name: str
 def test_a_decoder_that_pentad_can_not_read(pipeline: Pipeline, tmp_path: Path) -> None:
     other = Pipeline(pipeline.model)
     other.decoder = decoders.WordPiece()
-    with pytest.raises(BadInput, match="its decoder is WordPiece"):
+    with pytest.raises(BadInput, match="WordPiece; expected ByteLevel"):
         load(write_folder(tmp_path, other))
 
 

@@ -228,14 +228,14 @@ def test_a_control_token_may_swallow_white_space() -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hi", "a list of"),
-        ([], "at least one message"),
-        (["hi"], r"messages\[0\]: a dict with role and content was expected, not str"),
-        ([{"content": "x"}], r"messages\[0\]: 'role' must be a string such as 'user', not None"),
-        ([{"role": "user"}], r"messages\[0\]: 'content' must be"),
-        ([{"role": "user", "content": 3}], r"messages\[0\]: 'content' must be"),
-        ([{"role": "user", "content": "x", "y": b"z"}], r"messages\[0\]\.y: .* not bytes"),
-        ([{"role": "user", "content": "\ud800"}], "lone surrogate"),
+        ("hi", "{role, content}"),
+        ([], "{role, content}"),
+        (["hi"], r"messages\[0\] is a str; expected a dict"),
+        ([{"content": "x"}], r"messages\[0\]: role is None"),
+        ([{"role": "user"}], r"messages\[0\]: content is a NoneType"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]: content is a int"),
+        ([{"role": "user", "content": "x", "y": b"z"}], r"messages\[0\]\.y is a bytes"),
+        ([{"role": "user", "content": "\ud800"}], "surrogate"),
         ([{"role": "assistant", "content": "x"}], "chat template: roles must alternate"),
     ],
 )

@@ -14,7 +14,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from pentad.errors import BadInput
 from pentad.text import Tokenizer, load
-from tests.text.vocabularies import PUBLISHED, SHORT, published, sentencepiece_model, source, tekken
+from tests.helpers.vocabularies import PUBLISHED, SHORT, published, sentencepiece_model, source, tekken
 
 MESSAGE = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
 MISTRAL = {"dim": 64, "hidden_dim": 128}
@@ -23,7 +23,7 @@ TEXTS = [text for text in SHORT if text.strip()] + [" a", "b ", "\n\nc", "d\n"]
 
 
 def load_folder(folder: Path, files: dict[str, Any], config: dict[str, Any] = MISTRAL) -> Tokenizer:
-    tokenizer = load(source(folder, files, kind="consolidated", config=config))
+    tokenizer = load(source(folder, files, format="consolidated", config=config))
     assert tokenizer is not None
     return tokenizer
 
@@ -116,10 +116,10 @@ def test_a_folder_that_says_how_it_chats_is_believed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("chat", "message"),
     [
-        ([("assistant", "a")], "take turns"),
-        ([("user", "a"), ("user", "b")], "take turns"),
-        ([("user", "a"), ("system", "b")], "take turns"),
-        ([("user", "a"), ("tool", "b")], "take turns"),
+        ([("assistant", "a")], "alternate"),
+        ([("user", "a"), ("user", "b")], "alternate"),
+        ([("user", "a"), ("system", "b")], "alternate"),
+        ([("user", "a"), ("tool", "b")], "alternate"),
     ],
 )
 @pytest.mark.parametrize("version", ["v1", "v3", "v7"])
@@ -129,7 +129,7 @@ def test_what_the_template_has_no_form_for(
     tokenizer = load_folder(tmp_path, {PUBLISHED[version]: published(version)})
     with pytest.raises(BadInput, match=message):
         tokenizer.chat([{"role": role, "content": content} for role, content in chat])
-    with pytest.raises(BadInput, match="no form for tools"):
+    with pytest.raises(BadInput, match="tools"):
         tokenizer.chat([{"role": "user", "content": "a"}], tools=[{"name": "x"}])
 
 
@@ -137,14 +137,14 @@ def test_what_the_template_has_no_form_for(
     "content", [b"", b"{}", b"AAAA 0\nAAAB 1\n", b"\x0a\x07\x0a\x05hello", published("v1")[:-5]], ids=range(5)
 )
 def test_a_model_that_is_none(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(BadInput, match=r"tokenizer\.model: not a SentencePiece model") as error:
+    with pytest.raises(BadInput, match=r"tokenizer\.model: .*SentencePiece") as error:
         load_folder(tmp_path, {"tokenizer.model": content})
     assert "\n" not in str(error.value)
 
 
 def test_a_piece_that_is_not_utf_8(tmp_path: Path) -> None:
     model = published("v1").replace("▁the".encode(), b"\xe2\x96\x81t\xffe", 1)
-    with pytest.raises(BadInput, match="not UTF-8"):
+    with pytest.raises(BadInput, match="UTF-8"):
         load_folder(tmp_path, {"tokenizer.model": model})
 
 
@@ -201,27 +201,27 @@ BYTES = [word(bytes([byte]), byte) for byte in range(256)]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"config": None}, "not a tekken.json: its config lacks one of pattern"),
-        ({"version": None}, "its config lacks one of pattern"),
+        ({"config": None}, "config .*pattern"),
+        ({"version": None}, "config .*version"),
         ({"pattern": "(?<"}, "not a tekken.json"),
-        ({"default_vocab_size": 10**9}, "700 words and 30 control tokens don't make up its 1000000000 ids"),
-        ({"default_vocab_size": 20}, "don't make up its 20 ids"),
+        ({"default_vocab_size": 10**9}, "700 words and 30 control tokens .* 1000000000 ids"),
+        ({"default_vocab_size": 20}, "30 control tokens .* 20 ids"),
         ({"default_num_special_tokens": 0}, "0 control tokens"),
         ({"default_num_special_tokens": 10**9, "default_vocab_size": 10**9 + 300}, "1000000000 control tokens"),
         ({"vocab": None}, "no words"),
-        ({"vocab": BYTES[:200], "default_vocab_size": 230}, "lacks 56 of the 256 bytes, 0xc8 for one"),
-        ({"vocab": [*BYTES[:255], "x"], "default_vocab_size": 286}, r"vocab\[255\] is not a word of rank 255"),
-        ({"vocab": BYTES[::-1], "default_vocab_size": 286}, r"vocab\[0\] is not a word of rank 0"),
+        ({"vocab": BYTES[:200], "default_vocab_size": 230}, "56 of the 256 bytes.* 0xc8"),
+        ({"vocab": [*BYTES[:255], "x"], "default_vocab_size": 286}, r"vocab\[255\]: .*rank 255"),
+        ({"vocab": BYTES[::-1], "default_vocab_size": 286}, r"vocab\[0\]: .*rank 0"),
         (
             {"vocab": [{**BYTES[0], "token_bytes": "A"}], "default_vocab_size": 31},
-            r"vocab\[0\]: token_bytes is not base64",
+            r"vocab\[0\]: token_bytes .*base64",
         ),
-        ({"vocab": [*BYTES, word(b"a", 256)], "default_vocab_size": 287}, "1 of its tokens come twice"),
-        ({"vocab": [*BYTES, word(b"<s>", 256)], "default_vocab_size": 287}, "1 of its tokens come twice"),
-        ({"vocab": [*BYTES, word(b"x" * 10**6, 256)], "default_vocab_size": 287}, "a token has 1000000 bytes"),
-        ({"special_tokens": [{"rank": 1, "token_str": "<s>"}]}, r"special_tokens\[0\] is not a token of rank 0"),
-        ({"special_tokens": SPECIAL_TOKENS * 2}, "special_tokens is not a list of at most 30"),
-        ({"special_tokens": {}}, "special_tokens is not a list"),
+        ({"vocab": [*BYTES, word(b"a", 256)], "default_vocab_size": 287}, "1 .*twice"),
+        ({"vocab": [*BYTES, word(b"<s>", 256)], "default_vocab_size": 287}, "1 .*twice"),
+        ({"vocab": [*BYTES, word(b"x" * 10**6, 256)], "default_vocab_size": 287}, "1000000 bytes"),
+        ({"special_tokens": [{"rank": 1, "token_str": "<s>"}]}, r"special_tokens\[0\]: .*rank 0"),
+        ({"special_tokens": SPECIAL_TOKENS * 2}, "special_tokens: .*list of at most 30"),
+        ({"special_tokens": {}}, "special_tokens: .*list"),
     ],
 )
 def test_broken_tekken(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -233,6 +233,6 @@ def test_broken_tekken(tmp_path: Path, change: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"[]", b"\xff"])
 def test_tekken_that_is_no_json(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(BadInput, match=r"tekken\.json: ") as error:
+    with pytest.raises(BadInput, match=r"tekken\.json ") as error:
         load_folder(tmp_path, {"tekken.json": content})
     assert "\n" not in str(error.value)

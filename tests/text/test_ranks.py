@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pentad.errors import BadInput
 from pentad.text import Tokenizer, byte_level, load
-from tests.text.vocabularies import QWEN, SHORT, qwen_tiktoken, source, words_by_rank
+from tests.helpers.vocabularies import QWEN, SHORT, qwen_tiktoken, source, words_by_rank
 
 WORDS = words_by_rank(QWEN)
 RANKS = {word: rank for rank, word in enumerate(WORDS)}
@@ -115,17 +115,17 @@ def line(word: bytes, rank: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "the vocabulary lacks 256 of the 256 bytes, 0x00 for one"),
-        (qwen_tiktoken(WORDS[:100]), "the vocabulary lacks 156 of the 256 bytes, 0x64 for one"),
-        (b"AA= 0\n", "line 1: b'AA=' is not base64"),
-        (b"!!!! 0\n", "line 1: b'!!!!' is not base64"),
-        (b"AAAA\n", "line 1: b'AAAA' is not a word in base64, a space and its rank, 0"),
-        (b"AAAA 1\n", "line 1: .* its rank, 0"),
-        (b"AAAA zero\n", "line 1: .* its rank, 0"),
-        (qwen_tiktoken(WORDS) + line(b"xyz", len(WORDS) + 1), f"line {len(WORDS) + 1}: "),
-        (qwen_tiktoken(WORDS) + line(WORDS[300], len(WORDS)), "1 of its words come twice"),
-        (qwen_tiktoken(WORDS) + line(b"<|im_end|>", len(WORDS)), "1 of its words come twice"),
-        (qwen_tiktoken(WORDS) + line(b"x" * 10**6, len(WORDS)), "a token has 1000000 bytes"),
+        (b"", ".*256 of the 256 bytes.* 0x00"),
+        (qwen_tiktoken(WORDS[:100]), ".*156 of the 256 bytes.* 0x64"),
+        (b"AA= 0\n", "line 1: b'AA=' .*base64"),
+        (b"!!!! 0\n", "line 1: b'!!!!' .*base64"),
+        (b"AAAA\n", "line 1 is b'AAAA'; .* 0$"),
+        (b"AAAA 1\n", "line 1 is b'AAAA .* 0$"),
+        (b"AAAA zero\n", "line 1 is b'AAAA .* 0$"),
+        (qwen_tiktoken(WORDS) + line(b"xyz", len(WORDS) + 1), f"line {len(WORDS) + 1} "),
+        (qwen_tiktoken(WORDS) + line(WORDS[300], len(WORDS)), "1 .*twice"),
+        (qwen_tiktoken(WORDS) + line(b"<|im_end|>", len(WORDS)), "1 .*twice"),
+        (qwen_tiktoken(WORDS) + line(b"x" * 10**6, len(WORDS)), ".*1000000 bytes"),
         (b"\x93NUMPY\x01\x00v\x00" * 99, "line 1"),
     ],
 )

@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 
 from pentad.errors import BadInput
-from pentad.text.chat_template import ChatTemplate
+from pentad.text.sandbox import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 WORK = "work limit is exceeded"
@@ -36,7 +36,7 @@ HOSTILE = {
     "context": ("{{ self._TemplateReference__context }}", "unsafe"),
     "changing messages": ("{{ messages.append(1) }}", "append"),
     "format's fields": ("{{ '{0.__class__}'.format(1) }}", "__class__"),
-    "include": ("{% include 'x' %}", "no loader"),
+    "include": ("{% include 'x' %}", "loader"),
     "autoescape": ("{% autoescape true %}{% endautoescape %}", "autoescape"),
     "endless loop": (loops(""), WORK),
     "loop that keeps nothing": (loops("", "false"), WORK),

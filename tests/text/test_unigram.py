@@ -12,7 +12,7 @@ from pentad.errors import BadInput
 from pentad.text import Tokenizer, export, load
 from pentad.text.sentencepiece_proto import read_pieces
 from tests.helpers.tiny_switch import unigram_model
-from tests.text.vocabularies import SHORT, source
+from tests.helpers.vocabularies import SHORT, source
 
 SPANS = "The <extra_id_0> walks in <extra_id_1> park"
 SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]
@@ -112,10 +112,10 @@ def test_the_files_are_copied(spiece: SimpleNamespace) -> None:
 @pytest.mark.parametrize("count", [-1, 10**9, "many"])
 def test_numbers_of_sentinels_that_can_not_be(tmp_path: Path, count: object) -> None:
     files = {"spiece.model": unigram_model(), "tokenizer_config.json": {"extra_ids": count}}
-    with pytest.raises(BadInput, match=r"tokenizer_config\.json: extra_ids is .*: 0 to 1000 were expected"):
+    with pytest.raises(BadInput, match=r"tokenizer_config\.json: extra_ids is .*; expected 0 to 1000"):
         load(source(tmp_path, files))
 
 
 def test_a_broken_model(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"spiece\.model: not a SentencePiece model"):
+    with pytest.raises(BadInput, match=r"spiece\.model: .*SentencePiece"):
         load(source(tmp_path, {"spiece.model": b"\x0e\x00broken"}))

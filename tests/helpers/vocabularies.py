@@ -1,4 +1,4 @@
-"""Small vocabularies of every kind, and folders of files that hold them."""
+"""Small vocabularies of every type, and folders of files that hold them."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ PUBLISHED = {
 
 
 def words_by_rank(pattern: str, size: int = 700) -> list[bytes]:
-    """A byte-level BPE's words: the 256 bytes, then what was merged, first ones first."""
+    """The words of a byte-level BPE by rank: the 256 bytes, then the merged words."""
     pipeline = Pipeline(models.BPE())
     pipeline.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,15 +52,13 @@ def words_by_rank(pattern: str, size: int = 700) -> list[bytes]:
 
 
 def to_bytes(word: str) -> bytes:
-    """GPT-2's characters, undone: those from U+0100 on are the bytes that have no printable character, in order."""
+    """Undo GPT-2's table: characters from U+0100 on stand for the bytes without a printable character, in order."""
     unprintable = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
     return bytes(unprintable[ord(c) - 256] if ord(c) > 255 else ord(c) for c in word)
 
 
 def tekken(**change: Any) -> dict[str, Any]:
-    """A tekken.json with 600 ids: 30 control tokens, 570 words of the 700 that it lists. `change` replaces parts of
-    its config, or of the file where it has such a part.
-    """
+    """A tekken.json with 600 ids: 30 control tokens and 570 of its 700 words. `change` replaces fields."""
     words = words_by_rank(TEKKEN)
     content = {
         "config": {
@@ -81,12 +79,12 @@ def tekken(**change: Any) -> dict[str, Any]:
 
 
 def qwen_tiktoken(words: list[bytes]) -> bytes:
-    """Lines of base64 and rank."""
+    """A qwen.tiktoken: lines of base64 and rank."""
     return b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(words))
 
 
 def sentencepiece_model(**options: Any) -> bytes:
-    """A small BPE by score, with bytes for rare characters, as Llama's."""
+    """A small BPE by score, with bytes for rare characters, like Llama's."""
     lines = [line for text in SHORT for line in text.splitlines() if line.isprintable()]
     model = io.BytesIO()
     options = {"model_type": "bpe", "vocab_size": 700, "normalization_rule_name": "identity", **options}
@@ -103,14 +101,14 @@ def sentencepiece_model(**options: Any) -> bytes:
 
 
 def published(version: str) -> bytes:
-    """One of Mistral's SentencePiece models, as mistral-common ships them."""
+    """One of Mistral's SentencePiece models, from mistral-common."""
     return (resources.files("mistral_common") / "data" / PUBLISHED[version]).read_bytes()
 
 
 def source(
-    folder: Path, files: dict[str, Any], *, kind: str = "hf", config: dict[str, Any] | None = None
+    folder: Path, files: dict[str, Any], *, format: str = "hf", config: dict[str, Any] | None = None
 ) -> SimpleNamespace:
-    """A checkpoint in `folder`, made of `files`: name -> bytes, text, or what is written as JSON."""
+    """Write `files` (name -> bytes, text or JSON) to `folder`; returns a checkpoint there."""
     for name, content in files.items():
         if isinstance(content, str):
             content = content.encode()
@@ -118,4 +116,4 @@ def source(
             content = json.dumps(content).encode()
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    return SimpleNamespace(path=folder, format=kind, config=config or {})
+    return SimpleNamespace(path=folder, format=format, config=config or {})
