@@ -111,8 +111,10 @@ class QuantizedWeight(nn.Module):
         """Nothing to do: `_load_from_state_dict` has compared the types."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # A view is pickled and deep-copied with all of its storage: here, with the whole file.
-        buffers = {name: None if buffer is None else buffer.clone() for name, buffer in self._buffers.items()}
+        buffers = dict(self._buffers)
+        for name, buffer in buffers.items():
+            if buffer is not None and buffer.untyped_storage().nbytes() > buffer.nbytes:
+                buffers[name] = buffer.clone()  # a view would be pickled and deep-copied with all of its storage
         return {**vars(self), "_buffers": buffers, "_mapped_blocks": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

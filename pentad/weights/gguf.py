@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
 from pentad.weights.files import check_present, refuse
-from pentad.weights.mapped import map_file
+from pentad.weights.mapped import map_file, own_storage
 from pentad.weights.quantized import BLOCKS, QuantizedTensor
 
 MAGIC = b"GGUF"
@@ -133,8 +133,8 @@ def _entries(path: Path, infos: list[_Info]) -> Iterator[TensorEntry]:
 
 
 def _read(mapped: Tensor, info: _Info) -> Tensor | QuantizedTensor:
-    """One tensor, as a view of the mapped file."""
-    data = mapped[info.start : info.start + info.nbytes]
+    """One tensor, in the memory of the mapped file."""
+    data = own_storage(mapped[info.start : info.start + info.nbytes])
     if info.type in DTYPES:
         return data.view(DTYPES[info.type]).view(info.shape)
     return QuantizedTensor(data.view(math.prod(info.shape[:-1]), -1), info.type, info.shape, mapped=True)

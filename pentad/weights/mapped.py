@@ -31,6 +31,16 @@ def map_file(path: Path) -> Tensor:
         raise PentadError(f"{path}: cannot be mapped into memory: {error.strerror}") from error
 
 
+def own_storage(view: Tensor) -> Tensor:
+    """The memory of a view of a mapped file, under a storage of its own.
+
+    A tensor is pickled, saved and deep-copied with all of its storage: a plain view, with the whole file.
+    """
+    if not view.numel():
+        return view.clone()
+    return torch.from_numpy(view.reshape(-1).view(torch.uint8).numpy()).view(view.dtype).view(view.shape)
+
+
 def drop_pages(view: Tensor) -> None:
     """Free the memory of a view of a mapped file; the next access reads the file again.
 

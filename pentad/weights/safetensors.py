@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from pentad.errors import PentadError
 from pentad.weights.checkpoint import TensorEntry
 from pentad.weights.files import MAX_JSON_BYTES, describe, read_start, refuse
+from pentad.weights.mapped import own_storage
 
 # fmt: off
 DTYPES = {
@@ -55,8 +56,13 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
         if dtype is None:
             refuse(path, _unknown_dtype(name, header.get_dtype()))
         nbytes = math.prod(shape) * dtype.itemsize
-        entries[name] = TensorEntry(name, shape, dtype, None, nbytes, partial(file.get_tensor, name))
+        read = partial(_read, file, name)
+        entries[name] = TensorEntry(name, shape, dtype, None, nbytes, read)
     return entries
+
+
+def _read(file: Any, name: str) -> torch.Tensor:
+    return own_storage(file.get_tensor(name))
 
 
 def _unknown_dtype(name: str, dtype: object) -> str:

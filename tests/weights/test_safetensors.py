@@ -1,6 +1,7 @@
 """Files written by safetensors and transformers, read by ours; and files with something wrong."""
 
 import json
+import pickle
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,13 @@ def test_reading_copies_nothing(path: Path) -> None:
     assert isinstance(first, torch.Tensor)
     assert isinstance(second, torch.Tensor)
     assert first.data_ptr() == second.data_ptr()
+
+
+def test_tensors_are_pickled_without_the_rest_of_the_file(path: Path) -> None:
+    save_file({"x": torch.randn(64).bfloat16(), "z": torch.zeros(10_000)}, path)
+    x = read_safetensors(path)["x"].read()
+    assert torch.equal(pickle.loads(pickle.dumps(x)), x)
+    assert len(pickle.dumps(x)) < 10_000
 
 
 def test_the_sound_file_is_sound(path: Path) -> None:
