@@ -77,7 +77,7 @@ class QuantizedWeight(nn.Module):
 
     Attributes:
         blocks: uint8 [stored rows, bytes a row].
-        row_order: int64, the stored row of each row of the weight; None where both are in the same order.
+        row_order: int64, the stored row of each row of the weight; None if both are in the same order.
         quantization: the blocks' type, a key of `pentad.weights.quantized.BLOCKS`.
         shape: the shape of the dequantized weight.
     """
@@ -100,7 +100,7 @@ class QuantizedWeight(nn.Module):
         return QuantizedTensor(self.blocks, self.quantization, self.shape, self.row_order, mapped)
 
     def sources(self) -> list[Tensor]:
-        """The buffers, which whatever is derived from the weight depends on."""
+        """The buffers; values derived from the weight are valid until one of them changes."""
         return [buffer for buffer in self._buffers.values() if buffer is not None]
 
     def get_extra_state(self) -> Tensor:

@@ -153,7 +153,7 @@ def _read_header(path: Path) -> _Header:
 
 
 class _Parser:
-    """A cursor over the mapped bytes of one file. In errors, `what` names the value that is being read."""
+    """A cursor over the mapped bytes of one file. In errors, `label` names the value that is being read."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.size, self.at = path, data, len(data), 0
@@ -180,35 +180,35 @@ class _Parser:
             if info.name in infos:
                 self.fail(f"tensor {info.name!r} is in the table twice")
             infos[info.name] = info
-        return metadata, self.place(list(infos.values()), self.alignment(metadata))
+        return metadata, self.with_file_offsets(list(infos.values()), self.alignment(metadata))
 
-    def skip(self, nbytes: int, what: str) -> int:
+    def skip(self, nbytes: int, label: str) -> int:
         """Move past `nbytes` bytes and return their start; BadInput if the file ends before."""
         start, self.at = self.at, self.at + nbytes
         if self.at > self.size:
             left = f"{self.size - start} are left: truncated or damaged; download it again"
-            self.fail(f"{what} at byte {start} would take {nbytes} bytes, {left}")
+            self.fail(f"{label} at byte {start} would take {nbytes} bytes, {left}")
         return start
 
-    def u32(self, what: str) -> int:
-        return int(self.numbers(4, 1, what)[0])
+    def u32(self, label: str) -> int:
+        return int(self.numbers(4, 1, label)[0])
 
-    def u64(self, what: str) -> int:
-        return int(self.numbers(10, 1, what)[0])
+    def u64(self, label: str) -> int:
+        return int(self.numbers(10, 1, label)[0])
 
-    def check_count(self, count: int, min_bytes: int, what: str) -> None:
+    def check_count(self, count: int, min_bytes: int, label: str) -> None:
         """Raise BadInput if the rest of the file cannot hold `count` items of at least `min_bytes` each."""
         left = self.size - self.at
         if count * min_bytes > left:
-            self.fail(f"the header claims {count} {what}, for which {left} bytes are not enough: damaged")
+            self.fail(f"the header claims {count} {label}, for which {left} bytes are not enough: damaged")
 
-    def string(self, what: str) -> str:
-        nbytes = self.u64(what)
-        start = self.skip(nbytes, what)
+    def string(self, label: str) -> str:
+        nbytes = self.u64(label)
+        start = self.skip(nbytes, label)
         try:
             return str(self.data[start : self.at], "utf-8")
         except UnicodeDecodeError as error:
-            self.fail(f"{what} is not UTF-8: {error.reason} at byte {start + error.start}")
+            self.fail(f"{label} is not UTF-8: {error.reason} at byte {start + error.start}")
 
     def metadata(self, count: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
@@ -219,32 +219,32 @@ class _Parser:
             metadata[key] = self.value(self.u32(f"the type of {key!r}"), f"the value of {key!r}")
         return metadata
 
-    def value(self, type: int, what: str, depth: int = 0) -> Any:
+    def value(self, type: int, label: str, depth: int = 0) -> Any:
         if type == STRING:
-            return self.string(what)
+            return self.string(label)
         if type != ARRAY:
-            return self.numbers(type, 1, what)[0]
+            return self.numbers(type, 1, label)[0]
         if depth == _MAX_NESTING:
-            self.fail(f"{what} has arrays nested more than {_MAX_NESTING} deep")
-        type, count = self.u32(what), self.u64(what)
+            self.fail(f"{label} has arrays nested more than {_MAX_NESTING} deep")
+        type, count = self.u32(label), self.u64(label)
         if type == STRING:
-            self.check_count(count, 8, f"strings in {what}")
-            return self.strings(count, what)
+            self.check_count(count, 8, f"strings in {label}")
+            return self.strings(count, label)
         if type == ARRAY:
-            self.check_count(count, 12, f"arrays in {what}")
-            return [self.value(ARRAY, what, depth + 1) for _ in range(count)]
-        return list(self.numbers(type, count, what))
+            self.check_count(count, 12, f"arrays in {label}")
+            return [self.value(ARRAY, label, depth + 1) for _ in range(count)]
+        return list(self.numbers(type, count, label))
 
-    def numbers(self, type: int, count: int, what: str) -> tuple[Any, ...]:
+    def numbers(self, type: int, count: int, label: str) -> tuple[Any, ...]:
         if type not in NUMBERS:
-            self.fail(f"{what} has type {type}, which GGUF does not have")
+            self.fail(f"{label} has type {type}, which GGUF does not have")
         size = struct.calcsize("<" + NUMBERS[type])
-        start = self.skip(count * size, what)
+        start = self.skip(count * size, label)
         if count > _MAX_NUMBERS:
-            self.fail(f"{what} has {count} numbers, more than any vocabulary: refused")
+            self.fail(f"{label} has {count} numbers, more than any vocabulary: refused")
         return struct.unpack_from(f"<{count}{NUMBERS[type]}", self.data, start)
 
-    def strings(self, count: int, what: str) -> list[str]:
+    def strings(self, count: int, label: str) -> list[str]:
         """`count` strings in one tight loop, since a vocabulary has a hundred thousand."""
         data, size, unpack, at = self.data, self.size, _U64.unpack_from, self.at
         strings = []
@@ -256,11 +256,11 @@ class _Parser:
                     break
                 strings.append(str(data[start:at], "utf-8"))
         except UnicodeDecodeError as error:
-            self.fail(f"string {len(strings)} of {what} is not UTF-8: {error.reason}")
+            self.fail(f"string {len(strings)} of {label} is not UTF-8: {error.reason}")
         except struct.error:
             at = size + 1
         if at > size:
-            self.fail(f"string {len(strings)} of {what} ends past the end of the file: truncated")
+            self.fail(f"string {len(strings)} of {label} ends past the end of the file: truncated")
         self.at = at
         return strings
 
@@ -273,23 +273,23 @@ class _Parser:
     def tensor(self) -> _Info:
         """One line of the tensor table; its `start` is still relative to the beginning of the data."""
         name = self.string("a tensor's name")
-        what = f"tensor {name!r}"
-        n_dims = self.u32(what)
+        label = f"tensor {name!r}"
+        n_dims = self.u32(label)
         if not 1 <= n_dims <= 4:
-            self.fail(f"{what} has {n_dims} dimensions; expected 1 to 4")
-        dims = [self.u64(what) for _ in range(n_dims)]
+            self.fail(f"{label} has {n_dims} dimensions; expected 1 to 4")
+        dims = [self.u64(label) for _ in range(n_dims)]
         if min(dims) == 0 or math.prod(dims) >= 1 << 63:
-            self.fail(f"{what} has absurd dimensions {dims}")
-        number, start = self.u32(what), self.u64(what)
+            self.fail(f"{label} has absurd dimensions {dims}")
+        number, start = self.u32(label), self.u64(label)
         if number not in TYPES:
-            self.fail(f"{what} has ggml type {number}; pentad knows {', '.join(sorted(TYPES.values()))}")
+            self.fail(f"{label} has ggml type {number}; pentad knows {', '.join(sorted(TYPES.values()))}")
         type = TYPES[number]
         block, block_bytes = (1, DTYPES[type].itemsize) if type in DTYPES else BLOCKS[type]
         if dims[0] % block:
-            self.fail(f"{what}: rows of {dims[0]} are not whole {type} blocks of {block}")
+            self.fail(f"{label}: rows of {dims[0]} are not whole {type} blocks of {block}")
         return _Info(name, tuple(reversed(dims)), type, start, math.prod(dims) // block * block_bytes)
 
-    def place(self, infos: list[_Info], alignment: int) -> list[_Info]:
+    def with_file_offsets(self, infos: list[_Info], alignment: int) -> list[_Info]:
         """The table with each `start` relative to the beginning of the file, after checking it."""
         base = -(-self.at // alignment) * alignment
         end, previous = base, ""

@@ -284,7 +284,7 @@ class KeyTable:
 
 
 def best_table(tables: Sequence[KeyTable], tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> KeyTable:
-    """The table of the layout, of all in which a family has been published, that most of a file's tensors fit."""
+    """Among the tables of a family's published layouts, the one that names most of a file's tensors."""
     names = list(names)
     return max(tables, key=lambda table: table.found(tensors, names))
 

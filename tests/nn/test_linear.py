@@ -226,11 +226,24 @@ def test_the_derivative_of_an_int8_head(rows: int) -> None:
     assert_equal_gradients([ours], [direction.T @ x.detach()], torch.bfloat16)
 
 
+def test_caches_from_inference_serve_training() -> None:
+    layers, x = [QuantizedLinear(random_blocks("q4_1", 16, 64, seed=i)) for i in range(2)], random_x(3, 64)
+    layers[1].cache_dequantized(torch.float32)
+    with torch.inference_mode():
+        y, z = side_by_side(x, *layers), layers[1](x.float())
+    x.requires_grad_()
+    assert torch.equal(side_by_side(x, *layers), y)
+    (gradient,) = torch.autograd.grad(side_by_side(x, *layers).sum(), x)
+    assert gradient.isfinite().all()
+    assert torch.equal(layers[1](x.float()), z)
+    torch.autograd.grad(layers[1](x.float()).sum(), x)
+
+
 # State
 
 
 def parts() -> dict[str, tuple[Callable[[QuantizedTensor], QuantizedWeight], tuple[Tensor, ...]]]:
-    """Each kind of layer, by the weight that it is made from, and what it is called with."""
+    """Constructors of the layers from a weight of 48 rows, with the arguments of a call."""
     ends = torch.tensor([1, 1, 3]).int()
     return {
         "linear": (QuantizedLinear, (random_x(3, 64),)),

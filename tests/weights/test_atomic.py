@@ -214,7 +214,7 @@ def test_a_new_folder_by_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("x"), OSError(errno.ENOENT, "none")])
-def test_a_folder_that_came_to_nothing(tmp_path: Path, error: BaseException) -> None:
+def test_a_failing_block_leaves_no_folder(tmp_path: Path, error: BaseException) -> None:
     def fill() -> None:
         with new_folder(tmp_path / "new") as folder:
             (folder / "x").write_text("x")

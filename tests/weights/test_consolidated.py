@@ -167,7 +167,7 @@ def test_params_alone(tmp_path: Path) -> None:
     assert pentad.weights.open(tmp_path / "params.json").format == "consolidated"
 
 
-def test_params_that_are_none(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_params_that_are_missing_or_wrong(tmp_path: Path, state: dict[str, Tensor]) -> None:
     write(tmp_path, {"consolidated.safetensors": state})
     (tmp_path / "params.json").write_text("[]")
     assert "params.json: JSON of type list" in refusal(tmp_path)

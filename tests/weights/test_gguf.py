@@ -32,9 +32,9 @@ def write(path: Path, fill: Callable[[GGUFWriter], None]) -> Path:
 def quantized_blocks(name: str, rows: int, columns: int) -> np.ndarray:
     """Blocks as gguf quantizes them, or random ones of a type that it cannot quantize to."""
     rng = np.random.default_rng(0)
-    kind = GGMLQuantizationType[name.upper()]
+    ggml_type = GGMLQuantizationType[name.upper()]
     try:
-        return quantize(rng.standard_normal((rows, columns)).astype(np.float32), kind)
+        return quantize(rng.standard_normal((rows, columns)).astype(np.float32), ggml_type)
     except NotImplementedError:
         size, nbytes = BLOCKS[name]
         return rng.integers(0, 256, (rows, columns // size * nbytes), dtype=np.uint8)
@@ -57,18 +57,18 @@ def test_metadata_of_every_type(tmp_path: Path) -> None:
     }
 
     def fill(writer: GGUFWriter) -> None:
-        for kind, value in scalars.items():
-            writer.add_key_value(f"one.{kind.name}", value, kind)
-            writer.add_key_value(f"many.{kind.name}", [value, value], GGUFValueType.ARRAY, sub_type=kind)
+        for ggml_type, value in scalars.items():
+            writer.add_key_value(f"one.{ggml_type.name}", value, ggml_type)
+            writer.add_key_value(f"many.{ggml_type.name}", [value, value], GGUFValueType.ARRAY, sub_type=ggml_type)
         writer.add_array("nested", [[1, 2], [3]])
         writer.add_array("words", ["", "a", "ein längeres"])
 
     config = pentad.weights.open(write(tmp_path / "m.gguf", fill)).config
     assert config["general.architecture"] == "llama"
-    for kind, value in scalars.items():
-        assert config[f"one.{kind.name}"] == value
-        assert type(config[f"one.{kind.name}"]) is type(value)
-        assert config[f"many.{kind.name}"] == [value, value]
+    for ggml_type, value in scalars.items():
+        assert config[f"one.{ggml_type.name}"] == value
+        assert type(config[f"one.{ggml_type.name}"]) is type(value)
+        assert config[f"many.{ggml_type.name}"] == [value, value]
     assert config["nested"] == [[1, 2], [3]]
     assert config["words"] == ["", "a", "ein längeres"]
 
@@ -103,12 +103,12 @@ def test_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_quantized_tensors(tmp_path: Path, name: str) -> None:
     blocks = quantized_blocks(name, 6, 512)
-    kind = GGMLQuantizationType[name.upper()]
+    ggml_type = GGMLQuantizationType[name.upper()]
 
     def fill(writer: GGUFWriter) -> None:
         writer.add_tensor("before", np.zeros(3, np.float32))
-        writer.add_tensor("x", blocks, raw_dtype=kind)
-        writer.add_tensor("experts", blocks.reshape(2, 3, -1), raw_dtype=kind)
+        writer.add_tensor("x", blocks, raw_dtype=ggml_type)
+        writer.add_tensor("experts", blocks.reshape(2, 3, -1), raw_dtype=ggml_type)
 
     tensors = pentad.weights.open(write(tmp_path / "m.gguf", fill)).tensors
     entry = tensors["x"]
@@ -121,7 +121,7 @@ def test_quantized_tensors(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(tensor.blocks.numpy(), blocks)
     np.testing.assert_array_equal(experts.blocks.numpy(), blocks)
     with np.errstate(all="ignore"):
-        expected = dequantize(blocks, kind)
+        expected = dequantize(blocks, ggml_type)
     np.testing.assert_array_equal(tensor.dequantize().numpy(), expected)
 
 
@@ -261,8 +261,8 @@ def test_the_real_file(smollm2: Path) -> None:
     assert checkpoint.format == "gguf"
     assert checkpoint.config["llama.block_count"] == 30
     assert len(checkpoint.config["tokenizer.ggml.tokens"]) == 49152
-    kinds = [entry.quantization for entry in checkpoint.tensors.values()]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"q8_0": 1, "q4_1": 210, None: 61}
+    types = [entry.quantization for entry in checkpoint.tensors.values()]
+    assert {ggml_type: types.count(ggml_type) for ggml_type in types} == {"q8_0": 1, "q4_1": 210, None: 61}
 
 
 def test_opening_does_not_import_gguf(smollm2: Path) -> None:

@@ -21,17 +21,17 @@ def string(text: str | bytes) -> bytes:
     return struct.pack("<Q", len(content)) + content
 
 
-def key(name: str | bytes, kind: int, value: bytes) -> bytes:
-    return string(name) + struct.pack("<I", kind) + value
+def key(name: str | bytes, value_type: int, value: bytes) -> bytes:
+    return string(name) + struct.pack("<I", value_type) + value
 
 
-def array(kind: int, count: int, values: bytes) -> bytes:
-    return struct.pack("<IQ", kind, count) + values
+def array(value_type: int, count: int, values: bytes) -> bytes:
+    return struct.pack("<IQ", value_type, count) + values
 
 
-def tensor(name: str | bytes = "x", dims: tuple[int, ...] = (8,), kind: int = F32, offset: int = 0) -> bytes:
+def tensor(name: str | bytes = "x", dims: tuple[int, ...] = (8,), value_type: int = F32, offset: int = 0) -> bytes:
     fields = f"<I{len(dims)}QIQ"
-    return string(name) + struct.pack(fields, len(dims), *dims, kind, offset)
+    return string(name) + struct.pack(fields, len(dims), *dims, value_type, offset)
 
 
 KEYS = [
@@ -103,8 +103,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "overflow to 0": (build(tensors=[tensor(dims=(2**32, 2**32))]), "absurd dimensions"),
     "empty dimension": (build(tensors=[tensor(dims=(8, 0))]), r"absurd dimensions \[8, 0\]"),
     "large dimensions": (build(tensors=[tensor(dims=(MANY,))]), "bytes are missing: tensor 'x'"),
-    "part of a block": (build(tensors=[tensor(dims=(33,), kind=Q4_0)]), "33 are not whole q4_0"),
-    "type": (build(tensors=[tensor(kind=4)]), "ggml type 4; pentad knows bf16, f16"),
+    "part of a block": (build(tensors=[tensor(dims=(33,), value_type=Q4_0)]), "33 are not whole q4_0"),
+    "type": (build(tensors=[tensor(value_type=4)]), "ggml type 4; pentad knows bf16, f16"),
     "misaligned": (build(tensors=[tensor(offset=4)]), "offset 4 is not aligned to 32"),
     "far away": (build(tensors=[tensor(offset=2**63)]), "bytes are missing: tensor 'x'"),
     "overlapping": (
@@ -159,7 +159,7 @@ def test_the_sound_file_is_sound(path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_is_said(path: Path, case: str) -> None:
+def test_errors_name_the_problem(path: Path, case: str) -> None:
     content, message = BAD[case]
     path.write_bytes(content)
     with pytest.raises(BadInput, match=message):

@@ -53,16 +53,16 @@ def named_tensors(draw: st.DrawFn) -> dict[str, Value]:
     plain = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
     plain += [torch.int8, torch.int16, torch.int32, torch.int64]
     for name in draw(st.lists(st.text(st.characters(codec="utf-8"), max_size=8), unique=True, max_size=5)):
-        kind = draw(st.sampled_from([*plain, *BLOCKS]))
+        ggml_type = draw(st.sampled_from([*plain, *BLOCKS]))
         rows = draw(st.lists(st.integers(1, 3), max_size=3))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-        if isinstance(kind, str):
-            size, nbytes = BLOCKS[kind]
+        if isinstance(ggml_type, str):
+            size, nbytes = BLOCKS[ggml_type]
             blocks = torch.randint(256, (int(np.prod(rows)), 2 * nbytes), dtype=torch.uint8, generator=generator)
-            tensors[name] = QuantizedTensor(blocks, kind, (*rows, 2 * size))
+            tensors[name] = QuantizedTensor(blocks, ggml_type, (*rows, 2 * size))
         else:
             shape = (*rows, draw(st.integers(1, 9)))
-            tensors[name] = torch.randint(-9, 9, shape, generator=generator).to(kind)
+            tensors[name] = torch.randint(-9, 9, shape, generator=generator).to(ggml_type)
     return tensors
 
 
@@ -148,15 +148,15 @@ def test_metadata_that_gguf_does_not_have(tmp_path: Path, value: Any) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", [*QUANTIZED, torch.float16, torch.bfloat16], ids=str)
-def test_numbers_are_quantized_on_the_way(tmp_path: Path, kind: str | torch.dtype) -> None:
+@pytest.mark.parametrize("ggml_type", [*QUANTIZED, torch.float16, torch.bfloat16], ids=str)
+def test_numbers_are_quantized_on_the_way(tmp_path: Path, ggml_type: str | torch.dtype) -> None:
     value = torch.randn(6, 64)
-    (path,) = write_gguf(tmp_path / "m.gguf", ARCHITECTURE, [PendingTensor("x", (6, 64), kind, lambda: value)])
-    if isinstance(kind, torch.dtype):
-        assert_holds(path, {"x": value.to(kind)})
+    (path,) = write_gguf(tmp_path / "m.gguf", ARCHITECTURE, [PendingTensor("x", (6, 64), ggml_type, lambda: value)])
+    if isinstance(ggml_type, torch.dtype):
+        assert_holds(path, {"x": value.to(ggml_type)})
     else:
-        blocks = torch.from_numpy(quantize(value.numpy(), GGMLQuantizationType[kind.upper()]))
-        assert_holds(path, {"x": QuantizedTensor(blocks, kind, (6, 64))})
+        blocks = torch.from_numpy(quantize(value.numpy(), GGMLQuantizationType[ggml_type.upper()]))
+        assert_holds(path, {"x": QuantizedTensor(blocks, ggml_type, (6, 64))})
 
 
 def test_parts(tmp_path: Path) -> None:
@@ -175,10 +175,10 @@ def test_parts(tmp_path: Path) -> None:
             "split.count": (GGUFValueType.UINT16, 3),
             "split.tensors.count": (GGUFValueType.INT32, 5),
         }
-        for key, (kind, value) in types.items():
+        for key, (ggml_type, value) in types.items():
             field = reader.get_field(key)
             assert field is not None
-            assert (field.types, field.contents()) == ([kind], value)
+            assert (field.types, field.contents()) == ([ggml_type], value)
     (path,) = write_gguf(tmp_path / "one.gguf", metadata, pending_tensors(tensors), shard_bytes=420)
     assert "split.count" not in pentad.weights.open(path).config
     assert path == tmp_path / "one.gguf"

@@ -165,7 +165,7 @@ def test_the_only_gguf_file_needs_no_name(server: HubServer) -> None:
         ("org/full@v9", ["revision 'v9'", "/org/full"]),
     ],
 )
-def test_names_that_nothing_answers_to(server: HubServer, name: str, words: list[str]) -> None:
+def test_names_that_match_nothing(server: HubServer, name: str, words: list[str]) -> None:
     server.add("org/quants", QUANTS)
     server.add("org/full", CONFIG | WEIGHTS)
     server.add("org/parts", CONFIG | {"model-00002-of-00003.safetensors": b"two"})
@@ -219,7 +219,7 @@ def test_no_connection(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> No
     server.add("org/tiny", CONFIG | WEIGHTS)
     folder = locate("org/tiny")
     with serve() as other:
-        closed = other.url  # nobody listens there any more
+        closed = other.url  # no server listens there any more
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed)
     assert locate("org/tiny") == folder
     with pytest.raises(PentadError, match="connection") as caught:
@@ -339,10 +339,10 @@ def test_names_that_no_hub_would_take(server: HubServer, name: str) -> None:
     with pytest.raises(BadInput) as caught:
         locate(name)
     one_line(caught.value)
-    assert server.agents == set()  # nobody was asked
+    assert server.agents == set()  # no server was asked
 
 
-def test_the_environment_is_read_and_nobody_is_told(server: HubServer, tmp_path: Path) -> None:
+def test_environment_variables_are_read_and_no_telemetry_is_sent(server: HubServer, tmp_path: Path) -> None:
     server.add("org/tiny", CONFIG | WEIGHTS)
     code = (
         "import sys; from pentad.weights.registry import locate; print(locate('org/tiny'));"

@@ -128,7 +128,7 @@ def test_a_configuration_alone(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_json_that_is_none(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_json_that_is_no_object(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     folder_with(tmp_path)
     (tmp_path / name).write_bytes(content)
     assert message in refusal(tmp_path)
@@ -223,7 +223,7 @@ def test_a_device_is_no_file() -> None:
         pentad.weights.open("/dev/null")
 
 
-def test_json_of_a_size_that_nobody_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pentad.weights.files.MAX_JSON_BYTES", 100)
     folder_with(tmp_path, config={"a": "b" * 100})
     assert "config.json: longer than 100 bytes" in refusal(tmp_path)

@@ -118,7 +118,7 @@ def test_a_path_that_is_not_there(
 
 
 @pytest.mark.parametrize("name", ["", "smolm2", "Tiny", "tiny ", "tiny\n", "\0", "x" * 5000, "C:"])
-def test_a_name_that_nobody_knows(cache: Path, name: str) -> None:
+def test_an_unknown_name(cache: Path, name: str) -> None:
     with pytest.raises(BadInput, match=r"known models: tiny; .*org/name") as caught:
         locate(name)
     assert "\n" not in str(caught.value)

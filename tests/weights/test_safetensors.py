@@ -118,7 +118,7 @@ def test_the_sound_file_is_sound(path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_is_said(path: Path, case: str) -> None:
+def test_errors_name_the_problem(path: Path, case: str) -> None:
     content, message = BAD[case]
     path.write_bytes(content)
     with pytest.raises(BadInput, match=message):

@@ -175,7 +175,7 @@ def test_progress_counts_bytes(tmp_path: Path) -> None:
 def test_what_can_not_be_written(
     tmp_path: Path, tensors: Sequence[tuple[str, torch.dtype | str]], message: str
 ) -> None:
-    wanted = [PendingTensor(name, (32,), kind, lambda: torch.ones(32)) for name, kind in tensors]
+    wanted = [PendingTensor(name, (32,), target, lambda: torch.ones(32)) for name, target in tensors]
     with pytest.raises(ValueError, match=message):
         write_safetensors(tmp_path, "model", wanted, shard_bytes=10**9)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Tensors on their way into a file: bytes of every kind, in pieces; quantizing compared with ggml's own package."""
+"""Tensors on their way into a file: bytes of every type, in pieces; quantizing compared with ggml's own package."""
 
 import pytest
 import torch
@@ -12,21 +12,21 @@ from pentad.weights.quantized import BLOCKS, QuantizedTensor
 from pentad.weights.writing import QUANTIZED, PendingTensor, pieces, split
 
 
-def content(value: Tensor | QuantizedTensor, kind: torch.dtype | str) -> bytes:
-    return b"".join(pieces(PendingTensor("x", tuple(value.shape), kind, lambda: value)))
+def content(value: Tensor | QuantizedTensor, target: torch.dtype | str) -> bytes:
+    return b"".join(pieces(PendingTensor("x", tuple(value.shape), target, lambda: value)))
 
 
 def raw(value: Tensor) -> bytes:
     return value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def quantized(value: Tensor, kind: str) -> QuantizedTensor:
-    blocks = torch.frombuffer(bytearray(expected(value, kind)), dtype=torch.uint8)
-    return QuantizedTensor(blocks.view(value.shape[:-1].numel(), -1), kind, tuple(value.shape))
+def quantized(value: Tensor, target: str) -> QuantizedTensor:
+    blocks = torch.frombuffer(bytearray(expected(value, target)), dtype=torch.uint8)
+    return QuantizedTensor(blocks.view(value.shape[:-1].numel(), -1), target, tuple(value.shape))
 
 
-def expected(value: Tensor, kind: str) -> bytes:
-    return by_gguf(value.float().numpy(), GGMLQuantizationType[kind.upper()]).tobytes()
+def expected(value: Tensor, target: str) -> bytes:
+    return by_gguf(value.float().numpy(), GGMLQuantizationType[target.upper()]).tobytes()
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def test_views_that_lie_across(monkeypatch: pytest.MonkeyPatch) -> None:
     assert content(value.half()[:, ::2], torch.float16) == raw(value.half()[:, ::2])
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str)
-def test_dtypes_are_rounded_as_torch_rounds(kind: torch.dtype) -> None:
+@pytest.mark.parametrize("target", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_dtypes_are_rounded_as_torch_rounds(target: torch.dtype) -> None:
     for source in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2):
         value = torch.randn(4, 40).to(source)
-        assert content(value, kind) == raw(value.to(kind))
+        assert content(value, target) == raw(value.to(target))
 
 
 def test_bfloat16_is_rounded_as_ggml_rounds() -> None:
@@ -76,15 +76,15 @@ def test_other_numbers_pass_as_they_are() -> None:
         content(torch.ones(7), torch.int8)
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("target", QUANTIZED)
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("small_slabs")
-def test_blocks_have_the_bits_of_ggmls(kind: str, source: torch.dtype) -> None:
+def test_blocks_have_the_bits_of_ggmls(target: str, source: torch.dtype) -> None:
     for shape in ((32,), (7, 96), (2, 640), (3, 5, 64)):
         value = torch.randn(shape).to(source)
         value.view(-1)[:32] = 0
-        assert content(value, kind) == expected(value, kind)
-        assert content(quantized(value, kind), kind) == expected(value, kind)
+        assert content(value, target) == expected(value, target)
+        assert content(quantized(value, target), target) == expected(value, target)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -96,30 +96,30 @@ def test_blocks_of_every_type_pass_bit_for_bit(name: str) -> None:
 
 
 @pytest.mark.usefixtures("small_slabs")
-def test_blocks_as_another_kind() -> None:
+def test_blocks_as_another_type() -> None:
     value = quantized(torch.randn(6, 320), "q8_0")
     numbers = value.dequantize()
     assert content(value, torch.float16) == raw(numbers.half())
     assert content(value, "q4_1") == expected(numbers, "q4_1")
 
 
-@pytest.mark.parametrize("kind", [torch.float16, *QUANTIZED], ids=str)
-def test_numbers_that_are_too_large(kind: torch.dtype | str) -> None:
+@pytest.mark.parametrize("target", [torch.float16, *QUANTIZED], ids=str)
+def test_numbers_that_are_too_large(target: torch.dtype | str) -> None:
     value = torch.ones(2, 32)
     value[1, 3] = -7e5
-    name = str(kind)
+    name = str(target)
     with pytest.raises(BadInput, match=f"'x' .*7e\\+05; {name} .*65504"):
-        content(value, kind)
-    content(value * 0.01, kind)
+        content(value, target)
+    content(value * 0.01, target)
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("target", QUANTIZED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_one_that_is_no_number_would_spoil_a_block(kind: str, dtype: torch.dtype) -> None:
+def test_nan_is_refused_because_it_spoils_a_block(target: str, dtype: torch.dtype) -> None:
     value = torch.ones(1, 64, dtype=dtype)
     value[0, 3] = torch.nan
-    with pytest.raises(BadInput, match=f"'x' .*nan; {kind} .*65504"):
-        content(value, kind)
+    with pytest.raises(BadInput, match=f"'x' .*nan; {target} .*65504"):
+        content(value, target)
     assert content(value, torch.float32) == raw(value.float())
 
 
@@ -129,13 +129,13 @@ def test_rows_that_are_not_whole_blocks() -> None:
             _ = PendingTensor("x", shape, "q4_0", lambda: torch.ones(1)).nbytes
 
 
-def test_types_that_nobody_quantizes_to() -> None:
-    for kind in ("q4_k", "iq4_nl"):
-        with pytest.raises(BadInput, match=f"q4_0, q4_1, q5_0, q5_1, q8_0, .*{kind}"):
-            content(torch.ones(256), kind)
+def test_types_that_pentad_does_not_quantize_to() -> None:
+    for target in ("q4_k", "iq4_nl"):
+        with pytest.raises(BadInput, match=f"q4_0, q4_1, q5_0, q5_1, q8_0, .*{target}"):
+            content(torch.ones(256), target)
 
 
-def test_a_promise_that_is_not_kept() -> None:
+def test_a_tensor_that_differs_from_its_description() -> None:
     with pytest.raises(ValueError, match=r"'x' is \(3, 2\); expected \(2, 3\)"):
         list(pieces(PendingTensor("x", (2, 3), torch.float32, lambda: torch.ones(3, 2))))
 
@@ -157,7 +157,7 @@ def test_quantizing_takes_no_float32_copy(monkeypatch: pytest.MonkeyPatch) -> No
     seen: list[int] = []
     monkeypatch.setattr(
         "gguf.quants.quantize",
-        lambda data, kind: seen.append(data.size) or by_gguf(data, kind),
+        lambda data, target: seen.append(data.size) or by_gguf(data, target),
     )
     content(torch.randn(40, 96).bfloat16(), "q4_0")
     assert sum(seen) == 40 * 96
