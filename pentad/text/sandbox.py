@@ -78,10 +78,9 @@ class ChatTemplate:
             self.source = source
             self.literals = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
             self._code: CodeType = sandbox.compile(tree)
-        except jinja2.TemplateSyntaxError as error:
-            raise BadInput(f"chat template, line {error.lineno}: {one_line(error)}") from None
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
-            raise BadInput(f"chat template: {one_line(error)}") from None
+            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise BadInput(f"chat template{line}: {one_line(error)}") from None
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """Render the template.
@@ -134,7 +133,7 @@ class _Generator(CodeGenerator):
             case nodes.For(test=nodes.Expr() as test):  # it also runs for the items that it drops
                 node.test = nodes.Or(nodes.EnvironmentAttribute(_charge([test])), test, lineno=node.lineno)
             case nodes.Concat():
-                self._charged |= {id(part): "environment.text(" for part in node.nodes}
+                self._charged |= {id(part): "environment.finalize(context, " for part in node.nodes}
             case nodes.Compare():
                 self._charged[id(node.expr)] = "environment.read("
                 for operand in node.ops:
@@ -197,13 +196,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return container if isinstance(container, dict) else self.read(container)
 
     def made(self, value: Any) -> Any:
-        """A new `value`, after a charge for it without its items; an iterator is charged for each item it gives."""
+        """A new value, after a charge for it without its items. An iterator charges for each item when it gives it."""
         self.charge(_span(value))
         return self._each(value) if isinstance(value, Iterator) else value
 
-    def text(self, value: Any) -> str:
-        """`str(value)`, after a charge for all that is in it."""
-        return value if isinstance(value, str) else str(self.read(value))
+    def _each(self, items: Iterator[Any]) -> Iterator[Any]:
+        for item in items:
+            self.charge(_ITEM)
+            yield item
 
     def concat(self, texts: Iterable[str]) -> str:
         """The texts joined, after a charge for each."""
@@ -241,17 +241,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @pass_context  # without the context, jinja would call it at compile time
     def _finalize(self, context: Context, value: Any) -> str:
-        return self.text(value)
-
-    def _each(self, items: Iterator[Any]) -> Iterator[Any]:
-        for item in items:
-            self.charge(_ITEM)
-            yield item
+        return value if isinstance(value, str) else str(self.read(value))
 
     def _limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, a filter or test, with charges for its work and its result."""
         first = hasattr(function, "jinja_pass_arg")  # True: the first argument is the context or the environment
-        key = "%" if name == "format" else name
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -260,18 +254,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if name not in _SHALLOW:
                 value = self.read(list(value) if isinstance(value, Iterator) else value)
             values = [self.read(other) for other in (*others, *kwargs.values())]
-            self.charge(_growth(key, value, values))
+            self.charge(_growth("%" if name == "format" else name, value, values))
             return self.made(function(*head, value, *others, **kwargs))
 
         return run
 
     def _tojson(
-        self,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: Any = None,
-        separators: Any = None,
-        sort_keys: bool = False,
+        self, value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
         """JSON without HTML's escapes. Private-use characters stay unescaped: the sentinel is one of them."""
         if (len(indent) if isinstance(indent, str) else indent or 0) > 16:
@@ -299,9 +288,7 @@ def _growth(name: str, value: Any, args: Sequence[Any]) -> int:
             raise SecurityError("sum expects numbers")
         case "map" | "rejectattr" | "selectattr" if any(isinstance(arg, str) and arg.count(".") > 100 for arg in args):
             raise SecurityError(f"{name} follows more than 100 attributes")
-        case "center" | "ljust" | "rjust" | "zfill":
-            return largest
-        case "batch" | "list" | "reverse" | "round" | "slice":
+        case "batch" | "center" | "list" | "ljust" | "reverse" | "rjust" | "round" | "slice" | "zfill":
             return _ITEM * (length + largest)
         case "expandtabs" | "indent" | "join":
             return length * largest
@@ -314,7 +301,7 @@ def _growth(name: str, value: Any, args: Sequence[Any]) -> int:
             texts = [str(arg) for arg in args]
             return max((str(value).count(old) * len(new) for old in texts for new in texts), default=0)
         case "%" | "format" | "format_map":  # each field may repeat an argument, and pad it
-            mark, width = ("%", r"[%)][^%a-zA-Z]*(\*|\d{4})") if name == "%" else ("{", r":[^{}]*(\{|\d{4})")
+            mark, width = ("%", r"[%)][^%)a-zA-Z]*(\*|\d{4})") if name == "%" else ("{", r":[^:{}]*(\{|\d{4})")
             if re.search(width, str(value)):
                 raise SecurityError("a format is too wide; expected a constant width below 1000")
             return str(value).count(mark) * (1000 + _size(args))
@@ -325,11 +312,9 @@ def _span(value: Any) -> int:
     """The units of a value without its items."""
     if isinstance(value, str):
         return len(value)
-    if isinstance(value, int):
-        if value.bit_length() > _MAX_BITS:
-            raise SecurityError("a number is too large")
-        return 1
-    return _ITEM * len(value) if isinstance(value, Collection) else 1
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise SecurityError("a number is too large")
+    return _ITEM * len(value) if not isinstance(value, int) and isinstance(value, Collection) else 1
 
 
 def _size(value: Any, limit: int = 1 << 62) -> int:

@@ -125,6 +125,8 @@ HOSTILE = {
     "% operator": ("{{ '%*d' % (999999999, 1) }}", "too wide"),
     "% of a key": ("{{ '%(a)999999999d' % {'a': 1} }}", "too wide"),
     "% of a key in parentheses": ("{{ '%(a(b)c)999999999d' % {'a(b)c': 1} }}", "too wide"),
+    "% after parentheses": ("{{ (')' * 999999 ~ '%s') % ([0] * 999) }}", WORK),
+    "format after colons": ("{{ (':' * 999999 ~ '{}{}').format('a' * 999999, 1) }}", WORK),
     "% in a test": ("{{ '%999999999d' is odd }}", "number"),
     "% in another test": ("{{ '%999999999d' is divisibleby 3 }}", "number"),
     "% of a large value": ("{{ ('%(a)s' * 9999) % {'a': 'b' * 9999} }}", WORK),
