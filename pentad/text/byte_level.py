@@ -5,6 +5,7 @@ llama.cpp, src/llama-vocab.cpp, defines the split of each name of `tokenizer.ggm
 
 from __future__ import annotations
 
+import binascii
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,10 @@ from pentad.errors import BadInput
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["BYTE_OF", "CHARACTER_OF", "SPLITS", "WHOLE_WORDS", "build", "build_ranked", "characters", "merges"]
+__all__ = [
+    *("BYTE_OF", "CHARACTER_OF", "SPLITS", "WHOLE_WORDS"),
+    *("build", "build_ranked", "characters", "decode_base64", "merges"),
+]
 
 _MAX_WORD = 1024  # bytes; the longest published word has 128, and finding its merges takes quadratic time
 
@@ -54,6 +58,14 @@ BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
 def characters(data: bytes) -> str:
     """`data` in the pipeline's form: one character for each byte."""
     return data.decode("latin-1").translate(CHARACTER_OF)
+
+
+def decode_base64(encoded: str | bytes, where: str) -> str:
+    """The word that `encoded` stands for, in the form of `characters`. Raises `BadInput`, naming `where`."""
+    try:
+        return characters(binascii.a2b_base64(encoded, strict_mode=True))
+    except ValueError as error:
+        raise BadInput(f"{where} is {encoded[:40]!r}, which is not base64: {error}") from None
 
 
 def merges(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ A template may use what transformers' utils/chat_template_utils.py allows, and r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,13 +46,7 @@ def render_guarded(
     copied["messages"] = [
         {key: value for key, value in message.items() if value is not None} for message in copied["messages"]
     ]
-    seen = set(template.source)
-
-    def see(text: str) -> str:
-        seen.update(text)
-        return text
-
-    _map_strings(copied, see)
+    seen = set(template.source + json.dumps(copied, ensure_ascii=False))
     sentinel = next((chr(code) for code in _PRIVATE_USE if chr(code) not in seen), None)
     if sentinel is None:
         raise BadInput("messages hold every private-use character (U+E000 to U+F8FF); remove one of them")

@@ -8,9 +8,10 @@ from typing import Any
 
 from pentad import text
 from pentad.errors import BadInput
-from pentad.text import folder_vocab, gguf_export, gguf_vocab, json_export
+from pentad.text import byte_level, folder_vocab, gguf_vocab
 from pentad.text.backends import Backend, SentencePieceBackend, TokenizersBackend
 from pentad.text.files import read_bytes, refusing
+from pentad.text.sentencepiece_proto import SPACE, Piece, PieceType, read_pieces
 from pentad.text.tokenizer import Source, Tokenizer
 
 __all__ = ["consolidated_files", "gguf_metadata", "hf_files", "keeps_spacing"]
@@ -43,14 +44,14 @@ def hf_files(checkpoint: Source) -> dict[str, bytes]:
     if tokenizer is None:
         return files
     with refusing(f"{checkpoint.path}: its tokenizer can't be written as tokenizer.json", prefix=True):
-        content = json_export.tokenizer_json(tokenizer)
+        content = _tokenizer_json(tokenizer)
         _check_same(tokenizer, _pipeline(content))
         files["tokenizer.json"] = content
         if isinstance(tokenizer.backend, SentencePieceBackend):
             files["tokenizer.model"] = tokenizer.backend.model
         config = json.loads(files.get(_CONFIG, b"{}"))
         config.pop("auto_map", None)  # names code that isn't copied
-        config |= json_export.tokenizer_config(tokenizer)
+        config |= _tokenizer_config(tokenizer)
         files[_CONFIG] = json.dumps(config, ensure_ascii=False, indent=2).encode() + b"\n"
     return files
 
@@ -80,9 +81,9 @@ def gguf_metadata(checkpoint: Source, vocab_size: int | None = None) -> dict[str
         keys = {key: value for key, value in checkpoint.config.items() if key.startswith("tokenizer.")}
     else:
         with refusing(f"{checkpoint.path}: its tokenizer can't be written to GGUF", prefix=True):
-            keys = gguf_export.metadata(tokenizer)
+            keys = gguf_vocab.metadata(tokenizer)
             _check_same(tokenizer, gguf_vocab.load(keys))
-    return keys if vocab_size is None else gguf_export.pad(keys, vocab_size)
+    return keys if vocab_size is None else gguf_vocab.pad(keys, vocab_size)
 
 
 def keeps_spacing(checkpoint: Source, keys: Mapping[str, Any]) -> bool:
@@ -117,6 +118,93 @@ def _pipeline(content: bytes) -> Backend:
 
 
 def _check_same(tokenizer: Tokenizer, made: Tokenizer | Backend | None) -> None:
-    probe = gguf_export.PROBE
+    probe = gguf_vocab.PROBE
     if made is None or made.encode(probe, special=False) != tokenizer.encode(probe):
         raise BadInput("the copy would give other ids, because the original normalizes or splits text differently")
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    """Write a tokenizer.json that gives the ids of `tokenizer`.
+
+    A SentencePiece vocabulary becomes the pipeline of Llama's published tokenizer.json. It differs in one way: text
+    that follows a user-defined token also gets a space in front.
+
+    Raises:
+        BadInput: a SentencePiece vocabulary is not a BPE.
+    """
+    backend = tokenizer.backend
+    if isinstance(backend, SentencePieceBackend):
+        state = _sentencepiece_pipeline(backend)
+    else:
+        assert isinstance(backend, TokenizersBackend)
+        state = json.loads(backend.pipeline.to_str())
+    bos = next((token for token, i in tokenizer.control.items() if i == tokenizer.bos_id), None)
+    state["post_processor"] = _begins_with(bos, tokenizer.bos_id) if tokenizer.adds_bos and bos else None
+    return json.dumps(state, ensure_ascii=False).encode()
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer_config.json that belongs to `_tokenizer_json`."""
+    templates: Any = [{"name": name, "template": source} for name, source in tokenizer.templates.items()]
+    if tokenizer.templates.keys() == {"default"}:
+        templates = tokenizer.chat_template
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": tokenizer.adds_bos,
+        **{role: tokenizer.special_tokens[role] for role in folder_vocab.ROLES if role in tokenizer.special_tokens},
+        **({"chat_template": templates} if templates else {}),
+    }
+
+
+def _sentencepiece_pipeline(backend: SentencePieceBackend) -> dict[str, Any]:
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Pipeline
+
+    pieces = read_pieces(backend.model)
+    unknown = next((piece.text for piece in pieces if piece.type == PieceType.UNKNOWN), None)
+    model = models.BPE(
+        vocab={piece.text: i for i, piece in enumerate(pieces)},
+        merges=byte_level.merges([piece.text for piece in _by_priority(pieces)]),
+        byte_fallback=any(piece.type == PieceType.BYTE for piece in pieces),
+        unk_token=unknown,
+        fuse_unk=True,
+    )
+    pipeline = Pipeline(model)
+    replaced = normalizers.Replace(" ", SPACE)
+    shown = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if backend.prefixes:
+        pipeline.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replaced])
+        pipeline.decoder = decoders.Sequence([*shown, decoders.Strip(" ", 1, 0)])
+    else:
+        pipeline.normalizer = replaced
+        pipeline.decoder = decoders.Sequence(shown)
+    added = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED)
+    for piece in (piece for piece in pieces if piece.type in added):
+        control = piece.type != PieceType.USER_DEFINED
+        token = AddedToken(piece.text.replace(SPACE, " "), special=control, normalized=False)
+        (pipeline.add_special_tokens if control else pipeline.add_tokens)([token])
+    state: dict[str, Any] = json.loads(pipeline.to_str())
+    return state
+
+
+def _by_priority(pieces: list[Piece]) -> list[Piece]:
+    """The normal pieces in the order of their merges.
+
+    Of equal scores (runs of spaces) the longer piece comes first. So a run grows from its left end, as if the leftmost
+    pair were merged.
+    """
+    words = [piece for piece in pieces if piece.type == PieceType.NORMAL]
+    return sorted(words, key=lambda piece: (-piece.score, -len(piece.text)))
+
+
+def _begins_with(token: str, token_id: int | None) -> dict[str, Any]:
+    """The post-processor that puts one token in front of a text."""
+    first = {"SpecialToken": {"id": token, "type_id": 0}}
+    single = [first, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }

@@ -6,7 +6,6 @@ tokenization_note.md of QwenLM/Qwen.
 
 from __future__ import annotations
 
-import binascii
 from pathlib import Path
 
 from pentad.errors import BadInput
@@ -47,9 +46,6 @@ def load(file: Path) -> TokenizersBackend:
             encoded, _, rank = line.partition(b" ")
             if rank != b"%d" % number:
                 raise BadInput(f"line {number + 1} is {line[:40]!r}; expected a word in base64, a space and {number}")
-            try:
-                words.append(byte_level.characters(binascii.a2b_base64(encoded, strict_mode=True)))
-            except ValueError as error:
-                raise BadInput(f"line {number + 1}: {encoded[:40]!r} is not base64: {error}") from None
+            words.append(byte_level.decode_base64(encoded, f"line {number + 1}"))
         tokens, pattern = [*words, *_CONTROL], byte_level.SPLITS["qwen2"][0]
         return TokenizersBackend(byte_level.build_ranked(tokens, words, pattern, control=_CONTROL, nfc=True))

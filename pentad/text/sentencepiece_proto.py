@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
+from pentad.errors import BadInput
 from pentad.text.control import is_control
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "PieceType",
     "added_type",
     "append_pieces",
-    "is_bpe",
     "read_pieces",
     "without_prefix",
     "write_model",
@@ -87,12 +87,13 @@ def without_prefix(model: bytes) -> bytes:
 
 
 def read_pieces(model: bytes) -> list[Piece]:
-    """The pieces by id of a serialized model that sentencepiece has accepted."""
+    """The pieces by id of a serialized BPE that sentencepiece has accepted. Raises `BadInput` for other models."""
+    if not _is_bpe(model):
+        raise BadInput("its SentencePiece vocabulary is not a BPE; expected BPE")
     return [_read_piece(value) for number, value in _fields(model) if number == _PIECES and isinstance(value, bytes)]
 
 
-def is_bpe(model: bytes) -> bool:
-    """Test if a serialized model is a BPE, which merges by score."""
+def _is_bpe(model: bytes) -> bool:
     model_type: int | bytes = _UNIGRAM
     for number, value in _fields(model):
         if number == _TRAINER and isinstance(value, bytes):

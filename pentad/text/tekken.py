@@ -5,7 +5,6 @@ Defined by mistral-common, tokens/tokenizers/tekken.py.
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,18 +57,15 @@ def _read(content: Mapping[str, Any]) -> tuple[TokenizersBackend, str]:
     if not isinstance(entries, list) or not 0 < reserved < min(size, _MAX_CONTROL) or size > reserved + len(entries):
         count = len(entries) if isinstance(entries, list) else "no"
         raise BadInput(f"{count} words and {reserved} control tokens don't add up to its {size} ids")
-    words = [byte_level.characters(_word(entry, rank)) for rank, entry in enumerate(entries[: size - reserved])]
+    words = [_word(entry, rank) for rank, entry in enumerate(entries[: size - reserved])]
     control = _control(content.get("special_tokens"), reserved)
     return TokenizersBackend(byte_level.build_ranked([*control, *words], words, pattern, control=control)), version
 
 
-def _word(entry: Any, rank: int) -> bytes:
+def _word(entry: Any, rank: int) -> str:
     match entry:
         case {"rank": int(given), "token_bytes": str(encoded)} if given == rank:
-            try:
-                return binascii.a2b_base64(encoded, strict_mode=True)
-            except ValueError as error:
-                raise BadInput(f"vocab[{rank}]: token_bytes is not base64: {error}") from None
+            return byte_level.decode_base64(encoded, f"vocab[{rank}]: token_bytes")
     raise BadInput(f"vocab[{rank}]: expected an object with rank {rank} and token_bytes")
 
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from pentad.errors import BadInput
 from pentad.text import Tokenizer, byte_level, load
 from pentad.text.export import consolidated_files, gguf_metadata, hf_files
-from pentad.text.gguf_export import PROBE
+from pentad.text.gguf_vocab import PROBE
 from pentad.text.sentencepiece_proto import Piece, PieceType, write_model
 from tests.helpers.vocabularies import (
     CORPUS,

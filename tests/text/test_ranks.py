@@ -117,8 +117,8 @@ def line(word: bytes, rank: int) -> bytes:
     [
         (b"", ".*256 of the 256 bytes.* 0x00"),
         (qwen_tiktoken(WORDS[:100]), ".*156 of the 256 bytes.* 0x64"),
-        (b"AA= 0\n", "line 1: b'AA=' .*base64"),
-        (b"!!!! 0\n", "line 1: b'!!!!' .*base64"),
+        (b"AA= 0\n", "line 1 is b'AA=', .*base64"),
+        (b"!!!! 0\n", "line 1 is b'!!!!', .*base64"),
         (b"AAAA\n", "line 1 is b'AAAA'; .* 0$"),
         (b"AAAA 1\n", "line 1 is b'AAAA .* 0$"),
         (b"AAAA zero\n", "line 1 is b'AAAA .* 0$"),

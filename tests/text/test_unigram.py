@@ -10,7 +10,6 @@ from transformers import T5Tokenizer
 
 from pentad.errors import BadInput
 from pentad.text import Tokenizer, export, load
-from pentad.text.sentencepiece_proto import read_pieces
 from tests.helpers.tiny_switch import unigram_model
 from tests.helpers.vocabularies import SHORT, source
 
@@ -33,7 +32,8 @@ def tokenizer(spiece: SimpleNamespace) -> Tokenizer:
 @pytest.fixture(scope="module")
 def peer() -> T5Tokenizer:
     """Without normalization, which transformers needs protobuf to read."""
-    pieces = [(piece.text, piece.score) for piece in read_pieces(unigram_model("identity"))]
+    model = sentencepiece.SentencePieceProcessor(model_proto=unigram_model("identity"))
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
     return T5Tokenizer(vocab=[*pieces, *((sentinel, 0.0) for sentinel in SENTINELS)])
 
 
