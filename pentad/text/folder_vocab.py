@@ -124,7 +124,7 @@ def _sentencepiece(file: Path, config: Mapping[str, Any]) -> SentencePieceBacken
     if file.name == _T5 and not extra:
         extra = dict(enumerate(_sentinels(file, config), size))
     if sorted(extra) != list(range(size, size + len(extra))):
-        raise BadInput(f"{file}: ids of the added tokens are {sorted(extra)}; expected {size} and so on")
+        raise BadInput(f"{file}: added tokens have the ids {str(sorted(extra))[:60]}; expected {size}, {size + 1}, …")
     return SentencePieceBackend(
         append_pieces(model, (extra[i] for i in sorted(extra))),
         prefix_after_control=config.get("legacy") is not False,

@@ -41,8 +41,9 @@ def load(file: Path) -> TokenizersBackend:
         BadInput: the file is broken; the message names the file and the line.
     """
     words = []
+    content = read_bytes(file)
     with refusing(str(file), prefix=True):
-        for number, line in enumerate(read_bytes(file).splitlines()):
+        for number, line in enumerate(content.splitlines()):
             encoded, _, rank = line.partition(b" ")
             if rank != b"%d" % number:
                 raise BadInput(f"line {number + 1} is {line[:40]!r}; expected a word in base64, a space and {number}")

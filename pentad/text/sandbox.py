@@ -103,7 +103,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks a reply for training; for rendering it is only a scope."""
+    """The tags `{% generation %}…{% endgeneration %}` around a reply, for training; for rendering only a scope."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
@@ -113,7 +113,7 @@ class _Generation(Extension):
 
 
 class _Generator(CodeGenerator):
-    """Compiles charges into what jinja compiles to plain Python."""
+    """A compiler that adds charges to what jinja compiles to plain Python."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -154,7 +154,7 @@ class _Generator(CodeGenerator):
 
 
 def _charge(statements: Iterable[nodes.Node]) -> str:
-    """The call that charges for one run of `statements`, without the blocks that they hold."""
+    """Write the call that charges for running `statements` once, without the blocks inside them."""
     return f"charge({_NODE * (1 + sum(map(_count, statements)))})"
 
 
@@ -187,16 +187,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("the work limit is exceeded; is there an endless loop, or a huge output?")
 
     def read(self, value: Any) -> Any:
-        """`value`, after a charge for all that is in it."""
+        """Charge for all that is in `value`, and return it."""
         self.charge(len(value) + 1 if isinstance(value, str) else _size(value, self._left))
         return value
 
     def search(self, container: Any) -> Any:
-        """`container`, after a charge for looking through it."""
+        """Charge for a search in `container`, and return it."""
         return container if isinstance(container, dict) else self.read(container)
 
     def made(self, value: Any) -> Any:
-        """A new value, after a charge for it without its items. An iterator charges for each item when it gives it."""
+        """Charge for a new value without its items, and return it; an iterator charges later, for each item."""
         self.charge(_span(value))
         return self._each(value) if isinstance(value, Iterator) else value
 
@@ -206,7 +206,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             yield item
 
     def concat(self, texts: Iterable[str]) -> str:
-        """The texts joined, after a charge for each."""
+        """Join texts, after a charge for each."""
         return "".join([self.made(text) for text in texts])
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -244,7 +244,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value if isinstance(value, str) else str(self.read(value))
 
     def _limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, a filter or test, with charges for its work and its result."""
+        """Wrap a filter or test in charges for its work and its result."""
         first = hasattr(function, "jinja_pass_arg")  # True: the first argument is the context or the environment
 
         @functools.wraps(function)
@@ -262,7 +262,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _tojson(
         self, value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
-        """JSON without HTML's escapes. Private-use characters stay unescaped: the sentinel is one of them."""
+        """Write JSON without HTML's escapes. Private-use characters stay, because the sentinel is one of them."""
         if (len(indent) if isinstance(indent, str) else indent or 0) > 16:
             raise SecurityError("the JSON indent is too wide; expected at most 16")
         encoder = json.JSONEncoder(ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -276,7 +276,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _growth(name: str, value: Any, args: Sequence[Any]) -> int:
-    """The units that a filter, test or string method needs at most, besides those for reading its arguments once."""
+    """Bound the units that a filter, test or string method needs besides those for reading its arguments once."""
     sizes = (abs(item) if isinstance(item, int) else len(item) if isinstance(item, Collection) else 1 for item in args)
     length, largest = len(value) if isinstance(value, Collection) else 1, max(sizes, default=0)
     match name:
@@ -309,7 +309,7 @@ def _growth(name: str, value: Any, args: Sequence[Any]) -> int:
 
 
 def _span(value: Any) -> int:
-    """The units of a value without its items."""
+    """Count the units of a value without its items."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
@@ -318,7 +318,7 @@ def _span(value: Any) -> int:
 
 
 def _size(value: Any, limit: int = 1 << 62) -> int:
-    """The units of a value with its items, each as often as it occurs; stops counting past `limit`."""
+    """Count the units of a value with its items, each as often as it occurs, until they exceed `limit`."""
     total, level = 0, [value]
     for _ in range(_MAX_DEPTH):
         for item in level:

@@ -35,7 +35,7 @@ class Source(Protocol):
 
 
 class Tokenizer:
-    """Converts between text and the ids of one vocabulary.
+    """A vocabulary that converts between text and token ids.
 
     Attributes:
         vocab_size: the number of ids.
@@ -59,7 +59,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         templates: Mapping[str, str],
     ) -> None:
-        """Make a tokenizer; see the attributes of the class."""
+        """Make a tokenizer; for the arguments see the attributes of the class."""
         self.backend = backend
         self.special_tokens = dict(special_tokens)
         self.templates = dict(templates)
@@ -127,11 +127,21 @@ class Tokenizer:
         return Detokenizer(self, special=special, continues=continues)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one id; empty past the vocabulary (embeddings are padded). Raises `BadInput` below 0."""
+        """Get the bytes of one id.
+
+        Args:
+            token: an id; one past the vocabulary has no bytes (embeddings are padded).
+
+        Returns:
+            The bytes, which may be a part of a character.
+
+        Raises:
+            BadInput: `token` is negative.
+        """
         return self.backend.token_bytes(token) if self._known(token) else b""
 
     def first_bytes(self, token: int) -> bytes:
-        """`token_bytes` of an id that opens a text: without the space that encoding puts in front."""
+        """Get the bytes of an id that opens a text: `token_bytes` without the space that encoding puts in front."""
         return self.backend.first_bytes(token) if self._known(token) else b""
 
     def _known(self, token: int) -> bool:

@@ -1,4 +1,4 @@
-"""Byte-level BPE: llama.cpp's answers for SmolLM2, and live comparison for a tokenizer.json."""
+"""Byte-level BPE equals llama.cpp on SmolLM2, and the tokenizers library on a tokenizer.json."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
 def train_pipeline() -> Pipeline:
-    """A small byte-level BPE, split as Llama 3's is."""
+    """A small byte-level BPE with the splits of Llama 3."""
     pipeline = Pipeline(models.BPE())
     split = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -58,7 +58,7 @@ def write_folder(folder: Path, pipeline: Pipeline, **config: Any) -> SimpleNames
 
 
 def gguf(pipeline: Pipeline, **more: Any) -> SimpleNamespace:
-    """The same vocabulary as a GGUF file's metadata has it."""
+    """The vocabulary as a GGUF file's metadata."""
     state = json.loads(pipeline.to_str())
     vocabulary = pipeline.get_vocab()
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
@@ -177,7 +177,7 @@ def test_no_piece_holds_half_a_character(tokenizer: Tokenizer) -> None:
 
 
 def test_a_word_of_the_model_never_becomes_a_control_token(pipeline: Pipeline) -> None:
-    # Llama 3's kind takes any whole word that is in the vocabulary; here a control token is one.
+    # Llama 3's BPE encodes any word of the vocabulary without merges; here one is a control token.
     source = gguf(pipeline)
     types = source.config["tokenizer.ggml.token_type"]
     tokens = source.config["tokenizer.ggml.tokens"]
@@ -255,14 +255,14 @@ def test_broken_gguf_vocabulary(pipeline: Pipeline, change: dict[str, Any], mess
         ("chat_template.jinja", b"a\xff", "byte 1 .*UTF-8"),
     ],
 )
-def test_odd_folder_names_the_file(pipeline: Pipeline, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_malformed_file_is_named(pipeline: Pipeline, tmp_path: Path, name: str, content: bytes, message: str) -> None:
     source = write_folder(tmp_path, pipeline)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=f"{name}.*{message}"):
         load(source)
 
 
-def test_a_decoder_that_pentad_can_not_read(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_unsupported_decoder(pipeline: Pipeline, tmp_path: Path) -> None:
     other = Pipeline(pipeline.model)
     other.decoder = decoders.WordPiece()
     with pytest.raises(BadInput, match="WordPiece; expected ByteLevel"):
@@ -270,7 +270,7 @@ def test_a_decoder_that_pentad_can_not_read(pipeline: Pipeline, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_broken_folder_names_the_file(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
+def test_broken_file_is_named(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
     source = write_folder(tmp_path, pipeline)
     (tmp_path / name).write_text("{")
     with pytest.raises(BadInput, match=name):

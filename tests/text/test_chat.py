@@ -71,7 +71,7 @@ def byte_level() -> Pipeline:
 
 
 def llama_like(prepend_scheme: str) -> Pipeline:
-    """As Llama's tokenizer.json: a space in front of the text, bytes for unknown characters."""
+    """A tokenizer.json like Llama's: a space in front of the text, bytes for unknown characters."""
     pipeline = Pipeline(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     pipeline.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=False)
     if prepend_scheme == "prepend":

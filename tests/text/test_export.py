@@ -1,4 +1,4 @@
-"""Tokenizers written again: transformers gives the same ids, and so does what pentad reads back."""
+"""Exported tokenizers give the same ids, read by transformers and by pentad."""
 
 import json
 import unicodedata
@@ -69,7 +69,7 @@ def qwen_folder(folder: Path) -> SimpleNamespace:
 
 
 def llama_gguf(folder: Path) -> SimpleNamespace:
-    """As a SentencePiece vocabulary with added tokens stands in a GGUF file."""
+    """A SentencePiece vocabulary with added tokens in a GGUF file."""
     files = {"tokenizer.model": sentencepiece_model(), "tokenizer_config.json": LLAMA_CONFIG}
     return SimpleNamespace(path=folder / "x.gguf", format="gguf", config=gguf_metadata(source(folder, files)))
 
@@ -82,7 +82,7 @@ def byte_level_gguf(folder: Path) -> SimpleNamespace:
 def byte_level_folder(
     folder: Path, pre: str = "llama-bpe", change: Callable[[Pipeline], object] | None = None, **config: Any
 ) -> SimpleNamespace:
-    """A tokenizer.json that splits as `pre` says."""
+    """A tokenizer.json with the splits of `pre`."""
     words = [byte_level.characters(word) for word in words_by_rank(TEKKEN)]
     control = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     pipeline = byte_level.build(
@@ -101,7 +101,7 @@ def byte_level_folder(
 
 
 def byte_fallback_folder(folder: Path) -> SimpleNamespace:
-    """A SentencePiece vocabulary as a tokenizer.json, as Llama's is published."""
+    """A SentencePiece vocabulary as a tokenizer.json, like Llama's."""
     made = hf_files(llama_gguf(folder / "gguf"))
     return source(folder, {name: made[name] for name in ("tokenizer.json", "tokenizer_config.json")})
 
@@ -175,7 +175,7 @@ def test_gguf(made: SimpleNamespace, tmp_path: Path) -> None:
     size = ours.vocab_size + 3
     metadata = gguf_metadata(made, vocab_size=size)
     read = loaded(SimpleNamespace(path=tmp_path, format="gguf", config=metadata))
-    # llama.cpp composes no characters, and lets no user-defined token pass without a space after it
+    # llama.cpp composes no characters, and puts a space after user-defined tokens
     texts = [text for text in SHORT if unicodedata.is_normalized("NFC", text)]
     assert_same(ours, read, texts)
     assert read.vocab_size == len(metadata["tokenizer.ggml.token_type"]) == size
@@ -221,7 +221,7 @@ def test_nothing_is_invented_for_a_consolidated_folder(tmp_path: Path) -> None:
     }
 
 
-def test_code_that_is_not_copied_is_not_named(tmp_path: Path) -> None:
+def test_config_names_no_code(tmp_path: Path) -> None:
     files = hf_files(qwen_folder(tmp_path))
     assert files.keys() == {"qwen.tiktoken", "tokenizer.json", "tokenizer_config.json"}
     config = json.loads(files["tokenizer_config.json"])
@@ -256,12 +256,12 @@ def test_runs_of_equal_score_merge_from_the_left(tmp_path: Path, sizes: tuple[in
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "default"])
-def test_pre_is_told_by_what_it_does(tmp_path: Path, pre: str) -> None:
+def test_pre_is_recognized_by_its_splits(tmp_path: Path, pre: str) -> None:
     folder = byte_level_folder(tmp_path, pre)
     assert gguf_metadata(folder)["tokenizer.ggml.pre"] == pre
 
 
-def test_pre_is_told_however_it_is_written(tmp_path: Path) -> None:
+def test_pre_is_recognized_in_other_forms(tmp_path: Path) -> None:
     def gpt2(pipeline: Pipeline) -> None:
         pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
@@ -294,7 +294,7 @@ def unsplit(pipeline: Pipeline) -> None:
 
 
 def parts_first(pipeline: Pipeline) -> None:
-    """Words that no merge makes, and Llama 3's splits, which take them as they are."""
+    """Drop the merges of some words, and encode words of the vocabulary without merges."""
     state = json.loads(pipeline.to_str())
     vocabulary, merges = state["model"]["vocab"], [tuple(pair) for pair in state["model"]["merges"][:-5]]
     pipeline.model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True)
@@ -309,16 +309,14 @@ def parts_first(pipeline: Pipeline) -> None:
         ("qwen2", parts_first, "ignore_merges is True.*'qwen2'"),
     ],
 )
-def test_what_gguf_has_no_form_for(
-    tmp_path: Path, pre: str, change: Callable[[Pipeline], object], message: str
-) -> None:
+def test_gguf_has_no_form_for(tmp_path: Path, pre: str, change: Callable[[Pipeline], object], message: str) -> None:
     folder = byte_level_folder(tmp_path, pre, change)
     with pytest.raises(BadInput, match=f"GGUF: .*{message}") as error:
         gguf_metadata(folder)
     assert "\n" not in str(error.value)
 
 
-def test_kinds_of_vocabulary_that_are_not_written(tmp_path: Path) -> None:
+def test_unsupported_vocabularies(tmp_path: Path) -> None:
     unigram = source(tmp_path / "a", {"tokenizer.model": sentencepiece_model(model_type="unigram", vocab_size=450)})
     words = Pipeline(models.WordLevel({"a": 0}, unk_token="a"))
     words.decoder = decoders.ByteLevel()
@@ -336,7 +334,7 @@ def test_kinds_of_vocabulary_that_are_not_written(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_ids_that_nothing_has(tmp_path: Path) -> None:
+def test_unused_ids(tmp_path: Path) -> None:
     def gap(pipeline: Pipeline) -> None:
         state = json.loads(pipeline.to_str())
         vocabulary = {token: i + 60 * (i > 650) for token, i in state["model"]["vocab"].items()}
@@ -353,7 +351,7 @@ def test_ids_that_nothing_has(tmp_path: Path) -> None:
     assert any(i > 710 for text in SHORT for i in tokenizer.encode(text))
 
 
-def test_ends_that_only_the_generation_config_names(tmp_path: Path) -> None:
+def test_generation_config_adds_eot(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 3, 9]}')
     metadata = gguf_metadata(folder)
@@ -382,7 +380,7 @@ def test_user_defined_tokens_with_spaces(tmp_path: Path) -> None:
         assert tokenizer.decode(tokenizer.encode("xa b  cx")) == "xa b  cx"
 
 
-def test_added_token_keeps_its_kind(tmp_path: Path) -> None:
+def test_added_token_keeps_its_type(tmp_path: Path) -> None:
     def added(pipeline: Pipeline) -> None:
         pipeline.add_tokens([AddedToken("<note>", normalized=False)])
 

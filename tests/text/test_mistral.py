@@ -1,4 +1,4 @@
-"""Mistral's and Meta's folders: bare SentencePiece models and tekken.json, against mistral-common."""
+"""Mistral's and Meta's folders: bare SentencePiece models and tekken.json equal mistral-common."""
 
 import base64
 from importlib import resources
@@ -80,7 +80,7 @@ def test_inst_is_a_control_token_from_version_2_on(tmp_path: Path) -> None:
         ("v7", META, [1, 16]),  # <s> [SYSTEM_PROMPT]
     ],
 )
-def test_a_bare_name_is_told_by_what_is_in_it(
+def test_the_version_of_a_bare_name(
     tmp_path: Path, version: str, config: dict[str, Any], opens: list[int] | None
 ) -> None:
     tokenizer = load_folder(tmp_path, {"tokenizer.model": published(version)}, config)
@@ -107,7 +107,7 @@ def test_the_newest_version_of_several_is_read(tmp_path: Path) -> None:
     assert load_folder(tmp_path, {**files, "tokenizer.model.v3": published("v3")}).vocab_size == 32768
 
 
-def test_a_folder_that_says_how_it_chats_is_believed(tmp_path: Path) -> None:
+def test_tokenizer_config_decides_the_template(tmp_path: Path) -> None:
     files = {"tokenizer.model.v3": published("v3"), "tokenizer_config.json": {"bos_token": "<s>"}}
     assert load_folder(tmp_path, files).chat_template is None
     assert load_folder(tmp_path, {"chat_template.jinja": "T"}).chat_template == "T"
@@ -123,9 +123,7 @@ def test_a_folder_that_says_how_it_chats_is_believed(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("version", ["v1", "v3", "v7"])
-def test_what_the_template_has_no_form_for(
-    tmp_path: Path, version: str, chat: list[tuple[str, str]], message: str
-) -> None:
+def test_unsupported_conversations(tmp_path: Path, version: str, chat: list[tuple[str, str]], message: str) -> None:
     tokenizer = load_folder(tmp_path, {PUBLISHED[version]: published(version)})
     with pytest.raises(BadInput, match=message):
         tokenizer.chat([{"role": role, "content": content} for role, content in chat])
@@ -136,7 +134,7 @@ def test_what_the_template_has_no_form_for(
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"AAAA 0\nAAAB 1\n", b"\x0a\x07\x0a\x05hello", published("v1")[:-5]], ids=range(5)
 )
-def test_a_model_that_is_none(tmp_path: Path, content: bytes) -> None:
+def test_not_a_sentencepiece_model(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BadInput, match=r"tokenizer\.model: .*SentencePiece") as error:
         load_folder(tmp_path, {"tokenizer.model": content})
     assert "\n" not in str(error.value)
@@ -187,7 +185,7 @@ def test_the_published_tekken(tmp_path: Path) -> None:
         assert tokenizer.encode(text) == theirs.encode(text, bos=False, eos=False)
 
 
-def test_a_version_whose_chats_are_not_known(tmp_path: Path) -> None:
+def test_an_unknown_version_has_no_template(tmp_path: Path) -> None:
     assert load_folder(tmp_path, {"tekken.json": tekken(version="v15")}).chat_template is None
 
 
@@ -232,7 +230,7 @@ def test_broken_tekken(tmp_path: Path, change: dict[str, Any], message: str) -> 
 
 
 @pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"[]", b"\xff"])
-def test_tekken_that_is_no_json(tmp_path: Path, content: bytes) -> None:
+def test_tekken_is_not_json(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BadInput, match=r"tekken\.json ") as error:
         load_folder(tmp_path, {"tekken.json": content})
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Byte-level BPE by rank: qwen.tiktoken and random vocabularies, against a plain loop."""
+"""Byte-level BPE by rank: qwen.tiktoken and random vocabularies equal a plain loop."""
 
 import base64
 import itertools
@@ -20,7 +20,7 @@ RANKS = {word: rank for rank, word in enumerate(WORDS)}
 
 
 def merged(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """tiktoken's rule: a known word is itself; else the pair of lowest rank is merged, the leftmost first."""
+    """tiktoken's rule: keep a known word; otherwise merge the pair of lowest rank, of equal pairs the leftmost."""
     if word in ranks:
         return [ranks[word]]
     parts = [bytes([byte]) for byte in word]
@@ -49,7 +49,7 @@ def qwen(folder: Path, **generation: Any) -> Tokenizer:
 
 @given(data=st.data())
 def test_merges_recovered_from_ranks(data: st.DataObject) -> None:
-    # Words that overlap, in any order of ranks, some of which no merges make.
+    # The words overlap and have any ranks; no merges make some of them.
     found = data.draw(st.lists(st.text("ab", min_size=2, max_size=6), unique=True, max_size=12))
     words = [*map(chr, range(33, 127)), *found]  # these characters stand for themselves
     vocabulary = {word: rank for rank, word in enumerate(words)}
@@ -129,7 +129,7 @@ def line(word: bytes, rank: int) -> bytes:
         (b"\x93NUMPY\x01\x00v\x00" * 99, "line 1"),
     ],
 )
-def test_broken_file_names_itself(tmp_path: Path, content: bytes, message: str) -> None:
+def test_broken_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(BadInput, match=f"qwen.tiktoken: {message}") as error:
         load(source(tmp_path, {"qwen.tiktoken": content}))
     assert "\n" not in str(error.value)

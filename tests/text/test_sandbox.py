@@ -225,7 +225,7 @@ def test_broken(source: str, message: str) -> None:
         ("{% set ns = namespace(a=1) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}{{ x is defined }}", "2False"),
     ],
 )  # fmt: skip
-def test_what_templates_do_every_day(source: str, text: str) -> None:
+def test_everyday_templates(source: str, text: str) -> None:
     assert ChatTemplate(source).render({"messages": MESSAGES}) == text
 
 

@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies: from GGUF metadata and tokenizer.model, against sentencepiece."""
+"""SentencePiece vocabularies in GGUF metadata and tokenizer.model equal sentencepiece."""
 
 import io
 import json
@@ -143,7 +143,7 @@ def test_decoding_undoes_encoding(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_added_tokens_must_follow_on(tmp_path: Path) -> None:
+def test_ids_of_added_tokens_have_no_gap(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train().serialized_model_proto())
     source = SimpleNamespace(path=tmp_path, format="hf", config={})
     for added, message in (({"9999": {"content": "x"}}, "9999.* expected 700"), (["x"], "map of ids")):
@@ -166,7 +166,7 @@ def test_broken_gguf_vocabulary(change: dict[str, Any], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_what_only_looks_like_a_byte(tmp_path: Path) -> None:
+def test_a_piece_that_resembles_a_byte(tmp_path: Path) -> None:
     pieces = [Piece("<unk>", 0, PieceType.UNKNOWN), Piece("<0xZZ>", -1, PieceType.NORMAL)]
     (tmp_path / "tokenizer.model").write_bytes(write_model(pieces, prefix=False))
     tokenizer = load(SimpleNamespace(path=tmp_path, format="hf", config={}))
@@ -181,8 +181,8 @@ ORCA = {"[PAD]": 32000, "<|im_start|>": 32001, "<|im_end|>": 32002}
 
 @pytest.mark.parametrize("older", [False, True], ids=["added_tokens_decoder", "added_tokens.json alone"])
 def test_chatml_on_llamas_vocabulary(tmp_path: Path, older: bool) -> None:
-    # As Orca 2 has it: 32003 tokens, three of them past the SentencePiece model. Files of its time also list those of
-    # the model, and leave it to special_tokens_map.json to say which are special.
+    # Like Orca 2: 32003 tokens, three of them past the SentencePiece model. The files of 2023 also list tokens of the
+    # model; special_tokens_map.json has the special ones.
     peer = published()
     config: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]", "chat_template": CHATML}
     if older:

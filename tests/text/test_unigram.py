@@ -1,4 +1,4 @@
-"""Unigram vocabularies, as T5's: spiece.model against sentencepiece, tokenizer.json against transformers."""
+"""Unigram vocabularies like T5's: spiece.model equals sentencepiece, tokenizer.json equals transformers."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def tokenizer(spiece: SimpleNamespace) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def peer() -> T5Tokenizer:
-    """Without normalization, which transformers needs protobuf to read."""
+    """A tokenizer without normalization; to read one, transformers would need protobuf."""
     model = sentencepiece.SentencePieceProcessor(model_proto=unigram_model("identity"))
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
     return T5Tokenizer(vocab=[*pieces, *((sentinel, 0.0) for sentinel in SENTINELS)])
@@ -110,7 +110,7 @@ def test_the_files_are_copied(spiece: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("count", [-1, 10**9, "many"])
-def test_numbers_of_sentinels_that_can_not_be(tmp_path: Path, count: object) -> None:
+def test_invalid_numbers_of_sentinels(tmp_path: Path, count: object) -> None:
     files = {"spiece.model": unigram_model(), "tokenizer_config.json": {"extra_ids": count}}
     with pytest.raises(BadInput, match=r"tokenizer_config\.json: extra_ids is .*; expected 0 to 1000"):
         load(source(tmp_path, files))
