@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: as much of its HTTP interface as downloading takes."""
+"""A fake Hugging Face hub with the part of the HTTP interface that downloads need."""
 
 import hashlib
 import json
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-LARGE = (".safetensors", ".gguf", ".bin", ".pth", ".onnx")  # what a hub keeps in large-file storage
+LARGE = (".safetensors", ".gguf", ".bin", ".pth", ".onnx")  # files that a hub keeps in large-file storage
 
 
 @dataclass
 class HubServer:
-    """Repositories by name, revision and path; `damaged` paths are served with other bytes."""
+    """Repositories by name, revision and path; files at `damaged` paths are served with wrong bytes."""
 
     url: str = ""
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class HubServer:
         self.repos.setdefault(repo, {})[revision] = dict(files)
 
     def commit(self, repo: str, revision: str) -> str | None:
-        """The commit of a revision, which may be a commit itself; None where there is none."""
+        """The commit of a revision, which may be a commit itself; None if it does not exist."""
         commits = {name: git_id(f"{repo}@{name}".encode()) for name in self.repos[repo]}
         return commits.get(revision, revision if revision in commits.values() else None)
 
@@ -138,7 +138,7 @@ def pointer(content: bytes) -> dict[str, object]:
 
 @contextmanager
 def serve() -> Iterator[HubServer]:
-    """A hub on a port of its own, empty, for as long as the context lasts."""
+    """An empty hub on a free port, until the block ends."""
     hub = HubServer()
     with ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub})) as server:
         server.daemon_threads = True

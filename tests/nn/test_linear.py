@@ -94,7 +94,7 @@ def test_project_is_each_alone_side_by_side(rows: int) -> None:
 
 
 def test_project_of_layers_that_do_not_join() -> None:
-    """A plain one, or one with a bias, among them."""
+    """One layer is not quantized, or has a bias."""
     weight, x = random_blocks("q4_0", 16, 64), random_x(3, 64)
     layers = [QuantizedLinear(weight, frozen_bias(16)), QuantizedLinear(weight), nn.Linear(64, 8).bfloat16()]
     assert torch.equal(side_by_side(x, *layers), torch.cat([layer(x) for layer in layers], -1))
@@ -115,7 +115,7 @@ def test_a_hook_on_a_projected_layer_is_called() -> None:
 
 @pytest.mark.parametrize("alone_first", [True, False])
 def test_a_projected_layer_can_still_be_called_alone(alone_first: bool) -> None:
-    """In either order: an adapter or a probe may do so."""
+    """In either order, as an adapter or a probe may do."""
     weights = [random_blocks("q4_1", out, 128, seed=out) for out in (48, 16)]
     layers, x = [QuantizedLinear(weight) for weight in weights], random_x(3, 128)
     if alone_first:
@@ -359,14 +359,14 @@ def test_blocks_of_a_file_stay_mapped_until_they_are_replaced(tmp_path: Path) ->
     y = layer(x)
     for twin in (copy.deepcopy(layer), by_pickle(layer), QuantizedLinear(weight)):
         twin.load_state_dict(layer.state_dict())
-        twin.weight.release()  # which would zero memory that is no file's
+        twin.weight.release()  # on memory of no file, this would zero it
         assert torch.equal(twin.blocks, source.blocks)
     part = QuantizedLinear(weight.rows(0, 16))
     assert len(pickle.dumps(part)) < 10_000  # not the whole file
     layer.load_state_dict(QuantizedLinear(random_blocks("q4_1", 4800, 64, seed=1)).state_dict())
     assert not layer.weight.mapped
     assert not torch.equal(layer(x), y)
-    assert torch.equal(mapped, source.blocks.flatten())  # the file's memory is not written to
+    assert torch.equal(mapped, source.blocks.flatten())  # loading did not write into the mapping
 
 
 def test_an_int8_head_notices_a_new_weight() -> None:
@@ -375,7 +375,7 @@ def test_an_int8_head_notices_a_new_weight() -> None:
     for _ in range(2):
         y, exact = layer(x), F.linear(x.float(), layer.weight.float())
         assert rms(y.float() - exact) <= 0.02 * rms(exact)
-        assert not torch.equal(y, F.linear(x, layer.weight))  # int8 rows, indeed
+        assert not torch.equal(y, F.linear(x, layer.weight))  # so int8 rows were read
         layer.weight.mul_(-3)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     assert list(layer.state_dict()) == ["weight"]

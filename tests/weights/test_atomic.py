@@ -1,4 +1,4 @@
-"""Whatever goes wrong while files are written, none is left that is not whole."""
+"""If writing fails in any way, no incomplete file is left."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ from pentad.weights.writing import PendingTensor
 
 
 class FullDisk:
-    """A file on a disk that is found to be full where `when` says: at the second write, a flush, or when closed."""
+    """A file on a disk that fails at `when`: the second write, a flush, an fsync, or closing."""
 
     def __init__(self, path: Path, when: str, number: int) -> None:
         self.file, self.when, self.number, self.writes = path.open("xb"), when, number, 0
@@ -250,7 +250,7 @@ def test_folders_above_are_taken_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
-@pytest.mark.parametrize("length", [250, 300])  # the first is too long with what a hidden name adds
+@pytest.mark.parametrize("length", [250, 300])  # the first is too long only once it is a hidden name
 def test_a_name_that_is_too_long(tmp_path: Path, length: int) -> None:
     path = tmp_path / ("x" * length)
     with pytest.raises(PentadError, match="File name too long"):

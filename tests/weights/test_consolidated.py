@@ -29,8 +29,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "rope.freqs": (2,),
     "output.weight": (VOCAB, DIM),
 }
-# How the layers of Llama 2's model.py cut their weights (fairscale's ParallelEmbedding, ColumnParallelLinear,
-# RowParallelLinear); what isn't here is whole in every file.
+# The dimension along which Llama 2's model.py slices each tensor (fairscale's ParallelEmbedding, ColumnParallelLinear,
+# RowParallelLinear). Tensors that are not listed are whole in every file.
 LLAMA_2 = {
     "tok_embeddings.weight": 1,
     "layers.0.attention.wq.weight": 0,

@@ -1,4 +1,4 @@
-"""Files written by ggml's own package, read by ours."""
+"""GGUF files that ggml's own package writes, read by pentad."""
 
 import pickle
 import struct
@@ -19,7 +19,7 @@ from pentad.weights.quantized import BLOCKS, QuantizedTensor
 
 
 def write(path: Path, fill: Callable[[GGUFWriter], None]) -> Path:
-    """Writes a GGUF file with what `fill(writer)` puts into it."""
+    """Write a GGUF file that `fill(writer)` fills."""
     writer = GGUFWriter(path, "llama")
     fill(writer)
     writer.write_header_to_file()
@@ -247,7 +247,7 @@ def test_a_mapping_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_vocabulary_alone(tmp_path: Path) -> None:
-    """A file without tensors needn't be padded to where they would begin."""
+    """A file without tensors needs no padding after its header."""
     path = write(tmp_path / "m.gguf", lambda writer: writer.add_string("k", "odd"))
     content = path.read_bytes().rstrip(b"\0")
     path.write_bytes(content)

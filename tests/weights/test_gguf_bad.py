@@ -1,4 +1,4 @@
-"""GGUF files with something wrong: each ends in one line that says what."""
+"""Damaged GGUF files: each gives one line that names the problem."""
 
 import struct
 import tracemalloc
@@ -52,7 +52,7 @@ def build(
     version: int = 3,
     **claims: int,
 ) -> bytes:
-    """A whole file, sound unless an argument makes it otherwise; `claims` replaces the counts."""
+    """A whole file, valid with the default arguments; `claims` replaces the counts in the header."""
     header = magic + struct.pack(
         "<IQQ",
         version,
@@ -118,7 +118,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 def refused(path: Path) -> str | None:
-    """The line that refuses a file; None where it is taken, and can be read to the last byte."""
+    """The error message for a file; None if it opens and can be read to the last byte."""
     try:
         checkpoint = open_gguf(path)
     except BadInput as error:
@@ -184,7 +184,7 @@ def test_an_absent_file(tmp_path: Path) -> None:
 
 
 def peak_bytes(path: Path) -> int:
-    """The most memory that opening a file, in vain or not, takes."""
+    """Peak memory while a file is opened, successfully or not."""
     tracemalloc.start()
     try:
         message = refused(path)
@@ -206,7 +206,7 @@ NUMBERS = st.sampled_from([0, 1, 7, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """The sound file with bytes and numbers changed, pieces cut out or doubled, or its end cut."""
+    """The valid file with bytes and numbers changed, pieces removed or repeated, or its end cut off."""
     content = bytearray(SOUND)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(content)))

@@ -1,4 +1,4 @@
-"""Files that ours writes, read by ggml's own package and by ours."""
+"""GGUF files that pentad writes, read by ggml's own package and by pentad."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def raw(value: Value) -> bytes:
 
 
 def assert_holds(path: Path, tensors: dict[str, Value]) -> None:
-    """Any part of a split file will do for ours; ggml's reads one file."""
+    """Given any part of a split file, pentad reads all parts; ggml's package reads only that part."""
     entries = pentad.weights.open(path).tensors
     assert list(entries) == list(tensors)
     for name, entry in entries.items():
@@ -135,7 +135,7 @@ def test_metadata(tmp_path: Path, value: Any, types: list[GGUFValueType] | None)
     plain = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     plain = list(plain) if isinstance(plain, tuple) else plain
     assert ours == {**ARCHITECTURE, "k": plain, "after": 1}
-    if types is not None:  # ggml's package takes arrays without elements for arrays of nothing
+    if types is not None:  # ggml's package drops the type of empty arrays
         field = GGUFReader(path).get_field("k")
         assert field is not None
         assert (field.types, field.contents()) == (types, plain)
@@ -204,7 +204,7 @@ def test_parts(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_can_not_be_written(
+def test_tensors_that_can_not_be_written(
     tmp_path: Path, tensors: list[PendingTensor], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -41,7 +41,7 @@ QUANTS = {
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A stand-in hub, which huggingface_hub takes for the real one, and an empty cache."""
+    """A fake hub that huggingface_hub talks to instead of the real one, and an empty cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("PENTAD_CACHE", str(tmp_path / "pentad"))

@@ -21,7 +21,7 @@ def content(tmp_path: Path) -> torch.Tensor:
     return content
 
 
-def test_pages_are_given_back_and_read_again(tmp_path: Path, content: torch.Tensor) -> None:
+def test_pages_are_released_and_read_again(tmp_path: Path, content: torch.Tensor) -> None:
     mapped = map_file(tmp_path / "file")
     assert torch.equal(mapped, content)
     assert resident(tmp_path / "file") == SIZE
@@ -32,9 +32,9 @@ def test_pages_are_given_back_and_read_again(tmp_path: Path, content: torch.Tens
 
 
 def test_neighbors_are_left_alone(tmp_path: Path, content: torch.Tensor) -> None:
-    """What was written beside a view, on a page that they share, is not lost."""
+    """Bytes written beside a view, on a page that both share, are kept."""
     mapped = map_file(tmp_path / "file")
-    view, written = mapped[100:20_000], mapped.numpy()  # behind torch's back
+    view, written = mapped[100:20_000], mapped.numpy()  # writes that torch does not count
     written[:100] = written[20_000:20_100] = 7
     drop_pages(view)
     assert torch.equal(view, content[100:20_000])
@@ -42,7 +42,7 @@ def test_neighbors_are_left_alone(tmp_path: Path, content: torch.Tensor) -> None
     assert (mapped[20_000:20_100] == 7).all()
 
 
-def test_what_was_written_is_kept(tmp_path: Path, content: torch.Tensor) -> None:
+def test_a_mapping_that_was_written_to_is_kept(tmp_path: Path, content: torch.Tensor) -> None:
     mapped = map_file(tmp_path / "file")
     mapped[5000:6000] = 7
     drop_pages(mapped)
@@ -51,7 +51,7 @@ def test_what_was_written_is_kept(tmp_path: Path, content: torch.Tensor) -> None
 
 
 def test_quantized_tensors_that_are_mapped(tmp_path: Path, content: torch.Tensor) -> None:
-    """Their rows in any order are views, so that giving back the file's pages gives back all; others keep theirs."""
+    """Rows in any order are views, so releasing the file's pages releases all of them; a copy keeps its memory."""
     mapped = map_file(tmp_path / "file")
     rows = SIZE // 360
     whole = QuantizedTensor(mapped[: rows * 360].view(rows, 360), "q4_1", (rows, 576), mapped=True)

@@ -272,18 +272,18 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 def bytes_read() -> int:
-    """By system calls of this process, so far."""
+    """Bytes that this process has read by system calls."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_opening_reads_no_tensor(tmp_path: Path, write: Callable[[Path], object]) -> None:
-    """Neither by system calls nor through a mapping."""
+    """Opening reads tensors neither by system calls nor through a mapping."""
     write(tmp_path)
     if not (tmp_path / "params.json").exists():
         (tmp_path / "config.json").write_text("{}")
-    pentad.weights.open(tmp_path)  # imports modules, which are read too
+    pentad.weights.open(tmp_path)  # imports modules, whose files are read too
     before = bytes_read()
     checkpoint = pentad.weights.open(tmp_path)
     assert checkpoint.tensors

@@ -1,4 +1,4 @@
-"""PyTorch files: tensors are mapped, and nothing else comes out of them."""
+"""PyTorch files: tensors are mapped, and anything else is refused."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ from pentad.weights.pickled import read_pickled
 
 
 class Runs:
-    """Unpickled, it would leave a folder behind."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

