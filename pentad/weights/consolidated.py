@@ -24,9 +24,8 @@ PARAMS = "params.json"
 """The config of this layout."""
 
 _INDEX = f"consolidated.safetensors{INDEX}"
-_WEIGHTS = re.compile(
-    r"consolidated(?:\.(?P<number>\d\d)|-(?P<part>\d{5})-of-(?P<count>\d{5}))?(?P<suffix>\.safetensors|\.pth|\.pt)"
-)
+_WEIGHTS = re.compile(r"consolidated(?:\.\d\d|-\d{5}-of-\d{5})?\.(?:safetensors|pth|pt)")
+_NUMBER = re.compile(r"(?<=[.-])(\d+)(?:-of-(\d+))?")
 _READERS: dict[str, Reader] = {".safetensors": read_safetensors, ".pth": read_pickled, ".pt": read_pickled}
 _EMBEDDING = "tok_embeddings.weight"
 _SLICED_COLUMNS = re.compile(r"tok_embeddings\.weight|.*\.(?:wo|w2)\.weight")
@@ -52,11 +51,8 @@ def find_sets(folder: Path) -> dict[str, list[Path]]:
         indexed = sorted(set(read_index(index).values()))
         sets[_INDEX] = [folder / name for name in indexed]
     for path in sorted(folder.glob("consolidated*")):
-        match = _WEIGHTS.fullmatch(path.name)
-        if match and path.name not in indexed:
-            group = next((group for group in ("number", "part") if match[group]), None)
-            start, end = match.span(group) if group else (0, 0)
-            sets.setdefault(f"{path.name[:start]}*{path.name[end:]}" if group else path.name, []).append(path)
+        if _WEIGHTS.fullmatch(path.name) and path.name not in indexed:
+            sets.setdefault(re.sub(r"(?<=[.-])\d+", "*", path.name, count=1), []).append(path)
     return sets
 
 
@@ -81,23 +77,21 @@ def read_consolidated(
     key, paths = keys[0], sets[keys[0]]
     if key == _INDEX:
         return read_shards(folder / _INDEX, read_safetensors)
-    check_present(folder, _expected(folder, paths))
+    check_present(folder, _expected(key, paths))
     tensors = _unite(folder, {path.name: _READERS[path.suffix](path) for path in paths}, params)
     if "*" in key:
         _check_count(folder, len(paths), tensors, params)
     return tensors
 
 
-def _expected(folder: Path, paths: Sequence[Path]) -> Sequence[Path]:
-    """The files of a set by their names; the names 00, 01, … do not tell how many follow the last one found."""
-    last = _WEIGHTS.fullmatch(paths[-1].name)
-    assert last is not None
-    if last["number"]:
-        return [folder / f"consolidated.{i:02}{last['suffix']}" for i in range(int(last["number"]) + 1)]
-    if last["count"]:
-        count = last["count"]
-        return [folder / f"consolidated-{i:05}-of-{count}{last['suffix']}" for i in range(1, int(count) + 1)]
-    return paths
+def _expected(pattern: str, paths: Sequence[Path]) -> list[Path]:
+    """All files of a set; the names 00, 01, … do not tell how many follow the last one found."""
+    last = _NUMBER.search(paths[-1].name)
+    if last is None:
+        return [*paths]
+    number, count = last.groups()
+    numbers = range(1, int(count) + 1) if count else range(int(number) + 1)
+    return [paths[0].with_name(pattern.replace("*", f"{i:0{len(number)}}")) for i in numbers]
 
 
 def _unite(

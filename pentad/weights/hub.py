@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -219,13 +220,10 @@ def _choose_gguf(name: HubName, groups: Mapping[str, list[str]]) -> list[str]:
 
 def _check_parts(name: HubName, files: Sequence[str]) -> None:
     """Raise BadInput for a split file of which parts are missing."""
-    groups: dict[str, list[int]] = {}
-    for path in files:
-        if (part := PART.search(path)) is not None:
-            groups.setdefault(PART.sub("", path), []).append(int(part[1]))
-    for group, counts in groups.items():
-        if len(counts) != counts[0]:
-            raise BadInput(f"{name.repo} holds only {len(counts)} of the {counts[0]} parts of {group}")
+    parts = [(PART.sub("", path), int(part[1])) for path in files if (part := PART.search(path))]
+    for (group, count), found in Counter(parts).items():
+        if found != count:
+            raise BadInput(f"{name.repo} holds only {found} of the {count} parts of {group}")
 
 
 def _listing(names: Sequence[str]) -> str:
