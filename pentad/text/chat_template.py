@@ -6,16 +6,73 @@ A template may use what transformers' utils/chat_template_utils.py allows, and r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from types import CodeType
 from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 
 from pentad.errors import BadInput
 from pentad.text.control import ControlStrings
-from pentad.text.sandbox import ChatTemplate
+from pentad.text.files import one_line
+from pentad.text.sandbox import Sandbox
 
 __all__ = ["ChatTemplate", "render_guarded"]
 
+_MAX_SOURCE, _MAX_NODES = 1 << 18, 1 << 15  # the longest published templates have 30,000 characters, 5000 nodes
 _PRIVATE_USE = range(0xE000, 0xF900)
+
+
+class ChatTemplate:
+    """A compiled jinja template.
+
+    Attributes:
+        source: the template.
+        literals: the strings that are written in it.
+    """
+
+    def __init__(self, source: str) -> None:
+        """Compile `source`. Raises `BadInput` for a syntax error, an unknown filter, or a source that is too long."""
+        if len(source) > _MAX_SOURCE:
+            raise BadInput(f"chat template: {len(source)} characters are too many; expected at most {_MAX_SOURCE}")
+        sandbox = _environment({})
+        try:
+            tree = sandbox.parse(source)
+            self.source = source
+            found = list(tree.find_all(nodes.Node))
+            if len(found) > _MAX_NODES:
+                raise SecurityError(f"{len(found)} nodes are too many; expected at most {_MAX_NODES}")
+            constants = (node.value for node in found if isinstance(node, nodes.Const))
+            self.literals = {value for value in constants if isinstance(value, str)}
+            self._code: CodeType = sandbox.compile(tree)
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise BadInput(f"chat template{line}: {one_line(error)}") from None
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Render the template.
+
+        Args:
+            variables: name -> a value made of JSON's types.
+
+        Returns:
+            The text.
+
+        Raises:
+            BadInput: the template raised an error, whose message is kept, or exceeded its budget.
+        """
+        try:
+            sandbox = _environment(variables)
+            template = jinja2.Template.from_code(sandbox, self._code, sandbox.make_globals(None))
+            return sandbox.concat(template.root_render_func(template.new_context(dict(variables))))
+        except Exception as error:  # a template can raise anything
+            raise BadInput(f"chat template: {one_line(error)}") from None
 
 
 def render_guarded(
@@ -100,3 +157,30 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
             for key, item in value.items()
         }
     return [_map_strings(item, change) for item in value] if isinstance(value, list) else value
+
+
+def _environment(variables: Mapping[str, Any]) -> Sandbox:
+    extensions = [_Generation, loopcontrols]
+    sandbox = Sandbox(variables, trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    return sandbox
+
+
+class _Generation(Extension):
+    """The tags `{% generation %}…{% endgeneration %}` around a reply, for training; for rendering only a scope."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    if len(pattern) > 100 or re.search(r"\d{3}", pattern):
+        raise SecurityError("strftime_now: the format is too long")
+    return datetime.now().strftime(pattern)

@@ -32,12 +32,7 @@ class ControlStrings:
     """
 
     def __init__(self, ids: Mapping[str, int], strips: Mapping[str, tuple[bool, bool]] | None = None) -> None:
-        """Make a set of control strings.
-
-        Args:
-            ids: string -> id.
-            strips: string -> whether its token swallows white space on its left, and on its right.
-        """
+        """Make a set from `ids` and `strips`: string -> its token swallows white space (on its left, on its right)."""
         self.ids = dict(ids)
         self._strips = dict(strips or {})
 

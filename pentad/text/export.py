@@ -43,9 +43,11 @@ def hf_files(checkpoint: Source) -> dict[str, bytes]:
     tokenizer = text.load(checkpoint)
     if tokenizer is None:
         return files
+    from tokenizers import Tokenizer as Pipeline
+
     with refusing(f"{checkpoint.path}: its tokenizer can't be written as tokenizer.json", prefix=True):
         content = _tokenizer_json(tokenizer)
-        _check_same(tokenizer, _pipeline(content))
+        _check_same(tokenizer, TokenizersBackend(Pipeline.from_str(content.decode())))
         files["tokenizer.json"] = content
         if isinstance(tokenizer.backend, SentencePieceBackend):
             files["tokenizer.model"] = tokenizer.backend.model
@@ -111,12 +113,6 @@ def _copied(checkpoint: Source) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): read_bytes(file) for file in files}
 
 
-def _pipeline(content: bytes) -> Backend:
-    from tokenizers import Tokenizer as Pipeline
-
-    return TokenizersBackend(Pipeline.from_str(content.decode()))
-
-
 def _check_same(tokenizer: Tokenizer, made: Tokenizer | Backend | None) -> None:
     probe = gguf_vocab.PROBE
     if made is None or made.encode(probe, special=False) != tokenizer.encode(probe):
@@ -132,6 +128,8 @@ def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
     Raises:
         BadInput: a SentencePiece vocabulary is not a BPE.
     """
+    from tokenizers.processors import TemplateProcessing
+
     backend = tokenizer.backend
     if isinstance(backend, SentencePieceBackend):
         state = _sentencepiece_pipeline(backend)
@@ -139,7 +137,11 @@ def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
         assert isinstance(backend, TokenizersBackend)
         state = json.loads(backend.pipeline.to_str())
     bos = next((token for token, i in tokenizer.control.items() if i == tokenizer.bos_id), None)
-    state["post_processor"] = _begins_with(bos, tokenizer.bos_id) if tokenizer.adds_bos and bos else None
+    state["post_processor"] = None
+    if tokenizer.adds_bos and bos is not None:
+        single, special_tokens = [bos, "$A"], [(bos, tokenizer.bos_id)]
+        template = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=special_tokens)
+        state["post_processor"] = json.loads(template.__getstate__())
     return json.dumps(state, ensure_ascii=False).encode()
 
 
@@ -196,15 +198,3 @@ def _by_priority(pieces: list[Piece]) -> list[Piece]:
     """
     words = [piece for piece in pieces if piece.type == PieceType.NORMAL]
     return sorted(words, key=lambda piece: (-piece.score, -len(piece.text)))
-
-
-def _begins_with(token: str, token_id: int | None) -> dict[str, Any]:
-    """The post-processor that puts one token in front of a text."""
-    first = {"SpecialToken": {"id": token, "type_id": 0}}
-    single = [first, {"Sequence": {"id": "A", "type_id": 0}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
-    }

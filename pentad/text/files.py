@@ -17,7 +17,7 @@ _MAX_BYTES = 200_000_000  # ten times the largest published file
 
 def one_line(error: BaseException, limit: int = 500) -> str:
     """The message of `error` in one line of at most `limit` characters; its class if it has no message."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error)[:10_000].split()) or type(error).__name__
     return message if len(message) <= limit else message[:limit] + "…"
 
 

@@ -14,26 +14,17 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
-from types import CodeType
 from typing import Any
 
-import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame, MacroRef
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 
-from pentad.errors import BadInput
-from pentad.text.files import one_line
+__all__ = ["Sandbox"]
 
-__all__ = ["ChatTemplate"]
-
-_MAX_SOURCE = 1 << 18  # characters; the longest published templates have about 30,000
 _BUDGET = 1 << 22  # units for the template itself
 _BUDGET_PER_UNIT = 200  # more units for each unit of the variables
 _NODE, _ITEM, _CALL = 2, 64, 64  # units of a template node, an item of a list, a call
@@ -58,58 +49,7 @@ _SHALLOW = _names(  # filters and tests that don't look into the items of their 
 _SLOW = _names("dictsort e escape groupby max min sort splitlines title unique urlencode wordcount")
 _UNSAFE_METHODS = _names("encode maketrans striptags translate unescape")
 _METHOD_OWNERS = (str, dict, list, tuple, LoopContext, Cycler)
-
-
-class ChatTemplate:
-    """A compiled jinja template.
-
-    Attributes:
-        source: the template.
-        literals: the strings that are written in it.
-    """
-
-    def __init__(self, source: str) -> None:
-        """Compile `source`. Raises `BadInput` for a syntax error, an unknown filter, or a source that is too long."""
-        if len(source) > _MAX_SOURCE:
-            raise BadInput(f"chat template: {len(source)} characters are too many; expected at most {_MAX_SOURCE}")
-        sandbox = Sandbox(_BUDGET)
-        try:
-            tree = sandbox.parse(source)
-            self.source = source
-            self.literals = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-            self._code: CodeType = sandbox.compile(tree)
-        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
-            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise BadInput(f"chat template{line}: {one_line(error)}") from None
-
-    def render(self, variables: Mapping[str, Any]) -> str:
-        """Render the template.
-
-        Args:
-            variables: name -> a value made of JSON's types.
-
-        Returns:
-            The text.
-
-        Raises:
-            BadInput: the template raised an error, whose message is kept, or exceeded its budget.
-        """
-        try:
-            sandbox = Sandbox(_BUDGET + _BUDGET_PER_UNIT * _size(variables))
-            template = jinja2.Template.from_code(sandbox, self._code, sandbox.make_globals(None))
-            return sandbox.concat(template.root_render_func(template.new_context(dict(variables))))
-        except Exception as error:  # a template can raise anything
-            raise BadInput(f"chat template: {one_line(error)}") from None
-
-
-class _Generation(Extension):
-    """The tags `{% generation %}…{% endgeneration %}` around a reply, for training; for rendering only a scope."""
-
-    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+_CALLABLE = (BlockReference, Cycler, Joiner, LoopContext, Undefined)
 
 
 class _Generator(CodeGenerator):
@@ -143,6 +83,8 @@ class _Generator(CodeGenerator):
                 self._charged[id(node.arg)] = "environment.read("  # hashing reads all of a key
             case nodes.Dict():
                 self._charged |= {id(pair.key): "environment.read(" for pair in node.items}
+            case nodes.Const(value=int() as number) if number.bit_length() > _MAX_BITS:
+                raise SecurityError("a number is too large")
             case nodes.ScopedEvalContextModifier():
                 raise SecurityError("{% autoescape %} is not allowed in a chat template")
         calls = "" if isinstance(node, nodes.Const | nodes.Slice) else self._charged.pop(id(node), "")
@@ -163,22 +105,29 @@ def _count(node: nodes.Node) -> int:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """A jinja environment for one rendering, which may do `budget` units of work."""
+    """A jinja environment for one rendering with a limited budget."""
 
     code_generator_class = _Generator
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
-    def __init__(self, budget: int) -> None:
-        options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "optimized": False}
-        super().__init__(**options, finalize=self._finalize, extensions=[_Generation, loopcontrols])
-        self._left = budget
+    def __init__(self, variables: Mapping[str, Any], **options: Any) -> None:
+        """Make an environment.
+
+        Args:
+            variables: the variables of the template, made of JSON's types; larger ones allow more work.
+            options: options of `jinja2.Environment`.
+
+        Raises:
+            SecurityError: the variables are nested too deeply.
+        """
+        super().__init__(**options, optimized=False, finalize=self._finalize)
+        self._left = _BUDGET + _BUDGET_PER_UNIT * _size(variables)
         filters: dict[str, Any] = self.filters
         tests: dict[str, Any] = self.tests
         self.filters = {name: self._limited(name, filters[name]) for name in _FILTERS}
         self.filters["tojson"] = self._tojson
         self.tests = {name: self._limited(name, test) for name, test in tests.items()}
         self.globals = {"range": safe_range, "dict": dict, "namespace": Namespace, "cycler": Cycler, "joiner": Joiner}
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
     def charge(self, units: int) -> None:
         """Take `units` off the budget. Raises `SecurityError` when the budget is spent."""
@@ -193,7 +142,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def search(self, container: Any) -> Any:
         """Charge for a search in `container`, and return it."""
-        return container if isinstance(container, dict) else self.read(container)
+        return container if isinstance(container, dict) else self.read(_items(container))
 
     def made(self, value: Any) -> Any:
         """Charge for a new value without its items, and return it; an iterator charges later, for each item."""
@@ -222,13 +171,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(owner, str):
-            args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
+        if not isinstance(__obj, Macro):
+            args = tuple(map(_items, args))
         values = [*args, *(value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars"))]
         __self.charge(_CALL + len(values))
         if not isinstance(__obj, Macro):
-            allowed = isinstance(__obj, _CALLABLE) or any(__obj is function for function in __self.globals.values())
-            if not allowed and (not isinstance(owner, _METHOD_OWNERS) or name in _UNSAFE_METHODS):
+            allowed = isinstance(owner, _METHOD_OWNERS) and name not in _UNSAFE_METHODS
+            if not (allowed or isinstance(__obj, _CALLABLE) or any(__obj is f for f in __self.globals.values())):
                 raise SecurityError(f"{name or type(__obj).__name__} may not be called in a chat template")
             for value in (*values, owner if isinstance(owner, str | list | tuple) else None):
                 __self.read(value)
@@ -252,7 +201,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             head, value, others = args[:first], args[first], args[first + 1 :]
             self.charge(_CALL)
             if name not in _SHALLOW:
-                value = self.read(list(value) if isinstance(value, Iterator) else value)
+                value = self.read(_items(value))
             values = [self.read(other) for other in (*others, *kwargs.values())]
             self.charge(_growth("%" if name == "format" else name, value, values))
             return self.made(function(*head, value, *others, **kwargs))
@@ -331,22 +280,13 @@ def _size(value: Any, limit: int = 1 << 62) -> int:
     raise SecurityError(f"a value is nested more than {_MAX_DEPTH} deep")
 
 
+def _items(value: Any) -> Any:
+    return list(value) if isinstance(value, Iterator) else value
+
+
 def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, Namespace):
         return (value._Namespace__attrs,)  # its repr shows them
     if isinstance(value, dict):
         return itertools.chain(value, value.values())
     return value if isinstance(value, Collection) and not isinstance(value, str) else ()
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    if len(pattern) > 100 or re.search(r"\d{3}", pattern):
-        raise SecurityError("strftime_now: the format is too long")
-    return datetime.now().strftime(pattern)
-
-
-_CALLABLE = (LoopContext, BlockReference, Cycler, Joiner, Undefined)

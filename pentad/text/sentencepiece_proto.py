@@ -15,15 +15,8 @@ from pentad.errors import BadInput
 from pentad.text.control import is_control
 
 __all__ = [
-    "BYTE_PIECE",
-    "SPACE",
-    "Piece",
-    "PieceType",
-    "added_type",
-    "append_pieces",
-    "read_pieces",
-    "without_prefix",
-    "write_model",
+    *("BYTE_PIECE", "SPACE", "Piece", "PieceType"),
+    *("added_type", "append_pieces", "read_pieces", "without_prefix", "write_model"),
 ]
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space in a piece

@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 
 from pentad.errors import BadInput
-from pentad.text.sandbox import ChatTemplate
+from pentad.text.chat_template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 WORK = "work limit is exceeded"
@@ -92,12 +92,15 @@ HOSTILE = {
     "nested, hashed by a filter": (nested("{{ [ns.x]|select|unique|list }}"), WORK),
     "nested, looked for": (nested("{{ ns.x in {} }}"), WORK),
     "nested, in a message about it": (nested("{{ ({}[ns.x]).y }}"), WORK),
+    "nested, hashed by a function": (nested("{{ dict([[ns.x, 1]]|select) }}"), WORK),
+    "nested, in an iterator": (nested("{{ 1 in [ns.x]|select }}"), WORK),
     "nested twice, sorted": (nested("{% set a = ns.x %}") + nested("{{ [a, ns.x]|select|sort }}"), WORK),
     "deep": (
         "{% set ns = namespace(x=(1,)) %}{% for i in range(900) %}{% set ns.x = (ns.x,) %}{% endfor %}{{ {ns.x: 1} }}",
         "nested",
     ),
     "integers": (grows("3", "ns.x * ns.x", ""), "too large"),
+    "integer of many digits": ("{{ 0x" + "f" * 9999 + " is odd }}", "too large"),
     "power": ("{{ 9 ** 999999999 }}", "too large"),
     "round": ("{{ 1|round(999999999) }}", WORK),
     "round up": ("{{ 1|round(-999999999, 'ceil') }}", WORK),
@@ -156,6 +159,7 @@ HOSTILE = {
     "urlencode": ("{{ ('é' * 999999)|urlencode }}", WORK),
     "strftime": ("{{ strftime_now('%999999999d') }}", "strftime"),
     "lipsum": ("{{ lipsum(n=9999) }}", "lipsum"),
+    "raised, long": ("{{ raise_exception('a ' * 600000) }}", "a a a"),
     "raised": ("{{ raise_exception('not\nthis') }}", "not this"),
     "undefined": ("{{ nothing.at_all }}", "'nothing' is undefined"),
 }
@@ -167,6 +171,7 @@ BROKEN = {
     "deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
     "deep blocks": ("{% if 1 %}" * 200 + "{% endif %}" * 200, "chat template"),
     "deep chain": ("{{ a" + " + a" * 50_000 + " }}", "recursion"),
+    "many nodes": ("{{ a" + " == a" * 50_000 + " }}", "32768"),
     "long": ("a" * 300_000, "262144"),
 }
 
