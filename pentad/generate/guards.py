@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from pentad.nn.linear import HOOKS, QuantizedWeight
+from pentad.nn.linear import QuantizedWeight
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class UnsupportedByKernels(Exception):

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pentad.weights.quantized import AFFINE4, QuantizedTensor
 
 FEW_ROWS = 128  # with more rows, one bfloat16 product with the dequantized weight is faster than torch's 4-bit operator
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Derived:
@@ -196,8 +195,9 @@ class QuantizedLinear(QuantizedWeight):
         for linear in linears:
             if type(linear) is not QuantizedLinear or linear.bias is not None or not linear._uses_operator(x_NI):
                 return None
-            attributes = vars(linear)
-            if "forward" in attributes or any(map(attributes.get, HOOKS)):
+            if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+                return None
+            if linear._backward_pre_hooks or "forward" in vars(linear):
                 return None
             layers.append(linear)
         y = _multiply_packed(layers, x_NI)
@@ -214,13 +214,11 @@ class QuantizedLinear(QuantizedWeight):
 
 def _multiply_packed(layers: Sequence[QuantizedLinear], x_NI: Tensor) -> Tensor:
     """[N, the sum of all O]; the first layer caches the packed weights of all."""
-    sources = [buffer for layer in layers for buffer in layer.sources()]
-
-    def multiply(x: Tensor) -> Tensor:
-        nibbles, scales = layers[0]._packed.get(sources, partial(_pack, layers))
-        return torch._weight_int4pack_mm_for_cpu(x, nibbles, 32, scales)
-
-    return linear_map(x_NI, multiply, partial(_multiply_transposed, layers))
+    if torch.is_grad_enabled() and x_NI.requires_grad:
+        return linear_map(x_NI, partial(_multiply_packed, layers), partial(_multiply_transposed, layers))
+    sources = [buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None]
+    nibbles, scales = layers[0]._packed.get(sources, lambda: _pack(layers))
+    return torch._weight_int4pack_mm_for_cpu(x_NI, nibbles, 32, scales)
 
 
 def _multiply_transposed(layers: Sequence[QuantizedLinear], y_NO: Tensor) -> Tensor:
