@@ -143,10 +143,8 @@ class TokenizersBackend:
         if self._unknown is not None:  # the vocabulary has no tokens for bytes
             characters = (self.pipeline.token_to_id(character) for character in self._added[token])
             return [self._unknown if i is None else i for i in characters]
-        pieces = (
-            (CHARACTER_OF[byte] if self.byte_level else f"<0x{byte:02X}>") for byte in self._added[token].encode()
-        )
-        ids = (self.pipeline.token_to_id(piece) for piece in pieces)
+        piece_of = CHARACTER_OF.__getitem__ if self.byte_level else "<0x{:02X}>".format
+        ids = (self.pipeline.token_to_id(piece_of(byte)) for byte in self._added[token].encode())
         return [i for i in ids if i is not None and i not in self._control_ids]
 
 

@@ -76,10 +76,7 @@ class ChatTemplate:
 
 
 def render_guarded(
-    template: ChatTemplate,
-    control: ControlStrings,
-    inputs: Mapping[str, Any],
-    trusted: Mapping[str, Any],
+    template: ChatTemplate, control: ControlStrings, inputs: Mapping[str, Any], trusted: Mapping[str, Any]
 ) -> tuple[str, str]:
     """Render a template so that the control strings of its inputs can be told from its own.
 

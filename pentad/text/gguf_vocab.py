@@ -33,12 +33,13 @@ PROBE = (
 )
 
 _ADDED_SCORE = -1000.0  # llama.cpp's converter gives it to added tokens
+
 # The names of GGUF -> those of chat templates
 _ROLES = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unknown": "unk", "padding": "pad"}
 
 
 def load(metadata: Mapping[str, Any]) -> Tokenizer | None:
-    """Load the tokenizer.
+    """Load a tokenizer.
 
     Args:
         metadata: the keys of a GGUF file.

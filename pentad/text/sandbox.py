@@ -1,4 +1,4 @@
-"""Render an untrusted jinja template: it reaches no Python internals, and its work is limited.
+"""A jinja environment for untrusted templates: they reach no Python internals, and their work is limited.
 
 Jinja's sandbox hides unsafe attributes and methods, but a template may still loop forever or fill the memory. Here
 each rendering has a budget, and every step is charged to it before the step runs. A unit is about one byte read or
@@ -111,15 +111,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self, variables: Mapping[str, Any], **options: Any) -> None:
-        """Make an environment.
-
-        Args:
-            variables: the variables of the template, made of JSON's types; larger ones allow more work.
-            options: options of `jinja2.Environment`.
-
-        Raises:
-            SecurityError: the variables are nested too deeply.
-        """
+        """Make an environment with a budget for `variables`, and with `options` of `jinja2.Environment`."""
         super().__init__(**options, optimized=False, finalize=self._finalize)
         self._left = _BUDGET + _BUDGET_PER_UNIT * _size(variables)
         filters: dict[str, Any] = self.filters

@@ -163,8 +163,8 @@ class Tokenizer:
         as plain text.
 
         Args:
-            messages: dicts with `role` and `content` (a string, or a list of parts), and whatever else the template
-                reads.
+            messages: dicts with `role` and `content` (a string, or a list of parts), and other fields that the
+                template reads.
             tools: JSON schemas of functions; they select the template "tool_use" if there is one.
             add_generation_prompt: end with the opening of an assistant's reply.
             variables: more variables for the template, made of JSON's types.
