@@ -20,13 +20,7 @@ _RENAME = "choose another name, or remove it"
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to be written.
-
-    Attributes:
-        path: where to.
-        nbytes: its size, known before it is written.
-        pieces: its content, each piece made when it is asked for.
-    """
+    """A file to be written; its size is known before, and each piece of its content is made when it is asked for."""
 
     path: Path
     nbytes: int

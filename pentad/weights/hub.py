@@ -102,19 +102,12 @@ def pull(name: HubName, progress: Progress) -> Path:
                 return cached
             raise
         paths, entry = _choose(name, list(files))
-        missing = {
-            path: files[path]
-            for path in paths
-            if not isinstance(try_to_load_from_cache(name.repo, path, revision=commit), str)
-        }
+        found = [path for path in paths if isinstance(try_to_load_from_cache(name.repo, path, revision=commit), str)]
+        missing = {path: files[path] for path in paths if path not in found}
         total = sum(file.nbytes for file in missing.values()) or None
         with task(progress, f"{'downloading' if missing else 'looking up'} {name}", total):
-            patterns = [glob.escape(path) for path in paths]
-            folder = Path(
-                snapshot_download(
-                    name.repo, revision=name.revision, allow_patterns=patterns, tqdm_class=_bar_class(progress)
-                )
-            )
+            patterns, bar = [glob.escape(path) for path in paths], _bar_class(progress)
+            folder = Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=patterns, tqdm_class=bar))
         for path, file in missing.items():
             _check(name, folder / path, file, progress)
         return folder / entry if entry else folder
