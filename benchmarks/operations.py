@@ -8,30 +8,29 @@ from itertools import pairwise
 
 from pentad.generate.plan_step import PlanStep
 from pentad.generate.step import Step
-from pentad.kernels import program as p
-from pentad.kernels.binding import ROUTES_BUFFER, TYPES, CMatrix, COp, CStep, library
+from pentad.kernels.binding import Buffer, CMatrix, COp, CStep, Flag, OpKind, Type, library
 
-FLOAT_BYTES = {TYPES["f32"]: 4, TYPES["bf16"]: 2, TYPES["f16"]: 2}
+FLOAT_BYTES = {Type.F32: 4, Type.BF16: 2, Type.F16: 2}
 KINDS = {
-    p.EMBED: "embed",
-    p.NORM: "norm",
-    p.QUANTIZE: "quantize",
-    p.GATED: "gate, up",
-    p.ROTATE: "rotate, cache",
-    p.ATTEND: "attend",
-    p.MERGE: "merge",
-    p.ROUTE: "route",
-    p.GATHER: "gather",
-    p.COMBINE: "combine",
+    OpKind.EMBED: "embed",
+    OpKind.NORM: "norm",
+    OpKind.QUANTIZE: "quantize",
+    OpKind.GATED: "gate, up",
+    OpKind.ROTATE: "rotate, cache",
+    OpKind.ATTEND: "attend",
+    OpKind.MERGE: "merge",
+    OpKind.ROUTE: "route",
+    OpKind.GATHER: "gather",
+    OpKind.COMBINE: "combine",
 }
 PRODUCTS = {
-    (p.NORMED, p.PROJECTED): "q, k, v",
-    (p.ATTENDED, p.RESIDUAL): "o",
-    (p.NORMED, p.GATES): "up",
-    (p.GATES, p.RESIDUAL): "down",
-    (p.GATES, p.PAIRED): "down",
-    (p.NORMED, p.SCORES): "router",
-    (p.NORMED, p.LOGITS): "head",
+    (Buffer.NORMED, Buffer.PROJECTED): "q, k, v",
+    (Buffer.ATTENDED, Buffer.RESIDUAL): "o",
+    (Buffer.NORMED, Buffer.GATES): "up",
+    (Buffer.GATES, Buffer.RESIDUAL): "down",
+    (Buffer.GATES, Buffer.PAIRED): "down",
+    (Buffer.NORMED, Buffer.SCORES): "router",
+    (Buffer.NORMED, Buffer.LOGITS): "head",
 }
 """What a product is, by the buffers that it goes from and to."""
 
@@ -58,7 +57,7 @@ def matrix_bytes(matrix: CMatrix) -> int:
 
 def held_bytes(ops: Sequence[COp]) -> int:
     """What all matrices take in memory, one that is used twice once."""
-    sizes = {m.data: matrix_bytes(m) * (op.experts if op.flags & p.PAIRS else 1) for op in ops for m in matrices(op)}
+    sizes = {m.data: matrix_bytes(m) * (op.experts if op.flags & Flag.PAIRS else 1) for op in ops for m in matrices(op)}
     return sum(sizes.values())
 
 
@@ -66,30 +65,30 @@ def token_bytes(ops: Sequence[COp]) -> int:
     """Matrices that a step of one token reads: all but the embedding, and of experts those that it is routed to."""
     total = experts = 0
     for op in ops:
-        experts = op.count if op.kind == p.ROUTE else experts
-        if op.kind != p.EMBED:
-            total += sum(map(matrix_bytes, matrices(op))) * (experts if op.flags & p.PAIRS else 1)
+        experts = op.count if op.kind == OpKind.ROUTE else experts
+        if op.kind != OpKind.EMBED:
+            total += sum(map(matrix_bytes, matrices(op))) * (experts if op.flags & Flag.PAIRS else 1)
     return total
 
 
 def rows_of(op: COp, step: CStep) -> int:
     """How many rows an operation has that has just run."""
-    if op.flags & p.PAIRS:
+    if op.flags & Flag.PAIRS:
         return _pairs(op, step)[-1]
-    return int(step.wanted if op.flags & p.WANTED else step.rows)
+    return int(step.wanted if op.flags & Flag.WANTED else step.rows)
 
 
 def bytes_read(op: COp, step: CStep) -> int:
     """By an operation that has just run, each byte once: weights, keys and values, and the rows that it goes from."""
     rows = rows_of(op, step)
-    if op.kind == p.MERGE:
+    if op.kind == OpKind.MERGE:
         return 0  # what it reads is small
-    if op.kind == p.EMBED:
+    if op.kind == OpKind.EMBED:
         return rows * matrix_bytes(op.w[0]) // op.w[0].rows
-    busy = sum(last > first for first, last in pairwise([0, *_pairs(op, step)])) if op.flags & p.PAIRS else 1
-    width = op.out_width if op.kind == p.ROTATE else op.in_width
+    busy = sum(last > first for first, last in pairwise([0, *_pairs(op, step)])) if op.flags & Flag.PAIRS else 1
+    width = op.out_width if op.kind == OpKind.ROTATE else op.in_width
     total = busy * sum(map(matrix_bytes, matrices(op))) + rows * width * 4
-    if op.kind == p.ATTEND:
+    if op.kind == OpKind.ATTEND:
         size = step.padded_dim * FLOAT_BYTES[step.cache_type] if step.cache_type in FLOAT_BYTES else step.padded_dim + 4
         total += sum(last - first for first, last in _seen(op, step)) * op.kv_heads * 2 * size
     return int(total)
@@ -97,13 +96,13 @@ def bytes_read(op: COp, step: CStep) -> int:
 
 def multiply_adds(op: COp, step: CStep) -> int:
     """Of products and attention; the rest has few."""
-    if op.kind == p.ATTEND:
+    if op.kind == OpKind.ATTEND:
         pairs = 0
         for (first, last), queries in zip(_seen(op, step), _queries(step), strict=True):
             window = op.window or last
             pairs += sum(min(position + 1 - first, window) for position in range(last - queries, last))
         return int(2 * pairs * op.heads * op.head_dim)
-    return 0 if op.kind == p.EMBED else sum(int(rows_of(op, step) * m.rows * m.columns) for m in matrices(op))
+    return 0 if op.kind == OpKind.EMBED else sum(int(rows_of(op, step) * m.rows * m.columns) for m in matrices(op))
 
 
 def _ints(address: int, count: int) -> list[int]:
@@ -112,12 +111,12 @@ def _ints(address: int, count: int) -> list[int]:
 
 def _pairs(op: COp, step: CStep) -> list[int]:
     """Where each expert's pairs of a row and an expert end."""
-    return _ints(step.buffers[ROUTES_BUFFER], op.experts)
+    return _ints(step.buffers[Buffer.ROUTES], op.experts)
 
 
 def _queries(step: CStep) -> list[int]:
     """Of each sequence."""
-    return [last - first for first, last in pairwise(_ints(step.starts, step.sequences + 1))]
+    return [last - first for first, last in pairwise(_ints(step.cu_seqlens, step.sequences + 1))]
 
 
 def _seen(op: COp, step: CStep) -> list[tuple[int, int]]:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from pentad import kernels
 from pentad.generate.guards import Guards, UnsupportedByKernels
-from pentad.kernels import Norm, Program, Weight
-from pentad.kernels.program import ATTENDED, GATES, GELU, LOGITS, NORMED, PAIRED, PROJECTED, RESIDUAL, SCORES
+from pentad.kernels import Activation, Buffer, Norm, Program, Weight
 from pentad.nn.attention import Attention
 from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -92,7 +91,7 @@ class Planner:
             self._block(block)
         weight = self.linear(head)
         self._norm(norm, [weight], wanted=True)
-        self.program.matmul([weight], NORMED, LOGITS, wanted=True)
+        self.program.matmul([weight], Buffer.NORMED, Buffer.LOGITS, wanted=True)
         if not self.guards.unchanged():
             raise UnsupportedByKernels("a part has a hook")
 
@@ -103,7 +102,7 @@ class Planner:
         attention_norm, attention = read(block, "attention_norm", "attention")
         qkv = self._linears(attention, "q_proj", "k_proj", "v_proj")
         self._norm(attention_norm, qkv)
-        self.program.matmul(qkv, NORMED, PROJECTED)
+        self.program.matmul(qkv, Buffer.NORMED, Buffer.PROJECTED)
         self._attend(attention)
         self._feedforward(*read(block, "feedforward_norm", "feedforward"))
         if type(block) is ExtraFeedforwardBlock:
@@ -114,10 +113,10 @@ class Planner:
         qkv = self._linears(attention, "q_proj", "k_proj", "v_proj")
         up, down = self._linears(_exactly(feedforward, GeluMLP), "up_proj", "down_proj")
         self._norm(norm, [*qkv, up])
-        self.program.matmul(qkv, NORMED, PROJECTED)
-        self.program.matmul([up], NORMED, GATES, activation=GELU)
+        self.program.matmul(qkv, Buffer.NORMED, Buffer.PROJECTED)
+        self.program.matmul([up], Buffer.NORMED, Buffer.GATES, activation=Activation.GELU)
         self._attend(attention)
-        self._product(down, GATES)
+        self._product(down, Buffer.GATES)
 
     def _attend(self, attention: Attention) -> None:
         """From queries, keys and values to what is added to the residual stream."""
@@ -144,7 +143,7 @@ class Planner:
             )
         except ValueError as error:
             raise UnsupportedByKernels(str(error)) from None
-        self._product(self.linear(read(attention, "o_proj")), ATTENDED)
+        self._product(self.linear(read(attention, "o_proj")), Buffer.ATTENDED)
 
     def _feedforward(self, norm: nn.Module, part: nn.Module) -> None:
         if type(part) is MixtureOfExperts:
@@ -152,12 +151,12 @@ class Planner:
         if type(part) is GeluMLP:
             up, down = self._linears(part, "up_proj", "down_proj")
             self._norm(norm, [up])
-            self.program.matmul([up], NORMED, GATES, activation=GELU)
+            self.program.matmul([up], Buffer.NORMED, Buffer.GATES, activation=Activation.GELU)
         else:
             gates, down = self._gates(part)
             self._norm(norm, gates)
             self.program.gated(gates)
-        self._product(down, GATES)
+        self._product(down, Buffer.GATES)
 
     def _gates(self, part: nn.Module) -> tuple[list[Weight], Weight]:
         """What is multiplied in a SwiGLU or its like, and what comes after; of experts, stacks."""
@@ -178,13 +177,13 @@ class Planner:
         scores = self.linear(router)
         gates, down = self._gates(experts)
         self._norm(norm, [scores])
-        program.matmul([scores], NORMED, SCORES)
+        program.matmul([scores], Buffer.NORMED, Buffer.SCORES)
         program.route(top_k, normalized=ROUTES[route], capacity=capacity)
         program.gather(quantize=any(weight.is_quantized for weight in gates))
-        program.gated(gates, PAIRED)
+        program.gated(gates, Buffer.PAIRED)
         if down.is_quantized:
-            program.quantize(GATES)
-        program.matmul([down], GATES, PAIRED)
+            program.quantize(Buffer.GATES)
+        program.matmul([down], Buffer.GATES, Buffer.PAIRED)
         program.combine()
 
     def _norm(self, norm: nn.Module, readers: Sequence[Weight], *, wanted: bool = False) -> None:
@@ -200,7 +199,7 @@ class Planner:
         """Added to the residual stream."""
         if weight.is_quantized:
             self.program.quantize(source)
-        self.program.matmul([weight], source, RESIDUAL, add=True)
+        self.program.matmul([weight], source, Buffer.RESIDUAL, add=True)
 
     def _linears(self, part: nn.Module, *names: str) -> list[Weight]:
         return [self.linear(linear) for linear in self.guards.read(part, *names)]

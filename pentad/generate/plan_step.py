@@ -100,7 +100,7 @@ class PlanStep:
         cache, plan, tokens = self.cache, self._plan, []
         for sequence, ids in work:
             cache.reserve(sequence, len(ids))
-            rotation = self._rotation(sequence.rope_length, sequence.length + len(ids) + plan.program.ahead)
+            rotation = self._rotation(sequence.rope_length, sequence.length + len(ids))
             tokens.append(Tokens(ids, sequence.length, sequence.dropped, sequence.pages, rotation))
         pools = CachePools(cache.keys, cache.values, cache.page_size)
         logits_MV = plan.program.run(tokens, wanted, pools)

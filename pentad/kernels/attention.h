@@ -1,8 +1,8 @@
-// RoPE, the cache, and attention over it.
+// RoPE, the KV cache, and attention.
 //
-// A page of the cache holds `page_size` tokens of one layer, head after head: values as [tokens][dims]; keys in tiles of
-// 16 tokens as [dims][16], so that one register holds a dimension of 16 keys, and scores need no sum over lanes. In I8 each
-// token's are whole numbers up to 127, and the page's scales, one float a token, lie behind them.
+// A page of the cache holds `page_size` tokens of one layer, head after head. Values are stored as [tokens][dims]. Keys are
+// stored in tiles of 16 tokens as [dims][16], so that one register holds one dimension of 16 keys, and scores need no sum
+// over lanes. I8 stores integers up to 127; a float scale for each token follows the head's integers.
 #pragma once
 #include <cmath>
 
@@ -15,14 +15,14 @@ template <int T> struct Element { using type = uint16_t; };
 template <> struct Element<F32> { using type = float; };
 template <> struct Element<I8> { using type = int8_t; };
 
-// Numbers as the cache has them.
+// Converts to the cache's type.
 template <int T> INLINE auto narrow(F x) {
   if constexpr (T == F32) {
     return x;
   } else if constexpr (T == F16) {
     return Isa::to_halves(x);
   } else {
-    const I u = bits(x), rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;  // of a NaN the sum might be infinite, or overflow
+    const I u = as_integers(x), rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;  // rounding a NaN could give infinity, or overflow
     return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 64 : rounded, H16);
   }
 }
@@ -31,11 +31,11 @@ template <int T> struct Cache {  // one head of one sequence
   using E = typename Element<T>::type;
   const int32_t* table;
   int dropped, page_size, dims;
-  E *keys, *values;      // the head's place in page 0
-  ptrdiff_t page_stride, scales;  // from one page to the next; from the head's place to its scales
+  E *keys, *values;               // the head in page 0
+  ptrdiff_t page_stride, scales;  // from one page to the next; from the head's numbers to its scales
 
   Cache(const Op& op, const Step& s, int sequence, int head)
-      : table(s.tables + ptrdiff_t(sequence) * s.table_width), dropped(s.dropped[sequence]), page_size(s.page_size),
+      : table(s.block_tables + ptrdiff_t(sequence) * s.block_table_width), dropped(s.dropped[sequence]), page_size(s.page_size),
         dims(s.padded_dim) {
     scales = ptrdiff_t(page_size) * dims;
     const ptrdiff_t head_stride = scales + (T == I8 ? page_size * sizeof(float) : 0);
@@ -57,10 +57,10 @@ template <int T> struct Cache {  // one head of one sequence
   }
 };
 
-// A head's numbers as whole ones up to 127; their scale.
+// Converts a head to integers up to 127, and returns their scale.
 INLINE float to_bytes(const float* x, int dim, int8_t* out) {
-  F in[MOST_DIMS / LANES] = {};
-  I n[MOST_DIMS / LANES];
+  F in[MAX_HEAD_DIM / LANES] = {};
+  I n[MAX_HEAD_DIM / LANES];
   for (int i = 0; i < dim; i += LANES) in[i / LANES] = load_from(x, i, dim);
   const float scale = to_integers<127>(in, n);
   for (int i = 0; i < dim; i++) out[i] = int8_t(n[i / LANES][i % LANES]);
@@ -69,41 +69,41 @@ INLINE float to_bytes(const float* x, int dim, int8_t* out) {
 
 INLINE int sequence_of(const Step& s, int row) {
   int b = 0;
-  while (s.starts[b + 1] <= row) b++;
+  while (s.cu_seqlens[b + 1] <= row) b++;
   return b;
 }
 
-template <class V> INLINE void rotate_some(float* x, const float* cosines, int half) {
+template <class V> INLINE void rotate_lanes(float* x, const float* cosines, int half) {
   const V a = load<V>(x), b = load<V>(x + half), c = load<V>(cosines), s = load<V>(cosines + half);
   store(x, a * c - b * s);
   store(x + half, b * c + a * s);
 }
 INLINE void rotate_head(float* x, const float* cosines, int half) {
   int i = 0;
-  for (; i + LANES <= half; i += LANES) rotate_some<F>(x + i, cosines + i, half);
-  for (; i < half; i++) rotate_some<float>(x + i, cosines + i, half);
+  for (; i + LANES <= half; i += LANES) rotate_lanes<F>(x + i, cosines + i, half);
+  for (; i < half; i++) rotate_lanes<float>(x + i, cosines + i, half);
 }
 
-// A token's key and value go to the cache.
-template <int T> INLINE void keep(const Cache<T>& cache, int position, const float* k, const float* v, int dim) {
+// Writes a token's key and value to the cache.
+template <int T> INLINE void write_to_cache(const Cache<T>& cache, int position, const float* k, const float* v, int dim) {
   auto* keys = cache.key_tile(position & -LANES) + position % LANES;
   auto* values = cache.value(position);
   if constexpr (T == I8) {
-    int8_t bytes[MOST_DIMS];
+    int8_t bytes[MAX_HEAD_DIM];
     *cache.scale(cache.keys, position) = to_bytes(k, dim, bytes);
     for (int i = 0; i < dim; i++) keys[i * LANES] = bytes[i];
     *cache.scale(cache.values, position) = to_bytes(v, dim, values);
     for (int i = dim; i < cache.dims; i++) values[i] = 0;
   } else {
     for (int i = 0; i < dim; i += LANES) {
-      const auto some = narrow<T>(load_from(k, i, dim));
-      for (int j = 0; j < least(LANES, dim - i); j++) keys[(i + j) * LANES] = some[j];
-      store(values + i, narrow<T>(load_from(v, i, dim)));  // to the end of a padded row, with zeros
+      const auto lanes = narrow<T>(load_from(k, i, dim));
+      for (int j = 0; j < min(LANES, dim - i); j++) keys[(i + j) * LANES] = lanes[j];
+      store(values + i, narrow<T>(load_from(v, i, dim)));  // the padding becomes zeros
     }
   }
 }
 
-// What a query at a position is multiplied by, besides the scores' scale.
+// The factor of a query at a position, besides the scale of the scores.
 INLINE float log_scale(const Op& op, int position) {
   return op.log_scale_after && position + 1 > op.log_scale_after
              ? float(std::log(double(position + 1)) / std::log(double(op.log_scale_after)))
@@ -113,55 +113,57 @@ INLINE float log_scale(const Op& op, int position) {
 template <int T> void rotate_rows(const Op& op, const Step& s, int chunk) {
   const int dim = op.head_dim, half = op.rotary_dim / 2;
   const bool centered = op.flags & CENTERED;
-  for (int row = chunk * rows_a_chunk(op); row < last_row_of(op, s, chunk); row++) {
+  for (int row = chunk * rows_per_chunk(op); row < last_row_of(op, s, chunk); row++) {
     const int b = sequence_of(s, row), position = s.positions[row];
     const float* cosines = s.rotations[b] + ptrdiff_t(position) * op.rotary_dim;
-    const bool alone = s.starts[b + 1] - s.starts[b] == 1;
-    const float* ahead = cosines + (alone ? ptrdiff_t(op.ahead) * op.rotary_dim : 0);
     const float factor = op.scale * log_scale(op, position);
     float* x = buffer(s, op.out) + ptrdiff_t(row) * op.out_width;
     for (int h = 0; h < op.heads; h++, x += dim) {
       if (op.weight) normalize(x, op.weight, op.bias, centered, op.eps, dim, x);
-      rotate_head(x, ahead, half);
+      rotate_head(x, cosines, half);
       for (int i = 0; i < dim; i++) x[i] *= factor;
     }
     for (int g = 0; g < op.kv_heads; g++, x += dim) {
       if (op.weight2) normalize(x, op.weight2, op.bias2, centered, op.eps, dim, x);
       rotate_head(x, cosines, half);
-      keep<T>(Cache<T>(op, s, b, g), position, x, x + op.kv_heads * dim, dim);
+      write_to_cache<T>(Cache<T>(op, s, b, g), position, x, x + op.kv_heads * dim, dim);
     }
   }
 }
 
-// What is known of the softmax of some keys for one query of one head.
-struct Part {
-  float most, sum;
-  float y[MOST_DIMS];  // the sum of values, weighted by e^(score - most)
-};
-constexpr int part_floats(int dims) { return 2 + dims; }
+// Constants of this file: keys whose softmax is computed as one part, and the number of queries of a sequence up to which
+// its keys, instead of its queries, are divided among threads.
+constexpr int KEYS_PER_SPLIT = 128, MAX_SPLIT_QUERIES = 4;
 
-INLINE void merge(Part& all_, float most_, float sum, const float* y, int dims) {
-  if (most_ == -__builtin_inff() && sum == 0) return;  // no key of this part was visible
-  const float top = most_ > all_.most ? most_ : all_.most;
-  const float keep = exponential(all(all_.most - top))[0], add = exponential(all(most_ - top))[0];
-  all_.most = top;
-  all_.sum = all_.sum * keep + sum * add;
-  for (int i = 0; i < dims; i += LANES) store(all_.y + i, load<F>(all_.y + i) * keep + load<F>(y + i) * add);
+// The softmax of one query of one head over some of the keys.
+struct PartialSoftmax {
+  float max, sum;
+  float y[MAX_HEAD_DIM];  // the sum of values, weighted by e^(score - max)
+};
+constexpr int partial_floats(int dims) { return 2 + dims; }
+
+INLINE void merge(PartialSoftmax& total, float max, float sum, const float* y, int dims) {
+  if (max == -__builtin_inff() && sum == 0) return;  // none of these keys was visible
+  const float new_max = max > total.max ? max : total.max;
+  const float old_factor = exponential(broadcast(total.max - new_max))[0], factor = exponential(broadcast(max - new_max))[0];
+  total.max = new_max;
+  total.sum = total.sum * old_factor + sum * factor;
+  for (int i = 0; i < dims; i += LANES) store(total.y + i, load<F>(total.y + i) * old_factor + load<F>(y + i) * factor);
 }
-INLINE void clear(Part& part, int dims) {
-  part.most = -__builtin_inff();
-  part.sum = 0;
-  std::memset(part.y, 0, dims * sizeof(float));
+INLINE void clear(PartialSoftmax& partial, int dims) {
+  partial.max = -__builtin_inff();
+  partial.sum = 0;
+  std::memset(partial.y, 0, dims * sizeof(float));
 }
 
 struct Query {
   const float* q;
-  int from, to;  // the keys it sees, by position
+  int from, to;  // positions of the visible keys
 };
 
-// Scores of N tiles of 16 keys, hidden ones -infinity.
+// Scores of N tiles of 16 keys; those of hidden keys are -infinity.
 template <int T, int R, int N>
-INLINE void score(const Cache<T>& cache, const Query* queries, int position, int dim, float (*scores)[SPLIT]) {
+INLINE void score(const Cache<T>& cache, const Query* queries, int position, int dim, float (*scores)[KEYS_PER_SPLIT]) {
   F sums[R][N];
   const typename Cache<T>::E *keys[N], *values[N];
   UNROLL
@@ -184,7 +186,7 @@ INLINE void score(const Cache<T>& cache, const Query* queries, int position, int
     for (int n = 0; n < N; n++) {
       const F k = floats<T>((const uint8_t*)(keys[n] + i * LANES));
       UNROLL
-      for (int r = 0; r < R; r++) sums[r][n] = Isa::fma(k, all(queries[r].q[i]), sums[r][n]);
+      for (int r = 0; r < R; r++) sums[r][n] = Isa::fma(k, broadcast(queries[r].q[i]), sums[r][n]);
     }
   }
   const I lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -197,15 +199,15 @@ INLINE void score(const Cache<T>& cache, const Query* queries, int position, int
       F x = sums[r][n];
       if constexpr (T == I8) x *= load<F>(cache.scale(cache.keys, at));
       if (at < queries[r].from || at + LANES > queries[r].to)
-        x = ((p >= queries[r].from) & (p < queries[r].to)) ? x : all(-__builtin_inff());
-      store(scores[r] + at % SPLIT, x);
+        x = ((p >= queries[r].from) & (p < queries[r].to)) ? x : broadcast(-__builtin_inff());
+      store(scores[r] + at % KEYS_PER_SPLIT, x);
     }
   }
 }
 
-// Adds p * value for keys `from` to `to` of one split, N registers of dimensions.
+// Adds p * value for keys `from` to `to` of one split, for N registers of dimensions.
 template <int T, int R, int N>
-INLINE void weigh(const Cache<T>& cache, int from, int to, int dim, const float (*p)[SPLIT], Part* parts) {
+INLINE void add_values(const Cache<T>& cache, int from, int to, int dim, const float (*p)[KEYS_PER_SPLIT], PartialSoftmax* partials) {
   F y[R][N];
   UNROLL
   for (int r = 0; r < R; r++) {
@@ -213,7 +215,7 @@ INLINE void weigh(const Cache<T>& cache, int from, int to, int dim, const float 
     for (int n = 0; n < N; n++) y[r][n] = F{};
   }
   for (int start = from; start < to;) {
-    const int stop = least(to, (start & -LANES) + LANES);
+    const int stop = min(to, (start & -LANES) + LANES);
     const typename Cache<T>::E* v = cache.value(start) + dim;
     for (int at = start; at < stop; at++, v += cache.dims) {
       F vs[N];
@@ -221,7 +223,7 @@ INLINE void weigh(const Cache<T>& cache, int from, int to, int dim, const float 
       for (int n = 0; n < N; n++) vs[n] = floats<T>((const uint8_t*)(v + n * LANES));
       UNROLL
       for (int r = 0; r < R; r++) {
-        const F weight = all(p[r][at % SPLIT]);
+        const F weight = broadcast(p[r][at % KEYS_PER_SPLIT]);
         UNROLL
         for (int n = 0; n < N; n++) y[r][n] = Isa::fma(vs[n], weight, y[r][n]);
       }
@@ -231,155 +233,163 @@ INLINE void weigh(const Cache<T>& cache, int from, int to, int dim, const float 
   UNROLL
   for (int r = 0; r < R; r++) {
     UNROLL
-    for (int n = 0; n < N; n++) store(parts[r].y + dim + n * LANES, y[r][n]);
+    for (int n = 0; n < N; n++) store(partials[r].y + dim + n * LANES, y[r][n]);
   }
 }
 
-// One split of the keys for R queries: parts[r] is what they give.
+// Computes the partial softmaxes of R queries over one split of the keys.
 template <int T, int R>
-void attend_split(const Cache<T>& cache, const Query* queries, int split, int dim, Part* parts) {
+void attend_split(const Cache<T>& cache, const Query* queries, int split, int dim, PartialSoftmax* partials) {
   int from = queries[0].from, to = queries[0].to;
-  for (int r = 1; r < R; r++) from = least(from, queries[r].from), to = greatest(to, queries[r].to);
-  from = greatest(from, split * SPLIT);
-  to = least(to, (split + 1) * SPLIT);
-  float scores[R][SPLIT];
+  for (int r = 1; r < R; r++) from = min(from, queries[r].from), to = max(to, queries[r].to);
+  from = max(from, split * KEYS_PER_SPLIT);
+  to = min(to, (split + 1) * KEYS_PER_SPLIT);
+  float scores[R][KEYS_PER_SPLIT];
   const int first = from & -LANES;
   constexpr int AT_ONCE = R <= 4 ? 2 : 1;
   int at = first;
   for (; at + (AT_ONCE - 1) * LANES < to; at += AT_ONCE * LANES) score<T, R, AT_ONCE>(cache, queries, at, dim, scores);
   for (; at < to; at += LANES) score<T, R, 1>(cache, queries, at, dim, scores);
   for (int r = 0; r < R; r++) {
-    F top = all(-__builtin_inff());
-    for (at = first; at < to; at += LANES) top = most(load<F>(scores[r] + at % SPLIT), top);
-    parts[r].most = Isa::max_lanes(top);
-    const float base = parts[r].most == -__builtin_inff() ? 0.0f : parts[r].most;
+    F highest = broadcast(-__builtin_inff());
+    for (at = first; at < to; at += LANES) highest = max(load<F>(scores[r] + at % KEYS_PER_SPLIT), highest);
+    partials[r].max = Isa::max_lanes(highest);
+    const float base = partials[r].max == -__builtin_inff() ? 0.0f : partials[r].max;
     F sum = {};
     for (at = first; at < to; at += LANES) {
-      F p = exponential(load<F>(scores[r] + at % SPLIT) - base);
+      F p = exponential(load<F>(scores[r] + at % KEYS_PER_SPLIT) - base);
       sum += p;
       if constexpr (T == I8) p *= load<F>(cache.scale(cache.values, at));
-      store(scores[r] + at % SPLIT, p);
+      store(scores[r] + at % KEYS_PER_SPLIT, p);
     }
-    parts[r].sum = Isa::sum_lanes(sum);
+    partials[r].sum = Isa::sum_lanes(sum);
   }
   constexpr int WIDE = R <= 4 ? 4 : 2;
   int i = 0;
-  for (; i + WIDE * LANES <= cache.dims; i += WIDE * LANES) weigh<T, R, WIDE>(cache, from, to, i, scores, parts);
-  for (; i < cache.dims; i += LANES) weigh<T, R, 1>(cache, from, to, i, scores, parts);
+  for (; i + WIDE * LANES <= cache.dims; i += WIDE * LANES) add_values<T, R, WIDE>(cache, from, to, i, scores, partials);
+  for (; i < cache.dims; i += LANES) add_values<T, R, 1>(cache, from, to, i, scores, partials);
 }
 
-// What one chunk of ATTEND is: some queries of a sequence on one key/value head, with all keys or one split of them.
-struct Share {
+// One chunk of ATTEND: some queries of a sequence on one key/value head, with one split of the keys or all of them.
+struct KeySplit {
   int sequence, head;
-  int first, last;   // queries, counted in the sequence
-  int split;         // -1: all
-  ptrdiff_t parts;   // where the sequence's parts begin, in parts
-  int splits_from, splits;
+  int first, last;     // queries, relative to the sequence
+  int split;           // -1: all
+  ptrdiff_t partials;  // index of the sequence's first partial softmax
+  int first_split, splits;
 };
-INLINE int queries_a_chunk(const Op& op) { return greatest(1, 64 * op.kv_heads / op.heads); }
+INLINE int queries_per_chunk(const Op& op) { return max(1, 64 * op.kv_heads / op.heads); }
 
-// The sequence's queries, and the splits that they see; `few`: whether the keys are shared out instead of the queries.
-struct Sight {
-  int queries, past, splits_from, splits;
-  bool few;
+// A sequence's queries and the splits of keys that they see.
+struct AttentionRange {
+  int queries, past, first_split, splits;
+  bool split_keys;  // the keys, instead of the queries, are divided among threads
+  int64_t partials(const Op& op) const { return split_keys ? int64_t(queries) * op.heads * splits : 0; }
 };
-INLINE Sight sight(const Op& op, const Step& s, int b) {
-  Sight x;
-  x.queries = s.starts[b + 1] - s.starts[b];
+INLINE AttentionRange attention_range(const Op& op, const Step& s, int b) {
+  AttentionRange x;
+  x.queries = s.cu_seqlens[b + 1] - s.cu_seqlens[b];
   x.past = s.lengths[b] - x.queries;
-  const int from = op.window ? greatest(0, x.past + 1 - op.window) : 0;
-  x.splits_from = from / SPLIT;
-  x.splits = ceil_div(s.lengths[b], SPLIT) - x.splits_from;
-  x.few = x.queries <= FEW_QUERIES && x.splits > 1;
+  const int from = op.window ? max(0, x.past + 1 - op.window) : 0;
+  x.first_split = from / KEYS_PER_SPLIT;
+  x.splits = ceil_div(s.lengths[b], KEYS_PER_SPLIT) - x.first_split;
+  x.split_keys = x.queries <= MAX_SPLIT_QUERIES && x.splits > 1;
   return x;
 }
-INLINE int chunks_of(const Op& op, const Sight& x) {
-  return op.kv_heads * (x.few ? x.splits : ceil_div(x.queries, queries_a_chunk(op)));
+INLINE int chunks_of(const Op& op, const AttentionRange& x) {
+  return op.kv_heads * (x.split_keys ? x.splits : ceil_div(x.queries, queries_per_chunk(op)));
 }
-INLINE Share share(const Op& op, const Step& s, int chunk) {
-  ptrdiff_t parts = 0;
+// The floats that ATTEND needs in PARTIALS.
+INLINE int64_t partials_size(const Op& op, const Step& s) {
+  int64_t count = 0;
+  for (int b = 0; b < s.sequences; b++) count += attention_range(op, s, b).partials(op);
+  return count * partial_floats(s.padded_dim);
+}
+INLINE KeySplit key_split(const Op& op, const Step& s, int chunk) {
+  ptrdiff_t partials = 0;
   for (int b = 0;; b++) {
-    const Sight x = sight(op, s, b);
+    const AttentionRange x = attention_range(op, s, b);
     const int count = chunks_of(op, x);
     if (chunk >= count) {
       chunk -= count;
-      if (x.few) parts += ptrdiff_t(x.queries) * op.heads * x.splits;
+      partials += x.partials(op);
       continue;
     }
-    if (x.few) return {b, chunk / x.splits, 0, x.queries, chunk % x.splits + x.splits_from, parts, x.splits_from, x.splits};
-    const int each = queries_a_chunk(op), blocks = ceil_div(x.queries, each);
+    if (x.split_keys)
+      return {b, chunk / x.splits, 0, x.queries, chunk % x.splits + x.first_split, partials, x.first_split, x.splits};
+    const int each = queries_per_chunk(op), blocks = ceil_div(x.queries, each);
     const int first = chunk % blocks * each;
-    return {b, chunk / blocks, first, least(x.queries, first + each), -1, parts, x.splits_from, x.splits};
+    return {b, chunk / blocks, first, min(x.queries, first + each), -1, partials, x.first_split, x.splits};
   }
 }
 
-template <int T, int R = MOST_ROWS>
-INLINE void attend_some(const Cache<T>& cache, const Query* queries, int count, int split, int dim, Part* parts) {
+template <int T, int R = ROWS_PER_PASS>
+INLINE void attend_queries(const Cache<T>& cache, const Query* queries, int count, int split, int dim, PartialSoftmax* partials) {
   if constexpr (R > 1)
-    if (count < R) return attend_some<T, R - 1>(cache, queries, count, split, dim, parts);
-  attend_split<T, R>(cache, queries, split, dim, parts);
+    if (count < R) return attend_queries<T, R - 1>(cache, queries, count, split, dim, partials);
+  attend_split<T, R>(cache, queries, split, dim, partials);
 }
 
 template <int T> void attend_rows(const Op& op, const Step& s, int chunk) {
-  const Share w = share(op, s, chunk);
-  const Sight x = sight(op, s, w.sequence);
+  const KeySplit w = key_split(op, s, chunk);
+  const AttentionRange x = attention_range(op, s, w.sequence);
   const Cache<T> cache(op, s, w.sequence, w.head);
   const int group = op.heads / op.kv_heads, dims = s.padded_dim, dim = op.head_dim;
   const int rows = (w.last - w.first) * group;
-  for (int start = 0; start < rows; start += MOST_ROWS) {
-    const int count = least(MOST_ROWS, rows - start);
-    Query queries[MOST_ROWS];
-    float* out[MOST_ROWS];
-    ptrdiff_t part_at[MOST_ROWS];
+  for (int start = 0; start < rows; start += ROWS_PER_PASS) {
+    const int count = min(ROWS_PER_PASS, rows - start);
+    Query queries[ROWS_PER_PASS];
+    float* out[ROWS_PER_PASS];
+    ptrdiff_t partial_index[ROWS_PER_PASS];
     int from = s.lengths[w.sequence], to = 0;
     for (int r = 0; r < count; r++) {
       const int query = w.first + (start + r) / group, head = w.head * group + (start + r) % group;
-      const int row = s.starts[w.sequence] + query, position = x.past + query;
+      const int row = s.cu_seqlens[w.sequence] + query, position = x.past + query;
       queries[r].q = buffer(s, op.in) + ptrdiff_t(row) * op.in_width + head * dim;
-      queries[r].from = op.window ? greatest(0, position + 1 - op.window) : 0;
+      queries[r].from = op.window ? max(0, position + 1 - op.window) : 0;
       queries[r].to = position + 1;
       out[r] = buffer(s, op.out) + ptrdiff_t(row) * op.out_width + head * dim;
-      part_at[r] = w.parts + (ptrdiff_t(query) * op.heads + head) * w.splits;
-      from = least(from, queries[r].from), to = greatest(to, queries[r].to);
+      partial_index[r] = w.partials + (ptrdiff_t(query) * op.heads + head) * w.splits;
+      from = min(from, queries[r].from), to = max(to, queries[r].to);
     }
-    Part parts[MOST_ROWS];
+    PartialSoftmax partials[ROWS_PER_PASS];
     if (w.split >= 0) {
-      attend_some(cache, queries, count, w.split, dim, parts);
+      attend_queries(cache, queries, count, w.split, dim, partials);
       for (int r = 0; r < count; r++) {
-        float* at = buffer(s, PARTS_BUFFER) + (part_at[r] + w.split - w.splits_from) * part_floats(dims);
-        std::memcpy(at, &parts[r], part_floats(dims) * sizeof(float));
+        float* at = buffer(s, PARTIALS) + (partial_index[r] + w.split - w.first_split) * partial_floats(dims);
+        std::memcpy(at, &partials[r], partial_floats(dims) * sizeof(float));
       }
       continue;
     }
-    Part sums[MOST_ROWS];
+    PartialSoftmax sums[ROWS_PER_PASS];
     for (int r = 0; r < count; r++) clear(sums[r], dims);
-    for (int split = from / SPLIT; split * SPLIT < to; split++) {
-      attend_some(cache, queries, count, split, dim, parts);
-      for (int r = 0; r < count; r++) merge(sums[r], parts[r].most, parts[r].sum, parts[r].y, dims);
+    for (int split = from / KEYS_PER_SPLIT; split * KEYS_PER_SPLIT < to; split++) {
+      attend_queries(cache, queries, count, split, dim, partials);
+      for (int r = 0; r < count; r++) merge(sums[r], partials[r].max, partials[r].sum, partials[r].y, dims);
     }
     for (int r = 0; r < count; r++)
       for (int i = 0; i < dim; i++) out[r][i] = sums[r].y[i] / sums[r].sum;
   }
 }
 
-void merge_parts(const Op& op, const Step& s, int chunk) {
+void merge_partials(const Op& op, const Step& s, int chunk) {
   ptrdiff_t at = 0;
   for (int b = 0; b < s.sequences; b++) {
-    const Sight x = sight(op, s, b);
-    if (!x.few) continue;
+    const AttentionRange x = attention_range(op, s, b);
+    if (!x.split_keys) continue;
     if (chunk-- > 0) {
-      at += ptrdiff_t(x.queries) * op.heads * x.splits;
+      at += x.partials(op);
       continue;
     }
     for (int query = 0; query < x.queries; query++)
       for (int head = 0; head < op.heads; head++) {
-        Part sum;
+        PartialSoftmax sum;
         clear(sum, s.padded_dim);
         for (int split = 0; split < x.splits; split++, at++) {
-          const float* part = buffer(s, PARTS_BUFFER) + at * part_floats(s.padded_dim);
-          merge(sum, part[0], part[1], part + 2, s.padded_dim);
+          const float* partial = buffer(s, PARTIALS) + at * partial_floats(s.padded_dim);
+          merge(sum, partial[0], partial[1], partial + 2, s.padded_dim);
         }
-        float* out = buffer(s, op.out) + ptrdiff_t(s.starts[b] + query) * op.out_width + head * op.head_dim;
+        float* out = buffer(s, op.out) + ptrdiff_t(s.cu_seqlens[b] + query) * op.out_width + head * op.head_dim;
         for (int i = 0; i < op.head_dim; i++) out[i] = sum.y[i] / sum.sum;
       }
     return;

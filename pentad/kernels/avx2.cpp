@@ -1,4 +1,5 @@
 // AVX2 with FMA and F16C: x86 since 2013.
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <cstdint>
@@ -13,7 +14,7 @@ struct Isa : AnyLanes {
   static constexpr int ROWS = 4;
   using B = uint8_t __attribute__((vector_size(64)));
 
-  // always in line: a call would pass 64-byte vectors through memory
+  // always inlined: a call would pass 64-byte vectors through memory
   static inline __attribute__((always_inline)) F fma(F a, F b, F c) {
     __m256 x[2], y[2], z[2];
     std::memcpy(x, &a, 64), std::memcpy(y, &b, 64), std::memcpy(z, &c, 64);
@@ -26,7 +27,7 @@ struct Isa : AnyLanes {
     std::memcpy(s, &sum, 64), std::memcpy(v, &w, 64);
     const __m256i b = _mm256_set1_epi32(x), low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
     for (int i = 0; i < 2; i++)
-      if (Wide) {  // bytes above 127: two nibbles, whose products don't saturate 16 bits
+      if (Wide) {  // bytes above 127 are split into nibbles, whose products don't saturate 16 bits
         const __m256i l = _mm256_maddubs_epi16(_mm256_and_si256(v[i], low), b);
         const __m256i h = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v[i], 4), low), b);
         s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(l, one));
@@ -56,7 +57,10 @@ struct Isa : AnyLanes {
   }
 };
 
-bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool runs_here() {
+  unsigned a, b, c, d;  // Clang 14 doesn't know "f16c"
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
 
 }  // namespace
 }  // namespace pentad
@@ -64,5 +68,5 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 #include "kernels.h"
 
 namespace pentad {
-const Kernels avx2_kernels = {"avx2", runs_here, chunks, work, reads};
+const Kernels avx2_kernels = {"avx2", runs_here, chunks, work, weight_addresses, buffer_sizes};
 }

@@ -1,5 +1,13 @@
 // AVX-512 with VNNI: Intel since Ice Lake, AMD since Zen 4.
+#ifndef __clang__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own header: intrinsics start from an undefined register
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -16,15 +24,15 @@ struct Isa {
   using H = uint16_t __attribute__((vector_size(32)));
 
   static inline F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-  // sum + the products of each lane's four unsigned bytes of w with the four signed bytes of x
+  // sum + the dot product of each lane's four unsigned bytes of w and the four signed bytes of x
   template <bool Wide> static inline I dot(I sum, B w, int32_t x) {
     return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
   }
-  // of whole registers: bits that cross from one byte to the next are for the caller to mask
+  // shift 16-bit lanes: the caller masks the bits that cross from one byte to the next
   template <int N> static inline B shift_right(B v) { return (B)_mm512_srli_epi16((__m512i)v, N); }
   template <int N> static inline B shift_left(B v) { return (B)_mm512_slli_epi16((__m512i)v, N); }
   static inline F half(const void* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-  // of up to 16 registers together: each step adds the halves of two's lanes, and leaves half as many registers
+  // sums up to 16 registers together: each step adds halves of two registers, and leaves half as many registers
   template <int N> static inline void sum_lanes_of(const F (&v)[N], float* sums) {
     static_assert(N <= 16);
     __m512 x[16];
@@ -35,8 +43,8 @@ struct Isa {
       x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 8], 0xdd));
     for (int i : {0, 2})
       x[i] = _mm512_add_ps(_mm512_shuffle_ps(x[i], x[i + 1], 0x44), _mm512_shuffle_ps(x[i], x[i + 1], 0xee));
-    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(x[0], x[2], 0x88), _mm512_shuffle_ps(x[0], x[2], 0xdd));
-    std::memcpy(sums, &all, N * sizeof(float));
+    const __m512 total = _mm512_add_ps(_mm512_shuffle_ps(x[0], x[2], 0x88), _mm512_shuffle_ps(x[0], x[2], 0xdd));
+    std::memcpy(sums, &total, N * sizeof(float));
   }
   static inline float sum_lanes(F v) { return _mm512_reduce_add_ps((__m512)v); }
   static inline int32_t sum_lanes(I v) { return _mm512_reduce_add_epi32((__m512i)v); }
@@ -56,5 +64,5 @@ bool runs_here() {
 #include "kernels.h"
 
 namespace pentad {
-const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work, reads};
+const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work, weight_addresses, buffer_sizes};
 }

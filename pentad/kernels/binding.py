@@ -1,31 +1,33 @@
-"""The shared library and its structures, field by field as plan.h has them."""
+"""The shared library, loaded with ctypes, and its enumerations and structures, as plan.h declares them.
+
+The library exports its values of all these, and a library that differs is refused when it is loaded.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum, IntFlag
 from functools import cache
 from pathlib import Path
 
-_FLOATS, _BLOCKS = ("f32", "bf16", "f16"), ("q4_0", "q4_1", "q8_0", "q4_k", "q6_k", "q5_0", "q5_1", "q5_k")
-TYPES = {name: number for number, name in enumerate((*_FLOATS, *_BLOCKS, "i8"))}
-"""How a weight's numbers, or a cache's, are stored: floats, ggml's blocks, and the cache's bytes with their scales."""
+Type = IntEnum("Type", "F32 BF16 F16 Q4_0 Q4_1 Q8_0 Q4_K Q6_K Q5_0 Q5_1 Q5_K I8", start=0)
+OpKind = IntEnum("OpKind", "EMBED NORM QUANTIZE MATMUL GATED ROTATE ATTEND MERGE ROUTE GATHER COMBINE", start=0)
+Flag = IntFlag("Flag", "QUANTIZED CENTERED ADD WANTED PAIRS NORMALIZED")
+Activation = IntEnum("Activation", "LINEAR GELU", start=0)
+Buffer = IntEnum(
+    "Buffer", "RESIDUAL NORMED PROJECTED ATTENDED GATES LOGITS SCORES PAIRED BLOCKS PARTIALS ROUTES", start=0
+)
 
-BUFFERS, BLOCKS_BUFFER, PARTS_BUFFER, ROUTES_BUFFER = 11, 8, 9, 10
-BLOCK_BYTES = 84  # of 32 activations in int8, the larger of the two forms
-SPLIT = 128  # keys whose softmax is one part
-FEW_QUERIES = 4  # of a sequence, up to which its keys are shared out among threads
-MAX_DIMS = 256  # a head
-MAX_ROWS = 1 << 17  # of one step: an operation is cut into less than 2^20 chunks
-
+LIMITS = ("LANES", "BLOCK", "MAX_HEAD_DIM", "MAX_STEP_ROWS", "MAX_SIZE")  # the constants that only plan.h defines
 _LIBRARY = Path(__file__).with_name("_kernels.so")
 
 
 class CMatrix(ctypes.Structure):
     _fields_ = (
-        ("data", c_void_p),
-        ("bias", c_void_p),
+        *((name, c_void_p) for name in ("data", "bias")),
         ("stride", c_int64),
         *((name, c_int32) for name in ("type", "rows", "columns")),
     )
@@ -34,7 +36,7 @@ class CMatrix(ctypes.Structure):
 class COp(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("kind", "flags", "in_", "out", "in_width", "out_width", "count", "activation")),
-        *((name, c_int32) for name in ("layer", "heads", "kv_heads", "head_dim", "window", "rotary_dim", "ahead")),
+        *((name, c_int32) for name in ("layer", "heads", "kv_heads", "head_dim", "window", "rotary_dim")),
         *((name, c_int32) for name in ("log_scale_after", "experts", "capacity")),
         *((name, c_float) for name in ("eps", "scale")),
         *((name, c_void_p) for name in ("weight", "bias", "weight2", "bias2")),
@@ -45,16 +47,28 @@ class COp(ctypes.Structure):
 class CStep(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("rows", "wanted", "sequences", "threads", "fast", "isa", "page_size")),
-        *((name, c_int32) for name in ("cache_type", "padded_dim", "table_width")),
-        *((name, c_void_p) for name in ("ids", "positions", "wanted_rows", "starts", "lengths", "dropped", "tables")),
-        *((name, c_void_p) for name in ("limits", "rotations", "keys", "values")),
-        ("buffers", c_void_p * BUFFERS),
+        *((name, c_int32) for name in ("cache_type", "padded_dim", "block_table_width")),
+        *((name, c_void_p) for name in ("ids", "positions", "wanted_rows", "cu_seqlens", "lengths", "dropped")),
+        *((name, c_void_p) for name in ("block_tables", "limits", "rotations", "keys", "values")),
+        ("buffers", c_void_p * len(Buffer)),
     )
 
 
+def _declared() -> Iterator[tuple[str, int]]:
+    """The values that the library must have too: "Enum.NAME", "Struct.field" (its offset) and "Struct" (its size)."""
+    for enum in (Type, OpKind, Flag, Activation, Buffer):
+        yield from ((f"{enum.__name__}.{member.name}", member.value) for member in enum)
+    structs: dict[str, type[ctypes.Structure]] = {"Matrix": CMatrix, "Op": COp, "Step": CStep}
+    for name, struct in structs.items():
+        yield name, ctypes.sizeof(struct)
+        yield from (
+            (f"{name}.{field[0]}".removesuffix("_"), getattr(struct, field[0]).offset) for field in struct._fields_
+        )
+
+
 @cache
-def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+def _load() -> tuple[ctypes.CDLL, dict[str, int]] | str:
+    """The library and the constants that only it defines, or the reason why there is none."""
     if os.environ.get("PENTAD_KERNELS", "").lower() in ("off", "0"):
         return "PENTAD_KERNELS is off"
     if not _LIBRARY.exists():
@@ -63,39 +77,50 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError as error:
         return f"the library can't be loaded: {error}"
-    try:
-        sizes = library.pentad_size_of_op(), library.pentad_size_of_step()
-    except AttributeError:
-        sizes = 0, 0
-    if sizes != (ctypes.sizeof(COp), ctypes.sizeof(CStep)):
-        return "the library is of another version of pentad: install it again"
+    exported = dict[str, int]()
+    if hasattr(library, "pentad_constant"):
+        library.pentad_constant.restype = c_char_p
+        value = c_int64()
+        while (name := library.pentad_constant(len(exported), ctypes.byref(value))) is not None:
+            exported[name.decode()] = value.value
+    limits = {name: exported.pop(name, 0) for name in LIMITS}
+    different = dict(exported.items() ^ set(_declared())).keys() | {name for name in LIMITS if not limits[name]}
+    if different:
+        return f"{_LIBRARY.name} is from another version of pentad ({min(different)} differs): install pentad again"
     library.pentad_isa.argtypes, library.pentad_isa.restype = [c_int32], c_char_p
+    library.pentad_row_bytes.argtypes, library.pentad_row_bytes.restype = [c_int32] * 2, c_int64
     library.pentad_packed_bytes.argtypes, library.pentad_packed_bytes.restype = [c_int32] * 3, c_int64
     library.pentad_pack.argtypes = [c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int32]
-    library.pentad_pack.restype = None
-    library.pentad_run.argtypes, library.pentad_run.restype = [POINTER(COp), c_int32, POINTER(CStep)], None
-    return library
+    plan = [POINTER(COp), c_int32, POINTER(CStep)]
+    library.pentad_run.argtypes, library.pentad_buffer_sizes.argtypes = plan, [*plan, POINTER(c_int64)]
+    library.pentad_pack.restype = library.pentad_run.restype = library.pentad_buffer_sizes.restype = None
+    return library, limits
 
 
 def library() -> ctypes.CDLL:
-    """The library. Raises RuntimeError where there is none."""
-    loaded = _load()
-    if isinstance(loaded, str):
+    """Return the library. Raises RuntimeError if there is none."""
+    if isinstance(loaded := _load(), str):
         raise RuntimeError(f"there are no kernels: {loaded}")
-    return loaded
+    return loaded[0]
+
+
+def limit(name: str) -> int:
+    """Return one of LIMITS. Raises RuntimeError if there is no library."""
+    library()
+    return _load()[1][name]  # type: ignore[index]
 
 
 @cache
 def isas() -> dict[str, int]:
-    """The instruction sets that this CPU and this build have, fastest first, and their numbers in the library.
+    """The instruction sets that this CPU and this build have, fastest first, and their indices in the library.
 
-    ``PENTAD_KERNELS`` in the environment may name the only one to use.
+    The environment variable ``PENTAD_KERNELS`` may name the only one to use.
     """
     loaded, found = _load(), dict[str, int]()
     if isinstance(loaded, str):
         return found
     index = 0
-    while (name := loaded.pentad_isa(index)) != b"":
+    while (name := loaded[0].pentad_isa(index)) != b"":
         if name is not None:
             found[name.decode()] = index
         index += 1
@@ -104,7 +129,7 @@ def isas() -> dict[str, int]:
 
 
 def reason() -> str | None:
-    """Why there are no kernels; None where there are some."""
+    """Why there are no kernels; None if there are."""
     loaded = _load()
     if isinstance(loaded, str):
         return loaded

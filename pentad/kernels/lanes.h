@@ -1,5 +1,5 @@
-// Sums and maxima over a register's lanes, for instruction sets without a quick way. The order is that of halves:
-// lane i and i + 8, then i + 4, ...
+// Sums and maxima over a register's lanes, for instruction sets without fast reductions: lane i is combined with lane
+// i + 8, then i + 4, ...
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,4 @@
-// What both sets of Arm's instructions share: registers of four floats, four of which make one of ours.
+// The code that both Arm instruction sets share. Four of their registers, of four floats each, make one of ours.
 #pragma once
 #include <arm_neon.h>
 
@@ -10,13 +10,13 @@
 namespace pentad {
 namespace {
 
-#define UNROLL_4 _Pragma("GCC unroll 4")  // else arrays of registers are kept in memory
+#define UNROLL_4 _Pragma("GCC unroll 4")  // otherwise arrays of registers are kept in memory
 
 struct Neon : AnyLanes {
   static constexpr int ROWS = 2;
   using B = uint8_t __attribute__((vector_size(64)));
 
-  // always in line: a call would pass 64-byte vectors through memory
+  // always inlined: a call would pass 64-byte vectors through memory
   static inline __attribute__((always_inline)) F fma(F a, F b, F c) {
     float32x4_t x[4], y[4], z[4];
     std::memcpy(x, &a, 64), std::memcpy(y, &b, 64), std::memcpy(z, &c, 64);
@@ -25,16 +25,16 @@ struct Neon : AnyLanes {
     std::memcpy(&c, z, 64);
     return c;
   }
-  // By dot4, which takes four lanes and signed bytes: wide ones are made so by taking 128 off, and the sum gets that back.
+  // dot4 multiplies signed bytes, in four lanes. For bytes above 127, 128 is subtracted, and the sum is corrected.
   template <bool Wide, class Dot4> static inline __attribute__((always_inline)) I signed_dot(I sum, B w, int32_t x, Dot4 dot4) {
     int32x4_t s[4];
     int8x16_t v[4];
     const int8x16_t b = vreinterpretq_s8_s32(vdupq_n_s32(x));
-    const int32x4_t back = vshlq_n_s32(vpaddlq_s16(vpaddlq_s8(b)), 7);
+    const int32x4_t correction = vshlq_n_s32(vpaddlq_s16(vpaddlq_s8(b)), 7);
     if (Wide) w ^= 128;
     std::memcpy(s, &sum, 64), std::memcpy(v, &w, 64);
     UNROLL_4
-    for (int i = 0; i < 4; i++) s[i] = dot4(Wide ? vaddq_s32(s[i], back) : s[i], v[i], b);
+    for (int i = 0; i < 4; i++) s[i] = dot4(Wide ? vaddq_s32(s[i], correction) : s[i], v[i], b);
     std::memcpy(&sum, s, 64);
     return sum;
   }

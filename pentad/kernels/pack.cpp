@@ -2,27 +2,25 @@
 
 #include <cstring>
 
-#include "plan.h"
+#include "formats.h"
 
 namespace pentad {
 namespace {
 
-constexpr int LANES = 16;
-
-// What each type's blocks take: columns and bytes of one of ggml's (ggml-common.h), bytes of 16 of them in a tile.
 struct Sizes {
-  int columns, block, tile;
+  int columns, bytes, tile;  // columns and bytes of one of ggml's blocks; bytes of 16 of them in a tile
 };
+template <int T> constexpr Sizes sizes_of = {BLOCK * Format<T>::span, Format<T>::bytes, int(span_bytes<T>)};
 Sizes sizes(int type) {
   switch (type) {
-    case Q4_0: return {32, 18, 256 + 32};
-    case Q4_1: return {32, 20, 256 + 64};
-    case Q5_0: return {32, 22, 320 + 32};
-    case Q5_1: return {32, 24, 320 + 64};
-    case Q8_0: return {32, 34, 512 + 32};
-    case Q4_K: return {256, 144, 64 + 8 * (256 + 32)};
-    case Q5_K: return {256, 176, 64 + 8 * (320 + 32)};
-    case Q6_K: return {256, 210, 32 + 8 * (384 + 32)};
+    case Q4_0: return sizes_of<Q4_0>;
+    case Q4_1: return sizes_of<Q4_1>;
+    case Q5_0: return sizes_of<Q5_0>;
+    case Q5_1: return sizes_of<Q5_1>;
+    case Q8_0: return sizes_of<Q8_0>;
+    case Q4_K: return sizes_of<Q4_K>;
+    case Q5_K: return sizes_of<Q5_K>;
+    case Q6_K: return sizes_of<Q6_K>;
     default: return {0, 0, 0};
   }
 }
@@ -35,8 +33,8 @@ uint32_t word(const uint8_t* p) {
 void put(uint8_t* p, uint32_t x) { std::memcpy(p, &x, 4); }
 constexpr uint32_t LOW = 0x0f0f0f0f, HIGH = 0xf0f0f0f0;
 
-// One of ggml's blocks, of row `lane` in its tile. ggml has nibbles in our order already, for types with blocks of 32:
-// byte j has column j in its low nibble and column j + 16 in its high one.
+// Each function packs one of ggml's blocks, which belongs to row `lane` of the tile. In ggml's types with blocks of 32,
+// nibbles are in our order already: byte j holds column j in its low nibble and column j + 16 in its high nibble.
 void nibbles_32(const uint8_t* q, int lane, uint8_t* out) {
   for (int g = 0; g < 4; g++) put(out + 64 * g + 4 * lane, word(q + 4 * g));
 }
@@ -52,7 +50,7 @@ void q4_1(const uint8_t* in, int lane, uint8_t* out) {
   std::memcpy(out + 288 + 2 * lane, in + 2, 2);
 }
 
-// The fifth bits, of which ggml has column j's in bit j.
+// The fifth bits: ggml stores column j's in bit j.
 void bits_32(const uint8_t* q, int lane, uint8_t* out) {
   uint32_t bits = 0;
   for (int j = 0; j < 32; j++) bits |= (word(q) >> j & 1) << (j % 4 * 8 + j / 4);
@@ -77,9 +75,9 @@ void q8_0(const uint8_t* in, int lane, uint8_t* out) {
   std::memcpy(out + 512 + 2 * lane, in, 2);
 }
 
-// 8 blocks of 32; 32 bytes have two of them, one in the low nibbles and one in the high. Scales and minimums are 6 bits
-// each, in 12 bytes (get_scale_min_k4 in ggml-quants.c). Q5_K has 32 bytes more before the nibbles: of a column's byte,
-// bit b is its fifth bit in block b.
+// 8 blocks of 32 columns. Each 32 bytes hold two blocks, one in the low and one in the high nibbles. Scales and minimums
+// have 6 bits each, packed into 12 bytes (get_scale_min_k4 in ggml-quants.c). Q5_K has 32 more bytes before the nibbles:
+// bit b of a column's byte is its fifth bit in block b.
 template <bool Fifth> void q4_k(const uint8_t* in, int lane, uint8_t* out) {
   constexpr int integers = Fifth ? 320 : 256;
   std::memcpy(out + 2 * lane, in, 2);
@@ -102,8 +100,9 @@ template <bool Fifth> void q4_k(const uint8_t* in, int lane, uint8_t* out) {
   }
 }
 
-// Low nibbles in 128 bytes, the high two bits in 64, a signed scale for 16 columns, d at the end. 128 columns at a time:
-// 32 columns each in the low and high nibbles of two times 32 bytes, their high bits in the same order.
+// 128 bytes of low nibbles, 64 bytes of high bit pairs, a signed scale for each 16 columns, then d. For each 128 columns,
+// the nibbles of 2 x 32 bytes hold 4 x 32 columns: first both groups of low nibbles, then both groups of high nibbles. The
+// high bits are in the same order.
 void q6_k(const uint8_t* in, int lane, uint8_t* out) {
   const uint8_t *low = in, *high = in + 128, *scales = in + 192;
   std::memcpy(out + 2 * lane, in + 208, 2);
@@ -127,6 +126,11 @@ void q6_k(const uint8_t* in, int lane, uint8_t* out) {
 
 }  // namespace
 
+int64_t row_bytes(int type, int columns) {
+  const Sizes s = sizes(type);
+  return s.columns == 0 || columns % s.columns ? 0 : int64_t(columns / s.columns) * s.bytes;
+}
+
 int64_t packed_bytes(int type, int rows, int columns) {
   const Sizes s = sizes(type);
   if (s.columns == 0 || columns % s.columns) return 0;
@@ -139,9 +143,9 @@ void pack_tile(int type, const uint8_t* blocks, int rows, int columns, int tile,
   uint8_t* out = tiles + int64_t(tile) * count * s.tile;
   if (rows - tile * LANES < LANES) std::memset(out, 0, size_t(count) * s.tile);
   for (int lane = 0; lane < LANES && tile * LANES + lane < rows; lane++) {
-    const uint8_t* in = blocks + int64_t(tile * LANES + lane) * count * s.block;
+    const uint8_t* in = blocks + int64_t(tile * LANES + lane) * count * s.bytes;
     for (int b = 0; b < count; b++) {
-      const uint8_t* from = in + b * s.block;
+      const uint8_t* from = in + b * s.bytes;
       uint8_t* to = out + int64_t(b) * s.tile;
       switch (type) {
         case Q4_0: q4_0(from, lane, to); break;

@@ -1,102 +1,114 @@
-// What crosses the border from Python (pentad/kernels/binding.py mirrors these structures field by field): a plan is a
-// flat list of operations, and a step runs it for some rows of tokens. Nothing here owns memory.
+// The interface between Python and C++ (pentad/kernels/binding.py): a plan is a flat list of operations, and a step runs
+// it for some tokens of some sequences. api.cpp exports these enumerations and structures, and Python compares them with
+// its own when it loads the library. Nothing here owns memory.
 #pragma once
 #include <cstdint>
 
 namespace pentad {
 
-// How a weight's numbers are stored. The quantized types are ggml's blocks, repacked into the tiles of kernels.h; the
-// float types are read where they lie, row after row. I8 is the cache's alone, with a scale for each token and head.
+// Storage types. The quantized types are ggml's blocks, repacked into the tiles of products.h; float weights are read in
+// place, row by row. Only the KV cache uses I8, with one scale per token and head.
 enum Type : int32_t { F32, BF16, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, Q5_0, Q5_1, Q5_K, I8 };
 
+constexpr int LANES = 16;                 // floats a register; rows a tile; page sizes are a multiple of it
+constexpr int BLOCK = 32;                 // columns a block
+constexpr int MAX_HEAD_DIM = 256;
+constexpr int MAX_STEP_ROWS = 1 << 17;    // keeps the number of an operation's chunks below 2^20
+constexpr int64_t MAX_SIZE = 1 << 30;     // rows or columns: their products with a block's bytes fit in 64 bits
+
 struct Matrix {
-  const uint8_t* data;  // of a quantized type: tiles, aligned to 64 bytes
+  const uint8_t* data;  // quantized: tiles, aligned to 64 bytes
   const float* bias;    // [rows], or null
-  int64_t stride;       // of a stack, one for each expert: bytes from one matrix to the next
+  int64_t stride;       // in a stack of experts' matrices: bytes from one matrix to the next
   int32_t type;
   int32_t rows, columns;
 };
 
-enum Kind : int32_t {
-  EMBED,     // out = rows of w[0] by the step's ids
-  NORM,      // out = in / rms(in) * weight (+ bias); CENTERED: less its mean first
-  QUANTIZE,  // blocks = in, in int8
-  MATMUL,    // out = activation(in x w[0]^T), the same of w[1], w[2], side by side
-  GATED,     // out = silu(in x w[0]^T) * (in x w[1]^T), times in x w[2]^T if there are three
-  ROTATE,    // RoPE on the queries and keys in `out` (after norms, if any); keys and values go to the cache
+enum OpKind : int32_t {
+  EMBED,     // out = rows of w[0], selected by the step's ids
+  NORM,      // out = in / rms(in) * weight (+ bias); with CENTERED, the mean is subtracted first
+  QUANTIZE,  // int8 blocks = in
+  MATMUL,    // out = activation(in x w[0]^T), then those of w[1] and w[2], side by side
+  GATED,     // out = silu(in x w[0]^T) * (in x w[1]^T), times in x w[2]^T if there are three matrices
+  ROTATE,    // norms (if any) and RoPE on the queries and keys in `out`; writes keys and values to the cache
   ATTEND,    // out = attention of the queries in `in` over the cache
-  MERGE,     // parts of ATTEND whose keys were split among threads are put together
-  ROUTE,     // routes = the `count` largest of each row's scores in `in`: pairs of a row and an expert, by expert
-  GATHER,    // out = rows of `in`, a copy for each pair
-  COMBINE,   // out += each row's pairs in `in`, by their weights
+  MERGE,     // combines ATTEND's partial softmaxes, where keys were split among threads
+  ROUTE,     // routes = the `count` largest scores of each row of `in`, as (row, expert) pairs sorted by expert
+  GATHER,    // out = one copy of its row of `in` for each pair
+  COMBINE,   // out += the weighted sum of each row's pairs in `in`
 };
 
 enum Flag : int32_t {
-  QUANTIZED = 1,   // NORM, GATHER: write int8 blocks too
+  QUANTIZED = 1,   // NORM, GATHER: also write int8 blocks
   CENTERED = 2,    // NORM, ROTATE's norms: LayerNorm instead of RMSNorm
   ADD = 4,         // MATMUL: add to `out`
-  WANTED = 8,      // only the wanted rows
-  PAIRS = 16,      // rows are ROUTE's pairs; of MATMUL and GATED, each expert's by its own matrices
-  NORMALIZED = 32, // ROUTE: a row's weights are those of a softmax over its largest scores, else of one over all
+  WANTED = 8,      // process only the wanted rows
+  PAIRS = 16,      // the rows are ROUTE's pairs; MATMUL and GATED multiply each expert's rows by its matrices
+  NORMALIZED = 32, // ROUTE: weights are a softmax over the chosen experts instead of all experts
 };
 
-enum Activation : int32_t { LINEAR, GELU };  // GELU as GPT-2 approximates it, by tanh
+enum Activation : int32_t { LINEAR, GELU };  // GELU: GPT-2's tanh approximation
+
+// The first eight belong to the plan: residual stream, output of a norm, queries with keys and values, attention output,
+// feed-forward hidden layer, logits, router logits, rows of pairs. The last three have a fixed use: int8 blocks, partial
+// softmaxes, routes.
+enum Buffer : int32_t { RESIDUAL, NORMED, PROJECTED, ATTENDED, GATES, LOGITS, SCORES, PAIRED, BLOCKS, PARTIALS, ROUTES };
+constexpr int BUFFERS = ROUTES + 1;
 
 struct Op {
   int32_t kind, flags;
   int32_t in, out;            // buffers
-  int32_t in_width;           // floats a row of `in`: the matrices' columns, a router's experts
+  int32_t in_width;           // floats a row of `in`: a matrix's columns; for ROUTE, the experts
   int32_t out_width;          // floats a row of `out`
-  int32_t count;              // matrices in use; of ROUTE, GATHER and COMBINE, experts of a row
+  int32_t count;              // matrices in use; for ROUTE, GATHER and COMBINE, experts per row
   int32_t activation;         // of MATMUL
   int32_t layer;              // of the cache
-  int32_t heads, kv_heads;    // of attention
+  int32_t heads, kv_heads;
   int32_t head_dim, window;   // window 0: all keys
-  int32_t rotary_dim, ahead;  // ROTATE: numbers of a head that rotate; positions that a query alone is ahead by
-  int32_t log_scale_after;    // ROTATE: tokens from which on queries grow with their place; 0: none
-  int32_t experts;            // of PAIRS
-  int32_t capacity;           // ROUTE: which of the step's limits holds; -1: none
+  int32_t rotary_dim;         // ROTATE: dimensions of a head that rotate
+  int32_t log_scale_after;    // ROTATE: from this many tokens on, queries grow with log(position); 0: never
+  int32_t experts;            // for PAIRS
+  int32_t capacity;           // ROUTE: index into the step's limits; -1: unlimited
   float eps, scale;           // of norms; of attention scores
-  const float *weight, *bias; // NORM: [in_width]; ROTATE: of the queries' norm [head_dim]; null: none
-  const float *weight2, *bias2;  // ROTATE: of the keys' norm
+  const float *weight, *bias; // NORM: [in_width]; ROTATE: the query norm's [head_dim]; null: none
+  const float *weight2, *bias2;  // ROTATE: the key norm's
   Matrix w[3];
 };
-
-enum { BUFFERS = 11, BLOCKS_BUFFER = 8, PARTS_BUFFER = 9, ROUTES_BUFFER = 10 };  // the last three have a fixed use
 
 struct Step {
   int32_t rows, wanted;     // N tokens; M rows whose logits are wanted
   int32_t sequences;        // B
   int32_t threads;
-  int32_t fast;             // int8 activations in one term instead of two
+  int32_t fast;             // one int8 term for activations instead of two
   int32_t isa;              // index into isas()
-  int32_t page_size;        // a multiple of 16
-  int32_t cache_type;       // F32, BF16, F16 or I8
-  int32_t padded_dim;       // numbers a head in the cache: head_dim rounded up to a multiple of 16
-  int32_t table_width;
+  int32_t page_size;
+  int32_t cache_type;       // F32, F16, BF16 or I8
+  int32_t padded_dim;       // dimensions of a head in the cache: head_dim rounded up to a multiple of LANES
+  int32_t block_table_width;
   const int32_t* ids;           // [N]
   const int32_t* positions;     // [N], absolute
   const int32_t* wanted_rows;   // [M]
-  const int32_t* starts;        // [B + 1]: sequence b has rows starts[b] to starts[b + 1]
-  const int32_t* lengths;       // [B]: tokens of the sequence, this step's included
+  const int32_t* cu_seqlens;    // [B + 1]: sequence b has rows cu_seqlens[b] to cu_seqlens[b + 1]
+  const int32_t* lengths;       // [B]: tokens of the sequence, including this step's
   const int32_t* dropped;       // [B]: tokens before its first page
-  const int32_t* tables;        // [B, table_width]: its pages
-  const int32_t* limits;        // [capacities, B]: rows of a sequence that an expert takes at most
+  const int32_t* block_tables;  // [B, block_table_width]: its pages
+  const int32_t* limits;        // [capacities, B]: most rows of the sequence that an expert accepts
   const float* const* rotations;  // [B]: a table [positions][2][rotary_dim / 2] of cosines, then sines
   void* const* keys;            // [layers]: pools of pages
   void* const* values;
   void* buffers[BUFFERS];
 };
 
-// One instruction set's work. `chunks` says in how many pieces an operation may be done, in any order and by any
-// thread; whatever the pieces, the numbers are the same bits. `reads` says where a piece's weights begin, at up to 3
-// places, before its rows are known.
+// The functions of one instruction set. An operation is divided into `chunks`, which threads may run in any order;
+// results are bit-identical however it is divided. `weight_addresses` gives the addresses (up to 3) where a chunk's
+// weights begin, so that they can be prefetched. `buffer_sizes` gives the floats that a step needs in each buffer.
 struct Kernels {
   const char* name;
   bool (*runs_here)();
   int (*chunks)(const Op&, const Step&);
   void (*work)(const Op&, const Step&, int chunk);
-  int (*reads)(const Op&, const Step&, int chunk, const uint8_t** at);
+  int (*weight_addresses)(const Op&, const Step&, int chunk, const uint8_t** addresses);
+  void (*buffer_sizes)(const Op* ops, int count, const Step&, int64_t* floats);
 };
 
 extern const Kernels avx512_kernels, avx2_kernels, neon_dotprod_kernels, neon_kernels, portable_kernels;

@@ -22,25 +22,26 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
-// A phase is many chunks. Who waits for the last one by STALL longer than all of the phase has taken so far waits for a
-// thread that the system has taken off its core, for another process. If much of a step is lost so, that process is
-// there to stay: one thread fewer is used for a while (a retreat), and longer each time that all together stall at once.
-// Who has waited for long sleeps, which frees its core for the other thread; but to be woken may take a millisecond.
+// If a thread waits STALL longer than the whole phase has taken so far, the thread it waits for has probably been
+// descheduled in favor of another process. If a large part of a step is lost in stalls, that process is likely to go on,
+// so the pool uses one thread fewer for a while (a retreat). A retreat is twice as long if stalls return right after the
+// last one. A thread that has stalled for SPIN_STALLED sleeps, which frees its core for the missing thread; it doesn't
+// sleep earlier, because waking it may take a millisecond.
 constexpr auto STALL = microseconds(200);
 constexpr auto SPIN_STALLED = microseconds(2000);
 constexpr auto SPIN_BETWEEN_STEPS = microseconds(200);
-constexpr Clock::duration LONGEST_RETREAT = milliseconds(500);
+constexpr Clock::duration MAX_RETREAT = milliseconds(500);
 
-constexpr int MOST_THREADS = 64;
-constexpr uint32_t OVER = 1;
+constexpr int MAX_THREADS = 64;
+constexpr uint32_t DONE = 1;
 
-// Lines of the cache, of 64 bytes, that a thread fetches of what it reads in the next phase: while it waits for that, and
-// where it does itself what comes before. The caches' own prefetchers begin only after some misses.
-constexpr int FETCHED_WAITING = 256, FETCHED_FIRST = 48;
+// How many 64-byte cache lines of its next weights a thread prefetches: while it waits for the next phase, and before it
+// opens that phase itself. The hardware prefetchers start only after some misses.
+constexpr int LINES_WHILE_WAITING = 256, LINES_BEFORE_OPENING = 48;
 
-inline void fetch(const Next& next, int from, int to) {
-  for (const uint8_t* at : next.at)
-    for (int line = from; at && line < to; line++) __builtin_prefetch(at + line * 64, 0, 2);
+inline void fetch(const Prefetch& prefetch, int first, int end) {
+  for (const uint8_t* address : prefetch.addresses)
+    for (int line = first; address && line < end; line++) __builtin_prefetch(address + line * 64, 0, 2);
 }
 
 inline void pause() {
@@ -51,7 +52,7 @@ inline void pause() {
 #endif
 }
 
-// Spins until `ready()`, for at most `limit`; whether it was ready.
+// Spins until `ready()`, for at most `limit`. Returns false on timeout.
 template <class Ready>
 bool spin(Clock::duration limit, Ready ready) {
   const auto start = Clock::now();
@@ -64,18 +65,18 @@ bool spin(Clock::duration limit, Ready ready) {
   }
 }
 
-// A thread's share of a phase: neighboring chunks, which it takes in order, so that it reads memory in order too. Who has
-// none left takes those of others. What a thread must know of a phase is in this one line of the cache, as each line that
-// has to come from another core takes about as long as a small phase.
-struct alignas(128) Share {
-  std::atomic<uint64_t> chunks{0};    // their end, and which comes next: who is late can't take one of a past phase
-  std::atomic<uint32_t> state{OVER};  // changes with each phase; whether the job is over
-  int phase = 0;                      // may be read by who has a chunk, as the phase can't end before that is done
+// A thread's share of a phase: neighboring chunks, in order, so that the thread reads memory in order too. A thread whose
+// queue is empty steals from the others. All that a thread must know about a phase is in this one cache line, because
+// moving a line from another core takes about as long as a small phase.
+struct alignas(128) WorkQueue {
+  std::atomic<uint64_t> chunks{0};    // upper half: end, lower half: next chunk; a late thread can't pop from a past phase
+  std::atomic<uint32_t> state{DONE};  // changes with each phase; the lowest bit says that the job is done
+  int phase = 0;                      // safe to read for a thread that holds a chunk: its phase can't end before
   std::atomic<Clock::rep> opened_at{0};
 
-  int take() {  // -1: none was left
+  int pop() {  // -1: empty
     const uint64_t seen = chunks.load(std::memory_order_relaxed);
-    if (uint32_t(seen) >= seen >> 32) return -1;  // who waits should not write
+    if (uint32_t(seen) >= seen >> 32) return -1;  // a waiting thread should not write to the line
     const uint64_t v = chunks.fetch_add(1, std::memory_order_acq_rel);
     return uint32_t(v) < v >> 32 ? int(uint32_t(v)) : -1;
   }
@@ -84,67 +85,68 @@ struct alignas(128) Share {
 class Pool {
  public:
   void run(const Job& job, int threads) {
-    std::lock_guard<std::mutex> one_at_a_time(running_);
-    const int helpers = grow(threads - 1);
+    std::lock_guard<std::mutex> one_job_at_a_time(running_);
+    const int workers = start_workers(threads - 1);
     const auto start = Clock::now();
     started_at_.store(start.time_since_epoch().count(), std::memory_order_relaxed);
-    const int active = start < retreat_end_ ? std::min(helpers, retreat_to_) : helpers;
+    const int active = start < retreat_end_ ? std::min(workers, retreat_to_) : workers;
     active_.store(active, std::memory_order_relaxed);
     lost_.store(0, std::memory_order_relaxed);
     job_ = &job;
     threads_.store(active + 1, std::memory_order_relaxed);
     phase_ = -1;
     if (advance()) {
-      if (active > 0) call_helpers();
-      take_part(0);
+      if (active > 0) wake_workers();
+      process(0);
     }
     const auto end = Clock::now();
     const Clock::duration lost(lost_.load(std::memory_order_relaxed));
     if (lost > (end - start) / 3) {
-      const bool at_once = start - retreat_end_ < retreat_;
-      retreat_ = std::min(at_once ? retreat_ * 2 : lost * 4, LONGEST_RETREAT);
+      const bool soon_again = start - retreat_end_ < retreat_;
+      retreat_ = std::min(soon_again ? retreat_ * 2 : lost * 4, MAX_RETREAT);
       retreat_end_ = end + retreat_;
       retreat_to_ = std::max(0, active - 1);
     }
   }
 
  private:
-  // Does chunks until the job is done, or until helper `me` (0: the caller) is no longer wanted.
-  void take_part(int me) {
-    Share& mine = shares_[me];
+  // Runs chunks until the job is done, or until thread `me` (0: the caller) is no longer active.
+  void process(int me) {
+    WorkQueue& mine = queues_[me];
     for (;;) {
       const uint32_t state = mine.state.load(std::memory_order_acquire);
-      Next next = {};
-      if (const int done = do_chunks(me, next)) {
-        if (left_.fetch_sub(done, std::memory_order_acq_rel) == done) {
-          fetch(next, 0, FETCHED_FIRST);
+      Prefetch prefetch = {};
+      if (const int done = run_chunks(me, prefetch)) {
+        if (remaining_.fetch_sub(done, std::memory_order_acq_rel) == done) {
+          fetch(prefetch, 0, LINES_BEFORE_OPENING);
           advance();
           continue;
         }
       }
       auto changed = [&] { return mine.state.load(std::memory_order_acquire) != state; };
-      // The caller leaves when it sees that the job is over, not before: who has finished it may be about to say so.
-      if (state & OVER || me > active_.load(std::memory_order_relaxed)) return;
-      for (int line = 0; line < FETCHED_WAITING && !changed(); line += 8) fetch(next, line, line + 8);
+      // The caller must not leave before DONE is set: the thread that finished the job may still be setting it.
+      if (state & DONE || me > active_.load(std::memory_order_relaxed)) return;
+      for (int line = 0; line < LINES_WHILE_WAITING && !changed(); line += 8) fetch(prefetch, line, line + 8);
       const Clock::duration opened(mine.opened_at.load(std::memory_order_relaxed));
       if (spin(STALL + (Clock::now().time_since_epoch() - opened), changed)) continue;
-      wait_out_a_stall(changed);
+      wait_during_stall(changed);
     }
   }
 
-  // How many chunks it has done of the open phase, until none was left. The phase can't end before they are counted.
-  int do_chunks(int me, Next& next) {
+  // Runs chunks of the open phase until none is left, and returns how many. The phase can't end before they are counted.
+  int run_chunks(int me, Prefetch& prefetch) {
     const int threads = threads_.load(std::memory_order_relaxed);
     int done = 0, phase = 0;
     for (int i = 0; i < threads; i++) {
-      Share& share = shares_[(me + i) % threads];
-      for (int chunk; (chunk = share.take()) >= 0; done++) job_->work(job_->context, phase = share.phase, chunk);
+      WorkQueue& queue = queues_[(me + i) % threads];
+      for (int chunk; (chunk = queue.pop()) >= 0; done++) job_->work(job_->context, phase = queue.phase, chunk);
     }
-    if (done > 0 && job_->next) next = job_->next(job_->context, phase, me, active_.load(std::memory_order_relaxed) + 1);
+    if (done > 0 && job_->prefetch)
+      prefetch = job_->prefetch(job_->context, phase, me, active_.load(std::memory_order_relaxed) + 1);
     return done;
   }
 
-  template <class Changed> void wait_out_a_stall(Changed changed) {
+  template <class Changed> void wait_during_stall(Changed changed) {
     const auto start = Clock::now();
     if (!spin(SPIN_STALLED, changed)) {
       std::unique_lock<std::mutex> lock(sleep_);
@@ -155,50 +157,51 @@ class Pool {
     const auto end = Clock::now();
     const Clock::duration lost(lost_.fetch_add((end - start + STALL).count(), std::memory_order_relaxed));
     const Clock::duration started(started_at_.load(std::memory_order_relaxed));
-    if (lost > milliseconds(5) + (end.time_since_epoch() - started) / 4)  // a long step doesn't wait for its end to retreat
+    if (lost > milliseconds(5) + (end.time_since_epoch() - started) / 4)  // a long step retreats before its end
       active_.store(std::max(0, active_.load(std::memory_order_relaxed) - 1), std::memory_order_relaxed);
   }
 
-  // Opens the next phase; whether there was one. Only who has finished the last chunk of the one before comes here; what
-  // is one chunk is done at once, without the others.
+  // Opens the next phase; returns false if there is none. Only the thread that finished the last chunk of the previous
+  // phase gets here. It runs single-chunk phases itself, without waking the others.
   bool advance() {
     for (;;) {
       phase_++;
       if (phase_ == job_->phases) {
-        open(0, OVER);
+        open(0, DONE);
         return false;
       }
       const int count = job_->chunks(job_->context, phase_);
       if (count == 1) job_->work(job_->context, phase_, 0);
       if (count <= 1) continue;
-      left_.store(count + 1, std::memory_order_relaxed);  // one for who opens: until all shares are open, it can't end
+      remaining_.store(count + 1, std::memory_order_relaxed);  // + 1: the phase can't end before all queues are open
       open(count, 0);
-      if (left_.fetch_sub(1, std::memory_order_acq_rel) > 1) return true;
+      if (remaining_.fetch_sub(1, std::memory_order_acq_rel) > 1) return true;
     }
   }
 
-  // Tells all threads of a phase, or that the job is over: who says that touches nothing of it after.
-  void open(int count, uint32_t over) {
-    const int threads = threads_.load(std::memory_order_relaxed), shares = active_.load(std::memory_order_relaxed) + 1, phase = phase_;
+  // Publishes a phase, or that the job is done; after that, this thread must not touch the job.
+  void open(int count, uint32_t done) {
+    const int threads = threads_.load(std::memory_order_relaxed), shares = active_.load(std::memory_order_relaxed) + 1;
+    const int phase = phase_;
     const auto now = Clock::now().time_since_epoch().count();
     for (int i = threads - 1; i >= 0; i--) {
-      Share& share = shares_[i];
-      const int used = i < shares ? count : 0;  // who is no longer wanted has none, but must see that the phase is another
+      WorkQueue& queue = queues_[i];
+      const int used = i < shares ? count : 0;  // an inactive thread gets no chunks, but must see the phase change
       const uint64_t first = first_chunk(used, i, shares), end = first_chunk(used, i + 1, shares);
-      const uint32_t state = ((share.state.load(std::memory_order_relaxed) | OVER) + 1) | over;
-      if (!over) share.phase = phase;
-      share.opened_at.store(now, std::memory_order_relaxed);
-      share.chunks.store(end << 32 | first, std::memory_order_release);
-      share.state.store(state, std::memory_order_release);
+      const uint32_t state = ((queue.state.load(std::memory_order_relaxed) | DONE) + 1) | done;
+      if (!done) queue.phase = phase;
+      queue.opened_at.store(now, std::memory_order_relaxed);
+      queue.chunks.store(end << 32 | first, std::memory_order_release);
+      queue.state.store(state, std::memory_order_release);
     }
-    // Written, not only read: who goes to sleep either sees the new state or is seen here.
+    // A write, not only a read: a thread that goes to sleep either sees the new state or is counted here.
     if (sleepers_.fetch_add(0, std::memory_order_acq_rel) > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       woken_.notify_all();
     }
   }
 
-  void call_helpers() {
+  void wake_workers() {
     calls_.fetch_add(1, std::memory_order_seq_cst);
     if (parked_count_.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(parking_);
@@ -206,7 +209,7 @@ class Pool {
     }
   }
 
-  void help(int me) {
+  void run_worker(int me) {
     uint32_t seen = 0;
     for (;;) {
       auto called = [&] { return calls_.load(std::memory_order_seq_cst) != seen; };
@@ -217,24 +220,25 @@ class Pool {
         parked_count_.fetch_sub(1, std::memory_order_relaxed);
       }
       seen = calls_.load(std::memory_order_seq_cst);
-      if (me <= active_.load(std::memory_order_relaxed)) take_part(me);
+      if (me <= active_.load(std::memory_order_relaxed)) process(me);
     }
   }
 
-  // Makes helpers where there are fewer than wanted; how many there are to be used. The system may refuse.
-  int grow(int wanted) {
+  // Starts missing workers, and returns how many can be used. The system may refuse to make more threads.
+  int start_workers(int wanted) {
     try {
-      for (; helpers_ < std::min(wanted, MOST_THREADS - 1); helpers_++) std::thread(&Pool::help, this, helpers_ + 1).detach();
+      for (; workers_ < std::min(wanted, MAX_THREADS - 1); workers_++)
+        std::thread(&Pool::run_worker, this, workers_ + 1).detach();
     } catch (const std::system_error&) {
     }
-    return std::max(0, std::min(helpers_, wanted));
+    return std::max(0, std::min(workers_, wanted));
   }
 
-  Share shares_[MOST_THREADS];
-  alignas(128) std::atomic<int> left_{0};  // chunks of the phase
-  int phase_ = 0;                          // for who opens it
+  WorkQueue queues_[MAX_THREADS];
+  alignas(128) std::atomic<int> remaining_{0};  // chunks of the phase
+  int phase_ = 0;                               // used only by the thread that opens phases
   alignas(128) const Job* job_ = nullptr;
-  std::atomic<int> threads_{0};  // of the job; each has a share of every phase
+  std::atomic<int> threads_{0};  // of the job; each has a queue
   std::atomic<Clock::rep> started_at_{0};
   std::atomic<Clock::rep> lost_{0};
   std::atomic<int> active_{0};
@@ -242,13 +246,13 @@ class Pool {
   std::atomic<uint32_t> calls_{0};
   std::mutex running_, sleep_, parking_;
   std::condition_variable woken_, unparked_;
-  int helpers_ = 0, retreat_to_ = 0;
+  int workers_ = 0, retreat_to_ = 0;
   Clock::duration retreat_ = Clock::duration::zero();
   Clock::time_point retreat_end_{};
 };
 
-// A forked child has none of the threads, and may find the locks held by one: it begins with a pool of its own. Pools
-// are never destroyed, as their threads may run until the process ends.
+// A forked child inherits no threads, and the pool's locks may be held by threads that don't exist in the child. So the
+// child starts with a new pool. Pools are never destroyed: their threads may run until the process ends.
 std::atomic<Pool*> pool{nullptr};
 std::once_flag fork_handler;
 
@@ -258,7 +262,7 @@ Pool& the_pool() {
   if (p == nullptr) {
     Pool* fresh = new Pool;
     if (pool.compare_exchange_strong(p, fresh)) return *fresh;
-    delete fresh;  // another thread was faster
+    delete fresh;  // another thread has installed its pool first
   }
   return *p;
 }

@@ -1,29 +1,29 @@
-// The threads that run a plan: one pool a process, shared by all models, without OpenMP.
+// The threads that run a plan: one pool per process, shared by all models; OpenMP is not used.
 #pragma once
 #include <cstdint>
 
 namespace pentad {
 
-// Where memory is that will be read from there on; null: nowhere.
-struct Next {
-  const uint8_t* at[3];
+// Addresses that a thread will read from next; null: none.
+struct Prefetch {
+  const uint8_t* addresses[3];
 };
 
-// Phases that follow each other; the chunks of one may be done by any thread in any order. In how many shares they are
-// cut, each of neighboring chunks, is told to `next`, which says where a share of what follows a phase begins to read.
+// Phases that run one after the other. Any thread may run any chunk of the current phase. Each phase is divided into
+// shares of neighboring chunks; `prefetch` gives the addresses where a share of the phases after `phase` begins to read.
 struct Job {
   int phases;
   int (*chunks)(const void* context, int phase);
   void (*work)(const void* context, int phase, int chunk);
-  Next (*next)(const void* context, int phase, int share, int shares);  // or null
+  Prefetch (*prefetch)(const void* context, int phase, int share, int shares);  // or null
   const void* context;
 };
 
-// The first of a share's chunks.
+// The first chunk of a share.
 constexpr int first_chunk(int chunks, int share, int shares) { return int(int64_t(chunks) * share / shares); }
 
-// Runs a job on the calling thread and up to `threads` - 1 others; returns when all of it is done. Calls from several
-// threads follow each other.
+// Runs a job on the calling thread and up to `threads` - 1 workers, and returns when it is done. Several threads may call
+// this at once: their jobs run one after the other. A forked child starts its own workers at its first job.
 void run_on_pool(const Job& job, int threads);
 
 }  // namespace pentad

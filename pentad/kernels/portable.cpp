@@ -1,4 +1,4 @@
-// Any CPU, by the compiler's vectors.
+// Any CPU, with the compiler's vector extensions.
 #include <cstdint>
 #include <cstring>
 
@@ -20,7 +20,7 @@ struct Isa : AnyLanes {
   template <int N> static inline B shift_right(B v) { return v >> N; }
   template <int N> static inline B shift_left(B v) { return v << N; }
   static inline float half_to_float(uint16_t h) {
-    // exponent and fraction moved into place; the product mends the exponent, denormals included
+    // moves exponent and fraction to their bits; the multiplication corrects the exponent, also of denormals
     uint32_t u = uint32_t(h & 0x7fff) << 13;
     float x;
     if ((h & 0x7c00) == 0x7c00) {
@@ -51,7 +51,7 @@ struct Isa : AnyLanes {
     u &= 0x7fffffff;
     if (u > 0x7f800000) return sign | 0x7e00;   // NaN
     if (u >= 0x477ff000) return sign | 0x7c00;  // rounds to infinity
-    if (u < 0x38800000) {                       // a denormal, or 0: a sum rounds it to units of 2^-24
+    if (u < 0x38800000) {                       // a denormal, or 0: the addition rounds it to units of 2^-24
       float v;
       std::memcpy(&v, &u, 4);
       v += 0.5f;
@@ -70,5 +70,5 @@ bool runs_here() { return true; }
 #include "kernels.h"
 
 namespace pentad {
-const Kernels portable_kernels = {"portable", runs_here, chunks, work, reads};
+const Kernels portable_kernels = {"portable", runs_here, chunks, work, weight_addresses, buffer_sizes};
 }

@@ -1,30 +1,30 @@
-// Products of activations with weights: how both are laid out, and the loops that a step spends its time in.
+// Matrix products of activations and weights: the layout of both, and the loops in which a step spends its time.
 //
-// WEIGHTS. A quantized weight [rows, columns] is repacked into tiles of 16 rows, a tile into blocks of 32 columns:
+// WEIGHTS. A quantized weight [rows, columns] is repacked into tiles of 16 rows, and a tile into blocks of 32 columns:
 //
 //     tile 0 (rows 0-15):  block 0 | block 1 | ...   tile 1 (rows 16-31):  block 0 | ...
 //
-//     a block's integers, unsigned, as 8 groups of 4 columns; in a group lane r is row r:
+//     A block's integers are unsigned, in 8 groups of 4 columns. In a group, lane r is row r:
 //       8 bits:  group g      = 64 bytes: lane r has columns 4g to 4g+3 of row r
 //       4 bits:  64 bytes g<4 = low nibbles: group g, high nibbles: group g+4
-//       5 bits:  as 4 bits; then 64 bytes, of which bit g is the high bit of group g
-//       6 bits:  as 4 bits; then 2 x 64 bytes, of which bits 2i and 2i+1 are the high bits of group 4h+i (h: which 64)
-//     then what makes numbers of them: d of each of the 16 rows, then m of each where the type has a minimum; of K types
-//     two bytes of each row, by which the d and m in the head are multiplied (Q6_K: d, for either half of the columns)
+//       5 bits:  as 4 bits, then 64 bytes: bit g is the high bit of group g
+//       6 bits:  as 4 bits, then 2 x 64 bytes: bits 2i and 2i+1 of half h are the high bits of group 4h+i
+//     The scales follow: d of each of the 16 rows, then m of each if the type has a minimum. K types have two bytes per
+//     row instead, factors of the d and m in the head (Q6_K: factors of d for the two halves of the columns).
 //
-// so one 64-byte register holds 4 columns of all 16 rows, and a dot product of 4 bytes a lane adds to 16 sums.
+// So one 64-byte register holds 4 columns of all 16 rows, and a dot product of 4 bytes per lane adds to 16 sums.
 //
-// ACTIVATIONS. A row is cut into blocks of 32 as well. "Exact": 16-bit integers with a scale a block, each split into
+// ACTIVATIONS. A row is divided into blocks of 32 too. "Exact": 16-bit integers with one scale per block, each split into
 // two bytes, x = scale * (256 * high + low). "Fast": one byte, with a scale for each half of a block.
 //
-// Products of integers are exact; floats are added block after block, in this order alone. So a row's result does not
-// depend on the rows beside it, on the chunk, or on the thread.
+// Products of integers are exact, and floats are always added in the order of the blocks. So a row's result does not
+// depend on the other rows of the step, on the chunk, or on the thread.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#include "plan.h"
+#include "formats.h"
 
 namespace pentad {
 namespace {
@@ -36,49 +36,45 @@ using S16 = int8_t __attribute__((vector_size(16)));
 using H16 = uint16_t __attribute__((vector_size(32)));
 
 #define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")  // loops over what should be registers
+#define UNROLL _Pragma("GCC unroll 8")  // keeps small arrays in registers
 
-constexpr int LANES = 16, BLOCK = 32;
-constexpr int MOST_ROWS = Isa::ROWS;  // of activations that share one pass over a tile, and of queries over the keys
-constexpr int AHEAD = 3072;      // bytes of weights that are fetched before they are needed
-constexpr int SPLIT = 128;       // keys whose softmax is one part; parts begin at multiples of it
-constexpr int MOST_DIMS = 256;   // a head
-constexpr int FEW_QUERIES = 4;   // up to here a sequence's keys, not its queries, are shared out
+constexpr int ROWS_PER_PASS = Isa::ROWS;  // rows of activations that share one pass over a tile, or queries over the keys
+constexpr int PREFETCH_BYTES = 3072;      // how far ahead weights are prefetched
 
 template <class V> INLINE V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 template <class V> INLINE void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
-INLINE F all(float x) { return x - F{}; }
-INLINE I all(int32_t x) { return x - I{}; }
-INLINE I bits(F x) { return (I)x; }
-INLINE F number(I x) { return (F)x; }
+INLINE F broadcast(float x) { return x - F{}; }
+INLINE I broadcast(int32_t x) { return x - I{}; }
+INLINE I as_integers(F x) { return (I)x; }
+INLINE F as_floats(I x) { return (F)x; }
 INLINE I shorts(const void* p) { return __builtin_convertvector(load<H16>(p), I); }
 INLINE F to_floats(I x) { return __builtin_convertvector(x, F); }
-INLINE F most(F a, F b) { return a > b ? a : b; }
+INLINE F max(F a, F b) { return a > b ? a : b; }
 INLINE F load_part(const float* p, int count) {
   F v = {};
   std::memcpy(&v, p, count * sizeof(float));
   return v;
 }
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int least(int a, int b) { return a < b ? a : b; }
-constexpr int greatest(int a, int b) { return a > b ? a : b; }
+constexpr int min(int a, int b) { return a < b ? a : b; }
+constexpr int max(int a, int b) { return a > b ? a : b; }
 
 // e^x to about 2 units in the last place; 0 below -87; NaN stays NaN.
 INLINE F exponential(F x) {
-  const F bounded = x < -87.0f ? all(-87.0f) : x > 88.0f ? all(88.0f) : x;
-  const F magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
-  const F shifted = Isa::fma(bounded, all(1.44269504f), magic);
+  const F bounded = x < -87.0f ? broadcast(-87.0f) : x > 88.0f ? broadcast(88.0f) : x;
+  const F magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to integers
+  const F shifted = Isa::fma(bounded, broadcast(1.44269504f), magic);
   const F n = shifted - magic;
-  F r = Isa::fma(n, all(-0.693359375f), bounded);
-  r = Isa::fma(n, all(2.12194440e-4f), r);
-  F p = all(1.9875691500e-4f);  // Cephes' polynomial
-  p = Isa::fma(p, r, all(1.3981999507e-3f));
-  p = Isa::fma(p, r, all(8.3334519073e-3f));
-  p = Isa::fma(p, r, all(4.1665795894e-2f));
-  p = Isa::fma(p, r, all(1.6666665459e-1f));
-  p = Isa::fma(p, r, all(5.0000001201e-1f));
+  F r = Isa::fma(n, broadcast(-0.693359375f), bounded);
+  r = Isa::fma(n, broadcast(2.12194440e-4f), r);
+  F p = broadcast(1.9875691500e-4f);  // Cephes' polynomial
+  p = Isa::fma(p, r, broadcast(1.3981999507e-3f));
+  p = Isa::fma(p, r, broadcast(8.3334519073e-3f));
+  p = Isa::fma(p, r, broadcast(4.1665795894e-2f));
+  p = Isa::fma(p, r, broadcast(1.6666665459e-1f));
+  p = Isa::fma(p, r, broadcast(5.0000001201e-1f));
   p = Isa::fma(p, r * r, r + 1.0f);
-  const F power = number((bits(shifted) - bits(magic) + 127) << 23);
+  const F power = as_floats((as_integers(shifted) - as_integers(magic) + 127) << 23);
   return x < -87.0f ? F{} : p * power;
 }
 
@@ -88,32 +84,33 @@ template <bool Exact> struct Activations;
 template <> struct Activations<true> {
   int8_t high[BLOCK], low[BLOCK];
   float scale[1];         // of high * 256 + low
-  int32_t minus_half[2];  // minus the sums of the first and of the last 16 integers
-  int32_t minus_all;
-  float total;  // the sum of the numbers
-  int32_t minus_sum() const { return minus_all; }
+  int32_t negative_half_sums[2];  // -1 times the sums of the first and the last 16 integers
+  int32_t negative_sum_;
+  float total;  // the sum of the dequantized numbers
+  int32_t negative_sum() const { return negative_sum_; }
 };
 template <> struct Activations<false> {
   int8_t low[BLOCK];
-  float scale[2];  // of the first and of the last 16
-  int32_t minus_half[2];
+  float scale[2];  // of the first and the last 16
+  int32_t negative_half_sums[2];
   float total;
-  int32_t minus_sum() const { return 0; }
+  int32_t negative_sum() const { return 0; }
 };
 
-// Whole numbers n and a scale with x near n * scale, |n| <= Limit. Where x is not finite, neither is the scale, and n is 0.
+// Sets integers n with |n| <= Limit and returns a scale, such that x is close to n * scale. If x isn't finite, the scale
+// isn't finite either, and n is 0.
 template <int Limit, int N> INLINE float to_integers(const F (&x)[N], I (&n)[N]) {
-  I largest = bits(x[0]) & 0x7fffffff;
+  I largest = as_integers(x[0]) & 0x7fffffff;
   for (int i = 1; i < N; i++) {
-    const I size = bits(x[i]) & 0x7fffffff;  // as integers, absolute values are in order, NaN above infinity
+    const I size = as_integers(x[i]) & 0x7fffffff;  // bit patterns of absolute values sort like them, NaN above infinity
     largest = size > largest ? size : largest;
   }
-  const int32_t most_bits = Isa::max_lanes(largest);
+  const int32_t max_bits = Isa::max_lanes(largest);
   float amax;
-  std::memcpy(&amax, &most_bits, 4);
-  const float inverse = amax < 1e-30f ? 0.0f : Limit / amax;  // numbers that small are taken for 0
-  const F magic = all(12582912.0f);
-  for (int i = 0; i < N; i++) n[i] = most_bits < 0x7f800000 ? bits(x[i] * inverse + magic) - bits(magic) : I{};
+  std::memcpy(&amax, &max_bits, 4);
+  const float inverse = amax < 1e-30f ? 0.0f : Limit / amax;  // smaller numbers count as 0
+  const F magic = broadcast(12582912.0f);
+  for (int i = 0; i < N; i++) n[i] = max_bits < 0x7f800000 ? as_integers(x[i] * inverse + magic) - as_integers(magic) : I{};
   return amax < 1e-30f ? 0.0f : amax * (1.0f / Limit);
 }
 
@@ -125,10 +122,10 @@ INLINE void quantize_block(const float* x, Activations<true>& out) {
     const I high = (n[i] + 128) >> 8;
     store(out.high + i * LANES, __builtin_convertvector(high, S16));
     store(out.low + i * LANES, __builtin_convertvector(n[i] - (high << 8), S16));
-    out.minus_half[i] = -Isa::sum_lanes(n[i]);
+    out.negative_half_sums[i] = -Isa::sum_lanes(n[i]);
   }
-  out.minus_all = out.minus_half[0] + out.minus_half[1];
-  out.total = -out.scale[0] * float(out.minus_all);
+  out.negative_sum_ = out.negative_half_sums[0] + out.negative_half_sums[1];
+  out.total = -out.scale[0] * float(out.negative_sum_);
 }
 
 INLINE void quantize_block(const float* x, Activations<false>& out) {
@@ -138,36 +135,16 @@ INLINE void quantize_block(const float* x, Activations<false>& out) {
     I n[1];
     out.scale[i] = to_integers<127>(in, n);
     store(out.low + i * LANES, __builtin_convertvector(n[0], S16));
-    out.minus_half[i] = -Isa::sum_lanes(n[0]);
-    out.total -= out.scale[i] * float(out.minus_half[i]);
+    out.negative_half_sums[i] = -Isa::sum_lanes(n[0]);
+    out.total -= out.scale[i] * float(out.negative_half_sums[i]);
   }
 }
 
 // ---- Blocks of weights ----
 
-// What follows the integers of each type's blocks. `span` blocks share a head of `head` bytes; SHIFT: the integers are
-// unsigned by an offset of 2^SHIFT (-1: none); HALVES: columns 0-15 and 16-31 have scales of their own.
-template <int T> struct Format;
-template <int Head, int Span, int Block, int Shift, bool Minimum, bool Halves> struct Layout {
-  static constexpr int head = Head, span = Span, block = Block, shift = Shift;
-  static constexpr bool minimum = Minimum, halves = Halves;
-};
-template <> struct Format<Q4_0> : Layout<0, 1, 256 + 32, 3, false, false> {};
-template <> struct Format<Q4_1> : Layout<0, 1, 256 + 64, -1, true, false> {};
-template <> struct Format<Q5_0> : Layout<0, 1, 320 + 32, 4, false, false> {};
-template <> struct Format<Q5_1> : Layout<0, 1, 320 + 64, -1, true, false> {};
-template <> struct Format<Q8_0> : Layout<0, 1, 512 + 32, 7, false, false> {};
-template <> struct Format<Q4_K> : Layout<64, 8, 256 + 32, -1, true, false> {};
-template <> struct Format<Q5_K> : Layout<64, 8, 320 + 32, -1, true, false> {};
-template <> struct Format<Q6_K> : Layout<32, 8, 384 + 32, 5, false, true> {};
-
-template <int T> constexpr size_t tile_bytes(int columns) {
-  return size_t(columns / BLOCK / Format<T>::span) * (Format<T>::head + Format<T>::span * Format<T>::block);
-}
-
 struct Scales {
-  F d, m;        // number = d * integer + m
-  F first, last; // HALVES: factors of d for columns 0-15 and 16-31
+  F d, m;         // number = d * integer + m
+  F first, last;  // Format::halves: factors of d for columns 0-15 and 16-31
 };
 
 template <int T> INLINE void integers(const uint8_t* block, B (&w)[8]) {
@@ -218,8 +195,8 @@ template <bool Wide> INLINE I dot(I sum, B w, const int8_t* x) {
   return Isa::template dot<Wide>(sum, w, load<int32_t>(x));
 }
 
-// v[r] = the whole numbers' product of groups First to Last with row r of activations. Sums of integers are exact in any
-// order: rows take turns, so that no addition waits for the one before.
+// v[r] = the integer product of groups First to Last with row r of activations. Integer sums are exact in any order, so
+// the loop alternates between rows, and no addition has to wait for the previous one.
 template <int T, bool Exact, int R, int First, int Last>
 INLINE void products(const B (&w)[8], const Activations<Exact>* x, ptrdiff_t stride, F (&v)[R]) {
   constexpr bool wide = T == Q8_0;
@@ -228,7 +205,7 @@ INLINE void products(const B (&w)[8], const Activations<Exact>* x, ptrdiff_t str
   for (int r = 0; r < R; r++) {
     high[r] = low[r] = I{};
     if constexpr (Format<T>::shift > 0)
-      low[r] = all(Last - First == 8 ? x[r * stride].minus_sum() : x[r * stride].minus_half[First / 4]) << Format<T>::shift;
+      low[r] = broadcast(Last - First == 8 ? x[r * stride].negative_sum() : x[r * stride].negative_half_sums[First / 4]) << Format<T>::shift;
   }
   UNROLL
   for (int g = First; g < Last; g++)
@@ -241,7 +218,7 @@ INLINE void products(const B (&w)[8], const Activations<Exact>* x, ptrdiff_t str
   for (int r = 0; r < R; r++) v[r] = to_floats(Exact ? (high[r] << 8) + low[r] : low[r]);
 }
 
-// 16 rows of a weight times R rows of activations: out[r] has the 16 results of row r.
+// 16 rows of a weight times R rows of activations; out[r] holds the 16 results of row r.
 template <int T, bool Exact, int R>
 INLINE void multiply_tile(const uint8_t* tile, int blocks, const Activations<Exact>* x, ptrdiff_t stride, F* out) {
   using Fmt = Format<T>;
@@ -254,7 +231,7 @@ INLINE void multiply_tile(const uint8_t* tile, int blocks, const Activations<Exa
     block += Fmt::head;
     for (int i = 0; i < Fmt::span; i++, block += Fmt::block, x++) {
       UNROLL
-      for (int ahead = 0; ahead < Fmt::block; ahead += 64) __builtin_prefetch(block + AHEAD + ahead);
+      for (int line = 0; line < Fmt::block; line += 64) __builtin_prefetch(block + PREFETCH_BYTES + line);
       B w[8];
       integers<T>(block, w);
       const Scales s = scales<T>(head, block);
@@ -271,13 +248,13 @@ INLINE void multiply_tile(const uint8_t* tile, int blocks, const Activations<Exa
         for (int r = 0; r < R; r++) {
           if constexpr (Fmt::halves) v[r] *= s.first, last[r] *= s.last;
           if constexpr (Exact) v[r] = (v[r] + last[r]) * x[r * stride].scale[0];
-          else v[r] = Isa::fma(last[r], all(x[r * stride].scale[1]), v[r] * x[r * stride].scale[0]);
+          else v[r] = Isa::fma(last[r], broadcast(x[r * stride].scale[1]), v[r] * x[r * stride].scale[0]);
         }
       }
       UNROLL
       for (int r = 0; r < R; r++) {
         sums[r] = Isa::fma(v[r], s.d, sums[r]);
-        if constexpr (Fmt::minimum) sums[r] = Isa::fma(s.m, all(x[r * stride].total), sums[r]);
+        if constexpr (Fmt::minimum) sums[r] = Isa::fma(s.m, broadcast(x[r * stride].total), sums[r]);
       }
     }
   }
@@ -289,7 +266,7 @@ template <int T> INLINE F floats(const uint8_t* p) {
   if constexpr (T == F32) return load<F>(p);
   if constexpr (T == F16) return Isa::half(p);
   if constexpr (T == I8) return __builtin_convertvector(__builtin_convertvector(load<S16>(p), I), F);
-  return number(shorts(p) << 16);  // BF16
+  return as_floats(shorts(p) << 16);  // BF16
 }
 constexpr int size_of(int type) { return type == F32 ? 4 : 2; }
 
@@ -299,8 +276,8 @@ template <int T> INLINE F floats_part(const uint8_t* p, int count) {
   return floats<T>(whole);
 }
 
-// The same for a weight of floats, row after row, of which there are `rows` up to 16: sums over a register's lanes, for as
-// many rows of both at once as registers hold.
+// The same for up to 16 `rows` of a float weight. Each result is a sum over a register's lanes; as many pairs of rows as
+// fit in the registers are computed at once.
 template <int T, int R>
 INLINE void multiply_rows(const uint8_t* w, int rows, int columns, const float* x, ptrdiff_t stride, F* out) {
   constexpr int AT_ONCE = R >= 8 ? 2 : 4;
@@ -311,7 +288,7 @@ INLINE void multiply_rows(const uint8_t* w, int rows, int columns, const float* 
     const uint8_t* from[AT_ONCE];
     F sums[AT_ONCE * R];
     UNROLL
-    for (int j = 0; j < AT_ONCE; j++) from[j] = w + least(first + j, rows - 1) * row_bytes;
+    for (int j = 0; j < AT_ONCE; j++) from[j] = w + min(first + j, rows - 1) * row_bytes;
     UNROLL
     for (int i = 0; i < AT_ONCE * R; i++) sums[i] = F{};
     const auto add = [&](auto weights, auto activations) __attribute__((always_inline)) {
@@ -343,7 +320,7 @@ template <int T> INLINE const uint8_t* tile_at(const Matrix& m, int tile) {
   else return m.data + tile_bytes<T>(m.columns) * tile;
 }
 
-struct Inputs {  // rows of activations in both forms
+struct Inputs {  // rows of activations, as int8 blocks and as floats
   const void* blocks;
   const float* floats;
   int width;
@@ -351,7 +328,7 @@ struct Inputs {  // rows of activations in both forms
 
 template <int T, int R> void multiply(const Matrix& m, int tile, const Inputs& in, int row, bool fast, F* out) {
   if constexpr (T <= F16) {
-    multiply_rows<T, R>(tile_at<T>(m, tile), least(LANES, m.rows - tile * LANES), m.columns,
+    multiply_rows<T, R>(tile_at<T>(m, tile), min(LANES, m.rows - tile * LANES), m.columns,
                         in.floats + ptrdiff_t(row) * in.width, in.width, out);
   } else {
     const int blocks = m.columns / BLOCK;
@@ -373,7 +350,7 @@ using TileAt = const uint8_t* (*)(const Matrix&, int);
 constexpr TileAt tile_at_by_type[] = {tile_at<F32>,  tile_at<BF16>, tile_at<F16>,  tile_at<Q4_0>, tile_at<Q4_1>, tile_at<Q8_0>,
                                       tile_at<Q4_K>, tile_at<Q6_K>, tile_at<Q5_0>, tile_at<Q5_1>, tile_at<Q5_K>};
 
-// One tile of a weight times `rows` rows from `row` on: R of them together, what is left by halves of R.
+// One tile of a weight times `rows` rows, starting at `row`: R rows at a time, and the remainder by R / 2, R / 4, ...
 template <int R> INLINE void multiply_some(const Matrix& m, int tile, const Inputs& in, int row, int rows, bool fast, F* out) {
   for (; rows >= R; rows -= R, row += R, out += R) multiply_by_type<R>[m.type](m, tile, in, row, fast, out);
   if constexpr (R > 1) multiply_some<R / 2>(m, tile, in, row, rows, fast, out);

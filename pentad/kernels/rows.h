@@ -1,4 +1,4 @@
-// Operations on rows: products with their cut into chunks, norms, quantization, embedding.
+// Operations on rows: matrix products and their division into chunks, norms, quantization, embedding.
 #pragma once
 #include "products.h"
 
@@ -6,75 +6,73 @@ namespace pentad {
 namespace {
 
 INLINE float* buffer(const Step& s, int index) { return (float*)s.buffers[index]; }
-INLINE Inputs inputs(const Op& op, const Step& s) { return {s.buffers[BLOCKS_BUFFER], buffer(s, op.in), op.in_width}; }
+INLINE Inputs inputs(const Op& op, const Step& s) { return {s.buffers[BLOCKS], buffer(s, op.in), op.in_width}; }
 
-// Where each expert's pairs end, as mixture.h's routing has left it.
-INLINE const int32_t* ends_of(const Step& s) { return (const int32_t*)s.buffers[ROUTES_BUFFER]; }
+// Where each expert's pairs end, as routed by mixture.h.
+INLINE const int32_t* ends_of(const Step& s) { return (const int32_t*)s.buffers[ROUTES]; }
 
 INLINE int rows_of(const Op& op, const Step& s) {
   return op.flags & PAIRS ? ends_of(s)[op.experts - 1] : op.flags & WANTED ? s.wanted : s.rows;
 }
 
-// How the tiles and the rows of a product are cut into chunks; those of pairs expert by expert.
-struct Cut {
-  int tiles, tiles_a_chunk, columns;  // chunks side by side: `columns` of them over the tiles
-  int rows_a_chunk;
+// The division of a product's tiles and rows into chunks. The rows of pairs are divided expert by expert.
+struct Tiling {
+  int tiles, tiles_per_chunk, chunks_across, rows_per_chunk;  // chunks_across: chunks that cover all tiles
 };
 INLINE int tiles_of(const Op& op) {
   int tiles = 0;
   for (int i = 0; i < (op.kind == GATED ? 1 : op.count); i++) tiles += ceil_div(op.w[i].rows, LANES);
   return tiles;
 }
-INLINE Cut cut(const Op& op, const Step& s) {
-  const int tiles = tiles_of(op), each = least(ceil_div(tiles, 3 * s.threads), 32);
+INLINE Tiling tiling(const Op& op, const Step& s) {
+  const int tiles = tiles_of(op), each = min(ceil_div(tiles, 3 * s.threads), 32);
   return {tiles, each, ceil_div(tiles, each), 128};
 }
 INLINE int chunks_of_product(const Op& op, const Step& s) {
-  const Cut c = cut(op, s);
-  if (!(op.flags & PAIRS)) return c.columns * ceil_div(rows_of(op, s), c.rows_a_chunk);
+  const Tiling c = tiling(op, s);
+  if (!(op.flags & PAIRS)) return c.chunks_across * ceil_div(rows_of(op, s), c.rows_per_chunk);
   int count = 0;
-  for (int e = 0, start = 0; e < op.experts; start = ends_of(s)[e++]) count += ceil_div(ends_of(s)[e] - start, c.rows_a_chunk);
-  return c.columns * count;
+  for (int e = 0, start = 0; e < op.experts; start = ends_of(s)[e++]) count += ceil_div(ends_of(s)[e] - start, c.rows_per_chunk);
+  return c.chunks_across * count;
 }
 
 // One chunk of a product.
-struct Piece {
-  int first, last;          // tiles
+struct Chunk {
+  int first, last;  // tiles
   int first_row, last_row;
   int expert;
 };
-INLINE Piece piece(const Op& op, const Step& s, int chunk) {
-  const Cut c = cut(op, s);
-  const int first = chunk % c.columns * c.tiles_a_chunk, last = least(c.tiles, first + c.tiles_a_chunk);
-  int block = chunk / c.columns, expert = 0, start = 0, end = rows_of(op, s);
+INLINE Chunk product_chunk(const Op& op, const Step& s, int chunk) {
+  const Tiling c = tiling(op, s);
+  const int first = chunk % c.chunks_across * c.tiles_per_chunk, last = min(c.tiles, first + c.tiles_per_chunk);
+  int block = chunk / c.chunks_across, expert = 0, start = 0, end = rows_of(op, s);
   if (op.flags & PAIRS)
     for (;; start = ends_of(s)[expert++]) {
       end = ends_of(s)[expert];
-      const int blocks = ceil_div(end - start, c.rows_a_chunk);
+      const int blocks = ceil_div(end - start, c.rows_per_chunk);
       if (block < blocks) break;
       block -= blocks;
     }
-  start += block * c.rows_a_chunk;
-  return {first, last, start, least(end, start + c.rows_a_chunk), expert};
+  start += block * c.rows_per_chunk;
+  return {first, last, start, min(end, start + c.rows_per_chunk), expert};
 }
 
-// The tile at `index` of an operation's matrices side by side: the matrix, the tile in it, the output's column where the
-// matrix begins.
-struct Place {
-  int which, tile, column;
+// The position of a tile among an operation's matrices, which lie side by side.
+struct TilePosition {
+  int matrix, tile, column;  // the tile within the matrix; the column of `out` where the matrix begins
 };
-INLINE Place place(const Op& op, int tile) {
-  Place p = {0, tile, 0};
+INLINE TilePosition tile_position(const Op& op, int tile) {
+  TilePosition p = {0, tile, 0};
   if (op.kind == MATMUL)
-    for (int tiles; p.tile >= (tiles = ceil_div(op.w[p.which].rows, LANES)); p.tile -= tiles) p.column += op.w[p.which++].rows;
+    for (int tiles; p.tile >= (tiles = ceil_div(op.w[p.matrix].rows, LANES)); p.tile -= tiles) p.column += op.w[p.matrix++].rows;
   return p;
 }
 
-// Where a chunk's weights begin: how many places, from each of which they are read on.
-int places(const Op& op, const Step& s, int chunk, const uint8_t** at) {
-  const Place p = place(op, piece(op, s, chunk).first);
+// Stores the addresses where a chunk's weights begin, and returns how many there are.
+int product_addresses(const Op& op, const Step& s, int chunk, const uint8_t** addresses) {
+  const TilePosition p = tile_position(op, product_chunk(op, s, chunk).first);
   const int count = op.kind == GATED ? op.count : 1;
-  for (int i = 0; i < count; i++) at[i] = tile_at_by_type[op.w[p.which + i].type](op.w[p.which + i], p.tile);
+  for (int i = 0; i < count; i++) addresses[i] = tile_at_by_type[op.w[p.matrix + i].type](op.w[p.matrix + i], p.tile);
   return count;
 }
 
@@ -83,22 +81,22 @@ INLINE F silu(F x) { return x / (exponential(-x) + 1.0f); }
 INLINE F gelu(F x) { return x / (exponential(x * (x * x * 0.044715f + 1.0f) * -1.5957691216f) + 1.0f); }
 
 void matmul(const Op& op, const Step& s, int chunk) {
-  const Piece p = piece(op, s, chunk);
+  const Chunk p = product_chunk(op, s, chunk);
   const Inputs in = inputs(op, s);
   for (int tile = p.first; tile < p.last; tile++) {
-    const Place at = place(op, tile);
-    const int lanes = least(LANES, op.w[at.which].rows - at.tile * LANES);
+    const TilePosition at = tile_position(op, tile);
+    const int lanes = min(LANES, op.w[at.matrix].rows - at.tile * LANES);
     const auto multiply = [&](int i, int row, int rows, F* y) {
       Matrix m = op.w[i];
       m.data += p.expert * m.stride;
-      multiply_some<MOST_ROWS>(m, at.tile, in, row, rows, s.fast, y);
+      multiply_some<ROWS_PER_PASS>(m, at.tile, in, row, rows, s.fast, y);
       if (m.bias)
         for (int r = 0; r < rows; r++) y[r] += load_part(m.bias + at.tile * LANES, lanes);
     };
-    for (int row = p.first_row; row < p.last_row; row += MOST_ROWS) {
-      const int rows = least(MOST_ROWS, p.last_row - row);
-      F y[MOST_ROWS], factor[MOST_ROWS];
-      multiply(at.which, row, rows, y);
+    for (int row = p.first_row; row < p.last_row; row += ROWS_PER_PASS) {
+      const int rows = min(ROWS_PER_PASS, p.last_row - row);
+      F y[ROWS_PER_PASS], factor[ROWS_PER_PASS];
+      multiply(at.matrix, row, rows, y);
       if (op.kind == GATED) {
         for (int r = 0; r < rows; r++) y[r] = silu(y[r]);
         for (int i = 1; i < op.count; i++) {
@@ -117,14 +115,14 @@ void matmul(const Op& op, const Step& s, int chunk) {
 }
 
 template <bool Exact> INLINE void quantize_row(const Step& s, const float* x, int row, int width) {
-  auto* out = (Activations<Exact>*)s.buffers[BLOCKS_BUFFER] + ptrdiff_t(row) * (width / BLOCK);
+  auto* out = (Activations<Exact>*)s.buffers[BLOCKS] + ptrdiff_t(row) * (width / BLOCK);
   for (int b = 0; b < width / BLOCK; b++) quantize_block(x + b * BLOCK, out[b]);
 }
 INLINE void quantize_row(const Step& s, const float* x, int row, int width) {
   s.fast ? quantize_row<false>(s, x, row, width) : quantize_row<true>(s, x, row, width);
 }
 
-INLINE F load_from(const float* x, int at, int width) {  // a register from `at` on, zeros behind the row's end
+INLINE F load_from(const float* x, int at, int width) {  // zeros after the end of the row
   return at + LANES <= width ? load<F>(x + at) : load_part(x + at, width - at);
 }
 INLINE float mean(const float* x, int width) {
@@ -132,10 +130,10 @@ INLINE float mean(const float* x, int width) {
   for (int i = 0; i < width; i += LANES) sum += load_from(x, i, width);
   return Isa::sum_lanes(sum) / width;
 }
-INLINE float mean_square(const float* x, float less, int width) {
+INLINE float mean_square(const float* x, float mean, int width) {
   F sum = {};
   for (int i = 0; i < width; i += LANES) {
-    F v = load_from(x, i, width) - less;
+    F v = load_from(x, i, width) - mean;
     if (i + LANES > width)
       for (int j = width - i; j < LANES; j++) v[j] = 0;
     sum = Isa::fma(v, v, sum);
@@ -143,41 +141,41 @@ INLINE float mean_square(const float* x, float less, int width) {
   return Isa::sum_lanes(sum) / width;
 }
 
-// y = x / rms(x) * weight + bias, of x less its mean where `centered`.
+// y = x / rms(x) * weight + bias. If `centered`, the mean is subtracted from x first.
 INLINE void normalize(const float* x, const float* weight, const float* bias, bool centered, float eps, int width, float* y) {
-  const float middle = centered ? mean(x, width) : 0.0f;
-  const float inverse = 1.0f / __builtin_sqrtf(mean_square(x, middle, width) + eps);
+  const float center = centered ? mean(x, width) : 0.0f;
+  const float inverse = 1.0f / __builtin_sqrtf(mean_square(x, center, width) + eps);
   for (int i = 0; i < width; i += LANES) {
-    F v = (load_from(x, i, width) - middle) * inverse * load_from(weight, i, width);
+    F v = (load_from(x, i, width) - center) * inverse * load_from(weight, i, width);
     if (bias) v += load_from(bias, i, width);
     if (i + LANES <= width) store(y + i, v);
     else std::memcpy(y + i, &v, (width - i) * sizeof(float));
   }
 }
 
-// Of operations row by row; so few are done by one thread while the others wait.
-constexpr int rows_a_chunk(const Op& op) { return op.kind == ROTATE ? 2 : 4; }
+// For operations that process each row alone. One chunk is small enough to run on one thread while the others wait.
+constexpr int rows_per_chunk(const Op& op) { return op.kind == ROTATE ? 2 : 4; }
 
 INLINE int last_row_of(const Op& op, const Step& s, int chunk) {
-  return least(rows_of(op, s), (chunk + 1) * rows_a_chunk(op));
+  return min(rows_of(op, s), (chunk + 1) * rows_per_chunk(op));
 }
 
 void norm(const Op& op, const Step& s, int chunk) {
-  for (int row = chunk * rows_a_chunk(op); row < last_row_of(op, s, chunk); row++) {
-    const int from = op.flags & WANTED ? s.wanted_rows[row] : row;
+  for (int row = chunk * rows_per_chunk(op); row < last_row_of(op, s, chunk); row++) {
+    const int in_row = op.flags & WANTED ? s.wanted_rows[row] : row;
     float* y = buffer(s, op.out) + ptrdiff_t(row) * op.in_width;
-    normalize(buffer(s, op.in) + ptrdiff_t(from) * op.in_width, op.weight, op.bias, op.flags & CENTERED, op.eps,
+    normalize(buffer(s, op.in) + ptrdiff_t(in_row) * op.in_width, op.weight, op.bias, op.flags & CENTERED, op.eps,
               op.in_width, y);
     if (op.flags & QUANTIZED) quantize_row(s, y, row, op.in_width);
   }
 }
 
 void quantize(const Op& op, const Step& s, int chunk) {
-  for (int row = chunk * rows_a_chunk(op); row < last_row_of(op, s, chunk); row++)
+  for (int row = chunk * rows_per_chunk(op); row < last_row_of(op, s, chunk); row++)
     quantize_row(s, buffer(s, op.in) + ptrdiff_t(row) * op.in_width, row, op.in_width);
 }
 
-// One row of a quantized weight as numbers.
+// One row of a quantized weight as floats.
 template <int T> void dequantize(const Matrix& m, int row, float* out) {
   using Fmt = Format<T>;
   const uint8_t* block = m.data + tile_bytes<T>(m.columns) * (row / LANES);
@@ -189,7 +187,7 @@ template <int T> void dequantize(const Matrix& m, int row, float* out) {
       B w[8];
       integers<T>(block, w);
       const Scales s = scales<T>(head, block);
-      const int offset = Fmt::shift > 0 ? 1 << Fmt::shift : 0;
+      constexpr int offset = Fmt::shift > 0 ? 1 << (Fmt::shift & 31) : 0;
       for (int c = 0; c < BLOCK; c++) {
         const float n = float(w[c / 4][lane * 4 + c % 4] - offset) * (Fmt::halves ? (c < 16 ? s.first : s.last)[lane] : 1.0f);
         out[i * BLOCK + c] = n * s.d[lane] + (Fmt::minimum ? s.m[lane] : 0.0f);
@@ -200,7 +198,7 @@ template <int T> void dequantize(const Matrix& m, int row, float* out) {
 template <int T> void copy_row(const Matrix& m, int row, float* out) {
   const uint8_t* from = m.data + ptrdiff_t(row) * m.columns * size_of(T);
   for (int k = 0; k < m.columns; k += LANES) {
-    const int count = least(LANES, m.columns - k);
+    const int count = min(LANES, m.columns - k);
     const F v = floats_part<T>(from + ptrdiff_t(k) * size_of(T), count);
     std::memcpy(out + k, &v, count * sizeof(float));
   }
@@ -211,7 +209,7 @@ void embed(const Op& op, const Step& s, int chunk) {
   constexpr Read read[] = {copy_row<F32>,    copy_row<BF16>,   copy_row<F16>,    dequantize<Q4_0>,
                            dequantize<Q4_1>, dequantize<Q8_0>, dequantize<Q4_K>, dequantize<Q6_K>,
                            dequantize<Q5_0>, dequantize<Q5_1>, dequantize<Q5_K>};
-  for (int row = chunk * rows_a_chunk(op); row < last_row_of(op, s, chunk); row++)
+  for (int row = chunk * rows_per_chunk(op); row < last_row_of(op, s, chunk); row++)
     read[op.w[0].type](op.w[0], s.ids[row], buffer(s, op.out) + ptrdiff_t(row) * op.out_width);
 }
 

@@ -1,4 +1,4 @@
-"""Weights as the kernels read them: floats where they lie, quantized blocks repacked into tiles."""
+"""Weights for the kernels: floats are read in place, quantized blocks are repacked into tiles."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pentad.kernels.binding import TYPES, CMatrix, library
+from pentad.kernels.binding import CMatrix, Type, library, limit
 
-FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-MAX_SIZE = 1 << 30  # rows or columns: products of them with a block's bytes stay within 64 bits
+FLOATS = {torch.float32: Type.F32, torch.bfloat16: Type.BF16, torch.float16: Type.F16}
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A matrix [rows, columns] and perhaps a bias, or a stack of matrices, and the memory that they are in.
+    """A matrix [rows, columns] or a stack of them, with an optional bias.
 
     Attributes:
-        type: a key of `binding.TYPES`.
+        type: the storage type.
         data: the matrix itself, or uint8 tiles.
         bias: float32 [rows] or None.
-        experts: how many matrices there are, one behind the other; 0: it is no stack.
+        experts: the number of matrices in a stack; 0 for a single matrix.
     """
 
-    type: str
+    type: Type
     rows: int
     columns: int
     data: Tensor
@@ -35,13 +34,14 @@ class Weight:
 
     @classmethod
     def floats(cls, matrix: Tensor, bias: Tensor | None = None) -> Weight:
-        """A matrix of floats or a stack of them, read where it lies; if it is a transposed one, a copy.
+        """Wrap a float matrix or a stack of them without copying. A transposed matrix is copied.
 
-        Raises ValueError where the kernels can't read it.
+        Raises:
+            ValueError: the kernels can't read the matrix.
         """
-        about = f"{matrix.dtype} {tuple(matrix.shape)}"
         if matrix.ndim not in (2, 3) or matrix.dtype not in FLOATS or matrix.device.type != "cpu" or not matrix.numel():
-            raise ValueError(f"a matrix of floats on the CPU is wanted, not {about}")
+            about = f"{matrix.dtype} {tuple(matrix.shape)} on {matrix.device}"
+            raise ValueError(f"the matrix is {about}; expected float32, bfloat16 or float16 [rows, columns] on cpu")
         *stack, rows, columns = matrix.shape
         if matrix.stride()[-2:] != (columns, 1):
             matrix = matrix.contiguous()
@@ -51,63 +51,61 @@ class Weight:
     def packed(
         cls, blocks: Tensor, type: str, shape: Sequence[int], bias: Tensor | None = None, threads: int = 1
     ) -> Weight:
-        """A quantized matrix or a stack of them, its blocks (uint8 [all rows, bytes a row]) repacked.
+        """Repack a quantized matrix or a stack of them.
 
-        Raises ValueError where the type is not known, or the three do not fit together.
+        Args:
+            blocks: uint8 [all rows, bytes per row], ggml's blocks.
+            type: ggml's name of the type, in lower case.
+            shape: [rows, columns] or [experts, rows, columns].
+            bias: float [rows].
+            threads: the number of threads that repack.
+
+        Raises:
+            ValueError: the kernels don't support the type, or the blocks don't have the shape.
         """
         *stack, rows, columns = shape
-        if not packs(type, columns) or not all(0 < size <= MAX_SIZE for size in shape) or len(stack) > 1:
-            raise ValueError(f"there is no kernel for {type} {list(shape)}")
+        if not packs(type, columns) or not all(0 < size <= limit("MAX_SIZE") for size in shape) or len(stack) > 1:
+            raise ValueError(f"the kernels don't support {type} {list(shape)}")
+        stored = Type[type.upper()]
+        expected = math.prod(shape[:-1]), library().pentad_row_bytes(stored, columns)
         if blocks.dtype != torch.uint8 or blocks.device.type != "cpu" or not blocks.is_contiguous():
-            raise ValueError("blocks are contiguous uint8 on the CPU")
-        if blocks.shape != (math.prod(shape[:-1]), columns // BLOCKS[type][0] * BLOCKS[type][1]):
-            raise ValueError(f"{type} blocks of {list(shape)} are not uint8 {tuple(blocks.shape)}")
-        size = library().pentad_packed_bytes(TYPES[type], rows, columns)
+            raise ValueError(f"the blocks are {blocks.dtype} on {blocks.device}; expected contiguous uint8 on cpu")
+        if blocks.shape != expected:
+            raise ValueError(f"{type} blocks of {list(shape)} are {tuple(blocks.shape)}; expected {expected}")
+        size = library().pentad_packed_bytes(stored, rows, columns)
         tiles = torch.empty(math.prod(stack), size, dtype=torch.uint8)
         for matrix, out in zip(blocks.view(len(tiles), rows, -1), tiles, strict=True):
-            library().pentad_pack(TYPES[type], matrix.data_ptr(), rows, columns, out.data_ptr(), threads)
-        return cls(type, rows, columns, tiles, _bias(bias, rows), *stack)
+            library().pentad_pack(stored, matrix.data_ptr(), rows, columns, out.data_ptr(), threads)
+        return cls(stored, rows, columns, tiles, _bias(bias, rows), *stack)
 
     def with_bias(self, bias: Tensor | None) -> Weight:
-        """The same matrix, with another bias."""
+        """Return the same matrix with another bias."""
         return replace(self, bias=_bias(bias, self.rows))
 
     def struct(self) -> CMatrix:
         bias = None if self.bias is None else self.bias.data_ptr()
         stride = self.data.stride(0) * self.data.element_size() if self.experts else 0
-        return CMatrix(self.data.data_ptr(), bias, stride, TYPES[self.type], self.rows, self.columns)
+        return CMatrix(self.data.data_ptr(), bias, stride, self.type, self.rows, self.columns)
 
     @property
     def is_quantized(self) -> bool:
-        return self.type in BLOCKS
+        return self.type not in FLOATS.values()
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
 
 
-BLOCKS = {
-    "q4_0": (32, 18),
-    "q4_1": (32, 20),
-    "q5_0": (32, 22),
-    "q5_1": (32, 24),
-    "q8_0": (32, 34),
-    "q4_k": (256, 144),
-    "q5_k": (256, 176),
-    "q6_k": (256, 210),
-}
-"""Type -> (weights a block, bytes a block), for the types that the kernels take."""
-
-
 def packs(type: str | None, columns: int) -> bool:
-    """Whether `Weight.packed` takes such a matrix."""
-    return type in BLOCKS and 0 < columns <= MAX_SIZE and columns % BLOCKS[type][0] == 0
+    """Whether `Weight.packed` supports this type with rows of this length."""
+    known = type is not None and type.upper() in Type.__members__ and 0 < columns <= limit("MAX_SIZE")
+    return known and library().pentad_row_bytes(Type[str(type).upper()], columns) > 0
 
 
 def vector(values: Tensor, size: int) -> Tensor:
-    """float32 [size] on the CPU; the same memory where it is that already. Raises ValueError for another size."""
+    """Return float32 [size] on the CPU, without a copy if possible. Raises ValueError for another size or device."""
     if math.prod(values.shape) != size or values.device.type != "cpu":
-        raise ValueError(f"{size} numbers on the CPU are wanted, not {tuple(values.shape)} on {values.device}")
+        raise ValueError(f"the vector is {tuple(values.shape)} on {values.device}; expected {size} numbers on cpu")
     return values.detach().float().contiguous()
 
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from pentad import kernels
-from pentad.kernels import CachePools, Program, Tokens, Weight
-from pentad.kernels.program import LOGITS, PROJECTED, RESIDUAL
+from pentad.kernels import Buffer, CachePools, Program, Tokens, Weight
 from pentad.weights.quantized import QuantizedTensor
 
 needs_kernels = pytest.mark.skipif(not kernels.isas(), reason=f"there are no kernels: {kernels.reason()}")
@@ -39,8 +38,8 @@ def product(x_NK: Tensor, *weights: Weight, rows: Sequence[int] | None = None, *
     made = program(**options)  # type: ignore[arg-type]
     made.embed(Weight.floats(x_NK.contiguous()))
     if any(weight.is_quantized for weight in weights):
-        made.quantize(RESIDUAL)
-    made.matmul(weights, RESIDUAL, LOGITS)
+        made.quantize(Buffer.RESIDUAL)
+    made.matmul(weights, Buffer.RESIDUAL, Buffer.LOGITS)
     return run_rows(made, range(len(x_NK)) if rows is None else rows)
 
 
@@ -58,7 +57,7 @@ def attended(
 ) -> Tensor:
     """Attention of rows of queries, keys and values: float32 [N, heads * head_dim]. Their ids are the rows' numbers."""
     made = Program(head_dim=head_dim, kv_heads=kv_heads, layers=1, threads=threads, isa=isa)
-    made.embed(Weight.floats(projected_NW.contiguous()), PROJECTED)
+    made.embed(Weight.floats(projected_NW.contiguous()), Buffer.PROJECTED)
     made.attention(0, heads, window=window)
-    made.matmul([Weight.floats(torch.eye(heads * head_dim))], 3, LOGITS)
+    made.matmul([Weight.floats(torch.eye(heads * head_dim))], Buffer.ATTENDED, Buffer.LOGITS)
     return made.run(work, range(sum(len(tokens.ids) for tokens in work)), pools)

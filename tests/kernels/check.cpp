@@ -1,8 +1,8 @@
-// Checks the kernels through their C interface, for every instruction set that runs here: numbers against loops in
-// double, the same bits however the work is cut and by however many threads, and the pool of threads under stress.
-// Each buffer is a piece of the heap, exactly as large as program.py makes it: AddressSanitizer sees a step outside.
-// `check quick` tries fewer shapes, and the pool for a second; `check no-forks` is for runtimes that know no threads
-// after a fork. Returns 0 where all is well.
+// Checks the kernels through their C interface, for every instruction set of this CPU: results against loops in double,
+// identical bits for any division of the work and any number of threads, and the thread pool under stress. Each buffer is
+// a heap allocation of exactly the size that program.py reserves, so AddressSanitizer sees any access outside.
+// `check quick` uses fewer shapes, and stresses the pool for a second. `check no-forks` is for runtimes that don't support
+// threads after a fork. Returns 0 if every check passed.
 #include <signal.h>
 
 #include "check_attention.h"
@@ -11,9 +11,9 @@
 namespace {
 
 // x times each weight's transpose, side by side.
-Floats product(const How& how, const Floats& x, const std::vector<Matrix>& weights) {
+Floats product(const Options& options, const Floats& x, const std::vector<Matrix>& weights) {
   const int columns = weights[0].columns;
-  Plan plan(how);
+  Plan plan(options);
   if (std::any_of(weights.begin(), weights.end(), [](const Matrix& m) { return m.type > F16; }))
     plan.add(QUANTIZE, RESIDUAL, columns, RESIDUAL, columns);
   plan.matmul(RESIDUAL, weights, LOGITS);
@@ -21,8 +21,8 @@ Floats product(const How& how, const Floats& x, const std::vector<Matrix>& weigh
   return plan.buffers[LOGITS];
 }
 
-// The exact products, and how far others may be from them: a number of x is off by half a step of its block's integers,
-// and sums in float32 by a few units in the last place of the sum of absolute products.
+// The exact products and their error bounds: quantizing a number of x is off by half a step of its block's integers, and
+// float32 sums are off by a few units in the last place of the sum of absolute products.
 struct Exact {
   Doubles y, bound;
   Exact(const Floats& x, const Weight& w, bool fast) {
@@ -30,20 +30,20 @@ struct Exact {
     Doubles steps(columns);
     for (size_t row = 0; row < x.size(); row += columns) {
       for (int k = 0; k < columns; k++) {
-        double most = 0;
+        double largest = 0;
         for (int i = k / block * block; i < std::min(columns, (k / block + 1) * block); i++)
-          most = std::max(most, std::fabs(double(x[row + i])));
-        steps[k] = w.format->quantized() ? 0.51 * most / (fast ? 127 : 32512) + 1e-30 : 1e-40;
+          largest = std::max(largest, std::fabs(double(x[row + i])));
+        steps[k] = w.format->quantized() ? 0.51 * largest / (fast ? 127 : 32512) + 1e-30 : 1e-40;
       }
       for (int m = 0; m < w.rows; m++) {
         const double* numbers = &w.numbers[size_t(m) * columns];
-        double sum = 0, far = 0;
+        double sum = 0, error = 0;
         for (int k = 0; k < columns; k++) {
           const double p = x[row + k] * numbers[k];
           sum += p;
-          far += std::fabs(p) * 3e-6 + std::fabs(numbers[k]) * steps[k];
+          error += std::fabs(p) * 3e-6 + std::fabs(numbers[k]) * steps[k];
         }
-        y.push_back(sum), bound.push_back(far);
+        y.push_back(sum), bound.push_back(error);
       }
     }
   }
@@ -61,78 +61,78 @@ void check_products(const Format& f, const Ints& isas, bool quick, Random& rando
   std::vector<Shape> shapes = {{37, f.quantized() ? std::max(f.columns, 96) : 83}};
   if (!quick) shapes.insert(shapes.end(), {{1, f.columns}, {16, 256}, {130, 512}, {53, f.quantized() ? 5 * f.columns : 7}});
   for (const Shape& shape : shapes) {
-    const int columns = shape.columns, most = 130;
+    const int columns = shape.columns, max_rows = 130;
     const Weight w(f, shape.rows, columns, random);
-    const Floats x = random.numbers(size_t(most) * columns);
+    const Floats x = random.numbers(size_t(max_rows) * columns);
     for (int fast = 0; fast < 2; fast++) {
       const Exact exact(x, w, fast);
       for (int isa : isas) {
-        How how{isa, fast == 1};
+        Options options{isa, fast == 1};
         const std::string what = std::string(f.name) + " [" + std::to_string(w.rows) + ", " + std::to_string(columns) + "] ";
-        const Floats whole = product(how, x, {w.matrix()});
-        expect(exact.near(whole), what + "near double" + how);
-        for (how.threads = 1; how.threads <= 5; how.threads += 2)
-          expect(same(product(how, x, {w.matrix()}), whole), what + "any threads" + how);
-        for (int n = 1; n < most; n += n < 10 ? 1 : quick ? 40 : 7) {
-          const int first = random.below(most - n);
-          how.threads = 1 + n % 3;
-          expect(same(product(how, some_rows(x, columns, first, n), {w.matrix()}), some_rows(whole, w.rows, first, n)),
-                 what + std::to_string(n) + " rows" + how);
+        const Floats whole = product(options, x, {w.matrix()});
+        expect(exact.near(whole), what + "near double" + options);
+        for (options.threads = 1; options.threads <= 5; options.threads += 2)
+          expect(same(product(options, x, {w.matrix()}), whole), what + "any threads" + options);
+        for (int n = 1; n < max_rows; n += n < 10 ? 1 : quick ? 40 : 7) {
+          const int first = random.below(max_rows - n);
+          options.threads = 1 + n % 3;
+          expect(same(product(options, some_rows(x, columns, first, n), {w.matrix()}), some_rows(whole, w.rows, first, n)),
+                 what + std::to_string(n) + " rows" + options);
         }
       }
     }
   }
 }
 
-void check_extremes(const Format& f, const How& how, Random& random) {
+void check_extremes(const Format& f, const Options& options, Random& random) {
   const int columns = 256, rows = 20, n = 5;
   const Weight w(f, rows, columns, random);
   const std::string what = std::string(f.name) + " ";
   for (float scale : {0.0f, 1e-42f, 1e-35f, 1e-28f, 1e28f}) {
     const Floats x = random.numbers(n * columns, scale);
-    expect(Exact(x, w, how.fast).near(product(how, x, {w.matrix()})), what + "times " + std::to_string(scale) + how);
+    expect(Exact(x, w, options.fast).near(product(options, x, {w.matrix()})), what + "times " + std::to_string(scale) + options);
   }
   Floats x = random.numbers(n * columns);
-  for (int i = 0; i < n; i++) x[i * columns + 17] = 1e4f;  // dwarfs its block
+  for (int i = 0; i < n; i++) x[i * columns + 17] = 1e4f;  // much larger than the rest of its block
   std::fill_n(&x[32], 32, 0.0f);
-  const Floats y = product(how, x, {w.matrix()});
-  expect(Exact(x, w, how.fast).near(y), what + "of uneven numbers" + how);
+  const Floats y = product(options, x, {w.matrix()});
+  expect(Exact(x, w, options.fast).near(y), what + "of uneven numbers" + options);
   for (float bad : {float(NAN), INFINITY, -INFINITY}) {
     Floats spoiled = x;
     spoiled[2 * columns + 40] = bad;
-    const Floats z = product(how, spoiled, {w.matrix()});
+    const Floats z = product(options, spoiled, {w.matrix()});
     bool ok = same(some_rows(z, rows, 0, 2), some_rows(y, rows, 0, 2)) && same(some_rows(z, rows, 3, 2), some_rows(y, rows, 3, 2));
     for (float v : some_rows(z, rows, 2, 1)) ok &= !std::isfinite(v);
-    expect(ok, what + "with a row that is not finite" + how);
+    expect(ok, what + "with a row that is not finite" + options);
   }
   if (!f.quantized()) return;
   Weight damaged = w;
   damaged.blocks[damaged.blocks.size() / rows * 3 + f.halves[0] + 1] = 0x7e;  // NaN
   damaged.pack();
-  const Floats z = product(how, x, {damaged.matrix()});
+  const Floats z = product(options, x, {damaged.matrix()});
   bool ok = true;
   for (size_t i = 0; i < z.size(); i++) ok &= i % rows == 3 ? std::isnan(z[i]) : z[i] == y[i];
-  expect(ok, what + "with a scale that is not a number" + how);
-  // All integers at the ends of their ranges: activations whose two bytes are 127 and 0, or 127 and -128.
+  expect(ok, what + "with a scale that is not a number" + options);
+  // All integers at the limits of their ranges: activations whose two bytes are 127 and 0, or 127 and -128.
   for (int fill : {0, 127, 128, 255}) {
     const Weight full(f, rows, columns, random, fill);
     for (float other : {1.0f, 32384.0f / 32512})
       for (float sign : {1.0f, -1.0f}) {
         for (size_t i = 0; i < x.size(); i++) x[i] = sign * (i % 16 ? other : 1.0f);
-        expect(Exact(x, full, how.fast).near(product(how, x, {full.matrix()})), what + "at the ends" + how);
+        expect(Exact(x, full, options.fast).near(product(options, x, {full.matrix()})), what + "at the ends" + options);
       }
   }
 }
 
-void check_rows(const How& how, Random& random) {
-  // A table's rows, whatever their type.
+void check_rows(const Options& options, Random& random) {
+  // Rows of a table of each type.
   for (const Format& f : formats) {
     const int columns = f.quantized() ? 256 : 21;
     const Weight table(f, 50, columns, random);
     Ints ids(60);
     for (int32_t& id : ids) id = random.below(50);
     ids[0] = 49;
-    Plan plan(how);
+    Plan plan(options);
     Op& op = plan.add(EMBED, 0, 0, LOGITS, columns);
     op.count = 1, op.w[0] = table.matrix();
     plan.step.ids = ids.data();
@@ -140,15 +140,15 @@ void check_rows(const How& how, Random& random) {
     bool ok = true;
     for (size_t i = 0; i < plan.buffers[LOGITS].size(); i++)
       ok &= std::fabs(plan.buffers[LOGITS][i] - table.numbers[size_t(ids[i / columns]) * columns + i % columns]) <= 4e-5;
-    expect(ok, std::string(f.name) + " rows of a table" + how);
+    expect(ok, std::string(f.name) + " rows of a table" + options);
   }
-  // A norm of some rows, and products with what it leaves in int8.
+  // A norm of some rows, and products with its int8 blocks.
   for (int width : {8, 24, 96, 100, 576}) {
     const bool blocks = width % 32 == 0, centered = width % 3 == 0;
     const Floats x = random.numbers(40 * width), weight = random.numbers(width), bias = random.numbers(width);
     const Ints wanted = {39, 0, 5};
     const Weight w(formats[blocks ? 3 : 0], 33, width, random);
-    Plan plan(how);
+    Plan plan(options);
     Op& op = plan.add(NORM, RESIDUAL, width, NORMED, width, WANTED | (blocks ? QUANTIZED : 0) | (centered ? CENTERED : 0));
     op.weight = weight.data(), op.bias = centered ? bias.data() : nullptr, op.eps = 1e-5f;
     plan.matmul(NORMED, {w.matrix()}, LOGITS, WANTED);
@@ -162,15 +162,15 @@ void check_rows(const How& how, Random& random) {
       const double y = (row[i % width] - sum / width) / std::sqrt(squares / width + 1e-5) * weight[i % width];
       ok &= std::fabs(plan.buffers[NORMED][i] - (centered ? y + bias[i % width] : y)) <= 1e-5;
     }
-    expect(ok, "norm of " + std::to_string(width) + how);
-    expect(Exact(plan.buffers[NORMED], w, how.fast).near(plan.buffers[LOGITS]), "product after the norm" + how);
+    expect(ok, "norm of " + std::to_string(width) + options);
+    expect(Exact(plan.buffers[NORMED], w, options.fast).near(plan.buffers[LOGITS]), "product after the norm" + options);
   }
   // x + down(silu(gate(x)) * up(x)) with biases; weights of several types side by side.
   const int n = 19, width = 64, middle = 96;
   const Weight gate(formats[4], middle, width, random), up(formats[5], middle, width, random), down(formats[1], width, middle, random);
   const Weight small(formats[2], 7, width, random);
   const Floats x = random.numbers(n * width);
-  Plan plan(how);
+  Plan plan(options);
   plan.add(QUANTIZE, RESIDUAL, width, RESIDUAL, width);
   plan.matmul(RESIDUAL, {gate.matrix(), up.matrix(true), small.matrix()}, PROJECTED);
   plan.matmul(RESIDUAL, {gate.matrix(), up.matrix(true)}, GATES, 0, GATED);
@@ -178,9 +178,9 @@ void check_rows(const How& how, Random& random) {
   plan.matmul(GATES, {down.matrix(true)}, LOGITS);
   plan.ops.back().activation = GELU;
   plan.run(RESIDUAL, x, n);
-  const Floats gates = product(how, x, {gate.matrix()}), ups = product(how, x, {up.matrix()});
-  const Floats smalls = product(how, x, {small.matrix()}), &beside = plan.buffers[PROJECTED];
-  const Floats sums = product(how, plan.buffers[GATES], {down.matrix()});
+  const Floats gates = product(options, x, {gate.matrix()}), ups = product(options, x, {up.matrix()});
+  const Floats smalls = product(options, x, {small.matrix()}), &beside = plan.buffers[PROJECTED];
+  const Floats sums = product(options, plan.buffers[GATES], {down.matrix()});
   bool ok = true;
   for (int row = 0; row < n; row++) {
     const float* got = &beside[size_t(row) * (2 * middle + 7)];
@@ -198,14 +198,13 @@ void check_rows(const How& how, Random& random) {
       ok &= std::fabs(plan.buffers[LOGITS][row * width + i] - gelu) <= 2e-6 * (1 + std::fabs(sum));
     }
   }
-  expect(ok, "gates, biases, sums, activations" + how);
+  expect(ok, "gates, biases, sums, activations" + options);
 }
 
-// x + what the two experts with a row's largest scores make of it, by the softmax of those; an expert takes `limit` rows
-// of a sequence at most, first choices first.
-void check_mixture(const How& how, int limit, Random& random) {
+// x + the outputs of each row's two experts with the largest scores, weighted by the softmax of these scores. An expert
+// accepts at most `limit` rows of a sequence, first choices before second choices.
+void check_mixture(const Options& options, int limit, Random& random) {
   constexpr int experts = 5, K = 2, width = 64, middle = 32, n = 19;
-  enum { SCORES = 6, PAIRED = 7 };
   const Ints starts = {0, 7, n}, limits = {limit, limit};
   const Weight router(formats[0], experts, width, random), gate(formats[4], experts * middle, width, random);
   const Weight up(formats[3], experts * middle, width, random), down(formats[5], experts * width, middle, random);
@@ -215,8 +214,8 @@ void check_mixture(const How& how, int limit, Random& random) {
     return m;
   };
   const Floats x = random.numbers(n * width), ones(width, 1.0f);
-  Plan plan(how);
-  plan.step.sequences = 2, plan.step.starts = starts.data(), plan.step.limits = limits.data();
+  Plan plan(options);
+  plan.step.sequences = 2, plan.step.cu_seqlens = starts.data(), plan.step.limits = limits.data();
   plan.add(NORM, RESIDUAL, width, NORMED, width).weight = ones.data();
   plan.matmul(NORMED, {router.matrix()}, SCORES);
   plan.add(ROUTE, SCORES, experts, SCORES, experts, NORMALIZED).count = K;
@@ -227,40 +226,40 @@ void check_mixture(const How& how, int limit, Random& random) {
   plan.matmul(GATES, {stack(down)}, PAIRED, PAIRS);
   plan.add(COMBINE, PAIRED, width, RESIDUAL, width).count = K;
   for (Op& op : plan.ops) op.experts = experts;
-  plan.run(RESIDUAL, x, n, {}, K, experts);
+  plan.run(RESIDUAL, x, n);
 
   Floats hidden;  // of each row by each expert
-  const Floats gates = product(how, plan.buffers[NORMED], {gate.matrix()}), ups = product(how, plan.buffers[NORMED], {up.matrix()});
+  const Floats gates = product(options, plan.buffers[NORMED], {gate.matrix()}), ups = product(options, plan.buffers[NORMED], {up.matrix()});
   for (size_t i = 0; i < gates.size(); i++) hidden.push_back(float(gates[i] / (1 + std::exp(-double(gates[i]))) * ups[i]));
-  const Floats outs = product(how, hidden, {down.matrix()});
+  const Floats outs = product(options, hidden, {down.matrix()});
   Doubles expected(x.begin(), x.end());
   const Floats& scores = plan.buffers[SCORES];
   for (int b = 0; b < 2; b++) {
-    Ints taken(experts);
+    Ints accepted(experts);
     for (int k = 0; k < K; k++)
       for (int row = starts[b]; row < starts[b + 1]; row++) {
         Ints order = {0, 1, 2, 3, 4};
         std::sort(order.begin(), order.end(), [&](int i, int j) { return scores[row * experts + i] > scores[row * experts + j]; });
-        if (taken[order[k]]++ >= limit) continue;
+        if (accepted[order[k]]++ >= limit) continue;
         const double weight = 1 / (1 + std::exp(scores[row * experts + order[1 - k]] - scores[row * experts + order[k]]));
         const float* out = &outs[size_t(row * experts + order[k]) * down.rows + order[k] * width];
         for (int i = 0; i < width; i++) expected[row * width + i] += weight * out[i];
       }
   }
-  double most = 0, far = 0;
+  double size = 0, error = 0;
   for (int i = 0; i < n * width; i++) {
-    most = std::max(most, std::fabs(expected[i]));
-    far = std::max(far, std::fabs(plan.buffers[RESIDUAL][i] - expected[i]));
+    size = std::max(size, std::fabs(expected[i]));
+    error = std::max(error, std::fabs(plan.buffers[RESIDUAL][i] - expected[i]));
   }
-  // the middle is rounded to steps again: what lies between two may go to either
-  expect(far <= most * (how.fast ? 0.05 : 1e-3), "a mixture of experts" + how);
+  // the hidden layer is quantized again: a number between two steps may be rounded to either
+  expect(error <= size * (options.fast ? 0.05 : 1e-3), "a mixture of experts" + options);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::vector<std::string> options(argv + 1, argv + argc);
-  const auto given = [&](const char* option) { return std::count(options.begin(), options.end(), option) > 0; };
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  const auto given = [&](const char* option) { return std::count(arguments.begin(), arguments.end(), option) > 0; };
   const bool quick = given("quick");
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   signal(SIGALRM, watch);

@@ -1,4 +1,4 @@
-// What check.cpp and its parts share: reports, random numbers, weights in ggml's blocks, plans and their buffers.
+// Shared by check.cpp and its parts: reports, random numbers, weights in ggml's blocks, plans and their buffers.
 #pragma once
 #include <unistd.h>
 
@@ -19,6 +19,7 @@ extern "C" {
 const char* pentad_isa(int index);
 int64_t pentad_packed_bytes(int type, int rows, int columns);
 void pentad_pack(int type, const uint8_t* blocks, int rows, int columns, uint8_t* tiles, int threads);
+void pentad_buffer_sizes(const Op* ops, int count, const Step* step, int64_t* floats);
 void pentad_run(const Op* ops, int count, const Step* step);
 }
 
@@ -28,10 +29,6 @@ using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
 using Bytes = std::vector<uint8_t>;
 using Ints = std::vector<int32_t>;
-
-// As in pentad/kernels: program.py has the buffers' names, binding.py the numbers.
-enum { RESIDUAL, NORMED, PROJECTED, ATTENDED, GATES, LOGITS };
-constexpr int BLOCK_BYTES = 84, SPLIT = 128, FEW_QUERIES = 4;
 
 // ---- Reporting ----
 
@@ -43,9 +40,9 @@ void expect(bool ok, const std::string& what) {
   if (!ok && failures++ < 20) std::printf("FAILED: %s\n", what.c_str());
 }
 
-// Ends the process when no check was made for long: a hang. Ticks don't count while the process is stopped.
+// Ends the process after a minute without a check: it hangs. Time doesn't count while the process is stopped.
 void watch(int) {
-  constexpr char message[] = "FAILED: nothing happens any more\n";
+  constexpr char message[] = "FAILED: no progress for a minute\n";
   if (++seconds_without_progress < 60) alarm(1);
   else _exit(write(1, message, sizeof message - 1) > 0 ? 3 : 4);
 }
@@ -71,7 +68,7 @@ class Random {
   uint64_t state_;
 };
 
-// ---- Weights, and the numbers that ggml's blocks stand for (dequantize_row_* in ggml-quants.c) ----
+// ---- Weights, and ggml's blocks dequantized (dequantize_row_* in ggml-quants.c) ----
 
 template <class T> T read(const uint8_t* p) {
   T x;
@@ -107,7 +104,7 @@ struct Format {
   const char* name;
   Type type;
   int columns, bytes;       // of a block
-  std::vector<int> halves;  // where a block has float16 numbers
+  std::vector<int> halves;  // offsets of float16 numbers in a block
   double (*number)(const uint8_t* block, int i);
   bool quantized() const { return columns > 1; }
 };
@@ -135,7 +132,7 @@ struct Weight {
   Floats bias;
   Doubles numbers;
 
-  // `fill`: what the integers' bytes are; -1: anything
+  // `fill`: the bytes of the integers; -1: random
   Weight(const Format& f, int rows_, int columns_, Random& random, int fill = -1)
       : format(&f), rows(rows_), columns(columns_), blocks(size_t(rows) * columns / f.columns * f.bytes),
         bias(random.numbers(rows)) {
@@ -168,14 +165,14 @@ struct Weight {
 
 // ---- Plans ----
 
-struct How {
+struct Options {
   int isa;
   bool fast = false;
   int threads = 2;
 };
 
-std::string operator+(const std::string& text, const How& how) {
-  return text + " by " + pentad_isa(how.isa) + (how.fast ? ", fast, " : ", ") + std::to_string(how.threads) + " threads";
+std::string operator+(const std::string& text, const Options& options) {
+  return text + " by " + pentad_isa(options.isa) + (options.fast ? ", fast, " : ", ") + std::to_string(options.threads) + " threads";
 }
 
 struct Plan {
@@ -183,10 +180,10 @@ struct Plan {
   std::vector<Op> ops;
   Floats buffers[BUFFERS];
 
-  explicit Plan(const How& how) { step.isa = how.isa, step.fast = how.fast, step.threads = how.threads; }
+  explicit Plan(const Options& options) { step.isa = options.isa, step.fast = options.fast, step.threads = options.threads; }
 
-  // The operation is to be filled in before the next is added.
-  Op& add(Kind kind, int in, int in_width, int out, int out_width, int flags = 0) {
+  // The caller must complete the operation before it adds the next one.
+  Op& add(OpKind kind, int in, int in_width, int out, int out_width, int flags = 0) {
     Op op = {};
     op.kind = kind, op.flags = flags;
     op.in = in, op.in_width = in_width;
@@ -194,7 +191,7 @@ struct Plan {
     ops.push_back(op);
     return ops.back();
   }
-  void matmul(int in, const std::vector<Matrix>& weights, int out, int flags = 0, Kind kind = MATMUL) {
+  void matmul(int in, const std::vector<Matrix>& weights, int out, int flags = 0, OpKind kind = MATMUL) {
     int width = 0;
     for (const Matrix& m : weights) width += m.rows;
     Op& op = add(kind, in, weights[0].columns, out, kind == GATED ? weights[0].rows : width, flags);
@@ -202,24 +199,16 @@ struct Plan {
     std::copy(weights.begin(), weights.end(), op.w);
   }
 
-  // `given` is in the buffer `at`; the others are made as Program._reserve makes them. K: experts of a row.
-  void run(int at, const Floats& given, int rows, const Ints& wanted = {}, int K = 0, int experts = 0) {
-    const size_t most = std::max(rows, int(wanted.size()));
-    size_t sizes[BUFFERS] = {};
-    for (const Op& op : ops) {
-      const size_t there = op.flags & WANTED ? wanted.size() : op.flags & PAIRS ? most * K : most;
-      if (op.kind == QUANTIZE || op.flags & QUANTIZED)
-        sizes[BLOCKS_BUFFER] = std::max(sizes[BLOCKS_BUFFER], there * (op.in_width / 32) * BLOCK_BYTES / 4);
-      sizes[op.out] = std::max(sizes[op.out], there * op.out_width);
-    }
-    sizes[ROUTES_BUFFER] = most * 4 * K + 2 * experts;
-    sizes[PARTS_BUFFER] = buffers[PARTS_BUFFER].size();
+  // `input` is the content of the buffer `at`. Every buffer is exactly as large as program.py makes it.
+  void run(int at, const Floats& input, int rows, const Ints& wanted = {}) {
+    step.rows = rows, step.wanted = int(wanted.size()), step.wanted_rows = wanted.data();
+    int64_t sizes[BUFFERS];
+    pentad_buffer_sizes(ops.data(), int(ops.size()), &step, sizes);
     for (int i = 0; i < BUFFERS; i++) {
-      if (i == at) buffers[i] = given;
+      if (i == at) buffers[i] = input;
       else buffers[i] = Floats(sizes[i], NAN);
       step.buffers[i] = buffers[i].data();
     }
-    step.rows = rows, step.wanted = int(wanted.size()), step.wanted_rows = wanted.data();
     pentad_run(ops.data(), int(ops.size()), &step);
   }
 };

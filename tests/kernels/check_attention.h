@@ -29,7 +29,7 @@ struct Sequence {
   }
 };
 
-// What attention makes of a sequence, as it is written down.
+// Attention of a whole sequence, by its definition.
 Doubles exact_attention(const Heads& h, const Sequence& s, const Floats& q_norm, const Floats& k_norm) {
   Doubles x(s.rows.begin(), s.rows.end()), out(size_t(s.length) * h.heads * h.dim);
   const int half = h.dim / 2;
@@ -56,9 +56,9 @@ Doubles exact_attention(const Heads& h, const Sequence& s, const Floats& q_norm,
         for (int i = 0; i < h.dim; i++) score += q[i] * x[size_t(j) * h.width() + kv * h.dim + i];
         scores.push_back(score / std::sqrt(h.dim));
       }
-      const double most = *std::max_element(scores.begin(), scores.end());
+      const double highest = *std::max_element(scores.begin(), scores.end());
       double sum = 0, *y = &out[(size_t(n) * h.heads + head) * h.dim];
-      for (double& score : scores) sum += score = std::exp(score - most);
+      for (double& score : scores) sum += score = std::exp(score - highest);
       for (int j = from; j <= n; j++)
         for (int i = 0; i < h.dim; i++)
           y[i] += scores[j - from] / sum * x[size_t(j) * h.width() + (kv + h.kv_heads) * h.dim + i];
@@ -66,9 +66,9 @@ Doubles exact_attention(const Heads& h, const Sequence& s, const Floats& q_norm,
   return out;
 }
 
-// Runs sequences on a cache of their own, in steps of up to `most` rows of each; pages lie in any order, and those that
-// left the window go to others. Their memory is NaN where nothing was written.
-void attend(const How& how, const Heads& h, Type type, int page_size, int most, std::vector<Sequence>& sequences,
+// Runs sequences in a new cache, in steps of up to `max_rows` rows of each. Pages are in random order, and pages that left
+// the window are reused. Memory that was never written is NaN.
+void attend(const Options& options, const Heads& h, Type type, int page_size, int max_rows, std::vector<Sequence>& sequences,
             const Floats& q_norm, const Floats& k_norm, Random& random) {
   const size_t page_bytes = size_t(page_size) * h.kv_heads * (type == I8 ? h.padded() + 4 : h.padded() * (type == F32 ? 4 : 2));
   Ints free;
@@ -79,8 +79,8 @@ void attend(const How& how, const Heads& h, Type type, int page_size, int most, 
   void *const key_pools[] = {nullptr, keys.data()}, *const value_pools[] = {nullptr, values.data()};
 
   for (;;) {
-    Plan plan(how);
-    for (Kind kind : {ROTATE, ATTEND, MERGE}) {
+    Plan plan(options);
+    for (OpKind kind : {ROTATE, ATTEND, MERGE}) {
       Op& op = kind == ROTATE ? plan.add(kind, 0, 0, PROJECTED, h.width())
                               : plan.add(kind, PROJECTED, h.width(), ATTENDED, h.heads * h.dim);
       op.layer = 1;
@@ -92,10 +92,10 @@ void attend(const How& how, const Heads& h, Type type, int page_size, int most, 
     Floats rows;
     Ints positions, starts = {0}, lengths, dropped, tables;
     std::vector<const float*> rotations;
-    std::vector<Sequence*> there;
-    size_t width = 0, parts = 0;
+    std::vector<Sequence*> active;
+    size_t width = 0;
     for (Sequence& s : sequences) {
-      const int count = std::min(s.length - s.past, most < s.length ? random.below(most + 1) : most);
+      const int count = std::min(s.length - s.past, max_rows < s.length ? random.below(max_rows + 1) : max_rows);
       if (count == 0) continue;
       for (; h.window && s.dropped + page_size <= s.past + 1 - h.window; s.dropped += page_size) {
         std::memset(&keys[s.pages[0] * page_bytes], 0xff, page_bytes);
@@ -110,29 +110,27 @@ void attend(const How& how, const Heads& h, Type type, int page_size, int most, 
       for (; s.dropped + int(s.pages.size()) * page_size < s.past; free.pop_back()) s.pages.push_back(free.back());
       starts.push_back(int(positions.size()));
       lengths.push_back(s.past), dropped.push_back(s.dropped), rotations.push_back(s.rotation.data());
-      there.push_back(&s);
+      active.push_back(&s);
       width = std::max(width, s.pages.size());
-      if (count <= FEW_QUERIES) parts += size_t(count) * h.heads * ((s.past + SPLIT - 1) / SPLIT);
     }
-    if (there.empty()) {
+    if (active.empty()) {
       if (std::all_of(sequences.begin(), sequences.end(), [](const Sequence& s) { return s.past == s.length; })) return;
       continue;
     }
-    for (const Sequence* s : there) {
+    for (const Sequence* s : active) {
       tables.insert(tables.end(), s->pages.begin(), s->pages.end());
       tables.resize(tables.size() + width - s->pages.size());
     }
     Step& step = plan.step;
-    step.sequences = int(there.size()), step.table_width = int(width);
+    step.sequences = int(active.size()), step.block_table_width = int(width);
     step.page_size = page_size, step.cache_type = type, step.padded_dim = h.padded();
-    step.positions = positions.data(), step.starts = starts.data(), step.lengths = lengths.data();
-    step.dropped = dropped.data(), step.tables = tables.data(), step.rotations = rotations.data();
+    step.positions = positions.data(), step.cu_seqlens = starts.data(), step.lengths = lengths.data();
+    step.dropped = dropped.data(), step.block_tables = tables.data(), step.rotations = rotations.data();
     step.keys = key_pools, step.values = value_pools;
-    plan.buffers[PARTS_BUFFER].resize(parts * (h.padded() + 2));
     plan.run(PROJECTED, rows, int(positions.size()));
-    for (size_t b = 0; b < there.size(); b++) {
+    for (size_t b = 0; b < active.size(); b++) {
       const Floats y = some_rows(plan.buffers[ATTENDED], h.heads * h.dim, starts[b], starts[b + 1] - starts[b]);
-      there[b]->out.insert(there[b]->out.end(), y.begin(), y.end());
+      active[b]->out.insert(active[b]->out.end(), y.begin(), y.end());
     }
   }
 }
@@ -157,24 +155,24 @@ void check_attention(const Heads& h, const Ints& isas, bool quick, Random& rando
       std::vector<Sequence> whole = fresh;
       attend({isa, false, 1}, h, type, 32, 1000, whole, q_norm, k_norm, random);
       for (size_t b = 0; b < exact.size(); b++) {
-        double far = 0, most = 1;
+        double error = 0, size = 1;
         bool ok = whole[b].out.size() == exact[b].size() && finite(whole[b].out);
-        for (float v : whole[b].rows) most = std::max(most, std::fabs(double(v)) / 2);
-        // large scores are as far off as their last bits say
-        if (most > 10 && type != F32) continue;
-        for (size_t i = 0; ok && i < exact[b].size(); i++) far = std::max(far, std::fabs(whole[b].out[i] - exact[b][i]));
-        expect(ok && far <= bound * most, what + ": near double" + How{isa, false, 1});
+        for (float v : whole[b].rows) size = std::max(size, std::fabs(double(v)) / 2);
+        // the error of large scores is that of their last bits
+        if (size > 10 && type != F32) continue;
+        for (size_t i = 0; ok && i < exact[b].size(); i++) error = std::max(error, std::fabs(whole[b].out[i] - exact[b][i]));
+        expect(ok && error <= bound * size, what + ": near double" + Options{isa, false, 1});
       }
-      struct Cut {
-        int page_size, most, threads;
+      struct Steps {
+        int page_size, max_rows, threads;
       };
-      std::vector<Cut> cuts = {{16, 9, 3}};
-      if (!quick) cuts.insert(cuts.end(), {{32, 70, 2}, {128, 4, 5}});
-      for (const Cut& cut : cuts) {
+      std::vector<Steps> ways = {{16, 9, 3}};
+      if (!quick) ways.insert(ways.end(), {{32, 70, 2}, {128, 4, 5}});
+      for (const Steps& steps : ways) {
         std::vector<Sequence> again = fresh;
-        const How how{isa, false, cut.threads};
-        attend(how, h, type, cut.page_size, cut.most, again, q_norm, k_norm, random);
-        for (size_t b = 0; b < exact.size(); b++) expect(same(again[b].out, whole[b].out), what + ": same bits in parts" + how);
+        const Options options{isa, false, steps.threads};
+        attend(options, h, type, steps.page_size, steps.max_rows, again, q_norm, k_norm, random);
+        for (size_t b = 0; b < exact.size(); b++) expect(same(again[b].out, whole[b].out), what + ": same bits in parts" + options);
       }
     }
 }

@@ -1,4 +1,4 @@
-// The pool of threads under stress: tiny steps, several callers, busy cores, forks.
+// The thread pool under stress: tiny steps, several callers, busy cores, forks.
 #pragma once
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -12,27 +12,27 @@
 
 namespace {
 
-// The pool reads the clock where it opens a phase: there, and wherever else it is read, microseconds are lost at random.
+// The pool reads the clock when it opens a phase. While this is set, reading the clock takes extra microseconds at random.
 std::atomic<bool> clocks_lose_time{false};
 
-// Tiny steps whose results are known: an operation is two to five chunks of a few numbers.
+// Tiny steps with known results: an operation has two to five chunks of a few numbers.
 class TinySteps {
  public:
   explicit TinySteps(int isa) : random_(isa), table_(random_.numbers(WIDTH * 8)), plan_({isa}) {
-    for (int i = 0; i < MOST; i++) ids_.push_back(i % 8);
+    for (int i = 0; i < MAX_ROWS; i++) ids_.push_back(i % 8);
     plan_.step.ids = ids_.data();
     for (int out = 0; out < OPS; out++) {
       Matrix& m = plan_.add(EMBED, 0, 0, out, WIDTH).w[0];
       m.data = reinterpret_cast<const uint8_t*>(table_.data());
       m.type = F32, m.rows = 8, m.columns = WIDTH;
-      plan_.buffers[out].resize(MOST * WIDTH);
+      plan_.buffers[out].resize(MAX_ROWS * WIDTH);
       plan_.step.buffers[out] = plan_.buffers[out].data();
     }
   }
-  // Some steps, one right after the other; whether all of them was done.
+  // Runs some steps in quick succession, and returns whether all results are right.
   bool run(int threads) {
     seconds_without_progress = 0;
-    const int ops = 1 + random_.below(OPS), rows = 9 + random_.below(MOST - 8);
+    const int ops = 1 + random_.below(OPS), rows = 9 + random_.below(MAX_ROWS - 8);
     plan_.step.rows = rows, plan_.step.threads = threads;
     for (int out = 0; out < ops; out++) std::fill_n(plan_.buffers[out].begin(), rows * WIDTH, NAN);
     for (int first = 0, count; first < ops; first += count) {
@@ -41,18 +41,18 @@ class TinySteps {
     }
     return right(ops, rows);
   }
-  // One step of many operations, long enough that threads which stall are given up amid it.
+  // Runs one step of many operations, long enough for the pool to retreat from stalled threads during the step.
   bool run_long(int threads) {
-    plan_.step.rows = MOST, plan_.step.threads = threads;
-    const std::vector<Op> few = plan_.ops;
+    plan_.step.rows = MAX_ROWS, plan_.step.threads = threads;
+    const std::vector<Op> once = plan_.ops;
     std::vector<Op> many;
-    for (int i = 0; i < 5000; i++) many.insert(many.end(), few.begin(), few.end());
+    for (int i = 0; i < 5000; i++) many.insert(many.end(), once.begin(), once.end());
     pentad_run(many.data(), int(many.size()), &plan_.step);
-    return right(OPS, MOST);
+    return right(OPS, MAX_ROWS);
   }
 
  private:
-  static constexpr int WIDTH = 2, MOST = 40, OPS = 4;
+  static constexpr int WIDTH = 2, MAX_ROWS = 40, OPS = 4;
   bool right(int ops, int rows) const {
     bool ok = true;
     for (int out = 0; out < ops; out++)
@@ -81,7 +81,7 @@ void stress(int isa, int callers, int busy, double seconds) {
       for (int n = 0; Clock::now() < end; n++) {
         const auto start = Clock::now();
         if (!(n % 20 == 10 ? tiny.run_long(n / 20 % 5 + 1) : tiny.run(n % 5 + 1))) ok = false;
-        // After a stall the pool does with fewer threads for a while, which would be most of the time.
+        // After a stall the pool uses fewer threads for a while. Without this pause it would do so most of the time.
         const auto took = Clock::now() - start;
         if (took > std::chrono::microseconds(200)) std::this_thread::sleep_for(9 * took);
       }
@@ -92,7 +92,7 @@ void stress(int isa, int callers, int busy, double seconds) {
   expect(ok, "tiny steps of " + std::to_string(callers) + " callers beside " + std::to_string(busy) + " busy threads");
 }
 
-// A child of this process has threads of its own, even where it was born amid others' steps.
+// A forked child starts threads of its own, even if it was forked while other threads ran steps.
 void check_forks(int isa, int count) {
   std::atomic<bool> over{false}, ok{true};
   std::thread other([&] {

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pentad.kernels import CachePools, Norm, Program, Tokens, Weight
-from pentad.kernels.program import GATES, LOGITS, NORMED, PAIRED, RESIDUAL, SCORES
+from pentad.kernels import Buffer, CachePools, Norm, Program, Tokens, Weight
 from pentad.nn.batch import SequenceLayout
 from pentad.nn.moe.dispatch import EvenCapacity, within_capacity
 from pentad.nn.moe.routers import mixtral_top_k, softmax_top_k
@@ -48,15 +47,15 @@ class Mixture:
         made = Program(head_dim=16, kv_heads=1, layers=1, **{"threads": 2, **options})  # type: ignore[arg-type]
         made.embed(Weight.floats(self.x))
         made.norm(Norm(torch.ones(WIDTH), 0.0), quantize=False)
-        made.matmul([Weight.floats(self.router)], NORMED, SCORES)
+        made.matmul([Weight.floats(self.router)], Buffer.NORMED, Buffer.SCORES)
         made.route(top_k, normalized=normalized, capacity=capacity)
         made.gather(quantize=gate.is_quantized)
-        made.gated([gate, up], PAIRED)
+        made.gated([gate, up], Buffer.PAIRED)
         if down.is_quantized:
-            made.quantize(GATES)
-        made.matmul([down], GATES, PAIRED)
+            made.quantize(Buffer.GATES)
+        made.matmul([down], Buffer.GATES, Buffer.PAIRED)
         made.combine()
-        made.matmul([Weight.floats(torch.eye(WIDTH))], RESIDUAL, LOGITS)
+        made.matmul([Weight.floats(torch.eye(WIDTH))], Buffer.RESIDUAL, Buffer.LOGITS)
         self.program = made
 
     def run(self, *sequences: range) -> Tensor:
@@ -126,15 +125,15 @@ def test_what_does_not_fit_together_is_refused() -> None:
     made = Program(head_dim=16, kv_heads=1, layers=1, threads=1)
     made.embed(Weight.floats(torch.zeros(8, WIDTH)))
     made.norm(Norm(torch.ones(WIDTH), 0.0), quantize=False)
-    made.matmul([Weight.floats(torch.zeros(EXPERTS, WIDTH))], NORMED, SCORES)
+    made.matmul([Weight.floats(torch.zeros(EXPERTS, WIDTH))], Buffer.NORMED, Buffer.SCORES)
     for top_k in (0, EXPERTS + 1):
         with pytest.raises(ValueError, match=f"{top_k} of 5 experts"):
             made.route(top_k, normalized=True)
     made.route(2, normalized=True)
     with pytest.raises(ValueError, match="5 experts for rows of 0"):
-        made.matmul([Weight.floats(torch.zeros(EXPERTS, 4, WIDTH))], NORMED, GATES)
+        made.matmul([Weight.floats(torch.zeros(EXPERTS, 4, WIDTH))], Buffer.NORMED, Buffer.GATES)
     made.gather(quantize=False)
     with pytest.raises(ValueError, match="3 experts for rows of 5"):
-        made.matmul([Weight.floats(torch.zeros(3, 4, WIDTH))], PAIRED, GATES)
+        made.matmul([Weight.floats(torch.zeros(3, 4, WIDTH))], Buffer.PAIRED, Buffer.GATES)
     with pytest.raises(ValueError, match="0 experts for rows of 5"):
-        made.matmul([Weight.floats(torch.zeros(4, WIDTH))], PAIRED, GATES)
+        made.matmul([Weight.floats(torch.zeros(4, WIDTH))], Buffer.PAIRED, Buffer.GATES)

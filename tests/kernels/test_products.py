@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pentad import kernels
-from pentad.kernels import Norm, Weight
-from pentad.kernels.program import GATES, LOGITS, NORMED, RESIDUAL
+from pentad.kernels import Buffer, Norm, Weight
 from tests.helpers.blocks import HALVES, dequantized, random_blocks
 from tests.helpers.programs import every_isa, needs_kernels, packed, product, program, run_rows
 
@@ -161,7 +160,7 @@ def test_several_weights_side_by_side(isa: str) -> None:
 def test_embedding(kind: str, isa: str) -> None:
     weight, numbers = weight_of(kind, 50, 256)
     made = program(isa=isa)
-    made.embed(weight, LOGITS)
+    made.embed(weight, Buffer.LOGITS)
     ids = [0, 49, 17, 17, 3, *range(50)]
     assert (run_rows(made, ids).double() - numbers[ids]).abs().max() <= 1e-6 * numbers.abs().max()
 
@@ -174,7 +173,7 @@ def test_norm(width: int, isa: str) -> None:
     made = program(isa=isa)
     made.embed(Weight.floats(x))
     made.norm(Norm(weight, 1e-5), quantize=width % 32 == 0, wanted=True)
-    made.matmul([Weight.floats(torch.eye(width))], NORMED, LOGITS, wanted=True)
+    made.matmul([Weight.floats(torch.eye(width))], Buffer.NORMED, Buffer.LOGITS, wanted=True)
     wanted = [0, 39, 5]
     y = run_rows(made, range(40), wanted)
     exact = torch.rms_norm(x[wanted].double(), (width,), eps=1e-5) * weight.double()
@@ -191,11 +190,11 @@ def test_gated_and_added(kind: str, isa: str) -> None:
     x = random_x(19, 64)
     made = program(isa=isa)
     made.embed(Weight.floats(x))
-    made.quantize(RESIDUAL)
-    made.gated([gate, up], RESIDUAL)
-    made.quantize(GATES)
-    made.matmul([down], GATES, RESIDUAL, add=True)
-    made.matmul([Weight.floats(torch.eye(64))], RESIDUAL, LOGITS)
+    made.quantize(Buffer.RESIDUAL)
+    made.gated([gate, up], Buffer.RESIDUAL)
+    made.quantize(Buffer.GATES)
+    made.matmul([down], Buffer.GATES, Buffer.RESIDUAL, add=True)
+    made.matmul([Weight.floats(torch.eye(64))], Buffer.RESIDUAL, Buffer.LOGITS)
     y = run_rows(made, range(19)).double()
     gates = x.double() @ g.T
     exact = x + (gates * gates.sigmoid() * (x.double() @ u.T)) @ d.T
