@@ -91,23 +91,26 @@ def _load() -> tuple[ctypes.CDLL, dict[str, int]] | str:
     library.pentad_row_bytes.argtypes, library.pentad_row_bytes.restype = [c_int32] * 2, c_int64
     library.pentad_packed_bytes.argtypes, library.pentad_packed_bytes.restype = [c_int32] * 3, c_int64
     library.pentad_pack.argtypes = [c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int32]
-    plan = [POINTER(COp), c_int32, POINTER(CStep)]
-    library.pentad_run.argtypes, library.pentad_buffer_sizes.argtypes = plan, [*plan, POINTER(c_int64)]
+    library.pentad_run.argtypes = [POINTER(COp), c_int32, POINTER(CStep)]
+    library.pentad_buffer_sizes.argtypes = [POINTER(COp), c_int32, POINTER(CStep), POINTER(c_int64)]
     library.pentad_pack.restype = library.pentad_run.restype = library.pentad_buffer_sizes.restype = None
     return library, limits
 
 
-def library() -> ctypes.CDLL:
-    """Return the library. Raises RuntimeError if there is none."""
+def _loaded() -> tuple[ctypes.CDLL, dict[str, int]]:
     if isinstance(loaded := _load(), str):
         raise RuntimeError(f"there are no kernels: {loaded}")
-    return loaded[0]
+    return loaded
+
+
+def library() -> ctypes.CDLL:
+    """Return the library. Raises RuntimeError if there is none."""
+    return _loaded()[0]
 
 
 def limit(name: str) -> int:
     """Return one of LIMITS. Raises RuntimeError if there is no library."""
-    library()
-    return _load()[1][name]  # type: ignore[index]
+    return _loaded()[1][name]
 
 
 @cache
