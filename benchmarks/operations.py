@@ -1,4 +1,4 @@
-"""What the operations of a plan are called, read and compute, by the structures that the kernels are given."""
+"""The names, bytes read and multiply-adds of a plan's operations, from the structures passed to the kernels."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Where the time of a step goes: by operation, beside what the machine's memory and its int8 products give at best.
+"""The time of each operation of a step, compared with the machine's memory bandwidth and int8 throughput.
 
     python benchmarks/roofline.py                       # SmolLM2, 2 threads: decode of 1 and 8, prefill of 512
     python benchmarks/roofline.py --fast --plot out.png
 
-Every step runs three times, since it leaves the same numbers each time: as one call, operation by operation (each a
-call of its own, in the plan's order, so that caches are as they are in a step), and as calls of nothing, which are
-taken off. Bytes are counted once each: those of weights, keys, values and the rows that an operation goes from.
+Every step runs three times, with the same result each time: as one call; operation by operation, each as a separate
+call in the plan's order, so that CPU caches are in the same state as in a step; and as empty calls, whose time is
+subtracted. Each byte of weights, keys, values and input rows is counted once.
 """
 
 from __future__ import annotations
@@ -30,79 +30,82 @@ import pentad
 from pentad.kernels import program
 from pentad.kernels.binding import COp, CStep, library
 
-OPERATIONS = 2  # in a multiply-add
+OPERATIONS = 2  # per multiply-add
 
 
 @dataclass
 class Timed:
-    """Takes the library's place while steps run, and keeps seconds."""
+    """Replaces the library while steps run, and records seconds."""
 
     whole: list[float] = field(default_factory=list)
-    nothing: list[float] = field(default_factory=list)
-    each: list[list[float]] = field(default_factory=list)  # by operation
+    empty: list[float] = field(default_factory=list)
+    by_op: list[list[float]] = field(default_factory=list)
     ops: list[COp] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
     multiply_adds: list[int] = field(default_factory=list)
     chunks: list[int] = field(default_factory=list)
 
     def pentad_run(self, ops: ctypes.Array[COp], count: int, step: CStep) -> None:
-        def run(place: Any, number: int) -> float:
+        def run(first_op: Any, number: int) -> float:
             started = time.perf_counter()
-            library().pentad_run(place, number, step)
+            library().pentad_run(first_op, number, step)
             return time.perf_counter() - started
 
         first = not self.ops
         if first:
-            self.ops, self.each = list(ops), [[] for _ in ops]
+            self.ops, self.by_op = list(ops), [[] for _ in ops]
         self.whole.append(run(ops, count))
-        for op, seconds in zip(ops, self.each, strict=True):
+        for op, seconds in zip(ops, self.by_op, strict=True):
             seconds.append(run(ctypes.byref(op), 1))
-            self.nothing.append(run(ops, 0))
+            self.empty.append(run(ops, 0))
             if first:
                 self.bytes.append(bytes_read(op, step))
                 self.multiply_adds.append(multiply_adds(op, step))
                 self.chunks.append(library().pentad_chunks(ctypes.byref(op), ctypes.byref(step)))
 
+    def pentad_buffer_sizes(self, *arguments: Any) -> None:
+        library().pentad_buffer_sizes(*arguments)
+
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def replacing_library(self) -> Iterator[None]:
         with mock.patch.object(program, "library", return_value=self):
             yield
 
 
 @dataclass
 class Part:
-    """The operations of one name: how many there are, and what they take together in one step."""
+    """The operations of one name: their number and their totals in one step."""
 
     name: str
     count: int = 0
     seconds: float = 0.0
     bytes: int = 0
     multiply_adds: int = 0
-    joined: int = 0  # whose work is shared out among threads
+    parallel: int = 0  # operations that run on several threads
 
 
 def parts(timed: Timed) -> list[Part]:
     found: dict[str, Part] = {}
-    nothing = median(timed.nothing)
+    empty = median(timed.empty)
     for op, seconds, nbytes, work, chunks in zip(
-        timed.ops, timed.each, timed.bytes, timed.multiply_adds, timed.chunks, strict=True
+        timed.ops, timed.by_op, timed.bytes, timed.multiply_adds, timed.chunks, strict=True
     ):
         part = found.setdefault(name(op), Part(name(op)))
         part.count += 1
-        part.seconds += max(0.0, median(seconds) - nothing)
+        part.seconds += max(0.0, median(seconds) - empty)
         part.bytes += nbytes
         part.multiply_adds += work
-        part.joined += chunks > 1
+        part.parallel += chunks > 1
     return list(found.values())
 
 
 def measure(model: pentad.LanguageModel, past: int, sequences: int, tokens: int, repeats: int) -> Timed:
-    """Steps of so many sequences with `past` tokens each, that go on by so many."""
+    """Time steps of `sequences` sequences that each have `past` tokens and add `tokens`."""
     step, timed = model.step, Timed()
     opened = [step.cache.open(past + tokens) for _ in range(sequences)]
     ids = [[100 + (7 * i + 1) * j % 5000 for j in range(past + tokens)] for i in range(sequences)]
 
-    def again() -> None:
+    def repeat() -> None:
         for sequence in opened:
             step.cache.truncate(sequence, past)
         work = [(sequence, each[past:]) for sequence, each in zip(opened, ids, strict=True)]
@@ -111,10 +114,10 @@ def measure(model: pentad.LanguageModel, past: int, sequences: int, tokens: int,
     for sequence, each in zip(opened, ids, strict=True):
         if past:
             step([(sequence, each[:past])], [past - 1])
-    again()  # warms
-    with timed.watching():
+    repeat()  # warm-up
+    with timed.replacing_library():
         for _ in range(repeats):
-            again()
+            repeat()
     for sequence in opened:
         step.cache.close(sequence)
     return timed
@@ -124,7 +127,7 @@ def show(title: str, timed: Timed, bandwidth: float, int8: float) -> list[Part]:
     found, whole = parts(timed), median(timed.whole)
     print(f"\n{title}: {whole * 1e3:.2f} ms")
     print(f"{'':16}{'times':>6}{'µs':>9}{'share':>7}{'MB read':>9}{'GB/s':>7}{'of peak':>8}{'GOP/s':>8}{'of peak':>8}")
-    rest = Part("the rest", seconds=whole - sum(part.seconds for part in found))
+    rest = Part("overhead", seconds=whole - sum(part.seconds for part in found))
     total = Part("in one call", seconds=whole, bytes=sum(p.bytes for p in found))
     total.multiply_adds, total.count = sum(p.multiply_adds for p in found), len(timed.ops)
     for part in (*found, rest, total):
@@ -137,26 +140,26 @@ def show(title: str, timed: Timed, bandwidth: float, int8: float) -> list[Part]:
                 rate = OPERATIONS * part.multiply_adds / part.seconds
                 line += f"{rate / 1e9:8.0f}" + (f"{rate / int8:8.0%}" if part.name != "attend" else "")
         print(line)
-    joined = sum(part.joined for part in found)
-    print(f"{joined} of {len(timed.ops)} operations are shared out among threads; a call of nothing takes "
-          f"{median(timed.nothing) * 1e6:.2f} µs")  # fmt: skip
+    parallel = sum(part.parallel for part in found)
+    print(f"{parallel} of {len(timed.ops)} operations run on several threads; an empty call takes "
+          f"{median(timed.empty) * 1e6:.2f} µs")  # fmt: skip
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="one that the kernels run")
+    parser.add_argument("--model", default="smollm2", help="a model that the kernels run")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--past", type=int, default=64, help="tokens before those that are decoded")
+    parser.add_argument("--past", type=int, default=64, help="tokens before the decoded ones")
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--fast", action="store_true", help="activations in one int8 term instead of two")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+    parser.add_argument("--fast", action="store_true", help="one int8 term for activations instead of two")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also write a plot")
     args = parser.parse_args()
     model = pentad.load(args.model, threads=args.threads, fast=args.fast)
     nbytes = token_bytes(operations(model.step))
     if not nbytes:
-        parser.error(f"plain torch runs {args.model}, there are no operations of a plan")
-    # The products are of bytes; in the exact form each multiply-add of the model takes two of them.
+        parser.error(f"{args.model} runs in plain torch; expected a model that the kernels run")
+    # The hardware multiplies bytes. In the exact form each multiply-add of the model takes two such products.
     terms = 1 if args.fast else 2
     vnni = OPERATIONS * products(args.threads, "int8", "AVX512_CORE_VNNI")
     float32 = OPERATIONS * products(args.threads, "float32")
@@ -175,7 +178,7 @@ def main() -> None:
     caption = f"{args.model}, {args.threads} threads, activations in {form}; {nbytes / 1e6:.0f} MB of weights a token"
     print(f"{machine('torch')}\n{caption}")
     print(
-        f"memory gives {bandwidth / 1e9:.1f} GB/s (as many bytes, read by torch), the CPU"
+        f"memory bandwidth {bandwidth / 1e9:.1f} GB/s (as many bytes, read by torch), compute"
         f" {vnni / terms / 1e9:.0f} GOP/s in {form} and {float32 / 1e9:.0f} in float32 (oneDNN, without AMX)"
     )
     shown = {title: show(title, timed, bandwidth, vnni / terms) for title, timed in measured.items()}
@@ -183,9 +186,7 @@ def main() -> None:
         import roofline_plot
 
         roofs = {"one int8 term (--fast)": vnni, "two int8 terms": vnni / 2, "float32 (attention)": float32}
-        roofline_plot.draw(
-            args.plot, shown, bandwidth, roofs, "How near each operation of a step is to the roof", caption
-        )
+        roofline_plot.draw(args.plot, shown, bandwidth, roofs, "Roofline of each operation of a step", caption)
 
 
 if __name__ == "__main__":
