@@ -69,6 +69,8 @@ class Planner:
         self.reduced = network.dtype != torch.float32  # whether weights have fewer than 32 bits
         self._packed: dict[QuantizedTensor, Weight] = {}
         embed, layers, norm, head = self.guards.read(network, "embed", "layers", "norm", "head")
+        if self.guards.read(network, "residual_dtype") != torch.float32:
+            raise UnsupportedByKernels("the residual stream is not float32")
         blocks = [self.guards.read(layers, name) for name in layers._modules]
         kinds = PreNormBlock, ExtraFeedforwardBlock, ParallelBlock
         attentions = [_exactly(self.guards.read(_exactly(block, *kinds), "attention"), Attention) for block in blocks]

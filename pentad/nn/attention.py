@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,20 @@ Bias = Callable[[Tensor, range, range], Tensor]
 """(q_BHQD, the queries' positions, the keys' positions) -> what is added to the scores, broadcastable to [B, H, Q, K].
 Positions are counted from the first key that the sequence still has."""
 
+Keys = SequenceLayout | PagedKV
+
 QUERY_BLOCK = 256
 """How many queries share a mask, so that no mask covers a whole sequence, and a window's queries meet few keys outside
 it. SDPA's CPU kernel was fastest at 256, of 64 to 1,024."""
+
+
+class _Scoring(NamedTuple):
+    """Arguments of `attention` from `causal` on."""
+
+    causal: bool
+    window: int | None
+    scale: float | None
+    bias: Bias | None
 
 
 def attention(
@@ -34,7 +45,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     queries: SequenceLayout,
-    keys: SequenceLayout | PagedKV,
+    keys: Keys,
     *,
     causal: bool = False,
     window: int | None = None,
@@ -64,27 +75,17 @@ def attention(
         bounds = queries.cu_seqlens_on(q_NHD.device), keys.cu_seqlens_on(q_NHD.device)
         compiled_NHD: Tensor = _compiled_attention(q_NHD, k, v, *bounds, causal, window, scale)
         return compiled_NHD
-    y_NHD: Tensor = _attention(q_NHD, k, v, queries, keys, causal, window, scale, bias)
+    y_NHD: Tensor = _attention(q_NHD, k, v, queries, keys, _Scoring(causal, window, scale, bias))
     return y_NHD
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attention(
-    q_NHD: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: SequenceLayout,
-    keys: SequenceLayout | PagedKV,
-    causal: bool,
-    window: int | None,
-    scale: float | None,
-    bias: Bias | None,
-) -> Tensor:
-    if window is not None and window >= max(keys.lengths):
-        window = None
-    if q_NHD.is_cuda and bias is None and (form := _varlen_form(q_NHD, keys)) is not None:
-        return _varlen(q_NHD, k, v, queries, keys, causal, window, scale, form)
-    return _sdpa(q_NHD, k, v, queries, keys, causal, window, scale, bias)
+def _attention(q_NHD: Tensor, k: Tensor, v: Tensor, queries: SequenceLayout, keys: Keys, scoring: _Scoring) -> Tensor:
+    if scoring.window is not None and scoring.window >= max(keys.lengths):
+        scoring = scoring._replace(window=None)
+    if q_NHD.is_cuda and scoring.bias is None and (form := _varlen_form(q_NHD, keys)) is not None:
+        return _varlen(q_NHD, k, v, queries, keys, scoring, form)
+    return _sdpa(q_NHD, k, v, queries, keys, scoring)
 
 
 @torch.library.custom_op("pentad::attention", mutates_args=())
@@ -100,7 +101,7 @@ def _compiled_attention(
 ) -> Tensor:
     """`attention` as one operator for the compiler, which then doesn't specialize on the sequences' lengths."""
     layouts = SequenceLayout(queries), SequenceLayout(keys)
-    y_NHD: Tensor = _attention(q_NHD, k, v, *layouts, causal, window, scale, None)
+    y_NHD: Tensor = _attention(q_NHD, k, v, *layouts, _Scoring(causal, window, scale, None))
     return y_NHD.contiguous()
 
 
@@ -129,7 +130,8 @@ def _compiled_attention_backward(
     guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
     with guard, torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q_NHD, k, v)]
-        out = _attention(*inputs, SequenceLayout(queries), SequenceLayout(keys), causal, window, scale, None)
+        layouts = SequenceLayout(queries), SequenceLayout(keys)
+        out = _attention(*inputs, *layouts, _Scoring(causal, window, scale, None))
     return [x.contiguous() for x in torch.autograd.grad(out, inputs, grad)]
 
 
@@ -151,34 +153,26 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 _compiled_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _sdpa(
-    q_NHD: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: SequenceLayout,
-    keys: SequenceLayout | PagedKV,
-    causal: bool,
-    window: int | None,
-    scale: float | None,
-    bias: Bias | None,
-) -> Tensor:
+def _sdpa(q_NHD: Tensor, k: Tensor, v: Tensor, queries: SequenceLayout, keys: Keys, scoring: _Scoring) -> Tensor:
     """Sequences of equal lengths without a cache in one batch; else one sequence after the other."""
     if isinstance(keys, SequenceLayout) and queries.is_uniform and keys.is_uniform:
         q_BHQD, k_BGKD, v_BGKD = (x.view(len(queries), -1, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k, v))
-        return _one_length(q_BHQD, k_BGKD, v_BGKD, causal, window, scale, bias).flatten(0, 1)
+        return _one_length(q_BHQD, k_BGKD, v_BGKD, scoring).flatten(0, 1)
     heads, groups = q_NHD.shape[1], k.shape[1]
     out: list[Tensor] = []
     for (start, count), span in zip(queries.spans, keys.spans, strict=True):
         if not count:
             continue
-        if window is not None and bias is None:
-            span = _last(span, window + count - 1)
+        if scoring.window is not None and scoring.bias is None:
+            span = _last(span, scoring.window + count - 1)
         q_QHD, k_1GKD, v_1GKD = q_NHD.narrow(0, start, count), _rows(k, span), _rows(v, span)
-        if count == 1 and bias is None:  # the only query sees all of these keys: the heads of a group serve as rows
+        if (
+            count == 1 and scoring.bias is None
+        ):  # the only query sees all of these keys: the heads of a group serve as rows
             q_1GRD = q_QHD.view(1, groups, heads // groups, -1)
-            out.append(F.scaled_dot_product_attention(q_1GRD, k_1GKD, v_1GKD, scale=scale).view(1, heads, -1))
+            out.append(F.scaled_dot_product_attention(q_1GRD, k_1GKD, v_1GKD, scale=scoring.scale).view(1, heads, -1))
         else:
-            out.append(_one_length(q_QHD.transpose(0, 1)[None], k_1GKD, v_1GKD, causal, window, scale, bias)[0])
+            out.append(_one_length(q_QHD.transpose(0, 1)[None], k_1GKD, v_1GKD, scoring)[0])
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -196,19 +190,12 @@ def _rows(x_MGD: Tensor, span: tuple[int, int] | Tensor) -> Tensor:
     return x_KGD.transpose(0, 1)[None]
 
 
-def _one_length(
-    q_BHQD: Tensor,
-    k_BGKD: Tensor,
-    v_BGKD: Tensor,
-    causal: bool,
-    window: int | None,
-    scale: float | None,
-    bias: Bias | None,
-) -> Tensor:
+def _one_length(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scoring: _Scoring) -> Tensor:
     """Sequences of one length -> [B, Q, H, D]; by blocks of queries if a mask or a bias is needed, each over the keys
     from the first to the last that one of its queries sees."""
     queries, keys = q_BHQD.shape[2], k_BGKD.shape[2]
-    causal = causal and queries > 1  # the last query sees all keys
+    _, window, scale, bias = scoring
+    causal = scoring.causal and queries > 1  # the last query sees all keys
     gqa = q_BHQD.shape[1] != k_BGKD.shape[1]
     past = keys - queries  # the first query's position, counted from the first key
     if bias is None and window is None and not (causal and past):  # the masks that SDPA has built in
@@ -244,7 +231,7 @@ def _mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
     return mask_QK
 
 
-def _varlen_form(q_NHD: Tensor, keys: SequenceLayout | PagedKV) -> str | None:
+def _varlen_form(q_NHD: Tensor, keys: Keys) -> str | None:
     """How CUDA's kernel for ragged rows is called for these; None if it can't be, and SDPA is used."""
     page_size = keys.page_size if isinstance(keys, PagedKV) else 0
     if q_NHD.dtype not in (torch.bfloat16, torch.float16) or (page_size and q_NHD.requires_grad):
@@ -259,13 +246,14 @@ def _probe_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, page_
     q_QHD = torch.randn(3, 2, head_dim, device=device, dtype=dtype)
     k, v = (torch.randn(3 * (page_size or 100), 1, head_dim, device=device, dtype=dtype) for _ in range(2))
     queries, length = SequenceLayout.of([3]), page_size + 5
-    keys: SequenceLayout | PagedKV = SequenceLayout.of([len(k)])
+    keys: Keys = SequenceLayout.of([len(k)])
     if page_size:
         keys = PagedKV([k], [v], page_size, ((2, 0),), (length,), torch.zeros(0, dtype=torch.int64, device=device))
-    expected = _sdpa(q_QHD, k, v, queries, keys, True, 4, None, None)
+    scoring = _Scoring(causal=True, window=4, scale=None, bias=None)
+    expected = _sdpa(q_QHD, k, v, queries, keys, scoring)
     for form in ("cu_seq_k", "no cu_seq_k"):
         try:
-            y_QHD = _varlen(q_QHD, k, v, queries, keys, True, 4, None, form)
+            y_QHD = _varlen(q_QHD, k, v, queries, keys, scoring, form)
         except (ImportError, TypeError, ValueError, RuntimeError):
             continue
         if torch.allclose(y_QHD.float(), expected.float(), atol=0.05):
@@ -274,15 +262,7 @@ def _probe_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, page_
 
 
 def _varlen(
-    q_NHD: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: SequenceLayout,
-    keys: SequenceLayout | PagedKV,
-    causal: bool,
-    window: int | None,
-    scale: float | None,
-    form: str,
+    q_NHD: Tensor, k: Tensor, v: Tensor, queries: SequenceLayout, keys: Keys, scoring: _Scoring, form: str
 ) -> Tensor:
     """CUDA's kernel for ragged rows, which reads pages in place."""
     from torch.nn.attention.varlen import varlen_attn
@@ -300,8 +280,11 @@ def _varlen(
         layout.cu_seqlens_on(device).int() if form == "cu_seq_k" else None,
         max(queries.lengths),
         max(keys.lengths),
-        scale=scale,
-        window_size=((window or 0) - 1, 0 if causal else -1),  # keys to the left of a query's own, and to the right
+        scale=scoring.scale,
+        window_size=(
+            (scoring.window or 0) - 1,
+            0 if scoring.causal else -1,
+        ),  # keys to the left of a query's own, and to the right
         enable_gqa=q_NHD.shape[1] != k.shape[-2],
         **paged,
     )
@@ -391,7 +374,7 @@ class Attention(nn.Module):
             q_NHD, k = self.rope(q_NHD, batch), self.rope(k, batch)
         if self.log_scale_after is not None:
             q_NHD = q_NHD * _log_scale(batch, self.log_scale_after).to(q_NHD.dtype)
-        keys: SequenceLayout | PagedKV = batch.layout
+        keys: Keys = batch.layout
         if batch.kv is not None and self.causal:
             k, v = batch.kv.write(self.layer, k, v)
             keys, q_NHD = batch.kv, q_NHD.to(k.dtype)  # the cache may have another dtype
@@ -408,15 +391,11 @@ class Attention(nn.Module):
             raise ValueError("the batch has no context; expected the rows of an encoder, or pages that hold them")
         return self._attend(q_NHD, k, v, batch, batch.context, x_ND.dtype)
 
-    def _attend(
-        self, q_NHD: Tensor, k: Tensor, v: Tensor, batch: Batch, keys: SequenceLayout | PagedKV, dtype: torch.dtype
-    ) -> Tensor:
-        causal = self.causal and self.context_dim is None
-        bias = None if self.position_bias is None else self.position_bias(batch)
-        y_NHD = attention(
-            q_NHD, k, v, batch.layout, keys, causal=causal, window=self.window, scale=self.scale, bias=bias
-        )
-        out_ND: Tensor = self.o_proj(y_NHD.to(dtype).flatten(-2))
+    def _attend(self, q_NHD: Tensor, k: Tensor, v: Tensor, batch: Batch, keys: Keys, dtype: torch.dtype) -> Tensor:
+        options: dict[str, Any] = {"window": self.window, "scale": self.scale}
+        options["causal"] = self.causal and self.context_dim is None
+        options["bias"] = None if self.position_bias is None else self.position_bias(batch)
+        out_ND: Tensor = self.o_proj(attention(q_NHD, k, v, batch.layout, keys, **options).to(dtype).flatten(-2))
         return out_ND
 
     def write_context(self, context_MD: Tensor, kv: PagedKV) -> None:

@@ -151,7 +151,7 @@ class Batch:
         kv: the sequences' keys and values in a paged cache; None if nothing is cached, and each sequence's rows attend
             only to each other.
         rope_lengths: [B], the length that each sequence's RoPE is scaled for; only scalings that depend on the length
-            read it. Empty: the length that the model was trained on.
+            read it. Empty: the sequence's own length.
         context: for cross-attention: the layout of the rows that are attended to, or the pages that hold their keys and
             values.
     """

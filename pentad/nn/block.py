@@ -5,17 +5,16 @@ Legend: N rows, D width of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pentad.nn.batch import Batch
 from pentad.nn.moe.layer import MixtureOfExperts
-
-if TYPE_CHECKING:
-    from pentad.nn.moe.routers import Routing
+from pentad.nn.moe.routers import Routing
 
 CHECKPOINTING = ("none", "blocks")
 
@@ -27,10 +26,10 @@ def run_blocks(
 
     Args:
         blocks: dense ones give a tensor, mixtures a tensor and their router's decisions.
-        x_ND: the residual stream.
+        x_ND: the residual stream; it keeps its dtype.
         arguments: the same for each block: a batch, and what cross-attention attends to.
         checkpointing: "blocks" keeps only each block's input for backward and computes the rest again
-            (arXiv:1604.06174); "none" keeps everything.
+            (arXiv:1604.06174), with the same noise in its router; "none" keeps everything.
 
     Returns:
         The residual stream, and for each block the decisions of its router (None for a dense one).
@@ -40,27 +39,44 @@ def run_blocks(
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing is {checkpointing!r}; expected one of {', '.join(CHECKPOINTING)}")
+    dtype = x_ND.dtype
     routings: list[Routing | None] = []
     for block in blocks:
-        if checkpointing == "blocks":
-            out = checkpoint(block, x_ND, *arguments, use_reentrant=False)
-        else:
-            out = block(x_ND, *arguments)
+        out = _checkpointed(block, x_ND, *arguments) if checkpointing == "blocks" else block(x_ND, *arguments)
         x_ND, routing = out if isinstance(out, tuple) else (out, None)
+        x_ND = x_ND.to(dtype)
         routings.append(routing)
     return x_ND, tuple(routings)
 
 
-def _feed(part: nn.Module, y_ND: Tensor, batch: Batch) -> tuple[Tensor, Routing | None]:
-    """The output of a feed-forward layer, and its router's decisions if it is a mixture."""
+def _checkpointed(block: nn.Module, *arguments: object) -> Tensor | tuple[Tensor, Routing]:
+    generators = [part.generator for part in block.modules() if isinstance(part, MixtureOfExperts)]
+    states = [(generator, generator.get_state()) for generator in generators if generator is not None]
+    # torch.compile doesn't accept contexts, so there are none without a generator.
+    contexts = {"context_fn": lambda: (nullcontext(), _rewound(states))} if states else {}
+    out: Tensor | tuple[Tensor, Routing] = checkpoint(block, *arguments, use_reentrant=False, **contexts)
+    return out
+
+
+@contextmanager
+def _rewound(states: Sequence[tuple[torch.Generator, Tensor]]) -> Iterator[None]:
+    """Generators draw from these states; afterwards they go on where they were."""
+    current = [(generator, generator.get_state()) for generator, _ in states]
+    try:
+        for generator, state in states:
+            generator.set_state(state)
+        yield
+    finally:
+        for generator, state in current:
+            generator.set_state(state)
+
+
+def _add_feedforward(x_ND: Tensor, part: nn.Module, y_ND: Tensor, batch: Batch) -> Tensor | tuple[Tensor, Routing]:
+    """x + part(y); beside it the router's decisions if the part is a mixture."""
     if isinstance(part, MixtureOfExperts):
         out_ND, routing = part(y_ND, batch)
-        return out_ND, routing
-    return part(y_ND), None
-
-
-def _with_routing(x_ND: Tensor, routing: Routing | None) -> Tensor | tuple[Tensor, Routing]:
-    return x_ND if routing is None else (x_ND, routing)
+        return x_ND + out_ND, routing
+    return x_ND + part(y_ND)
 
 
 class PreNormBlock(nn.Module):
@@ -82,8 +98,7 @@ class PreNormBlock(nn.Module):
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor | tuple[Tensor, Routing]:
         """[N, D] -> the same; a mixture gives its router's decisions beside it."""
         x_ND = x_ND + self.attention(self.attention_norm(x_ND), batch)
-        y_ND, routing = _feed(self.feedforward, self.feedforward_norm(x_ND), batch)
-        return _with_routing(x_ND + y_ND, routing)
+        return _add_feedforward(x_ND, self.feedforward, self.feedforward_norm(x_ND), batch)
 
 
 class ExtraFeedforwardBlock(PreNormBlock):
@@ -107,12 +122,11 @@ class ExtraFeedforwardBlock(PreNormBlock):
         self.extra_norm = extra_norm
         self.extra_feedforward = extra_feedforward
 
-    def forward(self, x_ND: Tensor, batch: Batch) -> Tensor | tuple[Tensor, Routing]:
+    def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
         """[N, D] -> the same, and the router's decisions."""
-        x_ND = x_ND + self.attention(self.attention_norm(x_ND), batch)
-        y_ND, routing = _feed(self.feedforward, self.feedforward_norm(x_ND), batch)
-        x_ND = x_ND + y_ND
-        return _with_routing(x_ND + self.extra_feedforward(self.extra_norm(x_ND)), routing)
+        out = super().forward(x_ND, batch)
+        assert isinstance(out, tuple), "the feed-forward layer is a mixture"
+        return out[0] + self.extra_feedforward(self.extra_norm(out[0])), out[1]
 
 
 class ParallelBlock(nn.Module):
@@ -127,8 +141,7 @@ class ParallelBlock(nn.Module):
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor | tuple[Tensor, Routing]:
         """[N, D] -> the same; a mixture gives its router's decisions beside it."""
         y_ND = self.norm(x_ND)
-        z_ND, routing = _feed(self.feedforward, y_ND, batch)
-        return _with_routing(x_ND + self.attention(y_ND, batch) + z_ND, routing)
+        return _add_feedforward(x_ND + self.attention(y_ND, batch), self.feedforward, y_ND, batch)
 
 
 class CrossAttentionBlock(nn.Module):
@@ -156,5 +169,4 @@ class CrossAttentionBlock(nn.Module):
         """[N, D] -> the same; `context_MD` as of `Attention`. A mixture gives its router's decisions beside it."""
         x_ND = x_ND + self.attention(self.attention_norm(x_ND), batch)
         x_ND = x_ND + self.cross_attention(self.cross_attention_norm(x_ND), batch, context_MD)
-        y_ND, routing = _feed(self.feedforward, self.feedforward_norm(x_ND), batch)
-        return _with_routing(x_ND + y_ND, routing)
+        return _add_feedforward(x_ND, self.feedforward, self.feedforward_norm(x_ND), batch)

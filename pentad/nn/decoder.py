@@ -7,16 +7,14 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pentad.nn.batch import Batch
 from pentad.nn.block import run_blocks
-
-if TYPE_CHECKING:
-    from pentad.nn.moe.routers import Routing
+from pentad.nn.moe.routers import Routing
 
 
 class Config(Protocol):
@@ -28,16 +26,13 @@ class Config(Protocol):
     def max_position_embeddings(self) -> int: ...
 
 
-class Decoder(nn.Module):
-    """``network(ids, batch)`` gives hidden states, ``network.head(hidden)`` the logits of the rows that are wanted.
+class Stack(nn.Module):
+    """An embedding, blocks and a last norm: ``network(ids, batch)`` gives hidden states.
 
     Args:
         embed: V rows of D numbers.
         layers: blocks, as `run_blocks` takes them.
         norm: the last one.
-        head: from D to V.
-        tied: whether the head's weight is the embedding's.
-        config: the family's.
         residual_dtype: of the residual stream, whatever the weights are.
     """
 
@@ -46,21 +41,14 @@ class Decoder(nn.Module):
         embed: nn.Embedding,
         layers: Iterable[nn.Module],
         norm: nn.Module,
-        head: nn.Linear,
         *,
-        tied: bool,
-        config: Config,
         residual_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.config = config
         self.embed = embed
         self.layers = nn.ModuleList(layers)
         self.norm = norm
-        self.head = head
         self.residual_dtype = residual_dtype
-        if tied:
-            self.head.weight = self.embed.weight
 
     def forward(
         self, ids_N: Tensor, batch: Batch, context_MD: Tensor | None = None, *, checkpointing: str = "none"
@@ -96,3 +84,31 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, and of all computation outside the residual stream and the norms."""
         return self.get_parameter("norm.weight").dtype
+
+
+class Decoder(Stack):
+    """A stack with a head: ``network.head(hidden)`` gives the logits of the rows that are wanted.
+
+    Args:
+        embed, layers, norm, residual_dtype: as of `Stack`.
+        head: from D to V.
+        tied: whether the head's weight is the embedding's.
+        config: the family's.
+    """
+
+    def __init__(
+        self,
+        embed: nn.Embedding,
+        layers: Iterable[nn.Module],
+        norm: nn.Module,
+        head: nn.Linear,
+        *,
+        tied: bool,
+        config: Config,
+        residual_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(embed, layers, norm, residual_dtype=residual_dtype)
+        self.config = config
+        self.head = head
+        if tied:
+            self.head.weight = self.embed.weight

@@ -6,20 +6,14 @@ Legend: N rows of a decoder's tokens, M rows of the encoder's, D width of the re
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pentad.nn.attention import Attention
 from pentad.nn.batch import Batch
-from pentad.nn.block import run_blocks
-from pentad.nn.decoder import Config, Decoder
-
-if TYPE_CHECKING:
-    from pentad.nn.moe.routers import Routing
+from pentad.nn.decoder import Config, Decoder, Stack
+from pentad.nn.moe.routers import Routing
 
 
 class ScaledLinear(nn.Linear):
@@ -34,38 +28,6 @@ class ScaledLinear(nn.Linear):
         return F.linear(x_ND * self.scale, self.weight)
 
 
-class Encoder(nn.Module):
-    """Blocks whose rows attend to all rows of their sequence.
-
-    Args:
-        embed: V rows of D numbers.
-        layers: blocks, as `run_blocks` takes them.
-        norm: the last one.
-        residual_dtype: of the residual stream.
-    """
-
-    def __init__(
-        self,
-        embed: nn.Embedding,
-        layers: Iterable[nn.Module],
-        norm: nn.Module,
-        residual_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.embed = embed
-        self.layers = nn.ModuleList(layers)
-        self.norm = norm
-        self.residual_dtype = residual_dtype
-
-    def forward(
-        self, ids_M: Tensor, batch: Batch, *, checkpointing: str = "none"
-    ) -> tuple[Tensor, tuple[Routing | None, ...]]:
-        """Hidden states [M, D] after the last norm, and for each layer its router's decisions."""
-        x_MD = self.embed(ids_M).to(self.residual_dtype)
-        x_MD, routings = run_blocks(self.layers, x_MD, batch, checkpointing=checkpointing)
-        return self.norm(x_MD), routings
-
-
 class EncoderDecoder(Decoder):
     """A decoder with cross-attention, and the encoder whose output it attends to.
 
@@ -78,7 +40,7 @@ class EncoderDecoder(Decoder):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Stack,
         embed: nn.Embedding,
         layers: Iterable[nn.Module],
         norm: nn.Module,
@@ -114,7 +76,7 @@ class EncoderDecoder(Decoder):
         Returns:
             Hidden states [M, D], the ``context_MD`` of `forward`, and for each layer its router's decisions.
         """
-        hidden_MD, routings = self.encoder(ids_M, replace(batch, kv=None), checkpointing=checkpointing)
+        hidden_MD, routings = self.encoder.forward_with_routing(ids_M, batch, checkpointing=checkpointing)
         if batch.kv is not None:
             for part in self.cross_attentions:
                 part.write_context(hidden_MD, batch.kv)

@@ -6,7 +6,7 @@ Files that store the interleaved form (Meta's consolidated files, llama-type GGU
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pentad.nn.batch import Batch
 from pentad.nn.rope_scaling import DefaultRope
@@ -17,7 +17,7 @@ class Rope:
 
     Numbers of a head after the first D are not rotated (GPT-J's and phi's partial rotary embedding).
 
-    It is not a module: it has no weights and keeps no tensor, so a network can be built on the meta device and moved.
+    It is not a module: it has no weights, and its frequencies stay on the CPU wherever the network is.
 
     Args:
         dim: D, how many numbers of a head rotate.
@@ -29,6 +29,12 @@ class Rope:
         self.dim = dim
         self.theta = theta
         self.scaling = scaling or DefaultRope()
+        self._frequencies: Tensor | None = None
+        if not self.scaling.by_length:
+            with torch.device("cpu"):  # also while the network is built on the meta device
+                frequencies = self.scaling.frequencies(theta, dim, 0)
+            # torch.compile(dynamic=True) takes the shapes of parameters alone for constants.
+            self._frequencies = nn.Parameter(frequencies, requires_grad=False)
 
     def __call__(self, x_NHD: Tensor, batch: Batch) -> Tensor:
         """Rotate the heads of the batch's rows: [N, heads, D or more] -> the same shape and dtype."""
@@ -39,10 +45,9 @@ class Rope:
 
     def _cos_sin(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines, and sines with the sign of rotate-half in them, both [N, 1, D]."""
-        lengths = batch.rope_lengths
-        if len({self.scaling.scaling_key(length) for length in lengths}) <= 1:
-            inv = self.scaling.frequencies(self.theta, self.dim, max(lengths, default=0))  # [D/2], for all sequences
-        else:
+        inv = self._frequencies  # [D/2], for all sequences
+        if inv is None:
+            lengths = batch.rope_lengths or batch.layout.lengths
             each = torch.stack([self.scaling.frequencies(self.theta, self.dim, length) for length in lengths])
             inv = each.repeat_interleave(torch.tensor(batch.layout.lengths), dim=0)  # [N, D/2]
         angles = batch.positions[:, None].float() * inv.to(batch.positions.device)

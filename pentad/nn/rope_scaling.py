@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,14 +25,20 @@ def inverse_frequencies(theta: float, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DefaultRope:
-    """RoPE as it was published, and the interface of all scalings."""
+    """RoPE as it was published, and the interface of all scalings.
+
+    Attributes:
+        by_length: whether frequencies depend on the sequence's length.
+    """
+
+    by_length: ClassVar[bool] = False
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
-        """The frequencies of a sequence that was admitted with `length` tokens."""
+        """The frequencies of a sequence that is scaled for `length` tokens."""
         return inverse_frequencies(theta, dim)
 
     def scaling_key(self, length: int) -> int:
-        """Sequences of lengths with the same regime rotate alike, so that they may share cached keys."""
+        """A number that is equal for lengths with equal frequencies; their sequences may share cached keys."""
         return 0
 
     def attention_scaling(self) -> float:
@@ -57,8 +63,9 @@ def _ntk_aware(theta: float, dim: int, stretch: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Dynamic(DefaultRope):
-    """Dynamic NTK: the base grows with the length, once that exceeds what the model was trained on."""
+    """Dynamic NTK: the base grows with the length beyond the one that the model was trained on."""
 
+    by_length: ClassVar[bool] = True
     factor: float
     max_position_embeddings: int
 
@@ -81,6 +88,7 @@ class DynamicSteps(DefaultRope):
         trained_length: tokens, published as ``seq_length``.
     """
 
+    by_length: ClassVar[bool] = True
     trained_length: int
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
@@ -150,6 +158,7 @@ class Yarn(DefaultRope):
 class LongRope(DefaultRope):
     """LongRoPE (arXiv:2402.13753): searched divisors, one set for short and one for long sequences."""
 
+    by_length: ClassVar[bool] = True
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     original_max_position_embeddings: int

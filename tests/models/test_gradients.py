@@ -1,4 +1,4 @@
-"""Gradients: every family's against transformers', packed documents against separate ones, two processes against one."""
+"""Gradients: every family's against transformers', packed against separate documents, two processes against one."""
 
 import shutil
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import pentad.weights
 from pentad.build import build
 from pentad.nn.batch import Batch, SequenceLayout, pack
+from pentad.nn.moe.layer import MixtureOfExperts
 from tests.helpers.tiny import Tiny, random_ids, tiny_checkpoint
 from tests.helpers.tiny_openmoe import openmoe_checkpoint
 from tests.helpers.tiny_qwen import qwen_checkpoint, qwen_state
@@ -102,8 +103,10 @@ def test_gradients_are_those_of_transformers(tmp_path: Path, name: str) -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # dynamo's, after a graph break
-@pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen3", "phi", "mixtral"])
-def test_compiled_gradients_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "checkpointing"), [*((name, "none") for name in CHECKPOINTS), ("llama", "blocks"), ("mixtral", "blocks")]
+)
+def test_compiled_gradients_are_those_of_transformers(tmp_path: Path, name: str, checkpointing: str) -> None:
     tiny = CHECKPOINTS[name](tmp_path / "model")
     network = trainable(tmp_path / "model")
     expected = peer_gradients(tiny, tmp_path / "gradients", name)
@@ -112,7 +115,7 @@ def test_compiled_gradients_are_those_of_transformers(tmp_path: Path, name: str)
 
     def backward() -> None:
         ids, batch = packed(DOCUMENTS)
-        logits = network.head(compiled(ids, batch))
+        logits = network.head(compiled(ids, batch, checkpointing=checkpointing))
         targets = torch.tensor([token for document in DOCUMENTS for token in [*document[1:], -100]])
         F.cross_entropy(logits, targets, reduction="sum").backward()
 
@@ -125,20 +128,25 @@ def packed(documents: list[list[int]]) -> tuple[Tensor, Batch]:
     return pack(*documents)[0], Batch.packed(bounds.int())
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
-def test_gradients_of_an_encoder_decoder(tmp_path: Path, checkpointing: str) -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(("checkpointing", "compiled"), [("none", False), ("blocks", False), ("none", True)])
+def test_gradients_of_an_encoder_decoder(tmp_path: Path, checkpointing: str, compiled: bool) -> None:
     tiny = switch_checkpoint(tmp_path / "model")
     network = trainable(tmp_path / "model")
     for source, document in zip(SOURCES, DOCUMENTS, strict=True):
         out = tiny.peer(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([document]), use_cache=False)
         F.cross_entropy(out.logits[0][:-1], torch.tensor(document[1:]), reduction="sum").backward()
     expected = saved_gradients(tiny, tmp_path / "gradients")
+    encode, decode = network.encode, network.forward
+    if compiled:
+        torch.compiler.reset()
+        encode, decode = (torch.compile(part, dynamic=True, backend="aot_eager") for part in (encode, decode))
 
     def backward() -> None:
-        hidden, _ = network.encode(*pack(*SOURCES), checkpointing=checkpointing)
+        hidden, _ = encode(*pack(*SOURCES), checkpointing=checkpointing)
         ids, batch = pack(*DOCUMENTS)
         batch = replace(batch, context=SequenceLayout.of([len(source) for source in SOURCES]))
-        logits = network.head(network(ids, batch, hidden, checkpointing=checkpointing))
+        logits = network.head(decode(ids, batch, hidden, checkpointing=checkpointing))
         targets = torch.tensor([token for document in DOCUMENTS for token in [*document[1:], -100]])
         F.cross_entropy(logits, targets, reduction="sum").backward()
 
@@ -150,6 +158,8 @@ def test_gradients_of_openmoe_are_the_slope_of_its_loss(tmp_path: Path) -> None:
     openmoe_checkpoint(tmp_path, router_drop_tks=False)
     network = trainable(tmp_path)
     found = gradients(network, lambda: sum(losses(network, DOCUMENTS)).backward())  # type: ignore[union-attr]
+    checkpointed = gradients(network, lambda: sum(losses(network, DOCUMENTS, "blocks")).backward())  # type: ignore[union-attr]
+    assert_equal_gradients(checkpointed, found)
     size = sum(float(gradient.square().sum()) for gradient in found.values()) ** 0.5
     step, network = 1e-4, network.double()
     network.residual_dtype = torch.float64
@@ -210,6 +220,35 @@ def test_five_packings_compile_at_most_twice(tmp_path: Path) -> None:
     assert 1 <= counter.frame_count <= 2
 
 
+def test_checkpointing_repeats_a_router_s_noise(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, family="mixtral")
+    network, found = trainable(tmp_path).train(), []
+    mixtures = [part for part in network.modules() if isinstance(part, MixtureOfExperts)]
+    for checkpointing in ("none", "blocks"):
+        generator = torch.Generator().manual_seed(0)
+        for part in mixtures:
+            part.generator, part.jitter = generator, 0.5
+        found.append(gradients(network, lambda way=checkpointing: sum(losses(network, DOCUMENTS, way)).backward()))  # type: ignore[misc, union-attr]
+        found[-1]["next"] = torch.rand(1, generator=generator)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+    assert len(mixtures) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_residual_stream_has_the_dtype_that_was_asked_for(tmp_path: Path, family: str) -> None:
+    tiny_checkpoint(tmp_path, family=family)
+    network, seen = trainable(tmp_path), []
+    for part in (*network.layers, network.norm):
+        part.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
+    whole = network(*pack(DOCUMENTS[0]))
+    network.residual_dtype = torch.bfloat16
+    rounded = network(*pack(DOCUMENTS[0]))
+    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
+    assert 0 < float((whole - rounded).norm()) < 0.05 * float(whole.norm())
+
+
 def test_an_unknown_way_of_checkpointing(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="checkpointing is 'layers'"):
@@ -250,9 +289,11 @@ def sharded_step(rank: int, folder: str, out: str) -> None:
     loss = sum(losses(network, mine))
     assert isinstance(loss, Tensor)
     (2 * loss).backward()  # FSDP averages over processes; the reference sums
+    total = loss.detach().clone()
+    dist.all_reduce(total)
     optimizer.step()
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in network.named_parameters()}
-    torch.save({name: p.detach().clone() for name, p in whole.items()}, f"{out}/{rank}.pt")
+    torch.save({"loss": total, **{name: p.detach().clone() for name, p in whole.items()}}, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -261,9 +302,11 @@ def test_two_processes_that_share_a_network_are_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(sharded_step, (str(tmp_path / "model"), str(tmp_path)), nprocs=2)
     network = trainable(tmp_path / "model")
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    sum(losses(network, DOCUMENTS)).backward()  # type: ignore[union-attr]
+    loss = sum(losses(network, DOCUMENTS))
+    loss.backward()  # type: ignore[union-attr]
     optimizer.step()
     for rank in range(2):
         shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(shared["loss"], loss.detach(), rtol=1e-6, atol=0)  # type: ignore[union-attr]
         for name, parameter in network.named_parameters():
             torch.testing.assert_close(shared[name], parameter.detach(), rtol=1e-5, atol=1e-5)

@@ -248,9 +248,9 @@ def test_a_scaling_that_is_wrong(parameters: dict[str, object], message: str) ->
 
 
 def test_divisors_of_another_head() -> None:
-    rope = Rope(16, scaling=scaling({"rope_type": "divisors", "divisors": [1.0, 2.0]}))
-    with pytest.raises(BadInput, match="RoPE has 8 frequencies, but the checkpoint brings 2"):
-        rope(torch.randn(3, 1, 16), Batch.of(3))
+    divisors = scaling({"rope_type": "divisors", "divisors": [1.0, 2.0]})
+    with pytest.raises(BadInput, match="8 frequencies.* 2 divisors"):
+        Rope(16, scaling=divisors)
 
 
 def test_a_layout() -> None:

@@ -19,7 +19,8 @@ from pentad.models.family import ArchitectureNames, Family, ModelConfig
 from pentad.models.language.decoder_only import MAX_EXPERTS
 from pentad.nn.attention import Attention
 from pentad.nn.block import CrossAttentionBlock, PreNormBlock
-from pentad.nn.encoder_decoder import Encoder, EncoderDecoder, ScaledLinear
+from pentad.nn.decoder import Stack
+from pentad.nn.encoder_decoder import EncoderDecoder, ScaledLinear
 from pentad.nn.feedforward import ReluMLP
 from pentad.nn.moe.experts import MLPExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
@@ -102,7 +103,7 @@ class SwitchTransformers(EncoderDecoder):
         read_embed = embed if c.tie_word_embeddings else nn.Embedding(c.vocab_size, c.d_model)
         scale = c.d_model**-0.5 if c.tie_word_embeddings else 1.0
         super().__init__(
-            Encoder(read_embed, _encoder_blocks(c), RMSNorm(c.d_model, c.layer_norm_epsilon)),
+            Stack(read_embed, _encoder_blocks(c), RMSNorm(c.d_model, c.layer_norm_epsilon)),
             embed,
             _decoder_blocks(c),
             RMSNorm(c.d_model, c.layer_norm_epsilon),
