@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def _checkpointed(block: nn.Module, *arguments: object) -> Tensor | tuple[Tensor
     generators = [part.generator for part in block.modules() if isinstance(part, MixtureOfExperts)]
     states = [(generator, generator.get_state()) for generator in generators if generator is not None]
     # torch.compile doesn't accept contexts, so there are none without a generator.
-    contexts = {"context_fn": lambda: (nullcontext(), _rewound(states))} if states else {}
+    contexts: dict[str, Any] = {"context_fn": lambda: (nullcontext(), _rewound(states))} if states else {}
     out: Tensor | tuple[Tensor, Routing] = checkpoint(block, *arguments, use_reentrant=False, **contexts)
     return out
 
@@ -76,7 +77,8 @@ def _add_feedforward(x_ND: Tensor, part: nn.Module, y_ND: Tensor, batch: Batch) 
     if isinstance(part, MixtureOfExperts):
         out_ND, routing = part(y_ND, batch)
         return x_ND + out_ND, routing
-    return x_ND + part(y_ND)
+    dense_ND: Tensor = part(y_ND)
+    return x_ND + dense_ND
 
 
 class PreNormBlock(nn.Module):

@@ -249,7 +249,7 @@ def test_a_scaling_that_is_wrong(parameters: dict[str, object], message: str) ->
 
 def test_divisors_of_another_head() -> None:
     divisors = scaling({"rope_type": "divisors", "divisors": [1.0, 2.0]})
-    with pytest.raises(BadInput, match="8 frequencies.* 2 divisors"):
+    with pytest.raises(BadInput, match=r"8 frequencies.* 2 divisors"):
         Rope(16, scaling=divisors)
 
 
