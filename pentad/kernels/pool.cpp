@@ -254,10 +254,9 @@ class Pool {
 // A forked child inherits no threads, and the pool's locks may be held by threads that don't exist in the child. So the
 // child starts with a new pool. Pools are never destroyed: their threads may run until the process ends.
 std::atomic<Pool*> pool{nullptr};
-std::once_flag fork_handler;
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
 
 Pool& the_pool() {
-  std::call_once(fork_handler, [] { pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); }); });
   Pool* p = pool.load();
   if (p == nullptr) {
     Pool* fresh = new Pool;

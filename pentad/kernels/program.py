@@ -6,6 +6,8 @@ Legend: N tokens of a step, M rows whose logits are wanted, B sequences.
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +19,12 @@ from torch import Tensor
 
 from pentad.errors import BadInput
 from pentad.kernels.arguments import CACHE_TYPES, CachePools, Tokens, check_rotation, pool_dim
-from pentad.kernels.binding import (
-    Activation,
-    Buffer,
-    CMatrix,
-    COp,
-    CStep,
-    Flag,
-    OpKind,
-    isas,
-    library,
-    limit,
-)
+from pentad.kernels.binding import Activation, Buffer, CMatrix, COp, CStep, Flag, OpKind, isas, library, limit
 from pentad.kernels.weight import Weight, vector
+
+_one_step = threading.RLock()  # a step uses the program's buffers, and the library runs one step at a time anyway
+if hasattr(os, "register_at_fork"):  # a fork waits for the running step, so that the child's copy is consistent
+    os.register_at_fork(before=_one_step.acquire, after_in_parent=_one_step.release, after_in_child=_one_step.release)
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,8 @@ class Norm:
 class Program:
     """Operations in order, the weights that they read and the buffers between them.
 
-    One thread at a time may run a program. Several programs may run at once: their steps share one pool of threads and
-    run one after the other. A forked child of the process starts threads of its own.
+    Threads may share a program. The steps of all programs run one after the other, on one pool of threads. A forked
+    child of the process starts threads of its own.
 
     Args:
         head_dim, kv_heads, layers: the shape of the KV cache.
@@ -299,6 +294,10 @@ class Program:
         Raises:
             ValueError: a value in `work`, `wanted` or `pools` is out of range.
         """
+        with _one_step:
+            return self._run(work, wanted, pools)
+
+    def _run(self, work: Sequence[Tokens], wanted: Sequence[int], pools: CachePools) -> Tensor:
         step = self._step
         ids, positions, cu_seqlens = array("i"), array("i"), array("i", [0])
         for tokens in work:
@@ -367,6 +366,10 @@ class Program:
                 self._buffers[index] = torch.empty(size)
                 self._step.buffers[index] = self._buffers[index].data_ptr()
         logits_MV = torch.empty(wanted, self._widths[Buffer.LOGITS])
+        if sizes[Buffer.LOGITS] > logits_MV.numel():
+            raise ValueError(
+                f"an operation writes {sizes[Buffer.LOGITS]} numbers to LOGITS; expected {logits_MV.numel()}"
+            )
         self._step.buffers[Buffer.LOGITS] = logits_MV.data_ptr()
         return logits_MV
 

@@ -207,18 +207,59 @@ def test_steps_of_several_threads_do_not_mix() -> None:
 
 
 @needs_kernels
-def test_a_forked_child_has_threads_of_its_own() -> None:
-    code = (
-        "import os, torch\n"
-        "from tests.helpers.programs import *\n"
-        "from tests.helpers.blocks import random_blocks\n"
-        "x, weight = torch.randn(9, 256), packed(random_blocks('q4_1', 640, 256))\n"
-        "expected = product(x, weight, threads=4)\n"
-        "child = os.fork()\n"
-        "same = all(torch.equal(product(x, weight, threads=4), expected) for _ in range(20))\n"
-        "if child == 0: os._exit(0 if same else 1)\n"
-        "assert same and os.waitpid(child, 0)[1] == 0\n"
-    )
+def test_threads_may_share_a_program() -> None:
+    """Their steps use the same buffers, one after the other."""
+    made, same = program(), list[bool]()
+    made.embed(Weight.floats(torch.arange(4000.0).view(1000, 4)))
+    made.matmul([Weight.floats(torch.eye(4))], Buffer.RESIDUAL, Buffer.LOGITS)
+
+    def work(first: int) -> None:
+        for count in range(1, 60):
+            ids = range(first, first + count)
+            same.append(run_rows(made, ids)[:, 0].tolist() == [4 * i for i in ids])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(200 * i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert same == [True] * 4 * 59
+
+
+@needs_kernels
+def test_forked_children_run_what_the_parent_ran() -> None:
+    """Each child starts threads of its own, though another thread was amid a step of the program that it uses."""
+    code = """
+import os, signal, threading, torch
+from tests.helpers.blocks import random_blocks
+from tests.helpers.programs import *
+x = torch.randn(9, 256)
+made = program(threads=4)
+made.embed(Weight.floats(x))
+made.quantize(Buffer.RESIDUAL)
+made.matmul([packed(random_blocks("q4_1", 640, 256))], Buffer.RESIDUAL, Buffer.LOGITS)
+expected, over = run_rows(made, range(9)), threading.Event()
+same = lambda: all(torch.equal(run_rows(made, range(9)), expected) for _ in range(20))
+def work():
+    while not over.is_set():
+        assert same()
+other = threading.Thread(target=work)
+other.start()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if same() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+over.set()
+other.join()
+assert same()
+"""
     run_python(code)
 
 
