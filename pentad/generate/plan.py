@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pentad import kernels
 from pentad.generate.guards import Guards, UnsupportedByKernels
-from pentad.kernels import Activation, Buffer, Norm, Program, Weight
+from pentad.kernels import Buffer, Norm, Program, Weight
 from pentad.nn.attention import Attention
 from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
 from pentad.nn.decoder import Decoder
@@ -116,7 +116,7 @@ class Planner:
         up, down = self._linears(_exactly(feedforward, GeluMLP), "up_proj", "down_proj")
         self._norm(norm, [*qkv, up])
         self.program.matmul(qkv, Buffer.NORMED, Buffer.PROJECTED)
-        self.program.matmul([up], Buffer.NORMED, Buffer.GATES, activation=Activation.GELU)
+        self.program.matmul([up], Buffer.NORMED, Buffer.GATES, gelu=True)
         self._attend(attention)
         self._product(down, Buffer.GATES)
 
@@ -153,7 +153,7 @@ class Planner:
         if type(part) is GeluMLP:
             up, down = self._linears(part, "up_proj", "down_proj")
             self._norm(norm, [up])
-            self.program.matmul([up], Buffer.NORMED, Buffer.GATES, activation=Activation.GELU)
+            self.program.matmul([up], Buffer.NORMED, Buffer.GATES, gelu=True)
         else:
             gates, down = self._gates(part)
             self._norm(norm, gates)

@@ -5,20 +5,8 @@ none of its instruction sets, or with ``PENTAD_KERNELS=off`` in the environment.
 """
 
 from pentad.kernels.arguments import CachePools, Tokens, pool_dim
-from pentad.kernels.binding import Activation, Buffer, isas, reason
+from pentad.kernels.binding import Buffer, isas, reason
 from pentad.kernels.program import Norm, Program
 from pentad.kernels.weight import Weight, packs
 
-__all__ = [
-    "Activation",
-    "Buffer",
-    "CachePools",
-    "Norm",
-    "Program",
-    "Tokens",
-    "Weight",
-    "isas",
-    "packs",
-    "pool_dim",
-    "reason",
-]
+__all__ = ["Buffer", "CachePools", "Norm", "Program", "Tokens", "Weight", "isas", "packs", "pool_dim", "reason"]

@@ -32,33 +32,26 @@ struct Constant {
   const char* name;
   int64_t value;
 };
-#define VALUE(group, name) {#group "." #name, name}
-#define FIELD(type, name) {#type "." #name, offsetof(type, name)}
-const Constant constants[] = {
-    VALUE(Type, F32), VALUE(Type, BF16), VALUE(Type, F16), VALUE(Type, Q4_0), VALUE(Type, Q4_1), VALUE(Type, Q8_0),
-    VALUE(Type, Q4_K), VALUE(Type, Q6_K), VALUE(Type, Q5_0), VALUE(Type, Q5_1), VALUE(Type, Q5_K), VALUE(Type, I8),
-    VALUE(OpKind, EMBED), VALUE(OpKind, NORM), VALUE(OpKind, QUANTIZE), VALUE(OpKind, MATMUL), VALUE(OpKind, GATED),
-    VALUE(OpKind, ROTATE), VALUE(OpKind, ATTEND), VALUE(OpKind, MERGE), VALUE(OpKind, ROUTE), VALUE(OpKind, GATHER),
-    VALUE(OpKind, COMBINE),
-    VALUE(Flag, QUANTIZED), VALUE(Flag, CENTERED), VALUE(Flag, ADD), VALUE(Flag, WANTED), VALUE(Flag, PAIRS),
-    VALUE(Flag, NORMALIZED), VALUE(Activation, LINEAR), VALUE(Activation, GELU),
-    VALUE(Buffer, RESIDUAL), VALUE(Buffer, NORMED), VALUE(Buffer, PROJECTED), VALUE(Buffer, ATTENDED),
-    VALUE(Buffer, GATES), VALUE(Buffer, LOGITS), VALUE(Buffer, SCORES), VALUE(Buffer, PAIRED), VALUE(Buffer, BLOCKS),
-    VALUE(Buffer, PARTIALS), VALUE(Buffer, ROUTES),
-    FIELD(Matrix, data), FIELD(Matrix, bias), FIELD(Matrix, stride), FIELD(Matrix, type), FIELD(Matrix, rows),
-    FIELD(Matrix, columns), {"Matrix", sizeof(Matrix)},
-    FIELD(Op, kind), FIELD(Op, flags), FIELD(Op, in), FIELD(Op, out), FIELD(Op, in_width), FIELD(Op, out_width),
-    FIELD(Op, count), FIELD(Op, activation), FIELD(Op, layer), FIELD(Op, heads), FIELD(Op, kv_heads),
-    FIELD(Op, head_dim), FIELD(Op, window), FIELD(Op, rotary_dim), FIELD(Op, log_scale_after), FIELD(Op, experts),
-    FIELD(Op, capacity), FIELD(Op, eps), FIELD(Op, scale), FIELD(Op, weight), FIELD(Op, bias), FIELD(Op, weight2),
-    FIELD(Op, bias2), FIELD(Op, w), {"Op", sizeof(Op)},
-    FIELD(Step, rows), FIELD(Step, wanted), FIELD(Step, sequences), FIELD(Step, threads), FIELD(Step, fast),
-    FIELD(Step, isa), FIELD(Step, page_size), FIELD(Step, cache_type), FIELD(Step, padded_dim),
-    FIELD(Step, block_table_width), FIELD(Step, ids), FIELD(Step, positions), FIELD(Step, wanted_rows),
-    FIELD(Step, cu_seqlens), FIELD(Step, lengths), FIELD(Step, dropped), FIELD(Step, block_tables), FIELD(Step, limits),
-    FIELD(Step, rotations), FIELD(Step, keys), FIELD(Step, values), FIELD(Step, buffers), {"Step", sizeof(Step)},
-    {"LANES", LANES}, {"BLOCK", BLOCK}, {"MAX_HEAD_DIM", MAX_HEAD_DIM}, {"MAX_STEP_ROWS", MAX_STEP_ROWS},
-    {"MAX_SIZE", MAX_SIZE}, {nullptr, 0}};
+#define V(group, name) {#group "." #name, name}
+#define F(type, name) {#type "." #name, offsetof(type, name)}
+constexpr Constant constants[] = {
+    V(Type, F32), V(Type, BF16), V(Type, F16), V(Type, Q4_0), V(Type, Q4_1), V(Type, Q8_0), V(Type, Q4_K),
+    V(Type, Q6_K), V(Type, Q5_0), V(Type, Q5_1), V(Type, Q5_K), V(Type, I8), V(OpKind, EMBED), V(OpKind, NORM),
+    V(OpKind, QUANTIZE), V(OpKind, MATMUL), V(OpKind, GATED), V(OpKind, ROTATE), V(OpKind, ATTEND), V(OpKind, MERGE),
+    V(OpKind, ROUTE), V(OpKind, GATHER), V(OpKind, COMBINE), V(Flag, QUANTIZED), V(Flag, CENTERED), V(Flag, ADD),
+    V(Flag, WANTED), V(Flag, PAIRS), V(Flag, NORMALIZED), V(Activation, LINEAR), V(Activation, GELU),
+    V(Buffer, RESIDUAL), V(Buffer, NORMED), V(Buffer, PROJECTED), V(Buffer, ATTENDED), V(Buffer, GATES),
+    V(Buffer, LOGITS), V(Buffer, SCORES), V(Buffer, PAIRED), V(Buffer, BLOCKS), V(Buffer, PARTIALS), V(Buffer, ROUTES),
+    F(Matrix, data), F(Matrix, bias), F(Matrix, stride), F(Matrix, type), F(Matrix, rows), F(Matrix, columns),
+    {"Matrix", sizeof(Matrix)}, F(Op, kind), F(Op, flags), F(Op, in), F(Op, out), F(Op, in_width), F(Op, out_width),
+    F(Op, count), F(Op, activation), F(Op, layer), F(Op, heads), F(Op, kv_heads), F(Op, head_dim), F(Op, window),
+    F(Op, rotary_dim), F(Op, log_scale_after), F(Op, experts), F(Op, capacity), F(Op, eps), F(Op, scale), F(Op, weight),
+    F(Op, bias), F(Op, weight2), F(Op, bias2), F(Op, w), {"Op", sizeof(Op)}, F(Step, rows), F(Step, wanted),
+    F(Step, sequences), F(Step, threads), F(Step, fast), F(Step, isa), F(Step, page_size), F(Step, cache_type),
+    F(Step, padded_dim), F(Step, block_table_width), F(Step, ids), F(Step, positions), F(Step, wanted_rows),
+    F(Step, cu_seqlens), F(Step, lengths), F(Step, dropped), F(Step, block_tables), F(Step, limits), F(Step, rotations),
+    F(Step, keys), F(Step, values), F(Step, buffers), {"Step", sizeof(Step)}, {"LANES", LANES}, {"BLOCK", BLOCK},
+    {"MAX_HEAD_DIM", MAX_HEAD_DIM}, {"MAX_STEP_ROWS", MAX_STEP_ROWS}, {"MAX_SIZE", MAX_SIZE}, {nullptr, 0}};
 
 struct PlanContext {
   const Op* ops;

@@ -12,6 +12,7 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum, IntFlag
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 Type = IntEnum("Type", "F32 BF16 F16 Q4_0 Q4_1 Q8_0 Q4_K Q6_K Q5_0 Q5_1 Q5_K I8", start=0)
 OpKind = IntEnum("OpKind", "EMBED NORM QUANTIZE MATMUL GATED ROTATE ATTEND MERGE ROUTE GATHER COMBINE", start=0)
@@ -25,33 +26,33 @@ LIMITS = ("LANES", "BLOCK", "MAX_HEAD_DIM", "MAX_STEP_ROWS", "MAX_SIZE")  # the 
 _LIBRARY = Path(__file__).with_name("_kernels.so")
 
 
+def _fields(names: str, c_type: Any) -> list[tuple[str, Any]]:
+    return [(name, c_type) for name in names.split()]
+
+
 class CMatrix(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("data", "bias")),
-        ("stride", c_int64),
-        *((name, c_int32) for name in ("type", "rows", "columns")),
-    )
+    _fields_ = [*_fields("data bias", c_void_p), ("stride", c_int64), *_fields("type rows columns", c_int32)]
 
 
 class COp(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int32) for name in ("kind", "flags", "in_", "out", "in_width", "out_width", "count", "activation")),
-        *((name, c_int32) for name in ("layer", "heads", "kv_heads", "head_dim", "window", "rotary_dim")),
-        *((name, c_int32) for name in ("log_scale_after", "experts", "capacity")),
-        *((name, c_float) for name in ("eps", "scale")),
-        *((name, c_void_p) for name in ("weight", "bias", "weight2", "bias2")),
+    _fields_ = [
+        *_fields(
+            "kind flags in_ out in_width out_width count activation layer heads kv_heads head_dim window", c_int32
+        ),
+        *_fields("rotary_dim log_scale_after experts capacity", c_int32),
+        *_fields("eps scale", c_float),
+        *_fields("weight bias weight2 bias2", c_void_p),
         ("w", CMatrix * 3),
-    )
+    ]
 
 
 class CStep(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int32) for name in ("rows", "wanted", "sequences", "threads", "fast", "isa", "page_size")),
-        *((name, c_int32) for name in ("cache_type", "padded_dim", "block_table_width")),
-        *((name, c_void_p) for name in ("ids", "positions", "wanted_rows", "cu_seqlens", "lengths", "dropped")),
-        *((name, c_void_p) for name in ("block_tables", "limits", "rotations", "keys", "values")),
+    _fields_ = [
+        *_fields("rows wanted sequences threads fast isa page_size cache_type padded_dim block_table_width", c_int32),
+        *_fields("ids positions wanted_rows cu_seqlens lengths dropped block_tables limits", c_void_p),
+        *_fields("rotations keys values", c_void_p),
         ("buffers", c_void_p * len(Buffer)),
-    )
+    ]
 
 
 def _declared() -> Iterator[tuple[str, int]]:

@@ -7,24 +7,6 @@
 namespace pentad {
 namespace {
 
-struct Sizes {
-  int columns, bytes, tile;  // columns and bytes of one of ggml's blocks; bytes of 16 of them in a tile
-};
-template <int T> constexpr Sizes sizes_of = {BLOCK * Format<T>::span, Format<T>::bytes, int(span_bytes<T>)};
-Sizes sizes(int type) {
-  switch (type) {
-    case Q4_0: return sizes_of<Q4_0>;
-    case Q4_1: return sizes_of<Q4_1>;
-    case Q5_0: return sizes_of<Q5_0>;
-    case Q5_1: return sizes_of<Q5_1>;
-    case Q8_0: return sizes_of<Q8_0>;
-    case Q4_K: return sizes_of<Q4_K>;
-    case Q5_K: return sizes_of<Q5_K>;
-    case Q6_K: return sizes_of<Q6_K>;
-    default: return {0, 0, 0};
-  }
-}
-
 uint32_t word(const uint8_t* p) {
   uint32_t x;
   std::memcpy(&x, p, 4);
@@ -124,40 +106,38 @@ void q6_k(const uint8_t* in, int lane, uint8_t* out) {
   }
 }
 
+struct Packer {
+  int columns, bytes, tile;  // columns and bytes of one of ggml's blocks; bytes of 16 of them in a tile
+  void (*pack)(const uint8_t* in, int lane, uint8_t* out);
+};
+template <int T> constexpr Packer make(void (*pack)(const uint8_t*, int, uint8_t*)) {
+  return {BLOCK * Format<T>::span, Format<T>::bytes, int(span_bytes<T>), pack};
+}
+// By Type; all zeros for a type without blocks.
+constexpr Packer packers[] = {{}, {}, {}, make<Q4_0>(q4_0), make<Q4_1>(q4_1), make<Q8_0>(q8_0), make<Q4_K>(q4_k<false>),
+                              make<Q6_K>(q6_k), make<Q5_0>(q5_0), make<Q5_1>(q5_1), make<Q5_K>(q4_k<true>), {}};
+
 }  // namespace
 
 int64_t row_bytes(int type, int columns) {
-  const Sizes s = sizes(type);
-  return s.columns == 0 || columns % s.columns ? 0 : int64_t(columns / s.columns) * s.bytes;
+  const Packer& p = packers[type];
+  return p.columns == 0 || columns % p.columns ? 0 : int64_t(columns / p.columns) * p.bytes;
 }
 
 int64_t packed_bytes(int type, int rows, int columns) {
-  const Sizes s = sizes(type);
-  if (s.columns == 0 || columns % s.columns) return 0;
-  return int64_t(rows + LANES - 1) / LANES * (columns / s.columns) * s.tile;
+  const Packer& p = packers[type];
+  if (p.columns == 0 || columns % p.columns) return 0;
+  return int64_t(rows + LANES - 1) / LANES * (columns / p.columns) * p.tile;
 }
 
 void pack_tile(int type, const uint8_t* blocks, int rows, int columns, int tile, uint8_t* tiles) {
-  const Sizes s = sizes(type);
-  const int count = columns / s.columns;
-  uint8_t* out = tiles + int64_t(tile) * count * s.tile;
-  if (rows - tile * LANES < LANES) std::memset(out, 0, size_t(count) * s.tile);
+  const Packer& p = packers[type];
+  const int count = columns / p.columns;
+  uint8_t* out = tiles + int64_t(tile) * count * p.tile;
+  if (rows - tile * LANES < LANES) std::memset(out, 0, size_t(count) * p.tile);
   for (int lane = 0; lane < LANES && tile * LANES + lane < rows; lane++) {
-    const uint8_t* in = blocks + int64_t(tile * LANES + lane) * count * s.bytes;
-    for (int b = 0; b < count; b++) {
-      const uint8_t* from = in + b * s.bytes;
-      uint8_t* to = out + int64_t(b) * s.tile;
-      switch (type) {
-        case Q4_0: q4_0(from, lane, to); break;
-        case Q4_1: q4_1(from, lane, to); break;
-        case Q5_0: q5_0(from, lane, to); break;
-        case Q5_1: q5_1(from, lane, to); break;
-        case Q8_0: q8_0(from, lane, to); break;
-        case Q4_K: q4_k<false>(from, lane, to); break;
-        case Q5_K: q4_k<true>(from, lane, to); break;
-        case Q6_K: q6_k(from, lane, to); break;
-      }
-    }
+    const uint8_t* in = blocks + int64_t(tile * LANES + lane) * count * p.bytes;
+    for (int b = 0; b < count; b++) p.pack(in + int64_t(b) * p.bytes, lane, out + int64_t(b) * p.tile);
   }
 }
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pentad.errors import BadInput
 from pentad.kernels.arguments import CACHE_TYPES, CachePools, Tokens, check_rotation, pool_dim
 from pentad.kernels.binding import Activation, Buffer, CMatrix, COp, CStep, Flag, OpKind, isas, library, limit
-from pentad.kernels.weight import Weight, vector
+from pentad.kernels.weight import Weight, optional_vector, vector
 
 _one_step = threading.RLock()  # a step uses the program's buffers, and the library runs one step at a time anyway
 if hasattr(os, "register_at_fork"):  # a fork waits for the running step, so that the child's copy is consistent
@@ -95,7 +95,7 @@ class Program:
         self._pool_tokens = 0
         self._rotation: Tensor | None = None  # the last table that was checked
         self._array: ctypes.Array[COp] | None = None
-        self._all_rows = False  # Buffer.LOGITS gets all rows, not only the wanted ones
+        self._all_rows = False  # LOGITS gets all rows, not only the wanted ones
 
     # Writing the plan
 
@@ -108,7 +108,7 @@ class Program:
         """NORMED = the norm of RESIDUAL, of all or the `wanted` rows; `quantize` also writes int8 blocks."""
         width = self._widths[Buffer.RESIDUAL]
         flags = Flag.QUANTIZED * quantize | Flag.WANTED * wanted | Flag.CENTERED * norm.centered
-        vectors = {"weight": vector(norm.weight, width), "bias": _vector_or_none(norm.bias, width)}
+        vectors = {"weight": vector(norm.weight, width), "bias": optional_vector(norm.bias, width)}
         self._add(OpKind.NORM, flags, Buffer.RESIDUAL, Buffer.NORMED, width, width, vectors=vectors, eps=norm.eps)
 
     def quantize(self, source: int) -> None:
@@ -123,16 +123,25 @@ class Program:
         *,
         add: bool = False,
         wanted: bool = False,
-        activation: int = Activation.LINEAR,
+        gelu: bool = False,
     ) -> None:
-        """out = activation(source times each weight), side by side; with `add`, it is added to `out`.
+        """out = source times each weight, side by side; `gelu` applies GELU, and `add` adds to `out`.
 
         A stack of weights multiplies the rows of PAIRED (or of a buffer computed from them), each expert's rows by its
         own matrix.
         """
         flags = Flag.ADD * add | Flag.WANTED * wanted
         width = sum(weight.rows for weight in weights)
-        self._add(OpKind.MATMUL, flags, source, out, weights[0].columns, width, weights=weights, activation=activation)
+        self._add(
+            OpKind.MATMUL,
+            flags,
+            source,
+            out,
+            weights[0].columns,
+            width,
+            weights=weights,
+            activation=gelu and Activation.GELU,
+        )
 
     def gated(self, weights: Sequence[Weight], source: int = Buffer.NORMED, out: int = Buffer.GATES) -> None:
         """out = silu(source times the first weight) * (source times each of the one or two other weights)."""
@@ -174,7 +183,7 @@ class Program:
         vectors: dict[str, Tensor | None] = {}
         for norm, n in ((q_norm, ""), (k_norm, "2")):
             if norm is not None:
-                vectors |= {f"weight{n}": vector(norm.weight, dim), f"bias{n}": _vector_or_none(norm.bias, dim)}
+                vectors |= {f"weight{n}": vector(norm.weight, dim), f"bias{n}": optional_vector(norm.bias, dim)}
                 rotation["eps"] = norm.eps
         centered = Flag.CENTERED * bool(q_norm and q_norm.centered)
         self._add(OpKind.ROTATE, centered, out=Buffer.PROJECTED, out_width=width, vectors=vectors, **fields, **rotation)
@@ -379,7 +388,3 @@ def _capped(capacity: Callable[[int], int], tokens: int) -> int:
     if rows < 1:
         raise BadInput(f"an expert's capacity for {tokens} tokens is {rows}; expected at least 1")
     return min(rows, limit("MAX_SIZE"))
-
-
-def _vector_or_none(values: Tensor | None, size: int) -> Tensor | None:
-    return None if values is None else vector(values, size)

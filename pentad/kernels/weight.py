@@ -45,7 +45,7 @@ class Weight:
         *stack, rows, columns = matrix.shape
         if matrix.stride()[-2:] != (columns, 1):
             matrix = matrix.contiguous()
-        return cls(FLOATS[matrix.dtype], rows, columns, matrix.detach(), _bias(bias, rows), *stack)
+        return cls(FLOATS[matrix.dtype], rows, columns, matrix.detach(), optional_vector(bias, rows), *stack)
 
     @classmethod
     def packed(
@@ -76,11 +76,11 @@ class Weight:
         tiles = torch.empty(math.prod(stack), size, dtype=torch.uint8)
         for matrix, out in zip(blocks.view(len(tiles), rows, -1), tiles, strict=True):
             library().pentad_pack(stored, matrix.data_ptr(), rows, columns, out.data_ptr(), threads)
-        return cls(stored, rows, columns, tiles, _bias(bias, rows), *stack)
+        return cls(stored, rows, columns, tiles, optional_vector(bias, rows), *stack)
 
     def with_bias(self, bias: Tensor | None) -> Weight:
         """Return the same matrix with another bias."""
-        return replace(self, bias=_bias(bias, self.rows))
+        return replace(self, bias=optional_vector(bias, self.rows))
 
     def struct(self) -> CMatrix:
         bias = None if self.bias is None else self.bias.data_ptr()
@@ -102,12 +102,13 @@ def packs(type: str | None, columns: int) -> bool:
     return known and library().pentad_row_bytes(Type[str(type).upper()], columns) > 0
 
 
+def optional_vector(values: Tensor | None, size: int) -> Tensor | None:
+    """Return `vector(values, size)`, or None."""
+    return None if values is None else vector(values, size)
+
+
 def vector(values: Tensor, size: int) -> Tensor:
     """Return float32 [size] on the CPU, without a copy if possible. Raises ValueError for another size or device."""
     if math.prod(values.shape) != size or values.device.type != "cpu":
         raise ValueError(f"the vector is {tuple(values.shape)} on {values.device}; expected {size} numbers on cpu")
     return values.detach().float().contiguous()
-
-
-def _bias(bias: Tensor | None, rows: int) -> Tensor | None:
-    return None if bias is None else vector(bias, rows)
