@@ -26,8 +26,8 @@ const Kernels* const isas[] = {
 };
 constexpr int ISAS = sizeof isas / sizeof *isas;
 
-// What Python compares with its own declarations (binding.py): "Enum.NAME", "Struct.field" (its offset) and "Struct" (its
-// size). It reads the values without a dot in their names.
+// Python compares these with its own declarations (binding.py): "Enum.NAME", "Struct.field" (its offset) and "Struct" (its
+// size). Constants without a dot are defined here only; Python reads them.
 struct Constant {
   const char* name;
   int64_t value;

@@ -131,9 +131,8 @@ template <int T> void rotate_rows(const Op& op, const Step& s, int chunk) {
   }
 }
 
-// Constants of this file: keys whose softmax is computed as one part, and the number of queries of a sequence up to which
-// its keys, instead of its queries, are divided among threads.
-constexpr int KEYS_PER_SPLIT = 128, MAX_SPLIT_QUERIES = 4;
+constexpr int KEYS_PER_SPLIT = 128;   // their softmax is computed as one part
+constexpr int MAX_SPLIT_QUERIES = 4;  // with more queries in a sequence, queries instead of keys are divided among threads
 
 // The softmax of one query of one head over some of the keys.
 struct PartialSoftmax {

@@ -8,7 +8,7 @@ namespace {
 INLINE float* buffer(const Step& s, int index) { return (float*)s.buffers[index]; }
 INLINE Inputs inputs(const Op& op, const Step& s) { return {s.buffers[BLOCKS], buffer(s, op.in), op.in_width}; }
 
-// Where each expert's pairs end, as routed by mixture.h.
+// [experts]: the ends of the experts' pairs, as routed by mixture.h.
 INLINE const int32_t* ends_of(const Step& s) { return (const int32_t*)s.buffers[ROUTES]; }
 
 INLINE int rows_of(const Op& op, const Step& s) {

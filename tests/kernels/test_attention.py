@@ -32,7 +32,7 @@ class Cached:
         self.lengths: dict[int, int] = {}
 
     def run(self, rows: Sequence[tuple[int, Tensor]], dropped: int = 0, **options: object) -> Tensor:
-        """Some sequences' next rows of queries, keys and values; [N, heads, head_dim]."""
+        """Run the sequences' next rows of queries, keys and values; returns [N, heads, head_dim]."""
         heads, kv_heads, dim = self.shape
         projected = torch.cat([x for _, x in rows])
         work, at = [], 0
@@ -73,7 +73,7 @@ def test_near_float64(shape: tuple[int, int, int], isa: str) -> None:
 @every_isa
 @pytest.mark.parametrize("window", [None, 1, 40, 200])
 def test_the_same_bits_however_it_is_cut(window: int | None, isa: str) -> None:
-    """Whole, in chunks, token by token, beside other sequences, by any number of threads, in pages of any size."""
+    """Whole, in chunks, token by token, beside other sequences, with any number of threads and any page size."""
     shape = (6, 2, 32)
     x, other = random_rows(shape, 300), random_rows(shape, 40, seed=1)
     whole = Cached(*shape).run([(0, x)], window=window, isa=isa)
@@ -108,7 +108,7 @@ def test_pages_that_left_a_window_are_not_read(isa: str) -> None:
 
 @every_isa
 def test_other_sequences_are_not_seen(isa: str) -> None:
-    """One that is damaged spoils only itself."""
+    """A sequence with NaN affects no other sequence."""
     shape = (4, 2, 16)
     x, bad = random_rows(shape, 40), random_rows(shape, 40, seed=1)
     bad[7] = torch.nan

@@ -1,4 +1,4 @@
-"""The C++ program that checks the kernels, in its short form; `make sanitize` runs all of it."""
+"""The quick form of the C++ program that checks the kernels; `make sanitize` runs the whole program."""
 
 import shutil
 import subprocess

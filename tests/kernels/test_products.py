@@ -32,8 +32,8 @@ def weight_of(kind: str, rows: int, columns: int, seed: int = 0) -> tuple[Weight
 
 
 def bound(x_NK: Tensor, w_MK: Tensor, fast: bool) -> Tensor:
-    """[N, M], how far a result may be: each activation is off by half a step of its block's integers at most, and sums
-    in float32 by a few units in the last place of the sum of absolute products."""
+    """Error bounds [N, M]: each activation is off by at most half a step of its block's integers, and float32 sums are
+    off by a few units in the last place of the sum of absolute products."""
     x, w = x_NK.double(), w_MK.double()
     size, steps = (16, 127) if fast else (32, 32512)
     padded = torch.nn.functional.pad(x.abs(), (0, -x.shape[1] % size))
@@ -92,7 +92,7 @@ def test_extreme_activations(kind: str, fast: bool, isa: str) -> None:
         x = random_x(4, 256) * scale
         assert_product(product(x, weight, isa=isa, fast=fast), x, numbers, fast)
     x = random_x(4, 256)
-    x[:, 17] = 1e4  # one that dwarfs its block
+    x[:, 17] = 1e4  # much larger than the rest of its block
     x[:, 32:64] = 0
     assert_product(product(x, weight, isa=isa, fast=fast), x, numbers, fast)
 
@@ -126,7 +126,7 @@ def test_a_damaged_scale_stays_in_its_column(kind: str, isa: str) -> None:
 
 @every_isa
 def test_largest_integers_do_not_overflow(isa: str) -> None:
-    """All weights and activations at the ends of their ranges."""
+    """All weights and activations at the limits of their ranges."""
     for kind in HALVES:
         blocks = random_blocks(kind, 16, 256)
         integers = torch.full_like(blocks.blocks, 255 if kind != "q8_0" else 127)
@@ -144,7 +144,7 @@ def test_largest_integers_do_not_overflow(isa: str) -> None:
 
 @every_isa
 def test_several_weights_side_by_side(isa: str) -> None:
-    """Of different types and heights, with and without a bias."""
+    """Weights of different types and heights, with and without a bias."""
     blocks, other = random_blocks("q4_1", 40, 256), random_blocks("q8_0", 9, 256)
     bias, floats = random_x(1, 40)[0], random_x(23, 256)
     x = random_x(11, 256)
@@ -168,7 +168,7 @@ def test_embedding(kind: str, isa: str) -> None:
 @every_isa
 @pytest.mark.parametrize("width", [8, 24, 96, 576])
 def test_norm(width: int, isa: str) -> None:
-    """Of the wanted rows alone."""
+    """Only the wanted rows are normalized."""
     x, weight = random_x(40, width), random_x(1, width, seed=2)[0]
     made = program(isa=isa)
     made.embed(Weight.floats(x))

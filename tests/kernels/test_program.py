@@ -1,4 +1,4 @@
-"""What is refused before C++ sees it, how kernels are chosen, and the threads that run them."""
+"""Argument checks, loading of the library, the choice of kernels, threads and forks."""
 
 import os
 import shutil
@@ -153,7 +153,7 @@ def run_python(code: str, folder: Path = ROOT, **environment: str) -> str:
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
 @pytest.mark.skipif(os.environ.get("PENTAD_KERNELS") == "off", reason="they are switched off")
 def test_they_were_built() -> None:
-    """An install succeeds without them, so that a test has to say when they are missing."""
+    """Installing succeeds without kernels, so a test must report that they are missing."""
     assert kernels.reason() is None
 
 
@@ -189,7 +189,7 @@ def test_one_can_be_chosen() -> None:
 
 @needs_kernels
 def test_steps_of_several_threads_do_not_mix() -> None:
-    """All share one pool."""
+    """Programs that run at once share one pool."""
     weights = [packed(random_blocks("q4_1", 64, 256, seed=i)) for i in range(4)]
     xs = [torch.randn(9, 256) for _ in weights]
     expected = [product(x, weight) for x, weight in zip(xs, weights, strict=True)]
