@@ -1,9 +1,9 @@
 """The paged cache of keys and values.
 
-For each layer there is one pool of keys and one of values. A sequence owns a table of pages, in logical order; its keys
-are stored after RoPE at their absolute positions, so a page can be shared by sequences that begin alike, moved, and
-dropped once no window reaches it (the rolling buffer of Mistral 7B, arXiv:2310.06825, section 2, in units of pages: a
-sequence of T tokens holds min(T, window + the chunk at hand + a page) of them).
+Each layer has one pool of keys and one of values. A sequence has a block table: its pages in logical order. Keys are
+stored after RoPE at their absolute positions, so a page can be shared by sequences with a common prefix, moved, and
+dropped once no window reaches it. That is the rolling buffer of Mistral 7B (arXiv:2310.06825, section 2) in units of
+pages: a sequence of T tokens stores at most min(T, window) keys, plus one page and the current chunk.
 
 Legend: N tokens in the batch, P pages, S tokens a page, G key/value heads, D numbers a head.
 """
@@ -21,13 +21,13 @@ from pentad.nn.batch import Batch, PagedKV, SequenceLayout
 
 @dataclass(eq=False)
 class CachedSequence:
-    """One sequence's place in a `PagedCache`.
+    """One sequence of a `PagedCache`.
 
     Attributes:
         pages: ids of its pages, in logical order.
         length: tokens it has so far, dropped ones included; also the next token's position.
         dropped: tokens before ``pages[0]``, which are outside every window (a multiple of the page size).
-        rope_length: the length its RoPE is scaled for, fixed when it is opened: cached keys can't be rotated anew.
+        rope_length: the length that its RoPE is scaled for, fixed when it is opened: cached keys are rotated already.
     """
 
     rope_length: int = 0
@@ -37,22 +37,22 @@ class CachedSequence:
 
     @property
     def held(self) -> int:
-        """Tokens that its pages hold."""
+        """How many tokens its pages hold."""
         return self.length - self.dropped
 
 
 class PagedCache:
-    """Keys and values of many sequences, in pages that are counted.
+    """Keys and values of many sequences, in pages with reference counts.
 
-    Pages are reserved before a step, so the step itself never allocates: ``batch`` reserves, the network runs,
-    ``advance`` says how many of the reserved tokens are kept (fewer than were run, where drafts were rejected).
+    Pages are reserved before a step, so the step itself never allocates: ``batch`` reserves, the network runs, and
+    ``advance`` keeps the new tokens (or fewer, if drafts were rejected).
 
     Args:
         layers: number of layers, each with a pool of its own.
         kv_heads, head_dim: G and D.
         page_size: S.
-        pages: P to begin with; the pools grow (by copying) when more are needed.
-        window: the widest window of any layer, in tokens, or None where a layer sees everything.
+        pages: the initial P; the pools grow, by copying, when more are needed.
+        window: the widest window of any layer, in tokens; None if a layer sees everything.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class PagedCache:
     ) -> None:
         self.page_size = page_size
         self.window = window
-        # Memory that is not written yet costs nothing on a CPU: the system maps pages when they are touched.
+        # On a CPU memory costs nothing until it is written: the system maps pages on first touch.
         self.keys = [
             torch.empty(pages * page_size, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(layers)
         ]
@@ -85,8 +85,8 @@ class PagedCache:
         return CachedSequence(rope_length)
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
-        """A second sequence that begins as `sequence` does, sharing its pages."""
-        filled = sequence.pages[: self._pages_for(sequence.held)]  # not what is only reserved
+        """A second sequence with the tokens of `sequence`, sharing its pages."""
+        filled = sequence.pages[: self._pages_for(sequence.held)]  # without reserved pages
         for page in filled:
             self._counts[page] += 1
         return CachedSequence(sequence.rope_length, filled, sequence.length, sequence.dropped)
@@ -95,19 +95,19 @@ class PagedCache:
         return -(-tokens // self.page_size)
 
     def close(self, sequence: CachedSequence) -> None:
-        """Give all pages back."""
+        """Release all pages."""
         self._release(sequence, slice(None))
         sequence.length = sequence.dropped = 0
 
     def can_truncate(self, sequence: CachedSequence, length: int) -> bool:
-        """Whether a window that ends at `length` tokens reaches only tokens whose pages are still there."""
+        """Whether the pages of all tokens in a window that ends at `length` tokens are still held."""
         return not sequence.dropped or sequence.dropped <= length - (self.window or 0) + 1
 
     def truncate(self, sequence: CachedSequence, length: int) -> None:
-        """Forget all tokens from position `length` on.
+        """Drop all tokens from position `length` on.
 
         Raises:
-            PentadError: `can_truncate` says no, or there are fewer tokens.
+            PentadError: `can_truncate` is false, or the sequence has fewer tokens.
         """
         if length > sequence.length:
             raise PentadError(f"can't go back to token {length} of a sequence that has {sequence.length}")
@@ -117,14 +117,14 @@ class PagedCache:
         self._release(sequence, slice(self._pages_for(sequence.held), None))
 
     def reserve(self, sequence: CachedSequence, tokens: int) -> None:
-        """Make sure that `tokens` more fit, and that the page they begin in is this sequence's alone."""
+        """Make room for `tokens` more, the first of them in a page that no other sequence shares (copy on write)."""
         first = sequence.held // self.page_size  # index of the page that the next token goes to
         if first < len(sequence.pages) and self._counts[shared := sequence.pages[first]] > 1:
-            own = self._free(1)[0]
-            self._copy([shared], [own])
+            copied = self._free(1)[0]
+            self._copy([shared], [copied])
             self._counts[shared] -= 1
-            self._counts[own] = 1
-            sequence.pages[first] = own
+            self._counts[copied] = 1
+            sequence.pages[first] = copied
         missing = self._pages_for(sequence.held + tokens) - len(sequence.pages)
         if missing > 0:
             self._extend(sequence, missing)
@@ -157,28 +157,28 @@ class PagedCache:
         )
 
     def advance(self, sequence: CachedSequence, tokens: int) -> None:
-        """Keep `tokens` more of what was written, and take back pages that no window reaches any more."""
+        """Keep `tokens` more of the written tokens, and release pages that no window reaches any more."""
         sequence.length += tokens
         if self.window is not None:
-            # Of the tokens that there are, the next query sees the last `window - 1`: its own key is one of its window.
+            # The next query sees `window - 1` of the present tokens: its own key is part of its window.
             count = max(0, sequence.held - (self.window - 1)) // self.page_size
             self._release(sequence, slice(count))
             sequence.dropped += count * self.page_size
 
-    def _release(self, sequence: CachedSequence, which: slice) -> None:
-        for page in sequence.pages[which]:
+    def _release(self, sequence: CachedSequence, pages: slice) -> None:
+        for page in sequence.pages[pages]:
             self._counts[page] -= 1
-        del sequence.pages[which]
+        del sequence.pages[pages]
 
     def _extend(self, sequence: CachedSequence, count: int) -> None:
-        """Give a sequence `count` pages more, so that all of them are neighbors, which attention reads without a copy.
+        """Add `count` pages to a sequence, contiguous if possible: attention reads contiguous pages without a copy.
 
-        Where it can't grow in place it moves, which costs once what scattered pages cost in every step. They are
-        scattered only where some are shared, or no place holds all of them.
+        If the sequence can't grow in place it is moved once, which costs as much as one step with scattered pages.
+        Pages are scattered only if some are shared, or no free range holds all of them.
         """
         held, free = sequence.pages, self._free(count)
-        place = self._place(held, count)
-        pages = held + free[:count] if place is None else list(place)
+        contiguous = self._contiguous(held, count)
+        pages = held + free[:count] if contiguous is None else list(contiguous)
         if pages[: len(held)] != held:
             self._copy(held, pages[: len(held)])
         for page in held:
@@ -187,36 +187,36 @@ class PagedCache:
             self._counts[page] += 1
         sequence.pages = pages
 
-    def _place(self, held: list[int], count: int) -> range | None:
-        """Neighboring pages, none of them another's, for `held` and `count` more: where `held` is now, if it can be."""
+    def _contiguous(self, held: list[int], count: int) -> range | None:
+        """Contiguous pages for `held` and `count` more, free or held: in place if possible, None if there are none."""
         total = len(held) + count
         if held:
             here = range(held[0], held[0] + total)
             if held == list(here[: len(held)]) and self._counts[here.start + len(held) : here.stop] == [0] * count:
                 return here
         if any(self._counts[page] > 1 for page in held):
-            return None  # what is shared stays where it is
-        own, run = set(held), 0
+            return None  # shared pages can't move
+        movable, run = set(held), 0
         for page, holders in enumerate(self._counts):
-            run = run + 1 if not holders or page in own else 0
+            run = run + 1 if not holders or page in movable else 0
             if run == total:
                 return range(page + 1 - total, page + 1)
         return None
 
     def _copy(self, old: list[int], new: list[int]) -> None:
-        """Copy pages, which may overlap."""
+        """Copy pages; old and new ones may overlap."""
         for pool in (*self.keys, *self.values):
             pages = pool.unflatten(0, (-1, self.page_size))  # type: ignore[no-untyped-call]
             pages[new] = pages[old]
 
     def _free(self, count: int) -> list[int]:
-        """The free pages, of which there are at least `count`."""
+        """The free pages, at least `count`; the pools grow if necessary."""
         if self._counts.count(0) < count:
             self._grow(count)
         return [page for page, holders in enumerate(self._counts) if not holders]
 
     def _grow(self, count: int) -> None:
-        """Add at least `count` pages, and half as many as there are, so that growing stays rare."""
+        """Add at least `count` pages, and at least half of the present number, so that growing stays rare."""
         more = max(count, len(self._counts) // 2)
         for pools in (self.keys, self.values):
             for i, pool in enumerate(pools):

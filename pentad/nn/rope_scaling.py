@@ -1,6 +1,6 @@
-"""How RoPE's frequencies are stretched for contexts longer than a model was trained on.
+"""Scalings of RoPE's frequencies for contexts longer than a model was trained on.
 
-Each scaling is named and parameterized as published configs have it (``rope_scaling``, since transformers 5
+Each scaling has the name and the parameters of published configs (``rope_scaling``, since transformers 5
 ``rope_parameters``). Legend: D the numbers of a head that rotate; frequencies are float32 [D / 2], radians a token.
 """
 
@@ -42,7 +42,7 @@ class DefaultRope:
         return 0
 
     def attention_scaling(self) -> float:
-        """What cosines and sines are multiplied by (published as ``attention_factor``)."""
+        """The factor of cosines and sines (published as ``attention_factor``)."""
         return 1.0
 
 
@@ -57,7 +57,7 @@ class Linear(DefaultRope):
 
 
 def _ntk_aware(theta: float, dim: int, stretch: float) -> Tensor:
-    """Frequencies of a larger base: the slowest is divided by `stretch`, the fastest stays."""
+    """Frequencies of a larger base: the slowest is divided by `stretch`, the fastest is kept."""
     return inverse_frequencies(theta * stretch ** (dim / max(dim - 2, 1)), dim)
 
 
@@ -79,10 +79,10 @@ class Dynamic(DefaultRope):
 
 @dataclass(frozen=True)
 class DynamicSteps(DefaultRope):
-    """Dynamic NTK with a base that grows in steps, at each doubling of the length that the model was trained on.
+    """Dynamic NTK with a base that grows in steps, at each doubling of the trained length.
 
-    As the code of Qwen's first generation has it (https://huggingface.co/Qwen/Qwen-7B/blob/main/modeling_qwen.py,
-    `get_ntk_alpha`); the idea is in arXiv:2309.16609, "Context Length Extension". Its config has no ``rope_type``.
+    From the code of Qwen's first generation (https://huggingface.co/Qwen/Qwen-7B/blob/main/modeling_qwen.py,
+    `get_ntk_alpha`), described in arXiv:2309.16609, "Context Length Extension". Its config has no ``rope_type``.
 
     Args:
         trained_length: tokens, published as ``seq_length``.
@@ -95,7 +95,7 @@ class DynamicSteps(DefaultRope):
         return _ntk_aware(theta, dim, self.scaling_key(length))
 
     def scaling_key(self, length: int) -> int:
-        """What stretches the base: 1 up to the trained length, then 3 up to twice that, 7 up to four times, …"""
+        """The base's factor: 1 up to the trained length, then 3 up to twice that length, 7 up to four times, …"""
         doublings = (-(-length // self.trained_length) - 1).bit_length() if length > self.trained_length else 0
         return (2 << doublings) - 1
 
@@ -183,7 +183,7 @@ class LongRope(DefaultRope):
 
 @dataclass(frozen=True)
 class FrequencyFactors(DefaultRope):
-    """A divisor for each frequency, as GGUF files hold any fixed scaling in ``rope_freqs.weight``."""
+    """A divisor for each frequency: the form of every fixed scaling in GGUF files (``rope_freqs.weight``)."""
 
     divisors: tuple[float, ...]
 
@@ -193,7 +193,9 @@ class FrequencyFactors(DefaultRope):
 
 def _divide(inv: Tensor, divisors: tuple[float, ...]) -> Tensor:
     if len(divisors) != len(inv):
-        raise BadInput(f"RoPE has {len(inv)} frequencies, but the checkpoint brings {len(divisors)} divisors for them")
+        raise BadInput(
+            f"the checkpoint has {len(divisors)} divisors for RoPE's {len(inv)} frequencies; expected {len(inv)}"
+        )
     return inv / torch.tensor(divisors, dtype=torch.float32)
 
 
@@ -209,10 +211,10 @@ SCALINGS: dict[str, type[DefaultRope]] = {
 
 
 def scaling(parameters: Mapping[str, Any], source: object = "config") -> DefaultRope:
-    """The scaling that a config's ``rope_parameters`` (or older ``rope_scaling``) ask for.
+    """The scaling of a config's ``rope_parameters`` (or the older ``rope_scaling``).
 
     Raises:
-        BadInput: an unknown ``rope_type``, or a field that it needs is missing or isn't a positive number.
+        BadInput: an unknown ``rope_type``, or one of its fields is missing or isn't a positive number.
     """
     name = parameters.get("rope_type") or parameters.get("type") or "default"
     if not isinstance(name, str) or name not in SCALINGS:

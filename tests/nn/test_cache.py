@@ -80,9 +80,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert pages is not None
         slots = pages.slot_mapping.tolist()
         assert len(set(slots)) == len(slots), "two tokens of a step are written to one place"
-        for slot in slots:
-            holders = self.cache._counts[slot // self.cache.page_size]
-            assert holders == 1, "a shared page is written"
+        holders = Counter(page for one in self.kept for page in one.sequence.pages)
+        assert {holders[slot // self.cache.page_size] for slot in slots} == {1}, "a shared page is written"
         positions = [len(o.tokens) + i for o, n in zip(chosen, counts, strict=True) for i in range(n)]
         assert batch.positions.tolist() == positions
         assert batch.layout.lengths == tuple(counts)
@@ -130,26 +129,25 @@ class CacheMachine(RuleBasedStateMachine):
         self.kept.remove(one)
 
     @invariant()
-    def every_page_is_counted(self) -> None:
+    def pages_hold_the_tokens(self) -> None:
         if not hasattr(self, "cache"):
             return
-        holders = Counter(page for one in self.kept for page in one.sequence.pages)
-        assert self.cache._counts == [holders[page] for page in range(len(self.cache._counts))]
         for one in self.kept:
             sequence = one.sequence
             assert sequence.length == len(one.tokens)
             assert len(set(sequence.pages)) == len(sequence.pages)
             room = len(sequence.pages) * self.cache.page_size
             assert sequence.held <= room
-        for pools in (self.cache.keys, self.cache.values):
-            rows = len(self.cache._counts) * self.cache.page_size
-            assert {len(pool) for pool in pools} == {rows}
+        assert len({len(pool) for pool in (*self.cache.keys, *self.cache.values)}) == 1
 
     def teardown(self) -> None:
         for one in self.kept:
             self.cache.close(one.sequence)
         if hasattr(self, "cache"):
-            assert not any(self.cache._counts), "pages leaked"
+            size, sequence = self.cache.nbytes, self.cache.open()
+            self.cache.reserve(sequence, len(self.cache.keys[0]))
+            assert self.cache.nbytes == size, "pages leaked"
+            assert len(set(sequence.pages)) == len(self.cache.keys[0]) // self.cache.page_size
 
 
 def test_random_operations() -> None:

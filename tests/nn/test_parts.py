@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pentad.errors import BadInput
 from pentad.nn.batch import Batch, SequenceLayout, pack
@@ -15,7 +16,7 @@ from pentad.nn.moe.experts import GatedSwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts
 from pentad.nn.norm import LayerNorm, RMSNorm
 from pentad.nn.rope import Rope
-from pentad.nn.rope_scaling import SCALINGS, Dynamic, DynamicSteps, inverse_frequencies, scaling
+from pentad.nn.rope_scaling import SCALINGS, DefaultRope, Dynamic, DynamicSteps, inverse_frequencies, scaling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -170,20 +171,33 @@ def test_rope_has_a_magnitude_and_a_dtype() -> None:
 
 
 def test_rope_is_computed_once_for_all_layers() -> None:
-    class Counted(Rope):
-        calls = 0
+    class Cosines(TorchDispatchMode):
+        count = 0
 
-        def _cos_sin(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            self.calls += 1
-            return super()._cos_sin(batch, dtype)
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func is torch.ops.aten.cos.default
+            return func(*args, **(kwargs or {}))
 
-    rope, batch = Counted(8), Batch.of(5)
-    for _ in range(4):
-        rope(torch.randn(5, 2, 8), batch)
-    assert rope.calls == 1
-    Rope(8, 77.0)(torch.randn(5, 2, 8), batch)  # another rope has numbers of its own
-    rope(torch.randn(5, 2, 8), Batch.of(5))
-    assert rope.calls == 2
+    rope, batch, x = Rope(8), Batch.of(5), torch.randn(5, 2, 8)
+    with Cosines() as cosines:
+        for _ in range(4):
+            rope(x, batch)
+        assert cosines.count == 1
+        Rope(8, 77.0)(x, batch)  # another base has other cosines
+        assert cosines.count == 2
+        rope(x, Batch.of(5))
+        assert cosines.count == 3
+
+
+def test_a_batch_from_a_tensor_is_one_from_lengths() -> None:
+    """Also where frequencies depend on each sequence's length."""
+    packed, batch = Batch.packed(torch.tensor([0, 20, 20, 25])), Batch.of(20, 0, 5)
+    assert torch.equal(packed.positions, batch.positions)
+    assert packed.layout == batch.layout
+    x = torch.randn(25, 2, 8)
+    for stretch in (DefaultRope(), Dynamic(2.0, 16), DynamicSteps(16)):
+        rope = Rope(8, scaling=stretch)
+        assert torch.equal(rope(x, packed), rope(x, batch))
 
 
 def test_sequences_of_one_batch_rotate_by_their_own_lengths() -> None:
@@ -249,7 +263,7 @@ def test_a_scaling_that_is_wrong(parameters: dict[str, object], message: str) ->
 
 def test_divisors_of_another_head() -> None:
     divisors = scaling({"rope_type": "divisors", "divisors": [1.0, 2.0]})
-    with pytest.raises(BadInput, match=r"8 frequencies.* 2 divisors"):
+    with pytest.raises(BadInput, match=r"2 divisors.* 8 frequencies"):
         Rope(16, scaling=divisors)
 
 

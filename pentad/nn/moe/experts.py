@@ -1,6 +1,6 @@
 """Experts: many feed-forward layers of one shape, their weights in a stack.
 
-Legend: E experts, S rows sorted by expert, I numbers of a row that come in, O that go out, D width, H hidden width.
+Legend: E experts, S rows sorted by expert, I input features, O output features, D width, H hidden width.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from pentad.nn.linear import QuantizedWeight, linear_map
 from pentad.weights.quantized import QuantizedTensor
 
-FEW_ROWS = 64  # of each expert: up to here a product takes hardly longer than reading its weight
-SLAB_ROWS = 2048  # computed at a time: what lies between products stays in memory that a CPU has at hand
-SLAB_ROWS_16_BIT = 352  # up to here W x^T is faster, which reads the weight as it lies: x W^T puts it in tiles first
-BLOCK_ROWS = 32  # of 16-bit numbers: for each new number of rows oneDNN compiles a product, longer than it computes it
-EVERY = slice(None)
+FEW_ROWS = 64  # of each expert: up to here a product is bound by reading its weight
+SLAB_ROWS = 2048  # computed at a time, so that the hidden activations stay in a CPU's cache
+SLAB_ROWS_16_BIT = 352  # up to here W x^T is faster: x W^T first copies the weight into tiles
+BLOCK_ROWS = 32  # of 16-bit numbers: oneDNN compiles a product for each new number of rows, slower than computing it
+ALL = slice(None)
 
 
 class GroupedLinear(nn.Module):
@@ -39,12 +39,18 @@ class GroupedLinear(nn.Module):
         bound = 1 / math.sqrt(in_features)
         nn.init.uniform_(self.weight, -bound, bound)  # as nn.Linear's
 
-    def forward(self, x_SI: Tensor, ends_E: Tensor, which: slice = EVERY) -> Tensor:
-        """[S, I], the rows of the first expert first, and int32 [E], where each one's rows end -> [S, O].
+    def forward(self, x_SI: Tensor, ends_E: Tensor, selected: slice = ALL) -> Tensor:
+        """Multiply each expert's rows by its weight; weights of experts without rows are not read.
 
-        Weights of experts without rows are not read. `which`: the experts that there are rows of.
+        Args:
+            x_SI: rows sorted by expert.
+            ends_E: int32, the end of each expert's rows.
+            selected: the experts that the rows and `ends_E` are of.
+
+        Returns:
+            [S, O].
         """
-        return grouped_linear(x_SI, self.weight[which], ends_E)
+        return grouped_linear(x_SI, self.weight[selected], ends_E)
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
@@ -61,9 +67,9 @@ class QuantizedGroupedLinear(QuantizedWeight):
         super().__init__(weight)
         self.experts, self.out_features, self.in_features = weight.shape
 
-    def forward(self, x_SI: Tensor, ends_E: Tensor, which: slice = EVERY) -> Tensor:
+    def forward(self, x_SI: Tensor, ends_E: Tensor, selected: slice = ALL) -> Tensor:
         """As `GroupedLinear.forward`."""
-        experts, ends = range(self.experts)[which], ends_E.tolist()
+        experts, ends = range(self.experts)[selected], ends_E.tolist()
 
         def products(rows: Tensor, width: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
             weight, parts, start = self.weight, [rows.new_empty(0, width)], 0
@@ -82,10 +88,10 @@ class QuantizedGroupedLinear(QuantizedWeight):
 
 
 class Experts(nn.Module):
-    """What a mixture asks of its experts, whatever they compute.
+    """The experts of a mixture; a subclass says what they compute.
 
     Args:
-        count: E. Every parameter's first dimension is that.
+        count: E, the first dimension of every parameter.
     """
 
     def __init__(self, count: int) -> None:
@@ -93,34 +99,36 @@ class Experts(nn.Module):
         self.count = count
 
     def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
-        """[S, D], the rows of expert 0 first, and int32 [E], where each one's rows end -> [S, D]."""
+        """Rows [S, D] sorted by expert, and int32 [E], the end of each expert's rows -> [S, D]."""
         learns = torch.is_grad_enabled() and (x_SD.requires_grad or any(p.requires_grad for p in self.parameters()))
-        most = SLAB_ROWS_16_BIT if x_SD.element_size() == 2 else SLAB_ROWS
-        if learns or len(x_SD) <= most or x_SD.device.type != "cpu":
-            return self.compute(x_SD, ends_E, EVERY)
+        max_rows = SLAB_ROWS_16_BIT if x_SD.element_size() == 2 else SLAB_ROWS
+        if learns or len(x_SD) <= max_rows or x_SD.device.type != "cpu":
+            return self.compute(x_SD, ends_E, ALL)
         parts = []
-        for start, stop, which in _slabs(ends_E.tolist(), most):
-            parts.append(self.compute(x_SD[start:stop], (ends_E[which] - start).clamp(max=stop - start), which))
+        for start, stop, selected in _slabs(ends_E.tolist(), max_rows):
+            parts.append(self.compute(x_SD[start:stop], (ends_E[selected] - start).clamp(max=stop - start), selected))
         return torch.cat(parts)
 
-    def compute(self, x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
-        """The same of some experts, `which` are neighbors: only theirs are the rows."""
+    def compute(self, x_SD: Tensor, ends_E: Tensor, selected: slice) -> Tensor:
+        """`forward` for the consecutive experts that are selected, and their rows only."""
         raise NotImplementedError
 
 
-def _slabs(ends: list[int], most: int) -> Iterator[tuple[int, int, slice]]:
-    """Where some rows start and end, at most `most`, and whose they are: of neighboring experts, or a part of the many
-    that one has, in parts of about the same size."""
+def _slabs(ends: list[int], max_rows: int) -> Iterator[tuple[int, int, slice]]:
+    """Split rows into slabs of at most `max_rows`: their start, their end and their experts.
+
+    A slab has all rows of consecutive experts, or a part of one expert's rows; these parts are of about equal size.
+    """
     start, first = 0, 0
     for expert, end in enumerate(ends):
-        parts = math.ceil((end - start) / most)
+        parts = math.ceil((end - start) / max_rows)
         if parts > 1:  # then `first` is this expert
-            rows = min(most, math.ceil((end - start) / parts / BLOCK_ROWS) * BLOCK_ROWS)
+            rows = min(max_rows, math.ceil((end - start) / parts / BLOCK_ROWS) * BLOCK_ROWS)
             for part in range(start, end, rows):
                 yield part, min(part + rows, end), slice(expert, expert + 1)
             start, first = end, expert + 1
         following = ends[expert + 1] if expert + 1 < len(ends) else math.inf
-        if following - start > most:
+        if following - start > max_rows:
             if end > start:
                 yield start, end, slice(first, expert + 1)
             start, first = end, expert + 1
@@ -135,12 +143,12 @@ class SwiGLUExperts(Experts):
         self.up_proj = GroupedLinear(experts, dim, hidden_dim)
         self.down_proj = GroupedLinear(experts, hidden_dim, dim)
 
-    def compute(self, x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
-        gate_SH, up_SH = self.gate_proj(x_SD, ends_E, which), self.up_proj(x_SD, ends_E, which)
+    def compute(self, x_SD: Tensor, ends_E: Tensor, selected: slice) -> Tensor:
+        gate_SH, up_SH = self.gate_proj(x_SD, ends_E, selected), self.up_proj(x_SD, ends_E, selected)
         learns = gate_SH.requires_grad or up_SH.requires_grad
-        # In place where it can be: fresh memory costs as much as the product.
+        # In place if no gradient needs the inputs: fresh memory costs as much as the product.
         h_SH = F.silu(gate_SH) * up_SH if learns else F.silu(gate_SH, inplace=True).mul_(up_SH)
-        y_SD: Tensor = self.down_proj(h_SH, ends_E, which)
+        y_SD: Tensor = self.down_proj(h_SH, ends_E, selected)
         return y_SD
 
 
@@ -153,14 +161,14 @@ class GatedSwiGLUExperts(Experts):
         self.up_proj = GroupedLinear(experts, dim, hidden_dim)
         self.down_proj = GroupedLinear(experts, hidden_dim, dim)
 
-    def compute(self, x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
-        a_SH, b_SH = self.gate_proj(x_SD, ends_E, which).chunk(2, -1)
-        y_SD: Tensor = self.down_proj(a_SH * F.silu(b_SH) * self.up_proj(x_SD, ends_E, which), ends_E, which)
+    def compute(self, x_SD: Tensor, ends_E: Tensor, selected: slice) -> Tensor:
+        a_SH, b_SH = self.gate_proj(x_SD, ends_E, selected).chunk(2, -1)
+        y_SD: Tensor = self.down_proj(a_SH * F.silu(b_SH) * self.up_proj(x_SD, ends_E, selected), ends_E, selected)
         return y_SD
 
 
 class MLPExperts(Experts):
-    """down(activation(up(x))) for each expert: with ReLU those of 2017, of GShard and of Switch."""
+    """down(activation(up(x))) for each expert; with ReLU the experts of Sparsely-Gated, GShard and Switch."""
 
     def __init__(
         self, experts: int, dim: int, hidden_dim: int, activation: Callable[[Tensor], Tensor] = F.relu
@@ -170,29 +178,29 @@ class MLPExperts(Experts):
         self.up_proj = GroupedLinear(experts, dim, hidden_dim)
         self.down_proj = GroupedLinear(experts, hidden_dim, dim)
 
-    def compute(self, x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
-        y_SD: Tensor = self.down_proj(self.activation(self.up_proj(x_SD, ends_E, which)), ends_E, which)
+    def compute(self, x_SD: Tensor, ends_E: Tensor, selected: slice) -> Tensor:
+        y_SD: Tensor = self.down_proj(self.activation(self.up_proj(x_SD, ends_E, selected)), ends_E, selected)
         return y_SD
 
 
 def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's rows times its weight, by `torch.nn.functional.grouped_mm`; where that refuses, expert by expert.
+    """Multiply each expert's rows by its weight: by `torch.nn.functional.grouped_mm`, or expert by expert if it can't.
 
     Args:
-        x_SI: [S, I], the rows of expert 0 first.
-        weight_EOI: [E, O, I].
-        ends_E: int32 [E], where each expert's rows end; the last is S.
+        x_SI: rows sorted by expert.
+        weight_EOI: the stacked weights.
+        ends_E: int32, the end of each expert's rows; the last is S.
 
     Returns:
         [S, O] in the weight's dtype.
     """
     if not _grouped_mm_takes(x_SI, weight_EOI):
         counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-        # `unbind` and not weight[e]: its backward makes one gradient for all, not one of the whole stack for each.
+        # The backward of `unbind` makes one gradient of the stack; that of weight[e] would make one for each expert.
         parts = zip(torch.split(x_SI, counts), weight_EOI.unbind(), strict=True)
         return torch.cat([F.linear(rows_SI, weight_OI) for rows_SI, weight_OI in parts])
     if _reads_rows_of_weights(x_SI, weight_EOI):
-        x_IS = x_SI.T if _aligned(x_SI.T) else _rows(x_SI).T  # what this very branch gave lies that way already
+        x_IS = x_SI.T if _aligned(x_SI.T) else _rows(x_SI).T  # outputs of this branch are aligned already
         return F.grouped_mm(weight_EOI, x_IS, offs=ends_E).T
     x_SI = _rows(x_SI)
     y_SO = F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
@@ -202,9 +210,9 @@ def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
-    """What torch 2.10 to 2.13 check, or fail to: rows that start at multiples of 16 bytes, some rows, and three dtypes.
+    """Whether torch 2.10 to 2.13 has `grouped_mm` for this: three dtypes, at least one row, rows aligned to 16 bytes.
 
-    (Of CUDA devices without a kernel for it, torch itself goes expert by expert.)
+    On CUDA devices without a kernel torch itself computes expert by expert.
     """
     return (
         len(x_SI) > 0
@@ -217,17 +225,17 @@ def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
 
 
 def _rows(x_SI: Tensor) -> Tensor:
-    """Contiguous, a single row too, whose stride may be anything."""
+    """Contiguous rows, also of a single row, whose stride is arbitrary."""
     return x_SI.flatten().view(x_SI.shape)
 
 
 def _aligned(x_IS: Tensor) -> bool:
-    """Whether rows lie one behind the other, each from a multiple of 16 bytes."""
+    """Whether rows are contiguous, and each is aligned to 16 bytes."""
     return x_IS.stride(1) == 1 and x_IS.stride(0) * x_IS.element_size() % 16 == 0
 
 
 def _reads_rows_of_weights(x_SI: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether W x^T is faster than x W^T: on a CPU, for a few rows of each expert. Its backward is pickier."""
+    """Whether W x^T is faster than x W^T: on a CPU, for a few rows of each expert. It is for inference only."""
     few = len(x_SI) <= FEW_ROWS * len(weight_EOI) or (x_SI.element_size() == 2 and len(x_SI) <= SLAB_ROWS_16_BIT)
     learns = torch.is_grad_enabled() and (x_SI.requires_grad or weight_EOI.requires_grad)
     return few and not learns and x_SI.device.type == "cpu" and weight_EOI.stride(-1) == 1

@@ -1,4 +1,4 @@
-"""The mixture itself: a feed-forward layer of many experts, of which each token passes through a few."""
+"""The mixture: a feed-forward layer of many experts, of which each token uses a few."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pentad.nn.moe.routers import Route, Routing
 
 
 class Router(nn.Linear):
-    """A token's score for each expert, in float32 whatever the weight is: Switch's selective precision
-    (arXiv:2101.03961, section 2.4)."""
+    """A token's score for each expert, always computed in float32: Switch's selective precision (arXiv:2101.03961,
+    section 2.4)."""
 
     def __init__(self, dim: int, scores: int) -> None:
         super().__init__(dim, scores, bias=False)
@@ -26,24 +26,24 @@ class Router(nn.Linear):
 
 
 class MixtureOfExperts(nn.Module):
-    """A router, experts, and how tokens get to them; without a capacity none is dropped.
+    """A router and its experts; without a capacity no token is dropped.
 
     Args:
-        router: from D to a score for each expert (of noisy top-k two: the second half is the noise's width).
+        router: from D to a score for each expert; for noisy top-k also to each score's noise.
         experts: E feed-forward layers.
         route: a function of `pentad.nn.moe.routers`.
-        top_k: how many experts a token passes through.
-        capacity: from a group's number of tokens to how many of them an expert takes at most; None: all.
-        training_capacity: the same when training; None: as otherwise.
-        group_size: how many tokens are a group; None: each sequence is one.
-        jitter: by what part of itself the router's input varies at random when training (Switch, appendix C: 0.01).
+        top_k: how many experts a token uses.
+        capacity: from a group's number of tokens to the most that an expert takes; None: all.
+        training_capacity: replaces `capacity` when training, unless None.
+        group_size: tokens in a group; None: each sequence is a group.
+        jitter: when training, the router's input is multiplied by random factors within 1 +- `jitter` (Switch,
+            appendix C: 0.01).
 
     Attributes:
-        generator: what randomness is drawn from, on the weights' device, by whoever trains; None, and always when the
-            module isn't training: nothing is random.
+        generator: the source of randomness when training, on the weights' device; None: nothing is random.
 
     Raises:
-        ValueError: a token can't pass through so many experts.
+        ValueError: `top_k` is below 1 or above the number of experts.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 < top_k <= experts.count:
-            raise ValueError(f"a token can't pass through {top_k} of {experts.count} experts")
+            raise ValueError(f"top_k is {top_k}; expected 1 to {experts.count}, the number of experts")
         self.router = router
         self.experts = experts
         self.route = route
@@ -72,7 +72,7 @@ class MixtureOfExperts(nn.Module):
         self.generator: torch.Generator | None = None
 
     def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
-        """[N, D] -> float32 [N, D], and what the router decided; a token that every expert dropped gives zeros."""
+        """[N, D] -> float32 [N, D], and the router's decisions; a token that every expert dropped gives zeros."""
         generator = self.generator if self.training else None
         groups = batch.layout if self.group_size is None else groups_of(batch.layout, self.group_size)
         routing = self.route(self._logits(x_ND, generator), self.top_k, groups, generator)
@@ -90,7 +90,7 @@ class MixtureOfExperts(nn.Module):
 
     @property
     def idle_parameters(self) -> int:
-        """How many of its parameters a token doesn't use."""
+        """How many parameters a token doesn't use."""
         total = sum(parameter.numel() for parameter in self.experts.parameters())
         return total // self.experts.count * (self.experts.count - self.top_k)
 

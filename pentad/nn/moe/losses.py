@@ -1,7 +1,7 @@
-"""Losses that keep a mixture's experts busy: functions of what the routers decided, each before its coefficient.
+"""Losses that balance the load of a mixture's experts: functions of routing decisions, without their coefficients.
 
-All take the `Routing` of one layer (Mixtral's of all) and give a float32 scalar through which gradients flow to the
-router. There is no padding in a batch, so nothing is masked.
+Each takes the `Routing` of one layer (Mixtral's of all layers) and gives a float32 scalar with a gradient for the
+router. A batch has no padding, so nothing is masked.
 
 Legend: N tokens, E experts, K experts of a token.
 """
@@ -18,17 +18,17 @@ from pentad.nn.moe.routers import Routing
 
 
 def importance_loss(routing: Routing) -> Tensor:
-    """CV(importance)^2, importance being an expert's sum of weights over the batch (arXiv:1701.06538, section 4,
+    """CV(importance)^2; an expert's importance is the sum of its weights over the batch (arXiv:1701.06538, section 4,
     equations 6 and 7).
 
-    0 where all are alike; E - 1 where one expert has all. The paper's coefficient: 0.1.
+    0 if all are equal; E - 1 if one expert has all. The paper's coefficient: 0.1.
     """
     importance_E = routing.logits.new_zeros(routing.logits.shape[1])
     return _squared_variation(importance_E.index_add(0, routing.experts.flatten(), routing.weights.flatten()))
 
 
 def load_loss(routing: Routing) -> Tensor:
-    """CV(load)^2, load being `load` (arXiv:1701.06538, appendix A, equations 10 and 11).
+    """CV(load)^2 of `load` (arXiv:1701.06538, appendix A, equations 10 and 11).
 
     The paper's coefficient: 0.1.
     """
@@ -36,24 +36,25 @@ def load_loss(routing: Routing) -> Tensor:
 
 
 def load(routing: Routing) -> Tensor:
-    """How many tokens each expert is expected to get, a smooth function of noisy top-k's logits: float32 [E].
+    """The expected number of tokens of each expert, a smooth function of noisy top-k's logits: float32 [E].
 
-    A token's probability of going to expert i, were i's noise drawn anew and the others' not: that the clean logit and
-    the noise exceed the k-th largest of the other noisy logits (arXiv:1701.06538, appendix A, equations 8 to 10).
+    It sums the probabilities that a token would be routed to expert i if i's noise alone were resampled: that the clean
+    logit plus the noise exceeds the k-th largest of the other noisy logits (arXiv:1701.06538, appendix A, equations 8
+    to 10).
 
     Raises:
         ValueError: the routing isn't noisy top-k's, or every token goes to every expert.
     """
     noisy_NE, k = routing.logits, routing.experts.shape[1]
-    if routing.clean is None or routing.spread is None:
-        raise ValueError("only noisy top-k's decisions are smooth")
+    if routing.clean is None or routing.noise_std is None:
+        raise ValueError("the routing has no noise; expected one of noisy_top_k")
     if k == noisy_NE.shape[1]:
         raise ValueError(f"each token goes to all {k} experts, so there is no load to balance")
     top_NK = noisy_NE.topk(k + 1).values
-    # Without expert i the k-th largest is the (k+1)-th of all where i is among the k largest.
+    # If i is among the k largest of all, the k-th largest of the others is the (k+1)-th of all.
     chosen_NE = torch.zeros_like(noisy_NE, dtype=torch.bool).scatter(1, routing.experts, True)
     threshold_NE = torch.where(chosen_NE, top_NK[:, k, None], top_NK[:, k - 1, None])
-    probability_NE: Tensor = torch.special.ndtr((routing.clean - threshold_NE) / routing.spread)
+    probability_NE: Tensor = torch.special.ndtr((routing.clean - threshold_NE) / routing.noise_std)
     return probability_NE.sum(0)
 
 
@@ -61,7 +62,7 @@ def gshard_balance_loss(routing: Routing, groups: SequenceLayout) -> Tensor:
     """Mean over groups of 1/E sum_e c_e/S m_e: the fraction of tokens whose first choice is e times e's mean gate
     (arXiv:2006.16668, algorithm 1, line 13).
 
-    1 / E^2 where both are even; 1 / E where one expert has all.
+    1 / E^2 if both are even; 1 / E if one expert has all.
     """
     losses = []
     for start, count in groups.spans:
@@ -75,17 +76,17 @@ def switch_balance_loss(routing: Routing) -> Tensor:
     """E sum_e f_e P_e: the fraction of tokens whose first choice is e, dropped or not, times the mean probability of e
     (arXiv:2101.03961, section 2.2, equations 4 to 6).
 
-    1 where both are even; E where one expert has all. The paper's coefficient alpha: 0.01.
+    1 if both are even; E if one expert has all. The paper's coefficient alpha: 0.01.
     """
     return mixtral_balance_loss([routing._replace(experts=routing.experts[:, :1])])
 
 
 def mixtral_balance_loss(routings: Sequence[Routing]) -> Tensor:
-    """E sum_e f_e P_e over all layers' tokens together, where f counts each of a token's K choices: as transformers
-    trains Mixtral (`load_balancing_loss_func`).
+    """E sum_e f_e P_e over the tokens of all layers, where f counts each of a token's K choices, as in transformers'
+    Mixtral (`load_balancing_loss_func`).
 
-    K where both are even; E where the same K experts have all. (MegaBlocks divides it by K.) The coefficient of
-    Mixtral's release: 0.02.
+    K if both are even; E if the same K experts have all. (MegaBlocks divides it by K.) The coefficient of Mixtral's
+    release: 0.02.
     """
     logits_NE = torch.cat([routing.logits for routing in routings])
     chosen = torch.cat([routing.experts for routing in routings]).flatten()
@@ -97,11 +98,11 @@ def mixtral_balance_loss(routings: Sequence[Routing]) -> Tensor:
 def router_z_loss(routing: Routing) -> Tensor:
     """Mean of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv:2202.08906, section 3, equation 5).
 
-    log(E)^2 where all logits are 0. The paper's coefficient: 0.001.
+    log(E)^2 if all logits are 0. The paper's coefficient: 0.001.
     """
     return routing.logits.logsumexp(-1).square().mean()
 
 
 def _squared_variation(x_E: Tensor) -> Tensor:
-    """The square of the coefficient of variation, by the variance of a population, as the paper's own code has it."""
+    """The squared coefficient of variation, with the variance of a population, as in the paper's code."""
     return x_E.var(correction=0) / (x_E.mean().square() + 1e-10)

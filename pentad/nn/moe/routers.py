@@ -1,12 +1,11 @@
-"""Routers: from a token's scores to the experts that it goes to and how much each counts.
+"""Routers: from a token's scores to its experts and their weights.
 
-All are called alike, ``route(logits, k, groups, generator)``, and look at what they need:
+All have one signature, ``route(logits, k, groups, generator)``, and use the arguments that they need:
 
 * logits: float32 [N, E], a token's score for each expert;
 * k: how many experts a token goes to;
-* groups: which of the N rows are one group, where a router looks at more than one token at a time; by default all;
-* generator: what randomness is drawn from, on the logits' device; None: nothing is random, as when a model isn't
-  trained.
+* groups: the rows of each group, for routers that compare tokens; by default all rows are one group;
+* generator: the source of randomness when training, on the logits' device; None: nothing is random.
 
 Legend: N tokens, E experts, K experts of a token.
 """
@@ -23,15 +22,15 @@ from pentad.nn.batch import SequenceLayout
 
 
 class Routing(NamedTuple):
-    """What a router decided for each token, from which losses and statistics are computed.
+    """A router's decisions for each token; losses and statistics are computed from them.
 
     Attributes:
-        logits: float32 [N, E], what was decided by.
+        logits: float32 [N, E], the scores that decided.
         experts: int64 [N, K], the experts of a token, its first choice first.
-        weights: float32 [N, K], by which an expert's output is multiplied before a token's are summed.
-        kept: bool [N, K]; where it is false the expert doesn't see the token.
-        all_kept: whether `kept` is known to be true everywhere, without a look at the device.
-        clean, spread: float32 [N, E], noisy top-k's only: the logits without noise, and the noise's standard deviation.
+        weights: float32 [N, K], the factors of the experts' outputs in a token's sum.
+        kept: bool [N, K]; false if the pair was dropped.
+        all_kept: whether `kept` is known to be true everywhere, without a synchronization with the device.
+        clean, noise_std: float32 [N, E], of noisy top-k only: the logits without noise, and the deviation of the noise.
     """
 
     logits: Tensor
@@ -40,7 +39,7 @@ class Routing(NamedTuple):
     kept: Tensor
     all_kept: bool = True
     clean: Tensor | None = None
-    spread: Tensor | None = None
+    noise_std: Tensor | None = None
 
 
 class Route(Protocol):
@@ -61,20 +60,21 @@ def noisy_top_k(
 ) -> Routing:
     """Sparsely-Gated Mixture-of-Experts (arXiv:1701.06538, section 2.1, equations 3 to 5).
 
-    Gaussian noise on the logits, as wide as a second projection of the token says; softmax over the k largest.
+    Gaussian noise is added to the logits, with a standard deviation from a second projection of the token; the weights
+    are the softmax over the k largest.
 
     Args:
-        logits_N2E: float32 [N, 2 E], what both projections give: x W_g, then x W_noise. Both start as zeros (appendix
-            A), so that all experts have the same chance.
+        logits_N2E: float32 [N, 2 E], both projections: x W_g, then x W_noise. Both start as zeros (appendix A), so that
+            all experts have the same chance.
     """
     clean_NE, raw_NE = logits_N2E.chunk(2, -1)
-    spread_NE = F.softplus(raw_NE)
+    noise_std_NE = F.softplus(raw_NE)
     noisy_NE = clean_NE
     if generator is not None:
         noise_NE = torch.randn(clean_NE.shape, generator=generator, device=clean_NE.device)
-        noisy_NE = clean_NE + noise_NE * spread_NE
+        noisy_NE = clean_NE + noise_NE * noise_std_NE
     top_NK, experts_NK = noisy_NE.topk(k)
-    return _all_kept(noisy_NE, experts_NK, top_NK.softmax(-1))._replace(clean=clean_NE, spread=spread_NE)
+    return _all_kept(noisy_NE, experts_NK, top_NK.softmax(-1))._replace(clean=clean_NE, noise_std=noise_std_NE)
 
 
 def gshard_top_2(
@@ -82,14 +82,14 @@ def gshard_top_2(
 ) -> Routing:
     """GShard (arXiv:2006.16668, section 2.2, algorithm 1): the two largest gates, normalized to a sum of 1.
 
-    When training, the second expert sees the token with a probability of twice its gate. The weights don't grow where
-    it doesn't. `pentad.nn.moe.dispatch.within_capacity` does the rest of the algorithm.
+    When training, the second expert is kept with a probability of twice its gate; dropping it doesn't change the first
+    one's weight. `pentad.nn.moe.dispatch.within_capacity` does the rest of the algorithm.
 
     Raises:
         ValueError: k is not 2.
     """
     if k != 2:
-        raise ValueError(f"GShard sends a token to 2 experts, not {k}")
+        raise ValueError(f"k is {k}; expected 2 for GShard's router")
     gates_N2, experts_N2 = logits_NE.softmax(-1).topk(2)
     routing = _all_kept(logits_NE, experts_N2, gates_N2 / gates_N2.sum(-1, keepdim=True))
     if generator is None:
@@ -102,10 +102,10 @@ def gshard_top_2(
 def softmax_top_k(
     logits_NE: Tensor, k: int, groups: SequenceLayout | None = None, generator: torch.Generator | None = None
 ) -> Routing:
-    """The k largest of the softmax over all experts, as they are: their sum stays below 1.
+    """The k largest of the softmax over all experts, not normalized: their sum stays below 1.
 
-    With k = 1 Switch Transformer's router (arXiv:2101.03961, section 2.1, equations 1 and 2), whose training also
-    jitters its input (`pentad.nn.moe.layer.MixtureOfExperts`); with k = 2 OpenMoE's (arXiv:2402.01739).
+    k = 1 is Switch Transformer's router (arXiv:2101.03961, section 2.1, equations 1 and 2), whose training also jitters
+    its input (`pentad.nn.moe.layer.MixtureOfExperts`); k = 2 is OpenMoE's (arXiv:2402.01739).
     """
     weights_NK, experts_NK = logits_NE.softmax(-1).topk(k)
     return _all_kept(logits_NE, experts_NK, weights_NK)
@@ -116,7 +116,7 @@ def mixtral_top_k(
 ) -> Routing:
     """Mixtral of Experts (arXiv:2401.04088, section 2.1): softmax over the k largest logits.
 
-    That is the softmax over all experts, its k largest divided by their sum.
+    It equals the k largest of the softmax over all experts, divided by their sum.
     """
     top_NK, experts_NK = logits_NE.topk(k)
     return _all_kept(logits_NE, experts_NK, top_NK.softmax(-1))
@@ -127,8 +127,8 @@ def expert_choice(
 ) -> Routing:
     """Expert choice (arXiv:2202.09368, section 3): each expert takes the tokens of a group that it scores highest.
 
-    n k / E of n tokens, rounded down but at least one, so that a token has k experts on average, and may have none. It
-    takes a look at a whole group: a token's experts depend on tokens after it, unlike in all the others.
+    An expert takes n k / E of n tokens, rounded down but at least one, so a token has k experts on average and may have
+    none. A token's experts depend on later tokens of its group, unlike with all other routers.
 
     Returns:
         A routing with K = E: every expert of every token, kept where the expert chose it.
@@ -137,8 +137,8 @@ def expert_choice(
     tokens, experts = gates_NE.shape
     kept_NE = torch.zeros_like(gates_NE, dtype=torch.bool)
     for start, count in (groups or SequenceLayout((0, tokens))).spans:
-        taken = min(count, max(1, count * k // experts))
-        rows_TE = gates_NE[start : start + count].topk(taken, dim=0).indices if count else kept_NE[:0].long()
+        tokens_each = min(count, max(1, count * k // experts))
+        rows_TE = gates_NE[start : start + count].topk(tokens_each, dim=0).indices if count else kept_NE[:0].long()
         kept_NE[start : start + count].scatter_(0, rows_TE, True)
     experts_NE = torch.arange(experts, device=gates_NE.device).expand(tokens, experts)
     return Routing(logits_NE, experts_NE, gates_NE, kept_NE, all_kept=False)

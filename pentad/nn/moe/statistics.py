@@ -1,6 +1,6 @@
-"""How a mixture's experts are used: sums over tokens of what a router decided, so that a text may come in pieces.
+"""How a mixture's experts are used: sums over tokens of a router's decisions, so that a text may come in pieces.
 
-Legend: N tokens, E experts, K experts of a token, T kinds of token.
+Legend: N tokens, E experts, K experts of a token, T token ids.
 """
 
 from __future__ import annotations
@@ -16,44 +16,47 @@ from pentad.nn.moe.routers import Routing
 
 @dataclass(frozen=True)
 class Usage:
-    """What one layer's experts did for some tokens; of two pieces of a text it is the sum.
+    """The use of one layer's experts by some tokens; the usages of two pieces of a text can be added.
 
     Attributes:
         tokens: N.
-        chosen: int64 [E], the pairs of a token and one of its experts, by expert.
-        kept: int64 [E], those of them that the expert had room for.
-        doubt: the entropy of a token's probabilities over all experts, in nats, summed over tokens.
+        chosen: int64 [E], how many tokens chose each expert.
+        kept: int64 [E], those of them that were within the expert's capacity.
+        entropy_sum: the entropy of a token's probabilities over all experts, in nats, summed over tokens.
     """
 
     tokens: int
     chosen: Tensor
     kept: Tensor
-    doubt: float
+    entropy_sum: float
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
-            self.tokens + other.tokens, self.chosen + other.chosen, self.kept + other.kept, self.doubt + other.doubt
+            self.tokens + other.tokens,
+            self.chosen + other.chosen,
+            self.kept + other.kept,
+            self.entropy_sum + other.entropy_sum,
         )
 
     @property
     def load(self) -> Tensor:
-        """float64 [E], each expert's share of all that was kept; they add up to 1 (or to 0 where nothing was)."""
+        """float64 [E], each expert's share of the kept pairs; the shares add up to 1, or to 0 if nothing was kept."""
         return self.kept / self.kept.sum().clamp(min=1)
 
     @property
     def evenness(self) -> float:
-        """The entropy of `load` as a part of the largest possible, log E: 1 where it is even, 0 where one has all."""
+        """The entropy of `load` divided by its maximum, log E: 1 if the load is even, 0 if one expert has all."""
         experts = len(self.kept)
         return float(torch.special.entr(self.load).sum()) / math.log(experts) if experts > 1 else 1.0
 
     @property
     def router_entropy(self) -> float:
-        """How undecided the router is about a token, in nats: log E where all experts are alike to it."""
-        return self.doubt / max(1, self.tokens)
+        """The mean entropy of the router's probabilities, in nats: log E if all experts are equally likely."""
+        return self.entropy_sum / max(1, self.tokens)
 
     @property
     def drop_rate(self) -> float:
-        """What part of the pairs was dropped: over an expert's capacity."""
+        """The share of pairs that were dropped because they exceeded an expert's capacity."""
         chosen = int(self.chosen.sum())
         return 1 - int(self.kept.sum()) / chosen if chosen else 0.0
 
@@ -61,7 +64,7 @@ class Usage:
 def usage(routing: Routing) -> Usage:
     """The `Usage` of one layer, on the CPU.
 
-    A routing of expert choice names every expert of every token: what it calls dropped is what was not chosen.
+    Expert choice's routing names every expert of every token, so the pairs that were not chosen count as dropped.
     """
     experts = routing.logits.shape[1]
     probability_NE = routing.logits.cpu().double().softmax(-1)
@@ -74,15 +77,15 @@ def usage(routing: Routing) -> Usage:
 
 
 def usage_by_token(routing: Routing, ids_N: Tensor, wanted_T: Tensor) -> Tensor:
-    """Which experts took which tokens: OpenMoE's view of what experts specialize in (arXiv:2402.01739, section 4).
+    """Count the tokens of each expert: OpenMoE's view of what experts specialize in (arXiv:2402.01739, section 4).
 
     Args:
         routing: of N tokens.
         ids_N: int64 [N], their ids.
-        wanted_T: int64 [T], the ids to look at, each once.
+        wanted_T: int64 [T], the ids to count, each once.
 
     Returns:
-        int64 [T, E] on the CPU, how often each expert took each of them.
+        int64 [T, E] on the CPU, how often each expert took each id.
     """
     kept_NE = torch.zeros(routing.logits.shape, dtype=torch.float64)
     kept_NE.scatter_(1, routing.experts.cpu(), routing.kept.cpu().double())

@@ -158,7 +158,7 @@ def test_idle_parameters() -> None:
 
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_more_experts_than_there_are(top_k: int) -> None:
-    with pytest.raises(ValueError, match=f"can't pass through {top_k} of 4 experts"):
+    with pytest.raises(ValueError, match=f"top_k is {top_k}; expected 1 to 4"):
         mixture(top_k=top_k)
 
 

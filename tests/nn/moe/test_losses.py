@@ -123,13 +123,13 @@ def test_load_is_the_chance_to_be_chosen_with_new_noise(k: int) -> None:
     scores = torch.cat((random_logits(3), random_logits(3, seed=1)), -1)
     routing = noisy_top_k(scores, k, None, torch.Generator().manual_seed(2))
     assert routing.clean is not None
-    assert routing.spread is not None
+    assert routing.noise_std is not None
     draws, generator = 20_000, torch.Generator().manual_seed(3)
     expected = torch.zeros(EXPERTS)
     for n in range(3):
         for e in range(EXPERTS):
             noisy = routing.logits[n].repeat(draws, 1)
-            noisy[:, e] = routing.clean[n, e] + torch.randn(draws, generator=generator) * routing.spread[n, e]
+            noisy[:, e] = routing.clean[n, e] + torch.randn(draws, generator=generator) * routing.noise_std[n, e]
             expected[e] += (noisy.topk(k).indices == e).any(-1).float().mean()
     torch.testing.assert_close(load(routing), expected, rtol=0, atol=0.02)
 
@@ -143,7 +143,7 @@ def test_load_is_even_at_the_start() -> None:
 
 
 def test_load_needs_noise_and_a_choice() -> None:
-    with pytest.raises(ValueError, match="only noisy top-k's"):
+    with pytest.raises(ValueError, match="noisy_top_k"):
         load(mixtral_top_k(random_logits(), 2))
     with pytest.raises(ValueError, match="all 4 experts"):
         load(noisy_top_k(random_logits(4, 8), 4))

@@ -26,17 +26,17 @@ def routed(k: int = 2, factor: float | None = None) -> Routing:
 def test_against_counting(factor: float | None) -> None:
     routing = routed(factor=factor)
     seen = usage(routing)
-    chosen, kept, doubt = [0] * EXPERTS, [0] * EXPERTS, 0.0
+    chosen, kept, entropy_sum = [0] * EXPERTS, [0] * EXPERTS, 0.0
     for token in range(TOKENS):
         for choice in range(2):
             expert = int(routing.experts[token, choice])
             chosen[expert] += 1
             kept[expert] += bool(routing.kept[token, choice])
-        doubt -= sum(p * math.log(p) for p in routing.logits[token].double().softmax(-1).tolist())
+        entropy_sum -= sum(p * math.log(p) for p in routing.logits[token].double().softmax(-1).tolist())
     assert (seen.tokens, seen.chosen.tolist(), seen.kept.tolist()) == (TOKENS, chosen, kept)
     assert seen.load.tolist() == pytest.approx([count / sum(kept) for count in kept])
     assert seen.evenness == pytest.approx(-sum(p * math.log(p, EXPERTS) for p in seen.load.tolist()))
-    assert seen.router_entropy == pytest.approx(doubt / TOKENS)
+    assert seen.router_entropy == pytest.approx(entropy_sum / TOKENS)
     assert seen.drop_rate == pytest.approx(1 - sum(kept) / sum(chosen))
     assert (seen.drop_rate > 0) is (factor is not None)
 
