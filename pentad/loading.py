@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ from pentad.errors import BadInput
 from pentad.generate import EncoderDecoderModel, LanguageModel
 from pentad.generate.encoder_decoder_step import EncoderDecoderStep
 from pentad.generate.guards import UnsupportedByKernels
-from pentad.generate.plan import check_parts
+from pentad.generate.plan import check_network
 from pentad.generate.plan_step import step_for
 from pentad.generate.step import PlainStep, Step
 from pentad.nn.encoder_decoder import EncoderDecoder
@@ -55,7 +55,7 @@ def load(
     cache_dtype: str | torch.dtype | None = None,
     fast: bool = False,
     progress: Progress | None = None,
-) -> LanguageModel:
+) -> LanguageModel | EncoderDecoderModel:
     """Load a model as it was published.
 
     Args:
@@ -104,23 +104,20 @@ def load(
         if any(entry.quantization for entry in checkpoint.tensors.values()):
             torch_dtype = torch.float32  # of the norms and biases beside the blocks
     build.fill(network, checkpoint, device=target, dtype=torch_dtype, quantized=quantized, progress=progress)
+    tokenizer = _tokenizer(checkpoint, network.config.vocab_size)
+    about: Any = {"context": context, "generation": checkpoint.generation}
     step: Step
-    if why_torch is None:
-        step = step_for(network, cache_dtype=kv_dtype, fast=fast)
-    elif isinstance(network, EncoderDecoder):
+    if isinstance(network, EncoderDecoder):
         step = EncoderDecoderStep(network, cache_dtype=kv_dtype)
+    elif why_torch is None:
+        step = step_for(network, cache_dtype=kv_dtype, fast=fast)
     else:
         step = PlainStep(network, cache_dtype=kv_dtype, why=why_torch)
     _logger.info("%s runs %s", name_or_path, step.backend)
-    runner: type[LanguageModel] = EncoderDecoderModel if isinstance(network, EncoderDecoder) else LanguageModel
-    return runner(
-        str(name_or_path),
-        step,
-        _tokenizer(checkpoint, network.config.vocab_size),
-        context=context,
-        generation=checkpoint.generation,
-        load_seconds=time.perf_counter() - started,
-    )
+    about["load_seconds"] = time.perf_counter() - started
+    if isinstance(step, EncoderDecoderStep):
+        return EncoderDecoderModel(str(name_or_path), step, tokenizer, **about)
+    return LanguageModel(str(name_or_path), step, tokenizer, **about)
 
 
 def kernels_decline(
@@ -150,7 +147,7 @@ def kernels_decline(
         if not kernels.packs(name, columns):
             return f"the kernels don't take {name} in rows of {columns}"
     try:
-        check_parts(network)
+        check_network(network)
     except UnsupportedByKernels as reason:
         return str(reason)
     return None

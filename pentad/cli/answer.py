@@ -13,7 +13,7 @@ from pentad.cli.interrupts import CtrlC
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
-    from pentad.generate import Completion, LanguageModel, Options, Stream
+    from pentad.generate import Completion, EncoderDecoderModel, LanguageModel, Options, Stream
 
 INTERRUPTED = 130  # exit code: 128 and the number of SIGINT
 
@@ -41,8 +41,8 @@ def follow(stream: Stream, write: Callable[[str], None], ctrl_c: CtrlC) -> Compl
 
 def answer(
     name: str,
-    load: Callable[[], LanguageModel],
-    begin: Callable[[LanguageModel], Stream],
+    load: Callable[[], LanguageModel | EncoderDecoderModel],
+    begin: Callable[[Any], Stream],
     *,
     as_json: bool,
 ) -> None:
@@ -71,7 +71,7 @@ def answer(
         raise Exit(INTERRUPTED)
 
 
-def cut_off(completion: Completion, model: LanguageModel) -> bool:
+def cut_off(completion: Completion, model: LanguageModel | EncoderDecoderModel) -> bool:
     """Whether a reply ended because the context was full."""
     return completion.finish_reason == "length" and model.is_full(completion)
 

@@ -106,6 +106,7 @@ def bench(
         context=context,
         fast=fast,
     )
+    loaded = o.decoder_only(loaded, "be measured")
     longest = max(case.depth + case.tokens for case in cases)
     if longest > loaded.context_length:
         raise BadInput(f"{longest} tokens don't fit the context of {loaded.context_length}")
@@ -186,16 +187,18 @@ def _run(step: Step, case: Case, vocabulary: int) -> float:
 
 def _prefill(step: Step, prompts: list[tuple[CachedSequence, list[int]]]) -> None:
     """Run prompts in steps of so many tokens as the engine takes; each one's last row gives logits."""
-    from pentad.generate.engine import CHUNK
+    from pentad.generate.engine import EngineConfig
+
+    most = EngineConfig().max_batched_tokens
 
     waiting = deque((sequence, ids) for sequence, ids in prompts if ids)
     while waiting:
         work: list[tuple[CachedSequence, list[int]]] = []
         last_rows: list[int] = []
         row = 0
-        while waiting and row < CHUNK:
+        while waiting and row < most:
             sequence, ids = waiting.popleft()
-            now, later = ids[: CHUNK - row], ids[CHUNK - row :]
+            now, later = ids[: most - row], ids[most - row :]
             work.append((sequence, now))
             row += len(now)
             if later:

@@ -16,7 +16,7 @@ from pentad.cli.conversation import Conversation
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
-    from pentad.generate import LanguageModel, Stream
+    from pentad.generate import EncoderDecoderModel, LanguageModel, Stream
 
 System = Annotated[str | None, Option(metavar="TEXT", help="The system message.")]
 Truncate = Annotated[bool, Option("--truncate", help="Drop the oldest turns when the context is full.")]
@@ -89,14 +89,14 @@ def chat(
             raise BadInput("--json answers one prompt: give PROMPT, or standard input")
         from pentad.cli.interactive import Loop
 
-        Loop(Conversation(load(), chosen, system=system, truncate=truncate)).run()
+        Loop(Conversation(o.decoder_only(load(), "chat"), chosen, system=system, truncate=truncate)).run()
         return
     text = o.read_text(None).removesuffix("\n") if prompt in (None, "-") else str(prompt)
     if not text.strip():
         raise BadInput("the prompt is empty: say something, or run pentad chat at a terminal")
 
-    def begin(loaded: LanguageModel) -> Stream:
-        conversation = Conversation(loaded, chosen, system=system, truncate=truncate)
+    def begin(loaded: LanguageModel | EncoderDecoderModel) -> Stream:
+        conversation = Conversation(o.decoder_only(loaded, "chat"), chosen, system=system, truncate=truncate)
         conversation.add("user", text)
         conversation.fit()
         return conversation.stream()
@@ -179,7 +179,7 @@ def score(
     """
     text = o.read_text(file)
     loaded = o.load(model, dtype=dtype, quantize=quantize, device=device, threads=threads, context=context, fast=fast)
-    result = loaded.score(text, stride=stride)
+    result = o.decoder_only(loaded, "score a text").score(text, stride=stride)
     if as_json:
         output.write_json(asdict(result))
     else:

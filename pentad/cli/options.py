@@ -13,7 +13,7 @@ from pentad.cli import output
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
-    from pentad.generate import LanguageModel
+    from pentad.generate import EncoderDecoderModel, LanguageModel
 
 DEFAULT_MODEL = "smollm2"
 
@@ -118,7 +118,7 @@ def load(
     threads: int | None,
     context: int | None,
     fast: bool,
-) -> LanguageModel:
+) -> LanguageModel | EncoderDecoderModel:
     """`pentad.load`, with progress on the terminal."""
     from pentad.loading import load
 
@@ -132,6 +132,15 @@ def load(
         fast=fast,
         progress=output.progress(),
     )
+
+
+def decoder_only(model: LanguageModel | EncoderDecoderModel, verb: str) -> LanguageModel:
+    """The model; BadInput if it is an encoder-decoder, for which `verb` is not defined."""
+    from pentad.generate import LanguageModel
+
+    if not isinstance(model, LanguageModel):
+        raise BadInput(f"{model.name} is an encoder-decoder, which can't {verb}: use pentad complete")
+    return model
 
 
 def read_text(source: str | None) -> str:

@@ -3,7 +3,8 @@
 from pentad.generate.completion import Completion, Options, Score
 from pentad.generate.encoder_decoder import EncoderDecoderModel
 from pentad.generate.engine import TokenLogprobs
-from pentad.generate.language_model import LanguageModel, Message, Stream
+from pentad.generate.language_model import LanguageModel, Message
+from pentad.generate.runner import Stream
 from pentad.generate.sampling import Sampling
 
 __all__ = [

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pentad.errors import BadInput
-from pentad.generate.engine import HEADROOM, Engine, Request
+from pentad.generate.engine import Engine, Generation, Request
 from pentad.generate.step import Step, Work, lay_out
 from pentad.nn.cache import CachedSequence, PagedCache
 from pentad.nn.encoder_decoder import EncoderDecoder
@@ -41,17 +40,13 @@ class SourcedCache(PagedCache):
         super().__init__(len(layers), heads, dim, dtype=dtype, device=device, page_size=page_size)
         self.sources = PagedCache(len(layers), heads, dim, dtype=dtype, device=device, page_size=page_size)
 
-    def open(self, rope_length: int = 0) -> CachedSequence:
-        """Refuses: see `open_with`.
-
-        Raises:
-            BadInput: always.
-        """
-        raise BadInput("an encoder-decoder writes about a source that it has read, and here it is given none")
-
     def open_with(self, source_ids: Sequence[int]) -> SourcedSequence:
         """A new sequence that looks at a source, which the step that runs it first encodes."""
         return SourcedSequence(source_ids=tuple(source_ids))
+
+    def clear(self) -> None:
+        super().clear()
+        self.sources.clear()
 
     def close(self, sequence: CachedSequence) -> None:
         super().close(sequence)
@@ -114,20 +109,26 @@ class EncoderDecoderStep(Step):
 class EncoderDecoderEngine(Engine):
     """Runs requests that have a source.
 
-    The sequence that finished last keeps its source, so that another request for the same one doesn't encode it again.
+    The sequence that finished last keeps its source, so that another request for it doesn't encode it again.
     """
 
-    run: EncoderDecoderStep
+    executor: EncoderDecoderStep
 
     def _admit(self, request: Request) -> None:
+        cache, request.sequence = self.executor.cache, None
+        if self._kept is not None and isinstance(request, Generation):
+            kept = _sourced(self._kept[1])
+            if kept.source_ids == tuple(request.source or ()):
+                cache.truncate(kept, 0)
+                self._kept, request.sequence = None, kept
+        if request.sequence is None:
+            request.sequence = self._open(request)
+        if isinstance(request, Generation):
+            cache.reserve(request.sequence, len(request.prompt) + min(request.max_tokens, self.config.reserved_tokens))
+
+    def _open(self, request: Request) -> CachedSequence:
         assert request.source is not None
-        cache = self.run.cache
-        if self._kept is not None and (kept := _sourced(self._kept[1])).source_ids == tuple(request.source):
-            cache.truncate(kept, 0)
-            self._kept, request.sequence = None, kept
-        else:
-            request.sequence = cache.open_with(request.source)
-        cache.reserve(request.sequence, len(request.prompt) + min(request.max_tokens, HEADROOM))
+        return self.executor.cache.open_with(request.source)
 
 
 def _sourced(sequence: CachedSequence) -> SourcedSequence:

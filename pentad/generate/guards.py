@@ -14,7 +14,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class UnsupportedByKernels(Exception):
-    """Why a network has no plan; it runs as plain torch."""
+    """The reason that the kernels don't run a network; plain torch does."""
+
+
+def has_hooks(part: nn.Module) -> bool:
+    """Whether a module's call does more than its class's ``forward``."""
+    return "forward" in vars(part) or any(getattr(part, hooks) for hooks in HOOKS)
 
 
 class Guards:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pentad import kernels
-from pentad.generate.guards import Guards, UnsupportedByKernels
+from pentad.generate.guards import Guards, UnsupportedByKernels, has_hooks
 from pentad.kernels import Buffer, Norm, Program, Weight
 from pentad.nn.attention import Attention
 from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
@@ -53,6 +53,7 @@ KNOWN: dict[type[nn.Module], set[str]] = {
 """What the parts of the house have. One that has more computes something that is not known here."""
 
 PLAIN = (nn.ModuleList, nn.Embedding, nn.Linear, Router, GroupedLinear)
+QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedGroupedLinear, RowwiseInt8Linear)
 ROUTES = {mixtral_top_k: True, softmax_top_k: False}
 """Routers -> whether a row's weights are a softmax over its experts alone."""
 
@@ -257,11 +258,13 @@ def _exactly(part: nn.Module, *kinds: type[Any]) -> Any:
     return part
 
 
-def check_parts(network: nn.Module) -> None:
-    """Raise UnsupportedByKernels if a network (perhaps on the meta device) has parts that the planner does not know."""
+def check_network(network: nn.Module) -> None:
+    """Raise UnsupportedByKernels if a network, perhaps on the meta device, has hooks or unknown parts."""
     for part in _exactly_decoder(network).modules():
-        if part is not network and type(part) not in KNOWN and type(part) not in PLAIN:
+        if part is not network and type(part) not in (*KNOWN, *PLAIN, *QUANTIZED):
             raise UnsupportedByKernels(f"there is a {type(part).__name__}, which the plan does not know")
+        if has_hooks(part):
+            raise UnsupportedByKernels("a part has a hook")
 
 
 def _exactly_decoder(network: nn.Module) -> Decoder:

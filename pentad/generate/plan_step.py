@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pentad import kernels
 from pentad.generate.guards import UnsupportedByKernels
-from pentad.generate.plan import Planner
+from pentad.generate.plan import Planner, check_network
 from pentad.generate.step import PlainStep, Step, Work
 from pentad.kernels import CachePools, Tokens, pool_dim
 from pentad.memory import physical_memory
@@ -128,11 +128,22 @@ def step_for(
     page_size: int = 256,
     **options: Any,
 ) -> Step:
-    """A network's plan where it has one, else plain torch."""
-    try:
+    """The kernels' step of a network if they take it, else plain torch's, which gives way once they do."""
+
+    def planned() -> PlanStep:
         return PlanStep(network, cache_dtype=cache_dtype, page_size=page_size, **options)
+
+    def replan() -> Step | None:
+        try:
+            check_network(network)
+            return planned()
+        except UnsupportedByKernels:
+            return None
+
+    try:
+        return planned()
     except UnsupportedByKernels as reason:
         why, weights = str(reason), cache_dequantized(network, network.dtype, (physical_memory() or math.inf) / 2)
         if weights:
             why += f" ({weights})"
-        return PlainStep(network, cache_dtype=cache_dtype, page_size=page_size, why=why)
+        return PlainStep(network, cache_dtype=cache_dtype, page_size=page_size, why=why, replan=replan)

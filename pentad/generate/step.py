@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from pentad.nn.decoder import Decoder
 from pentad.nn.rope_scaling import DefaultRope
 
 Work = Sequence[tuple[CachedSequence, Sequence[int]]]
-"""Sequences and the tokens that each goes on by."""
+"""Sequences and the next tokens of each."""
 
 
 def lay_out(cache: PagedCache, work: Work) -> tuple[Tensor, Batch]:
@@ -26,12 +26,12 @@ def lay_out(cache: PagedCache, work: Work) -> tuple[Tensor, Batch]:
 
 
 class Step(Protocol):
-    """What executes steps of a network: plain torch, or the kernels by a plan.
+    """Executes steps of a network: by plain torch, or by the kernels.
 
     Attributes:
         network: the network.
         cache: keys and values of the sequences that it runs.
-        backend: how it executes, and why so: "as plain torch: a part has a hook".
+        backend: how it executes, and why: "as plain torch: a part has a hook".
     """
 
     network: Decoder
@@ -39,13 +39,13 @@ class Step(Protocol):
     backend: str
 
     def rope_scaling_key(self, length: int) -> int:
-        """Sequences admitted with lengths of the same regime may share cached keys."""
+        """Sequences admitted with lengths of one key may share cached keys."""
 
     def refresh(self) -> Step:
-        """Itself; or another one, its cache empty, where the network is no longer what it was made for."""
+        """Itself, or a new step with an empty cache if the network has changed since this one was made."""
 
     def single_threaded(self) -> AbstractContextManager[None]:
-        """What is entered while tokens are chosen from logits."""
+        """A context for choosing tokens: small torch operations that gain nothing from threads."""
 
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
         """Run the tokens and keep them in the cache.
@@ -64,9 +64,10 @@ class PlainStep:
 
     Args:
         network: a decoder-only language model of `pentad.models`.
-        cache_dtype: what keys and values are kept in; the network's own dtype by default.
+        cache_dtype: of keys and values; the network's dtype by default.
         page_size: tokens a page.
-        why: the reason that it isn't executed by the kernels.
+        why: the reason that the kernels don't run it.
+        replan: asked by `refresh` for a step of the kernels; None if plain torch was asked for.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class PlainStep:
         cache_dtype: torch.dtype | None = None,
         page_size: int = 256,
         why: str = "as was asked for",
+        replan: Callable[[], Step | None] | None = None,
     ) -> None:
         self.network = network
         self.backend = f"as plain torch: {why}"
+        self._replan = replan
         layers = [part for part in network.modules() if isinstance(part, Attention)]
         rope = layers[0].rope
         self._scaling = DefaultRope() if rope is None else rope.scaling
@@ -96,8 +99,8 @@ class PlainStep:
     def rope_scaling_key(self, length: int) -> int:
         return self._scaling.scaling_key(length)
 
-    def refresh(self) -> PlainStep:
-        return self
+    def refresh(self) -> Step:
+        return (self._replan and self._replan()) or self
 
     def single_threaded(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -80,6 +80,21 @@ class PagedCache:
     def nbytes(self) -> int:
         return sum(pool.nbytes for pool in (*self.keys, *self.values))
 
+    @property
+    def pages_in_use(self) -> int:
+        """How many pages some sequence holds."""
+        return len(self._counts) - self._counts.count(0)
+
+    def bytes_for(self, tokens: int) -> int:
+        """Memory that a sequence of so many tokens takes."""
+        held = tokens if self.window is None else min(tokens, self.window + self.page_size)
+        row = sum(pool[0].nbytes for pool in (*self.keys, *self.values))
+        return self._pages_for(held) * self.page_size * row
+
+    def clear(self) -> None:
+        """Free all pages, whoever holds them."""
+        self._counts = [0] * len(self._counts)
+
     def open(self, rope_length: int = 0) -> CachedSequence:
         """A new, empty sequence."""
         return CachedSequence(rope_length)

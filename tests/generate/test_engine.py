@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import pentad.generate.engine
-from pentad.generate.engine import Engine, Request
+from pentad.errors import BadInput
+from pentad.generate.engine import Engine, EngineConfig, Evaluation, Event, Generation
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
 from pentad.nn.cache import CachedSequence
@@ -30,7 +30,7 @@ class Counting(PlainStep):
         return super().__call__(work, wanted)
 
     def held(self) -> int:
-        return sum(count > 0 for count in self.cache._counts)
+        return self.cache.pages_in_use
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def step(network: nn.Module) -> Counting:
     return Counting(network, page_size=16)
 
 
-def request(prompt: list[int], max_tokens: int = 12, seed: int = 0, **options: Any) -> Request:
+def request(prompt: list[int], max_tokens: int = 12, seed: int = 0, **options: Any) -> Generation:
     generator = torch.Generator().manual_seed(seed)
     sampling = options.pop("sampling", GREEDY)
-    return Request(prompt, sampling, generator, max_tokens=max_tokens, **options)
+    return Generation(prompt, sampling=sampling, generator=generator, max_tokens=max_tokens, **options)
 
 
-def finish(engine: Engine, *requests: Request) -> None:
+def finish(engine: Engine, *requests: Generation) -> None:
     """Submit, and run to the end."""
     for one in requests:
         engine.submit(one)
@@ -106,16 +106,13 @@ def test_more_logprobs_than_there_are_tokens(step: Counting) -> None:
     assert request([1]).token_logprobs == []
 
 
-def test_long_prompts_run_in_chunks_beside_those_that_decode(
-    network: nn.Module, step: Counting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pentad.generate.engine, "CHUNK", 32)
-    engine = Engine(step)
+def test_long_prompts_run_in_chunks_beside_those_that_decode(network: nn.Module, step: Counting) -> None:
+    engine = Engine(step, EngineConfig(max_batched_tokens=32))
     short, long = request(random_ids(4)), request(random_ids(100, seed=2))
     engine.submit(short)
     engine.step()
     engine.submit(long)
-    assert engine.step() == [short]
+    assert engine.step() == [Event(short, short.generated[-1], None)]
     assert step.ran == [[4], [1, 31]]
     for _ in range(20):
         engine.step()
@@ -124,12 +121,9 @@ def test_long_prompts_run_in_chunks_beside_those_that_decode(
     assert long.generated == greedy(network, random_ids(100, seed=2), 12)
 
 
-def test_no_more_than_a_batch_is_decoded_together(
-    network: nn.Module, step: Counting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pentad.generate.engine, "MAX_NUM_SEQS", 3)
+def test_no_more_than_a_batch_is_decoded_together(network: nn.Module, step: Counting) -> None:
     requests = [request(random_ids(5, seed=i), max_tokens=4) for i in range(8)]
-    finish(Engine(step), *requests)
+    finish(Engine(step, EngineConfig(max_num_seqs=3)), *requests)
     assert max(len(ran) for ran in step.ran) == 3
     for i, one in enumerate(requests):
         assert one.generated == greedy(network, random_ids(5, seed=i), 4)
@@ -196,28 +190,23 @@ def test_a_prefix_is_not_shared_where_rope_goes_by_length(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 6])
-def test_cancelling_gives_the_pages_back(
-    network: nn.Module, step: Counting, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancelling_gives_the_pages_back(network: nn.Module, step: Counting, steps: int) -> None:
     """While it waits, in the middle of its prefill, and while it decodes."""
-    monkeypatch.setattr(pentad.generate.engine, "CHUNK", 16)
-    engine = Engine(step)
+    engine = Engine(step, EngineConfig(max_batched_tokens=16))
     one, other = request(random_ids(40)), request(random_ids(5, seed=3), max_tokens=20)
     engine.submit(other)
     engine.submit(one)
     for _ in range(steps):
         engine.step()
-    engine.finish(one, "interrupted")
+    engine.cancel(one)
     generated = list(one.generated)
     for _ in range(30):
-        assert one not in engine.step()
-    assert one.finish_reason == "interrupted"
+        assert one not in [event.request for event in engine.step()]
+    assert one.finish_reason == "cancelled"
     assert one.generated == generated
     assert other.generated == greedy(network, random_ids(5, seed=3), 20)
     assert engine.step() == []
-    kept = engine._kept
-    assert kept is not None
-    assert step.held() == len(kept[1].pages), "only the last one's pages are kept"
+    assert step.held() == 2, "only the last one's pages are kept: 24 tokens"
     again = request(random_ids(40))
     finish(engine, again)
     assert again.generated == greedy(network, random_ids(40), 12)
@@ -244,7 +233,7 @@ def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
     engine = Engine(PlainStep(poisoned(tmp_path, 7)))
     one = request([1, 7, 2])
     engine.submit(one)
-    assert engine.step() == [one]
+    assert engine.step() == [Event(one, None, "error")]
     assert one.finish_reason == "error"
     assert "not numbers" in str(one.error)
     assert engine.step() == []
@@ -266,3 +255,77 @@ def test_the_company_of_damaged_logits_goes_on(tmp_path: Path, bad_first: bool) 
     assert good.finish_reason == "length"
     assert good.error is None
     assert good.generated == greedy(network, [4, 5, 6], 4)
+
+
+# --- events, evaluations, limits --------------------------------------------------------------------
+
+
+def test_events_tell_each_token_and_the_end(network: nn.Module, step: Counting) -> None:
+    engine, one = Engine(step), request(random_ids(9), max_tokens=3)
+    engine.submit(one)
+    events = [event for _ in range(4) for event in engine.step()]
+    a, b, c = greedy(network, random_ids(9), 3)
+    assert events == [Event(one, a, None), Event(one, b, None), Event(one, c, "length")]
+
+
+@pytest.mark.parametrize("batched", [7, 512])
+def test_evaluations_run_beside_generations(network: nn.Module, step: Counting, batched: int) -> None:
+    engine = Engine(step, EngineConfig(max_batched_tokens=batched))
+    ids = random_ids(40, seed=5)
+    text, whole, part, likely = request(random_ids(9)), Evaluation(ids), Evaluation(ids[:20]), Evaluation(ids, first=4)
+    for one in (text, whole, part, likely):
+        engine.submit(one)
+    while engine.requests:
+        engine.step()
+    expected = logits_of(network, ids)
+    torch.testing.assert_close(torch.cat(whole.logits), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(part.logits), expected[:20], rtol=1e-4, atol=1e-4)
+    logprobs = expected.log_softmax(-1)[3:-1].gather(1, torch.tensor(ids[4:])[:, None])
+    assert likely.log_likelihood == pytest.approx(float(logprobs.sum()), rel=1e-5)
+    assert not likely.logits
+    assert text.generated == greedy(network, random_ids(9), 12)
+
+
+@pytest.mark.parametrize("fails", [0, 1, 4])
+def test_a_step_that_fails_loses_nothing(network: nn.Module, fails: int) -> None:
+    """Whether it fails before or after the tokens have run."""
+
+    class Failing(Counting):
+        steps = 0
+
+        def __call__(self, work: Any, wanted: Any) -> Tensor:
+            self.steps += 1
+            if self.steps == fails:
+                raise RuntimeError("before")
+            logits = super().__call__(work, wanted)
+            if self.steps == fails + 2:
+                raise KeyboardInterrupt
+            return logits
+
+    step = Failing(network, page_size=16)
+    engine, ids = Engine(step, EngineConfig(max_batched_tokens=20)), random_ids(30, seed=1)
+    text, likely, alone = request(random_ids(9)), Evaluation(ids, first=1), Evaluation(ids, first=1)
+    engine.submit(text)
+    engine.submit(likely)
+    while engine.requests:
+        try:
+            engine.step()
+        except (RuntimeError, KeyboardInterrupt):
+            continue
+    assert text.generated == greedy(network, random_ids(9), 12)
+    engine.submit(alone)
+    while engine.requests:
+        engine.step()
+    assert likely.log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-6)
+    assert step.held() == 2
+
+
+def test_memory_for_the_cache_is_bounded(network: nn.Module, step: Counting) -> None:
+    engine = Engine(step, EngineConfig(max_cache_bytes=step.cache.bytes_for(64), reserved_tokens=16))
+    requests = [request(random_ids(20, seed=i), max_tokens=12) for i in range(4)]
+    finish(engine, *requests)
+    assert max(len(ran) for ran in step.ran) == 2
+    for i, one in enumerate(requests):
+        assert one.generated == greedy(network, random_ids(20, seed=i), 12)
+    with pytest.raises(BadInput, match=str(step.cache.bytes_for(64))):
+        engine.submit(request(random_ids(60), max_tokens=30))

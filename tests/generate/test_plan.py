@@ -14,7 +14,7 @@ import pentad
 from pentad.build import build
 from pentad.convert import convert
 from pentad.errors import BadInput
-from pentad.generate.engine import REFRESH_INTERVAL, Engine, Request
+from pentad.generate.engine import Engine, Generation
 from pentad.generate.guards import UnsupportedByKernels
 from pentad.generate.plan_step import PlanStep, step_for
 from pentad.generate.sampling import Sampling
@@ -248,32 +248,60 @@ def test_what_is_not_known_has_no_plan(llama: nn.Module, change: Callable[[nn.Mo
 
 @pytest.mark.parametrize("change", [hook, pre_hook, adapter, subclass, forward])
 def test_what_is_changed_later_runs_as_plain_torch(llama: nn.Module, change: Callable[[nn.Module], None]) -> None:
-    """In the middle of a text, where it is looked for now and then: what was cached is run again."""
+    """In the middle of a text, once it is looked for: the tokens so far are run again."""
     engine = Engine(PlanStep(llama))
-    most = REFRESH_INTERVAL + 4
-    request = Request(random_ids(30), Sampling(temperature=0), torch.Generator(), max_tokens=most)
+    request = generation(12)
     engine.submit(request)
     for _ in range(5):
         engine.step()
     change(llama)
+    engine.refresh()
     while request.finish_reason is None:
         engine.step()
-    assert type(engine.run) is PlainStep
-    assert len(request.generated) == most
+    assert type(engine.executor) is PlainStep
+    assert len(request.generated) == 12
     ids = [*request.prompt, *request.generated]
     likeliest = runs_of(PlainStep(llama), ids)[29:-1].argmax(1).tolist()
-    assert likeliest[REFRESH_INTERVAL:] == request.generated[REFRESH_INTERVAL:]
+    assert likeliest[5:] == request.generated[5:]
+
+
+def generation(max_tokens: int) -> Generation:
+    greedy = Sampling(temperature=0)
+    return Generation(random_ids(30), sampling=greedy, generator=torch.Generator(), max_tokens=max_tokens)
+
+
+def test_the_kernels_come_back_when_a_hook_is_removed(llama: nn.Module) -> None:
+    """Or an adapter, or a replaced forward: at the next request."""
+    engine, layer = Engine(step_for(llama)), llama.layers[1]
+    linear = layer.attention.q_proj
+    steps = []
+    for change in ("none", "hook", "none", "forward", "none", "adapter", "none"):
+        handle = layer.register_forward_hook(lambda *_: None) if change == "hook" else None
+        if change == "forward":
+            layer.forward = layer.forward
+        if change == "adapter":
+            layer.attention.q_proj = nn.Sequential(linear)
+        request = generation(3)
+        engine.submit(request)
+        while request.finish_reason is None:
+            engine.step()
+        steps.append(type(engine.executor))
+        if handle is not None:
+            handle.remove()
+        vars(layer).pop("forward", None)
+        layer.attention.q_proj = linear
+    assert steps == [PlanStep, PlainStep, PlanStep, PlainStep, PlanStep, PlainStep, PlanStep]
 
 
 @pytest.mark.parametrize("change", [hook, forward])
 def test_a_request_begins_with_the_network_as_it_is(llama: nn.Module, change: Callable[[nn.Module], None]) -> None:
     engine = Engine(PlanStep(llama))
     for step in (PlanStep, PlainStep):
-        request = Request(random_ids(30), Sampling(temperature=0), torch.Generator(), max_tokens=3)
+        request = generation(3)
         engine.submit(request)
         engine.step()
-        assert type(engine.run) is step
-        engine.finish(request, "stop")
+        assert type(engine.executor) is step
+        engine.cancel(request)
         change(llama)
 
 

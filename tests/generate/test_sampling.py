@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pentad.errors import BadInput
-from pentad.generate.sampling import Sampling, argmax, candidates, penalize, sample
+from pentad.generate.sampling import Choice, Sampling, argmax, candidates, penalize, sample
 
 V = 50
 OFF = Sampling(temperature=1.0, top_p=1.0)
@@ -44,6 +44,21 @@ def random_logits(seed: int, size: int = V) -> Tensor:
     return 3 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
+def candidates_of(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Probabilities and ids of the tokens that one row's filters leave."""
+    [(rows, weights, ids)] = candidates(logits_V[None], [sampling])
+    assert rows == [0]
+    kept = weights[0] > 0
+    return weights[0][kept] / weights.sum(), ids[0][kept]
+
+
+def sample_one(
+    logits_V: Tensor, sampling: Sampling, generator: torch.Generator, prompt: Any = (), generated: Any = ()
+) -> int:
+    [token], _ = sample(logits_V[None], [Choice(sampling, generator, prompt, generated)])
+    return token
+
+
 def peer_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """What transformers would draw from, with the warpers in its order."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
@@ -62,7 +77,7 @@ def test_filters_are_transformers(options: dict[str, Any], size: int) -> None:
     sampling = OFF.replace(**options)
     for seed in range(4):
         logits_V = random_logits(seed, size)
-        probabilities_C, ids_C = candidates(logits_V, sampling)
+        probabilities_C, ids_C = candidates_of(logits_V, sampling)
         ours = torch.zeros(size).double()
         ours[ids_C] = probabilities_C
         theirs = peer_probabilities(logits_V, sampling).double()
@@ -77,7 +92,7 @@ def test_filters_are_transformers(options: dict[str, Any], size: int) -> None:
 def test_the_nucleus_of_a_flat_distribution_is_wide(flat: bool) -> None:
     """More tokens than are looked at before all of them are sorted."""
     logits_V = torch.zeros(5000) if flat else random_logits(0, 5000) / 30
-    probabilities_C, ids_C = candidates(logits_V, OFF.replace(top_p=0.9))
+    probabilities_C, ids_C = candidates_of(logits_V, OFF.replace(top_p=0.9))
     theirs = peer_probabilities(logits_V, OFF.replace(top_p=0.9))
     assert abs(len(ids_C) - int((theirs > 0).sum())) <= 1
     assert len(ids_C) == pytest.approx(4500, abs=150)
@@ -110,13 +125,13 @@ def test_presence_and_frequency_are_subtracted_from_what_was_generated() -> None
 def test_a_penalty_changes_the_greedy_token() -> None:
     logits_V = torch.tensor([1.0, 3.0, 2.9])
     greedy, generator = Sampling(temperature=0), torch.Generator()
-    assert sample(logits_V, greedy, generator, [0], [1]) == 1
-    assert sample(logits_V, greedy.replace(repetition_penalty=1.2), generator, [0], [1]) == 2
-    assert sample(logits_V, greedy.replace(repetition_penalty=1.2), generator, [1], []) == 2
-    assert sample(logits_V, greedy.replace(presence_penalty=0.2), generator, [0], [1]) == 2
-    assert sample(logits_V, greedy.replace(presence_penalty=0.2), generator, [1], []) == 1
-    assert sample(logits_V, greedy.replace(frequency_penalty=0.04), generator, [], [1] * 2) == 1
-    assert sample(logits_V, greedy.replace(frequency_penalty=0.04), generator, [], [1] * 3) == 2
+    assert sample_one(logits_V, greedy, generator, [0], [1]) == 1
+    assert sample_one(logits_V, greedy.replace(repetition_penalty=1.2), generator, [0], [1]) == 2
+    assert sample_one(logits_V, greedy.replace(repetition_penalty=1.2), generator, [1], []) == 2
+    assert sample_one(logits_V, greedy.replace(presence_penalty=0.2), generator, [0], [1]) == 2
+    assert sample_one(logits_V, greedy.replace(presence_penalty=0.2), generator, [1], []) == 1
+    assert sample_one(logits_V, greedy.replace(frequency_penalty=0.04), generator, [], [1] * 2) == 1
+    assert sample_one(logits_V, greedy.replace(frequency_penalty=0.04), generator, [], [1] * 3) == 2
 
 
 def test_greedy_is_the_likeliest_and_draws_nothing() -> None:
@@ -124,7 +139,7 @@ def test_greedy_is_the_likeliest_and_draws_nothing() -> None:
     before = generator.get_state()
     for seed in range(5):
         logits_V = random_logits(seed)
-        assert sample(logits_V, Sampling(temperature=0), generator) == int(logits_V.argmax())
+        assert sample_one(logits_V, Sampling(temperature=0), generator) == int(logits_V.argmax())
     assert torch.equal(generator.get_state(), before)
 
 
@@ -132,7 +147,7 @@ def test_greedy_is_the_likeliest_and_draws_nothing() -> None:
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     for seed in range(5):
         logits_V = random_logits(seed)
-        token = sample(logits_V, OFF.replace(temperature=temperature), torch.Generator())
+        token = sample_one(logits_V, OFF.replace(temperature=temperature), torch.Generator())
         assert token == int(logits_V.argmax())
 
 
@@ -141,7 +156,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(options: dict[str, Any])
     """Chi-square, at one in a thousand; tokens expected fewer than five times are one class."""
     logits_V, sampling, draws = random_logits(1), OFF.replace(**options), 4000
     generator = torch.Generator().manual_seed(7)
-    drawn = torch.tensor([sample(logits_V, sampling, generator) for _ in range(draws)])
+    drawn = torch.tensor([sample_one(logits_V, sampling, generator) for _ in range(draws)])
     counts = drawn.bincount(minlength=V).double()
     expected = peer_probabilities(logits_V, sampling).double() * draws
     assert not counts[expected == 0].any()
@@ -156,7 +171,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(options: dict[str, Any])
 def test_the_same_seed_draws_the_same() -> None:
     def draw(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return [sample(random_logits(i), OFF, generator) for i in range(30)]
+        return [sample_one(random_logits(i), OFF, generator) for i in range(30)]
 
     assert draw(3) == draw(3) != draw(4)
 
@@ -195,7 +210,7 @@ def test_what_a_checkpoint_recommends(generation: dict[str, Any], expected: Samp
     ],
 )
 def test_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(BadInput, match=f"{name} is {value}; it takes"):
+    with pytest.raises(BadInput, match=f"{name} is {value}"):
         OFF.replace(**{name: value})
 
 
@@ -209,8 +224,23 @@ def test_a_recommendation_that_is_no_number(name: str, value: object) -> None:
 
 
 def test_the_likeliest_token_is_one_that_is_no_number() -> None:
-    logits_V = torch.tensor([1.0, 3.0, 2.0])
-    assert argmax(logits_V) == (1, 3.0)
-    token, logit = argmax(torch.tensor([1.0, 3.0, math.nan]))
-    assert token == 2
-    assert math.isnan(logit)
+    tokens, logits = argmax(torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, math.nan]]))
+    assert tokens == [1, 2]
+    assert logits[0] == 3.0
+    assert math.isnan(logits[1])
+
+
+def test_a_row_is_chosen_the_same_alone_and_among_others() -> None:
+    """Whatever the other rows' options and logits are, ties included."""
+    options = [{}, {"top_k": 9}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 9, "top_p": 0.5}, {"temperature": 0}]
+    options += [{"top_p": 0.9, "presence_penalty": 1.0}, {"temperature": 0, "repetition_penalty": 1.5}]
+    samplings = [OFF.replace(**options[i % len(options)]) for i in range(40)]
+    logits_MV = torch.stack([random_logits(i, 3000).bfloat16().float() / (1 + 9 * (i % 3)) for i in range(40)])
+
+    def choice(row: int) -> Choice:
+        return Choice(samplings[row], torch.Generator().manual_seed(row), [1, 2], [3, 3, row])
+
+    together, _ = sample(logits_MV, [choice(row) for row in range(40)])
+    assert together == [sample(logits_MV[row : row + 1], [choice(row)])[0][0] for row in range(40)]
+    some = [3, 11, 30]
+    assert [together[row] for row in some] == sample(logits_MV[some], [choice(row) for row in some])[0]

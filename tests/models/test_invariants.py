@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pentad.nn.attention
-from pentad.generate.engine import Engine, Request
+from pentad.generate.engine import Engine, Generation
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
 from pentad.nn.attention import Attention
@@ -165,7 +165,10 @@ def test_only_the_wanted_rows_are_computed(network: nn.Module) -> None:
 def generate(network: nn.Module, prompts: Sequence[list[int]], **engine: Any) -> list[list[int]]:
     """Each prompt's text; its seed is its length."""
     runner = Engine(PlainStep(network, **engine))
-    requests = [Request(ids, Sampling(), torch.Generator().manual_seed(len(ids)), max_tokens=20) for ids in prompts]
+    requests = [
+        Generation(ids, sampling=Sampling(), generator=torch.Generator().manual_seed(len(ids)), max_tokens=20)
+        for ids in prompts
+    ]
     for request in requests:
         runner.submit(request)
     while any(request.finish_reason is None for request in requests):

@@ -59,7 +59,7 @@ def peer(smollm2: Path) -> nn.Module:
 @torch.inference_mode()
 def steps(model: LanguageModel, ids: list[int], prompt: int) -> Tensor:
     """The logits that decoding sees: the prompt's last, then token by token, by cache."""
-    run = type(model._engine.run)(model.network)
+    run = type(model.step)(model.network)
     sequence = run.cache.open(prompt)
     out = [run([(sequence, ids[:prompt])], [prompt - 1])]
     out += [run([(sequence, [token])], [0]) for token in ids[prompt:]]
