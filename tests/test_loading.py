@@ -355,5 +355,5 @@ def test_without_a_tokenizer_only_logits_work(tmp_path: Path) -> None:
     add_tokenizer(tmp_path)
     model = pentad.load(tmp_path)
     assert_equal_logits(model.logits(ids), peer_logits(tiny.peer, ids))
-    with pytest.raises(BadInput, match="tokenizer has 257 ids, its embedding only 96 rows"):
+    with pytest.raises(BadInput, match=r"tokenizer has 257 ids.*embedding.* 96 rows"):
         model.complete("hi")
