@@ -156,7 +156,10 @@ def test_typed_bytes_that_are_no_text(chat: Chat, conversation: Conversation) ->
             super().__init__("utf-8", b"\xff", 0, 1, "invalid start byte")
 
     notes = chat(Broken, "a\udcff", "b")
-    assert ["UTF-8" in note or "surrogate" in note for note in notes.splitlines() if note.startswith("pentad: ")] == [True, True]
+    assert ["UTF-8" in note or "surrogate" in note for note in notes.splitlines() if note.startswith("pentad: ")] == [
+        True,
+        True,
+    ]
     assert said(conversation) == ["b"]
 
 
