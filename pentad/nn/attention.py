@@ -75,11 +75,14 @@ def attention(
         bounds = queries.cu_seqlens_on(q_NHD.device), keys.cu_seqlens_on(q_NHD.device)
         compiled_NHD: Tensor = _compiled_attention(q_NHD, k, v, *bounds, causal, window, scale)
         return compiled_NHD
-    y_NHD: Tensor = _attention(q_NHD, k, v, queries, keys, _Scoring(causal, window, scale, bias))
+    # `disable` is not a decorator here, since it would import the compiler with this module.
+    run: Callable[..., Tensor] = _attention
+    if torch.compiler.is_compiling():
+        run = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
+    y_NHD: Tensor = run(q_NHD, k, v, queries, keys, _Scoring(causal, window, scale, bias))
     return y_NHD
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention(q_NHD: Tensor, k: Tensor, v: Tensor, queries: SequenceLayout, keys: Keys, scoring: _Scoring) -> Tensor:
     if scoring.window is not None and scoring.window >= max(keys.lengths):
         scoring = scoring._replace(window=None)
@@ -129,9 +132,9 @@ def _compiled_attention_backward(
         excluded = excluded.remove(key)
     guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
     with guard, torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q_NHD, k, v)]
+        q_NHD, k, v = inputs = tuple(x.detach().requires_grad_() for x in (q_NHD, k, v))
         layouts = SequenceLayout(queries), SequenceLayout(keys)
-        out = _attention(*inputs, *layouts, _Scoring(causal, window, scale, None))
+        out = _attention(q_NHD, k, v, *layouts, _Scoring(causal, window, scale, None))
     return [x.contiguous() for x in torch.autograd.grad(out, inputs, grad)]
 
 
