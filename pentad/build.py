@@ -7,6 +7,7 @@ need no change are the file's own mapped memory.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -68,6 +69,7 @@ def build(
             _own_parameters(network)
     else:
         family = _family_of_config(source)
+        source = source.resolve(Checkpoint(Path(type(source).__name__), "hf", {}, {}, {}))
         network = _network(family, source, device).to(dtype)
         _initialize(network, family, source, seed)
     return network.train(trainable).requires_grad_(trainable)

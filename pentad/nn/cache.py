@@ -92,8 +92,11 @@ class PagedCache:
         return self._pages_for(held) * self.page_size * row
 
     def clear(self) -> None:
-        """Free all pages, whoever holds them."""
-        self._counts = [0] * len(self._counts)
+        """Free all pages, whoever holds them, in new pools: a thread that grew the old ones may not have finished."""
+        pages = len(self._counts)
+        self.keys = [pool.new_empty(pages * self.page_size, *pool.shape[1:]) for pool in self.keys]
+        self.values = [torch.empty_like(pool) for pool in self.keys]
+        self._counts = [0] * pages
 
     def open(self, rope_length: int = 0) -> CachedSequence:
         """A new, empty sequence."""
