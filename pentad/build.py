@@ -172,6 +172,9 @@ def held_bytes(checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, *, 
         return sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
     total = 0.0
     for placement in _placements(checkpoint, network, dtype, torch.device("cpu"), quantized):
+        if quantized == "all" and QuantizedLinear in placement.parts:
+            total += placement.nbytes
+            continue
         for names, part in zip(placement.parameter_names, placement.parts, strict=True):
             total += network.get_parameter(names[0]).numel() * (part.bytes_per_weight if part else dtype.itemsize)
     return int(total)

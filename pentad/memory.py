@@ -1,12 +1,80 @@
-"""The machine's memory."""
+"""Memory: how much there is, and how much a network takes to run."""
 
 from __future__ import annotations
 
 import os
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from pentad.build import held_bytes
+from pentad.nn.attention import Attention
+
+if TYPE_CHECKING:
+    import torch
+
+    from pentad.nn.decoder import Decoder
+    from pentad.weights.checkpoint import Checkpoint
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes that running a network takes.
+
+    Attributes:
+        weights: the network's.
+        kv_cache: keys and values of one sequence.
+        process: Python, torch and pentad, without a network.
+    """
+
+    weights: int
+    kv_cache: int
+    process: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def estimate(
+    checkpoint: Checkpoint, network: Decoder, *, tokens: int, dtype: torch.dtype, quantized: str
+) -> MemoryEstimate:
+    """The memory that a checkpoint takes to run on a CPU.
+
+    Args:
+        checkpoint: its headers are read.
+        network: the checkpoint's, on the meta device.
+        tokens: of the sequence in the KV cache.
+        dtype: of the KV cache, and of weights that aren't quantized.
+        quantized: as of `pentad.build.build`.
+
+    Raises:
+        BadInput: as `pentad.build.fill`.
+    """
+    weights = held_bytes(checkpoint, network, dtype, quantized=quantized)
+    return MemoryEstimate(weights, kv_cache_bytes(network, tokens, dtype), process_bytes())
+
+
+def kv_cache_bytes(network: Decoder, tokens: int, dtype: torch.dtype) -> int:
+    """Keys and values of one sequence; of an encoder-decoder also those of a source of the same length."""
+    return sum(
+        2 * part.kv_heads * part.head_dim * min(tokens, part.window or tokens) * dtype.itemsize
+        for part in network.modules()
+        if isinstance(part, Attention) and part.causal
+    )
+
+
+def process_bytes() -> int:
+    """The most that this process has taken so far; 0 on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def physical_memory() -> int | None:
-    """Bytes that the machine has, where the system says so."""
+    """Bytes that the machine has; None if the system doesn't say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

@@ -21,6 +21,7 @@ from pentad.cli.converting import convert
 from pentad.cli.environment import env
 from pentad.cli.generating import chat, complete, score
 from pentad.cli.inventory import models, pull, rm
+from pentad.cli.options import with_groups
 from pentad.cli.showing import show
 from pentad.errors import BadInput, PentadError
 
@@ -33,7 +34,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 100},
 )
 for command in (chat, complete, score, models, pull, rm, show, convert, bench, env):
-    app.command()(command)
+    app.command()(with_groups(command))
 
 
 def _version(wanted: bool) -> None:
@@ -47,10 +48,8 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error; goes with any command.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Say what runs the model; goes with any command.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="With any command: show the traceback of an error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With any command: show what runs the model.")] = False,
 ) -> None:
     """Run small open models, from the files they were published in."""
 
@@ -60,8 +59,8 @@ def main() -> None:
     arguments = sys.argv[1:] or ["--help"]
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is cleaned up
-    atexit.register(gc.freeze)  # what is left then goes with the process: nobody needs to look for cycles in it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unlike the default, it removes half-written files
+    atexit.register(gc.freeze)  # no search for cycles in what the process leaves
     rest = [a for i, a in enumerate(arguments) if a not in ("--debug", "--verbose") or i >= len(options)]
     with output.log() if "--verbose" in options else nullcontext():
         code = _run(rest, debug)
@@ -69,15 +68,15 @@ def main() -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
-    """Run one command; whatever goes wrong becomes a line on standard error and an exit code."""
-    if sys.stdout is None:  # closed by whoever started this
+    """Run one command; an error becomes one line on standard error, and an exit code."""
+    if sys.stdout is None:  # the parent process closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if not debug and not sys.warnoptions:
-        warnings.simplefilter("ignore")  # an error is one line, and libraries' warnings are none
+        warnings.simplefilter("ignore")  # those of libraries mean nothing to users
     try:
         code = _invoke(arguments)
-        sys.stdout.flush()  # while there is someone to tell that the pipe is broken
+        sys.stdout.flush()  # a broken pipe is noticed here
         return code
     except KeyboardInterrupt:
         return 130
@@ -102,7 +101,7 @@ def _invoke(arguments: list[str]) -> int:
 
 
 def _is_usage(error: Exception) -> bool:
-    """Whether typer itself refused the command line; the class is click's or, lately, typer's own."""
+    """True if typer refused the command line; the error's class is click's or, in new versions, typer's own."""
     return isinstance(error, typer.BadParameter.__mro__[1])
 
 

@@ -1,4 +1,4 @@
-"""One answer to one prompt: printed as it comes, or as JSON when it is there."""
+"""One answer to one prompt: text as it is generated, or JSON at the end."""
 
 from __future__ import annotations
 
@@ -10,24 +10,16 @@ from typer import Exit
 
 from pentad.cli import output
 from pentad.cli.interrupts import CtrlC
-from pentad.errors import BadInput
 
 if TYPE_CHECKING:
-    from pentad.generate import Completion, EncoderDecoderModel, LanguageModel, Options, Stream
+    from pentad.cli.options import Loading
+    from pentad.generate import Completion, EncoderDecoderModel, LanguageModel, Stream
 
 INTERRUPTED = 130  # exit code: 128 and the number of SIGINT
 
 
-def options(logprobs: int | None, as_json: bool, **rest: Any) -> Options:
-    """What was given on the command line, as `LanguageModel` takes it."""
-    if logprobs is not None and not as_json:
-        raise BadInput("--logprobs reports in JSON: add --json")
-    given = {name: value for name, value in rest.items() if value is not None}
-    return {**given, "logprobs": logprobs}  # type: ignore[typeddict-item]
-
-
 def follow(stream: Stream, write: Callable[[str], None], ctrl_c: CtrlC) -> Completion:
-    """Write a reply as it comes, to its end or to where Ctrl-C is pressed gently."""
+    """Write a reply as it is generated, until its end or the first Ctrl-C."""
     ctrl_c.stop = stream.stop
     written = 0
     with stream:
@@ -35,34 +27,28 @@ def follow(stream: Stream, write: Callable[[str], None], ctrl_c: CtrlC) -> Compl
             write(piece)
             written += len(piece)
     completion = stream.completion
-    write(completion.text[written:])  # what was held back, as it might have begun a stop string
+    write(completion.text[written:])  # held back, as it might have begun a stop string
     return completion
 
 
-def answer(
-    name: str,
-    load: Callable[[], LanguageModel | EncoderDecoderModel],
-    begin: Callable[[Any], Stream],
-    *,
-    as_json: bool,
-) -> None:
-    """Load a model, run one prompt to its end, and write what came of it.
+def answer(loading: Loading, begin: Callable[[Any], Stream], *, as_json: bool) -> None:
+    """Load a model, run one prompt, and write the completion.
 
     Raises:
-        typer.Exit: with 130 where it was interrupted.
+        typer.Exit: with 130 if it was interrupted.
     """
     stream: Stream | None = None
     with CtrlC() as ctrl_c:
         try:
-            model = load()
+            model = loading.load()
             ctrl_c.gently = True
             stream = begin(model)
             follow(stream, (lambda _: None) if as_json else output.write, ctrl_c)
         except KeyboardInterrupt:
-            pass  # what was said so far is in the stream
+            pass  # the stream has the reply so far
         completion = None if stream is None else stream.completion
         if as_json:
-            output.write_json(_nothing(name) if completion is None else as_fields(completion))
+            output.write_json(_nothing(loading.model) if completion is None else as_fields(completion))
         elif completion is not None:
             output.write("\n")
             if cut_off(completion, model):
@@ -72,12 +58,12 @@ def answer(
 
 
 def cut_off(completion: Completion, model: LanguageModel | EncoderDecoderModel) -> bool:
-    """Whether a reply ended because the context was full."""
+    """True if a reply ended because the context was full."""
     return completion.finish_reason == "length" and model.is_full(completion)
 
 
 def as_fields(completion: Completion) -> dict[str, Any]:
-    """The fields of a completion, log-probabilities only where they were asked for."""
+    """The fields of a completion; log-probabilities only if they were requested."""
     fields = asdict(completion)
     if completion.logprobs is None:
         del fields["logprobs"]
@@ -85,7 +71,7 @@ def as_fields(completion: Completion) -> dict[str, Any]:
 
 
 def _nothing(name: str) -> dict[str, Any]:
-    """What there is of a completion before the model is loaded."""
+    """The completion of a run that was interrupted while the model was loading."""
     return {
         "model": name,
         "text": "",

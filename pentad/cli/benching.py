@@ -1,11 +1,11 @@
-"""``pentad bench``: how fast a model prefills and decodes on this machine, as llama-bench measures it."""
+"""``pentad bench``: how fast a model prefills and decodes on this machine, measured as llama-bench does."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from random import Random
 from statistics import median
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from pentad.nn.cache import CachedSequence
 
 ModelArgument = Annotated[str | None, Argument(metavar="MODEL", help="The same as --model MODEL.")]
-Prompt = Annotated[str, Option(metavar="N,…", help="Prefill prompts of N tokens; 0: don't.")]
-Generate = Annotated[str, Option(metavar="N,…", help="Decode N tokens, one by one; 0: don't.")]
-BatchSizes = Annotated[str, Option(metavar="N,…", help="N sequences at once.")]
-Depths = Annotated[str, Option(metavar="N,…", help="After N tokens that are cached already.")]
+Prompt = Annotated[str, Option(metavar="N,…", help="Prefill prompts of N tokens; 0: skip.")]
+Generate = Annotated[str, Option(metavar="N,…", help="Decode N tokens, one at a time; 0: skip.")]
+BatchSizes = Annotated[str, Option(metavar="N,…", help="Run N sequences at once.")]
+Depths = Annotated[str, Option(metavar="N,…", help="Begin with N tokens in the KV cache.")]
 Repeat = Annotated[int, Option(min=1, max=1000, metavar="N", help="Measure N times.")]
 
 _LINE = "{:8}{:>6}{:>7}{:>11}   {}"
@@ -34,7 +34,7 @@ _LINE = "{:8}{:>6}{:>7}{:>11}   {}"
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: `batch` sequences, each `depth` tokens long, go on by `tokens`."""
+    """One measurement: `batch` sequences of `depth` cached tokens each get `tokens` more."""
 
     prefill: bool
     tokens: int
@@ -43,13 +43,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As llama-bench has it: pp512, tg64."""
+        """As llama-bench writes it: pp512, tg64."""
         return f"{'pp' if self.prefill else 'tg'}{self.tokens}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured, in tokens of all sequences a second."""
+    """A result, in tokens per second summed over the sequences."""
 
     model: str
     test: str
@@ -67,26 +67,21 @@ class Row:
 
 def bench(
     model_argument: ModelArgument = None,
-    model: o.Model = o.DEFAULT_MODEL,
+    *,
+    loading: o.Loading,
     prompt: Prompt = "512",
     generate: Generate = "64",
     batch: BatchSizes = "1",
     depth: Depths = "0",
     repeat: Repeat = 3,
-    dtype: o.Precision = None,
-    quantize: o.Quantize = None,
-    device: o.Device = None,
-    threads: o.Threads = None,
-    fast: o.Fast = False,
-    context: o.Context = None,
     as_json: o.Json = False,
 ) -> None:
     """Measure how fast a model is on this machine.
 
-    Prefill (pp) and decode (tg) in tokens a second: the median and the extremes.
+    Prefill (pp) and decode (tg) in tokens per second: the median, the slowest and the fastest run.
 
-    --prompt, --generate, --batch and --depth take numbers divided by commas, and every combination
-    is measured, after one run to warm up.
+    --prompt, --generate, --batch and --depth take numbers separated by commas. Every combination is
+    measured, after one warm-up run.
 
     JSON lines: model, test, batch, depth, tokens_per_second, slowest, fastest, repeat, threads,
     dtype, device, runs (by the kernels, or as plain torch and why).
@@ -97,16 +92,7 @@ def bench(
     cases = [Case(prefill, tokens, size, deep) for size, deep, (prefill, tokens) in grid]
     if not cases:
         raise BadInput("there is nothing to measure: --prompt and --generate are both 0")
-    loaded = o.load(
-        model_argument or model,
-        dtype=dtype,
-        quantize=quantize,
-        device=device,
-        threads=threads,
-        context=context,
-        fast=fast,
-    )
-    loaded = o.decoder_only(loaded, "be measured")
+    loaded = replace(loading, model=model_argument or loading.model).load_decoder_only("be measured")
     longest = max(case.depth + case.tokens for case in cases)
     if longest > loaded.context_length:
         raise BadInput(f"{longest} tokens don't fit the context of {loaded.context_length}")
@@ -125,7 +111,7 @@ def _numbers(option: str, text: str, *, least: int) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or not all(n >= least for n in numbers):
-        raise BadInput(f"{option} is {text!r}: it takes whole numbers from {least}, divided by commas, like 128,512")
+        raise BadInput(f"{option} is {text!r}; expected whole numbers from {least}, separated by commas: 128,512")
     return numbers
 
 
@@ -136,7 +122,7 @@ def _write_row(row: Row) -> None:
 
 
 def _measure(model: LanguageModel, cases: list[Case], repeat: int) -> Iterator[Row]:
-    """Measure each case in turn, after a run that warms up."""
+    """Measure each case in turn, after a warm-up run."""
     import torch
 
     step = model.step
@@ -161,7 +147,7 @@ def _measure(model: LanguageModel, cases: list[Case], repeat: int) -> Iterator[R
 
 
 def _run(step: Step, case: Case, vocabulary: int) -> float:
-    """Seconds that a case takes on tokens drawn at random, its depth not counted."""
+    """Seconds that a case takes on random tokens, without the prefill of its depth."""
     random = Random(0)
     sequences = [step.cache.open(case.depth + case.tokens) for _ in range(case.batch)]
     for sequence in sequences:
@@ -186,23 +172,22 @@ def _run(step: Step, case: Case, vocabulary: int) -> float:
 
 
 def _prefill(step: Step, prompts: list[tuple[CachedSequence, list[int]]]) -> None:
-    """Run prompts in steps of so many tokens as the engine takes; each one's last row gives logits."""
+    """Run prompts in steps as large as the engine's; each prompt's last row gives logits."""
     from pentad.generate.engine import EngineConfig
 
-    most = EngineConfig().max_batched_tokens
-
+    max_tokens = EngineConfig().max_batched_tokens
     waiting = deque((sequence, ids) for sequence, ids in prompts if ids)
     while waiting:
         work: list[tuple[CachedSequence, list[int]]] = []
         last_rows: list[int] = []
         row = 0
-        while waiting and row < most:
+        while waiting and row < max_tokens:
             sequence, ids = waiting.popleft()
-            now, later = ids[: most - row], ids[most - row :]
+            now, later = ids[: max_tokens - row], ids[max_tokens - row :]
             work.append((sequence, now))
             row += len(now)
             if later:
                 waiting.appendleft((sequence, later))
             else:
                 last_rows.append(row - 1)
-        step(work, last_rows).sum().item()  # a GPU is waited for
+        step(work, last_rows).sum().item()  # waits for a GPU

@@ -1,4 +1,4 @@
-"""A conversation that fits its model's context, or says that it doesn't."""
+"""A conversation, kept within its model's context."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Conversation:
     """Messages, and the model that replies to them.
 
     Attributes:
-        messages: ``{"role", "content"}`` each; a system message, if there is one, comes first.
+        messages: ``{"role", "content"}`` each; a system message, if any, comes first.
         options: how replies are generated.
-        truncate: drop the oldest turns where the context has no room for a reply, instead of refusing.
+        truncate: drop the oldest turns if the context has no room for a reply, instead of raising an error.
     """
 
     def __init__(
@@ -37,16 +37,16 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """What the system message says."""
+        """The text of the system message, if there is one."""
         first = self.messages[:1]
         return first[0]["content"] if first and first[0]["role"] == "system" else None
 
     def set_system(self, text: str | None) -> None:
-        """Change the system message, or take it away."""
+        """Set the system message; None removes it."""
         self.messages[: self._begin] = [] if text is None else [{"role": "system", "content": text}]
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
+        """Remove all messages but the system message."""
         del self.messages[self._begin :]
 
     def add(self, role: str, text: str) -> None:
@@ -54,25 +54,25 @@ class Conversation:
         self.messages.append({"role": role, "content": text})
 
     def undo(self) -> str | None:
-        """Take the last turn back; returns what the user had said, None where there is no turn."""
+        """Remove the last turn; returns its user message, or None if there was no turn."""
         starts = self._turns()
         if not starts:
             return None
-        said = self.messages[starts[-1]]["content"]
+        text = self.messages[starts[-1]]["content"]
         del self.messages[starts[-1] :]
-        return said
+        return text
 
     def tokens(self) -> int:
-        """How many tokens the model is given if it replies now."""
+        """The number of tokens of the prompt for the next reply."""
         return len(self.model.chat_ids(self.messages))
 
     def fit(self) -> list[str]:
-        """Make sure that a reply has room; returns what the user had said in turns that were dropped.
+        """Make room for a reply; returns the user messages of the turns that were dropped.
 
-        Turns are dropped until half of the context is free, since each time the rest is prefilled anew.
+        Turns are dropped until half of the context is free: after each drop the rest is prefilled again.
 
         Raises:
-            BadInput: it has none, and nothing may be dropped.
+            BadInput: there is no room, and no turn may be dropped.
         """
         limit = self.model.context_length
         room = min(self.options.get("max_tokens") or limit, limit // 4) if self.truncate else 1
@@ -87,17 +87,17 @@ class Conversation:
         if count >= limit:
             several = len(self._turns()) > 1
             raise BadInput(
-                f"the conversation has {count} tokens, which leaves no room for a reply in the context of {limit}: "
-                + ("/set truncate yes drops the oldest turns, /reset all of them" if several else "shorten it")
+                f"the conversation has {count} tokens; the context of {limit} has no room for a reply: "
+                + ("/set truncate yes drops the oldest turns, /reset all turns" if several else "shorten it")
             )
         return dropped
 
     def stream(self) -> Stream:
-        """Begin a reply to the last message."""
+        """Start a reply to the last message."""
         return self.model.stream(self.messages, **self.options)
 
     def save(self, path: Path) -> None:
-        """Add the conversation to a file, as one line of JSON: the form of training data.
+        """Append the conversation to a file, as one line of JSON in the format of training data.
 
         Raises:
             PentadError: the file can't be written.
@@ -109,10 +109,10 @@ class Conversation:
             raise PentadError(f"{path}: {error.strerror or error}") from None
 
     def load(self, path: Path) -> None:
-        """Go on with the last conversation of a file.
+        """Continue with the last conversation of a file.
 
         Raises:
-            BadInput: the file can't be read, or its last line is no conversation.
+            BadInput: the file can't be read, or its last line isn't a conversation.
         """
         try:
             last = path.read_text(encoding="utf-8").strip().rpartition("\n")[2]
@@ -125,9 +125,9 @@ class Conversation:
 
     @property
     def _begin(self) -> int:
-        """Where the turns begin."""
+        """The index of the first message after the system message."""
         return 0 if self.system is None else 1
 
     def _turns(self) -> list[int]:
-        """Where each turn begins: at what the user says."""
+        """The indices of the user messages, which start the turns."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"]

@@ -21,42 +21,43 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def convert(
-    source: Annotated[str, Argument(metavar="SRC", help="As --model elsewhere.")],
+    source: Annotated[str, Argument(metavar="SRC", help="The model, as for --model.")],
     destination: Annotated[
-        Path, Argument(metavar="DST", help="A folder that isn't there yet; of GGUF, a file that isn't.")
+        Path,
+        Argument(metavar="DST", help="The output folder (for GGUF, the output file). It must not exist yet."),
     ],
     to: Annotated[
         str | None,
-        Option(metavar="FORMAT", help="hf (as transformers reads), mistral (params.json and consolidated) or gguf."),
+        Option(metavar="FORMAT", help="hf (for transformers), mistral (params.json and consolidated) or gguf."),
     ] = None,
     quantize: Annotated[
         str | None,
-        Option(metavar="TYPE", help="For gguf: q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16 or f32. Default: as it is."),
+        Option(metavar="TYPE", help="For gguf: q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16 or f32. Default: as in SRC."),
     ] = None,
     dtype: Annotated[
-        o.Dtype | None,
-        Option(metavar="TYPE", help="For hf and mistral: float32, bfloat16 or float16. Default: as it is."),
+        o.DtypeName | None,
+        Option(metavar="TYPE", help="For hf and mistral: float32, bfloat16 or float16. Default: as in SRC."),
     ] = None,
     upcycle: Annotated[
         str | None,
         Option(
             metavar="NUMBERS",
-            help="Make a mixture of experts of a dense model, as hf: experts=8,top_k=2; seed=N varies the routers.",
+            help="Make a dense model a mixture of experts, as hf: experts=8,top_k=2; seed=N varies the routers.",
         ),
     ] = None,
     shard_size: Annotated[
-        str, Option(metavar="SIZE", help="The most that one file of weights takes, as 500MB or 5GB.")
+        str, Option(metavar="SIZE", help="The largest size of a file of weights, such as 500MB or 5GB.")
     ] = "5GB",
     as_json: o.Json = False,
 ) -> None:
     """Write a model in another format, with its config, tokenizer and chat template.
 
-    JSON: path, format, family, files, nbytes, notes (what the format has no place for), seconds.
+    JSON: path, format, family, files, nbytes, notes (settings that the format can't hold), seconds.
     """
     from pentad.convert import convert as run
 
     if to is None and upcycle is None:
-        raise BadInput("Missing option '--to': it takes hf, mistral or gguf")
+        raise BadInput("Missing option '--to'; expected hf, mistral or gguf")
     to = to or "hf"
     started = time.perf_counter()
     result = run(
@@ -90,12 +91,12 @@ def _upcycling(text: str) -> Upcycling:
         or len(set(names)) < len(names)
         or not all(re.fullmatch(r"\d{1,18}", number, re.ASCII) for _, _, number in pairs)
     ):
-        raise BadInput(f"--upcycle is {text!r}; it takes {', '.join(known)}, each a whole number: experts=8,top_k=2")
+        raise BadInput(f"--upcycle is {text!r}; expected whole numbers for {', '.join(known)}: experts=8,top_k=2")
     return Upcycling(**{name: int(number) for name, _, number in pairs})
 
 
 def _bytes(size: str) -> int:
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)B?", size.strip().upper())
     if match is None or not (count := int(float(match[1]) * _UNITS[match[2]])):
-        raise BadInput(f"--shard-size is {size[:40]!r}; it takes a size such as 500MB or 5GB")
+        raise BadInput(f"--shard-size is {size[:40]!r}; expected a size such as 500MB or 5GB")
     return count

@@ -1,4 +1,4 @@
-"""``pentad env``: what a bug report should say of the machine."""
+"""``pentad env``: a description of the machine for bug reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import pentad
 from pentad.cli import output
 from pentad.cli.options import Json
-from pentad.memory import physical_memory
 
 NEEDED = (
     "torch",
@@ -28,13 +27,13 @@ NEEDED = (
     "rich",
     "filelock",
 )
-PEERS = ("transformers", "llama-cpp-python")  # not needed, but named where they are
+PEERS = ("transformers", "llama-cpp-python")  # not needed, but shown if installed
 
 
 def env(as_json: Json = False) -> None:
     """Describe this machine, for bug reports.
 
-    Versions, processor, devices, where caches are, what is missing.
+    Shows versions, processor, devices, cache folders and missing packages.
 
     JSON: pentad, python, packages {name: version or null}, missing, platform, cpu, cores, memory,
     threads, instructions, kernels, devices, caches.
@@ -90,7 +89,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    """The processor's name, as the system has it."""
+    """The processor's name, as the system gives it."""
     try:
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -104,5 +103,7 @@ def _cpu() -> str:
 
 
 def _memory() -> str | None:
+    from pentad.memory import physical_memory
+
     nbytes = physical_memory()
     return None if nbytes is None else output.size(nbytes)

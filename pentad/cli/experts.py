@@ -1,7 +1,8 @@
-"""``pentad show MODEL --experts TEXTFILE``: which experts take which tokens."""
+"""``pentad show MODEL --experts TEXTFILE``: which tokens are routed to which experts."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,30 +14,27 @@ if TYPE_CHECKING:
     from pentad.generate.expert_use import ExpertUse
     from pentad.text import Tokenizer
 
-WINDOW = 1024  # tokens that are a sequence, where nobody asks for more or fewer
-SHOWN = 8  # kinds of token in the table; the picture and the JSON have more
+WINDOW = 1024  # tokens of a sequence by default
+MAX_TABLE_ROWS = 8  # the picture and the JSON have more tokens
 
 
 def show_experts(
-    model: str,
     source: str,
     picture: Path | None,
     *,
-    context: int | None,
-    dtype: o.Dtype | None,
-    quantize: str | None,
+    loading: o.Loading,
     as_json: bool,
 ) -> None:
-    """Run a text through a mixture of experts, and tell what its routers decided.
+    """Run a text through a mixture of experts, and write how its routers routed it.
 
     Args:
-        model: as everywhere.
         source: a text file, or "-".
-        picture: a PNG to draw.
-        context: tokens that are a sequence.
+        picture: a PNG to draw, or None.
+        loading: the model, and the tokens of a sequence as its context.
+        as_json: write JSON instead of tables.
 
     Raises:
-        BadInput: a dense model, an empty text, or nothing to draw with.
+        BadInput: a dense model, an empty text, or Pillow is missing.
     """
     from pentad import weights
     from pentad.build import meta_network
@@ -48,18 +46,19 @@ def show_experts(
 
         require(picture)
     text = o.read_text(source)
+    model = loading.model
     path = registry.locate(model, progress=output.progress())
-    if not has_experts(meta_network(weights.open(path))):  # before anything is loaded
+    if not has_experts(meta_network(weights.open(path))):
         raise BadInput(f"{model} is a dense model: it has no experts")
-    loaded = o.load(str(path), dtype=dtype, quantize=quantize, device=None, threads=None, context=context, fast=False)
-    window = min(context or WINDOW, loaded.context_length)
+    loaded = replace(loading, model=str(path)).load()
+    window = min(loading.context or WINDOW, loaded.context_length)
     use = expert_use(loaded.network, loaded.prompt_ids(text), window=window)
     names = [_name(loaded.tokenizer, token) for token, _ in use.frequent]
     if picture is not None:
         from pentad.cli.heatmaps import draw
 
         bare = [name.removeprefix("'").removesuffix("'") for name in names]
-        draw(use, bare, looked_at(use), picture, title=f"{model}: {use.tokens:,} tokens of {source}")
+        draw(use, bare, shown_layers(use), picture, title=f"{model}: {use.tokens:,} tokens of {source}")
     if as_json:
         output.write_json(_facts(use, names, model, picture))
         return
@@ -69,13 +68,13 @@ def show_experts(
 
 
 def _name(tokenizer: Tokenizer, token: int) -> str:
-    """A token in quotes, in letters that every terminal and every font has."""
+    """A token in quotes, in ASCII, which every terminal and font has."""
     text = tokenizer.token_bytes(token).decode(errors="backslashreplace")
     return ascii(text) if text else f"<{token}>"
 
 
-def looked_at(use: ExpertUse) -> list[int]:
-    """Of the layers with experts the first, the one in the middle and the last."""
+def shown_layers(use: ExpertUse) -> list[int]:
+    """The first, the middle and the last layer that has experts."""
     layers = list(use.layers)
     return sorted({layers[0], layers[len(layers) // 2], layers[-1]})
 
@@ -96,16 +95,16 @@ def _write(use: ExpertUse, names: list[str]) -> None:
     output.write_table(rows)
     output.write(
         f"\n{use.tokens} tokens, {experts} experts a layer. Busiest and idlest: 1 is an even share."
-        " Evenness: the load's entropy, 1 is even.\n\n"
+        " Evenness: the load's entropy; 1 is even.\n\n"
     )
-    chosen = looked_at(use)
+    chosen = shown_layers(use)
     table: list[tuple[object, ...]] = [("token", "times", *(f"layer {layer}" for layer in chosen))]
-    for row, ((_, times), name) in enumerate(zip(use.frequent[:SHOWN], names, strict=False)):
+    for row, ((_, times), name) in enumerate(zip(use.frequent[:MAX_TABLE_ROWS], names, strict=False)):
         taken = [use.by_token[layer][row] for layer in chosen]
         favorites = [f"{int(t.argmax())}: {int(t.max()) / times:.0%}" for t in taken]
         table.append((name, times, *favorites))
     output.write_table(table)
-    output.write("\nThe expert that a token goes to most often, and how often that is.\n")
+    output.write("\nEach layer's column has the token's most frequent expert, and its share.\n")
 
 
 def _facts(use: ExpertUse, names: list[str], model: str, picture: Path | None) -> dict[str, Any]:

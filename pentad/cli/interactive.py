@@ -1,34 +1,35 @@
-"""The loop of an interactive chat: lines in, replies out, ``/commands``."""
+"""An interactive chat: messages in, replies out, ``/commands``."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from pentad.cli import output
 from pentad.cli.answer import cut_off, follow
 from pentad.cli.conversation import Conversation
 from pentad.cli.interrupts import CtrlC
+from pentad.cli.options import Generating
 from pentad.errors import BadInput, PentadError
 
 HELP = '''\
-/help              this list
-/reset             forget the conversation; the system message stays
-/system [TEXT]     set the system message; without TEXT, take it away
-/undo              take the last turn back
+/help              show this list
+/reset             clear the conversation, but keep the system message
+/system [TEXT]     set the system message; without TEXT, remove it
+/undo              remove the last turn
 /retry             reply to the last message again
-/set [NAME VALUE]  set an option (temperature 0.2); without VALUE its default; alone, list them
-/tokens            how much of the context is used
-/save FILE         add the conversation to a file, as a line of JSON
-/load FILE         go on with the last conversation of a file
-/quit              leave; so does Ctrl-D, or Ctrl-C twice
+/set [NAME VALUE]  set an option (temperature 0.2); without VALUE, its default; alone, list options
+/tokens            show how much of the context is used
+/save FILE         append the conversation to a file, as one line of JSON
+/load FILE         continue the last conversation of a file
+/quit              leave; so do Ctrl-D, and Ctrl-C twice
 
-A line that ends in \\ goes on in the next one; """ begins and ends a text of many lines.
-Ctrl-C stops a reply; what was said so far stays.'''
+End a line with \\ to continue it on the next line; begin and end a text of many lines with """.
+Ctrl-C stops a reply, and keeps its text so far.'''
 
-FULL = "(cut off: the context is full; /reset begins anew, /set truncate yes drops the oldest turns)"
+FULL = "(cut off: the context is full; /reset clears it, /set truncate yes drops the oldest turns)"
 HISTORY = 1000  # lines
 QUOTES = '"""'
 
@@ -38,17 +39,12 @@ def _yes_or_no(text: str) -> bool:
 
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "max_tokens": int,
-    "seed": int,
+    **{
+        name: get_args(hint)[0] for name, hint in get_type_hints(Generating).items() if name not in ("stop", "logprobs")
+    },
     "truncate": _yes_or_no,
 }
+"""The options that /set takes, and how their values are parsed."""
 
 
 class Loop:
@@ -69,10 +65,10 @@ class Loop:
         }
 
     def run(self) -> None:
-        """Returns when the user leaves with /quit or Ctrl-D.
+        """Run until the user leaves with /quit or Ctrl-D.
 
         Raises:
-            KeyboardInterrupt: they left with Ctrl-C twice.
+            KeyboardInterrupt: the user pressed Ctrl-C twice.
         """
         model = self.conversation.model
         output.note(f"{model.name}, context {model.context_length} tokens. /help lists commands; Ctrl-D leaves.")
@@ -93,10 +89,10 @@ class Loop:
                     output.write("\n")
                     if leaving:
                         raise
-                    output.note("(Ctrl-C again, or Ctrl-D, leaves)")
+                    output.note("(press Ctrl-C again, or Ctrl-D, to leave)")
                     leaving = True
                 except UnicodeDecodeError:
-                    output.fail("what you typed is not valid UTF-8")
+                    output.fail("the input is not valid UTF-8")
 
     def _handle(self, message: str) -> None:
         name, _, argument = message.strip().removeprefix("/").partition(" ")
@@ -107,7 +103,7 @@ class Loop:
                 self._commands[name](argument.strip())
             else:
                 raise BadInput(
-                    f"there is no command /{name}: /help lists them, and a space in front makes it a message"
+                    f"unknown command /{name}: /help lists commands; a space before the / makes it a message"
                 )
         except PentadError as error:
             output.fail(str(error))
@@ -130,21 +126,21 @@ class Loop:
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
-        output.note("(forgotten)")
+        output.note("(conversation cleared)")
 
     def _system(self, text: str) -> None:
         self.conversation.set_system(text or None)
-        output.note("(system message set)" if text else "(no system message)")
+        output.note("(system message set)" if text else "(system message removed)")
 
     def _undo(self, _: str) -> None:
-        said = self.conversation.undo()
-        output.note("(nothing to take back)" if said is None else f"(taken back: {_brief(said)})")
+        message = self.conversation.undo()
+        output.note("(no turn to remove)" if message is None else f"(removed: {_brief(message)})")
 
     def _retry(self, _: str) -> None:
-        said = self.conversation.undo()
-        if said is None:
+        message = self.conversation.undo()
+        if message is None:
             raise BadInput("there is no message to reply to")
-        self._say(said)
+        self._say(message)
 
     def _set(self, argument: str) -> None:
         if not argument:
@@ -153,11 +149,12 @@ class Loop:
         name, _, text = argument.replace("=", " ", 1).partition(" ")
         name, text = name.replace("-", "_"), text.strip()
         if name not in SETTINGS:
-            raise BadInput(f"there is no option {name!r}; there are {', '.join(SETTINGS)}")
+            raise BadInput(f"unknown option {name!r}; known options: {', '.join(SETTINGS)}")
         try:
             value = SETTINGS[name](text) if text else None
         except (ValueError, KeyError):
-            raise BadInput(f"{name} doesn't take {text!r}") from None
+            expected = {float: "a number", int: "a whole number"}.get(SETTINGS[name], "yes or no")  # type: ignore[call-overload]
+            raise BadInput(f"{name} is {text!r}; expected {expected}") from None
         if name == "truncate":
             conversation.truncate = bool(value)
         elif value is None:
@@ -184,20 +181,20 @@ class Loop:
 
     def _save(self, file: str) -> None:
         if not file:
-            raise BadInput("/save takes the name of a file")
+            raise BadInput("/save needs the name of a file")
         self.conversation.save(Path(file).expanduser())
         output.note(f"(added to {file})")
 
     def _load(self, file: str) -> None:
         if not file:
-            raise BadInput("/load takes the name of a file")
+            raise BadInput("/load needs the name of a file")
         self.conversation.load(Path(file).expanduser())
         output.note(f"({len(self.conversation.messages)} messages)")
 
 
 def _turns(dropped: Sequence[str]) -> str:
     count = "the oldest turn" if len(dropped) == 1 else f"the {len(dropped)} oldest turns"
-    return f"{count}, from {_brief(dropped[0])} on,"
+    return f"{count}, beginning with {_brief(dropped[0])},"
 
 
 def _brief(text: str) -> str:
@@ -207,10 +204,11 @@ def _brief(text: str) -> str:
 
 
 def _read_message() -> str:
-    r"""One message: a line, goes on after ``\``, or lines between triple quotes.
+    r"""Read a message: a line, with continuation lines after ``\``, or the lines between triple quotes.
 
     Raises:
-        EOFError, KeyboardInterrupt: the user pressed Ctrl-D, Ctrl-C.
+        EOFError: the user pressed Ctrl-D.
+        KeyboardInterrupt: the user pressed Ctrl-C.
     """
     line = input("> ")
     if line.startswith(QUOTES):
@@ -225,7 +223,7 @@ def _read_message() -> str:
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """Line editing with the history of earlier chats, where the system has it."""
+    """Line editing, with the history of earlier chats, if the system has readline."""
     try:
         import readline
     except ImportError:

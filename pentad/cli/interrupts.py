@@ -1,4 +1,4 @@
-"""Ctrl-C, heard where it does no harm."""
+"""Ctrl-C that lets a step of the model finish."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-ECHO = 1.0  # seconds in which a second signal is the same one: timeout(1) sends it to process and group
+ECHO = 1.0  # seconds; timeout(1) signals both process and group, so a second signal this soon is the same one
 
 
 class CtrlC:
-    """Hears SIGINT inside a ``with`` block.
+    """Handles SIGINT inside a ``with`` block.
 
     Attributes:
-        pressed: whether it came.
-        gently: only note it and call `stop`, so that a step of the model comes to its end; else
-            raise KeyboardInterrupt at once. Whoever presses again gets that in any case.
-        stop: what ends the work at hand.
+        pressed: true after the first SIGINT.
+        gently: the first SIGINT calls `stop`, which lets the step of the model finish; otherwise it raises
+            KeyboardInterrupt at once. A second SIGINT always raises.
+        stop: ends the present work.
     """
 
     def __init__(self, *, gently: bool = False) -> None:

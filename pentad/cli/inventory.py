@@ -1,4 +1,4 @@
-"""``pentad models``, ``pull`` and ``rm``: what models are at hand."""
+"""``pentad models``, ``pull`` and ``rm``: the models on this machine."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ Name = Annotated[
 
 
 def models(as_json: Json = False) -> None:
-    """List the models that are at hand.
+    """List the models that pentad knows by name, and those in the Hugging Face cache.
 
-    Those that pentad knows by name, pulled or not, and those in the Hugging Face cache.
-
-    JSON lines: name, path (null where it isn't pulled), nbytes, description, license.
+    JSON lines: name, path (null if it isn't pulled), nbytes, description, license.
     """
     from pentad.weights import registry
 
@@ -40,7 +38,7 @@ def models(as_json: Json = False) -> None:
 
 
 def pull(name: Name, as_json: Json = False) -> None:
-    """Fetch a model into the cache, and say where it is.
+    """Download a model into the cache, and print its path.
 
     JSON: name, path.
     """
@@ -55,12 +53,12 @@ def pull(name: Name, as_json: Json = False) -> None:
 
 def rm(
     name: Name,
-    yes: Annotated[bool, Option("--yes", "-y", help="Don't ask.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Don't ask for confirmation.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove a model from the cache.
 
-    JSON: name, nbytes (what was freed).
+    JSON: name, nbytes (freed).
     """
     from pentad.weights import registry
 
@@ -77,13 +75,9 @@ def _confirmed(name: str) -> bool:
     """Ask on the terminal.
 
     Raises:
-        BadInput: there is none.
+        BadInput: standard input is no terminal.
     """
-    if not _at_terminal():
-        raise BadInput(f"there is no terminal to ask at: --yes removes {name} unasked")
+    if not sys.stdin.isatty():
+        raise BadInput(f"standard input is no terminal to confirm at: use --yes to remove {name}")
     print(f"Remove {name} from the cache? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _at_terminal() -> bool:
-    return sys.stdin.isatty()

@@ -1,11 +1,15 @@
-"""The options that commands share, and what they are used for: loading a model, reading a text."""
+"""The options that several commands share, each declared once, and what they are for: loading, generating, reading."""
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
@@ -13,13 +17,13 @@ from pentad.cli import output
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
-    from pentad.generate import EncoderDecoderModel, LanguageModel
+    from pentad.generate import EncoderDecoderModel, LanguageModel, Options
 
 DEFAULT_MODEL = "smollm2"
 
 
-class Dtype(StrEnum):
-    """What numbers are computed in."""
+class DtypeName(StrEnum):
+    """The dtypes that weights and activations can have."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -27,111 +31,63 @@ class Dtype(StrEnum):
 
 
 Json = Annotated[bool, Option("--json", help="Write JSON to standard output.")]
-
-# Loading
-Model = Annotated[
-    str,
-    Option(metavar="NAME", help="A name, a file, a folder, or org/name[@revision][:Q4_K_M]."),
+Prompt = Annotated[
+    str | None, Argument(metavar="PROMPT", help="The prompt. If omitted or -, it is read from standard input.")
 ]
-Precision = Annotated[
-    Dtype | None,
+Context = Annotated[int | None, Option(min=1, metavar="N", help="Longest sequence in tokens. Default: the model's.")]
+Dtype = Annotated[
+    DtypeName | None,
     Option(
-        "--dtype",
         metavar="TYPE",
-        help="Let torch compute in float32, bfloat16 or float16; by default weights are taken as they are stored.",
+        help="Compute in float32, bfloat16 or float16 with plain PyTorch; turns the CPU kernels off."
+        " Default: as the weights are stored.",
     ),
 ]
 Quantize = Annotated[
     str | None,
-    Option(metavar="NAME", help="none: dequantize; by default weights stay as in the file."),
-]
-Device = Annotated[
-    str | None,
-    Option(metavar="NAME", help="cpu, cuda or mps; by default CUDA where there is one."),
-]
-Threads = Annotated[int | None, Option(min=1, max=1024, metavar="N", help="CPU threads.")]
-Fast = Annotated[
-    bool,
-    Option("--fast", help="Let the CPU's kernels round to 8 bits instead of 16 where weights are quantized."),
-]
-Context = Annotated[
-    int | None,
-    Option(min=1, metavar="N", help="Longest sequence in tokens; by default the model's."),
-]
-
-# Generating; what is left out is as the checkpoint recommends
-Temperature = Annotated[
-    float | None,
     Option(
-        min=0, max=100, metavar="X", help="0 takes the likeliest token. Default: the model's recommendation, else 0.7."
+        metavar="NAME",
+        help="none dequantizes the weights, and turns the CPU kernels off. Default: as quantized in the file.",
     ),
 ]
-TopK = Annotated[int | None, Option(min=0, metavar="N", help="Choose among the N likeliest tokens; 0: all.")]
-TopP = Annotated[
-    float | None,
-    Option(
-        min=0,
-        max=1,
-        metavar="X",
-        help="Choose among the likeliest that together reach X. Default: as recommended, else 0.95.",
-    ),
-]
-MinP = Annotated[
-    float | None,
-    Option(min=0, max=1, metavar="X", help="Drop tokens below X times the likeliest one."),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    Option(min=0.01, max=100, metavar="X", help="Divide logits of tokens that occurred; 1: off."),
-]
-PresencePenalty = Annotated[
-    float | None,
-    Option(min=-100, max=100, metavar="X", help="Subtract from logits of generated tokens."),
-]
-FrequencyPenalty = Annotated[
-    float | None,
-    Option(min=-100, max=100, metavar="X", help="The same, once for each time they occurred."),
-]
-MaxTokens = Annotated[
-    int | None,
-    Option(min=1, metavar="N", help="Generate N at most; by default what the context has room for."),
-]
-Seed = Annotated[
-    int | None,
-    Option(min=0, max=2**32 - 1, metavar="N", help="The same seed gives the same text."),
-]
-Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="Stop before TEXT; may be given several times.")]
-Logprobs = Annotated[
-    int | None,
-    Option(min=0, metavar="N", help="Report each token's log-probability, and the N likeliest."),
-]
-
-Prompt = Annotated[str | None, Argument(metavar="PROMPT", help="The text; - or nothing reads standard input.")]
 
 
-def load(
-    model: str,
-    *,
-    dtype: Dtype | None,
-    quantize: str | None,
-    device: str | None,
-    threads: int | None,
-    context: int | None,
-    fast: bool,
-) -> LanguageModel | EncoderDecoderModel:
-    """`pentad.load`, with progress on the terminal."""
-    from pentad.loading import load
+@dataclass(frozen=True)
+class Loading:
+    """Options of every command that loads a model."""
 
-    return load(
-        model,
-        dtype=dtype,
-        quantize=quantize,
-        device=device,
-        threads=threads,
-        context=context,
-        fast=fast,
-        progress=output.progress(),
+    model: Annotated[str, Option(metavar="NAME", help="A name, a file, a folder, or org/name[@revision][:Q4_K_M].")] = (
+        DEFAULT_MODEL
     )
+    dtype: Dtype = None
+    quantize: Quantize = None
+    device: Annotated[
+        str | None, Option(metavar="NAME", help="cpu, cuda or mps. Default: CUDA if there is a GPU, else the CPU.")
+    ] = None
+    threads: Annotated[int | None, Option(min=1, max=1024, metavar="N", help="CPU threads.")] = None
+    fast: Annotated[
+        bool,
+        Option("--fast", help="The CPU kernels round activations to 8 bits instead of 16 where weights are quantized."),
+    ] = False
+    context: Context = None
+
+    def load(self) -> LanguageModel | EncoderDecoderModel:
+        """`pentad.load`, with progress on the terminal, and a note if an option turns the kernels off."""
+        from pentad import kernels
+        from pentad.generate import LanguageModel
+        from pentad.loading import load
+
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        loaded = load(values.pop("model"), **values, progress=output.progress())
+        on_cpu = isinstance(loaded, LanguageModel) and loaded.network.device.type == "cpu"
+        if on_cpu and kernels.isas() and (self.dtype or self.quantize):
+            option = "--dtype" if self.dtype else "--quantize"
+            output.note(f"pentad: {option} turns the CPU kernels off: plain PyTorch runs the model, more slowly")
+        return loaded
+
+    def load_decoder_only(self, verb: str) -> LanguageModel:
+        """The same; raises BadInput if the model is an encoder-decoder, for which `verb` is not defined."""
+        return decoder_only(self.load(), verb)
 
 
 def decoder_only(model: LanguageModel | EncoderDecoderModel, verb: str) -> LanguageModel:
@@ -143,8 +99,89 @@ def decoder_only(model: LanguageModel | EncoderDecoderModel, verb: str) -> Langu
     return model
 
 
+@dataclass(frozen=True)
+class Generating:
+    """Options of every command that generates text; None takes the checkpoint's recommendation."""
+
+    temperature: Annotated[
+        float | None,
+        Option(min=0, max=100, metavar="X", help="0 takes the likeliest token. Default: as recommended, else 0.7."),
+    ] = None
+    top_k: Annotated[int | None, Option(min=0, metavar="N", help="Choose among the N likeliest tokens; 0: all.")] = None
+    top_p: Annotated[
+        float | None,
+        Option(
+            min=0,
+            max=1,
+            metavar="X",
+            help="Choose among the likeliest tokens whose probabilities sum to X. Default: as recommended, else 0.95.",
+        ),
+    ] = None
+    min_p: Annotated[
+        float | None, Option(min=0, max=1, metavar="X", help="Drop tokens less likely than X times the likeliest one.")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        Option(min=0.01, max=100, metavar="X", help="Divide the logits of tokens that occurred by X; 1: off."),
+    ] = None
+    presence_penalty: Annotated[
+        float | None, Option(min=-100, max=100, metavar="X", help="Subtract X from the logits of generated tokens.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        Option(min=-100, max=100, metavar="X", help="The same, times how often the token was generated."),
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help="Generate at most N tokens. Default: what the context has room for."),
+    ] = None
+    seed: Annotated[
+        int | None, Option(min=0, max=2**32 - 1, metavar="N", help="The same seed gives the same text.")
+    ] = None
+    stop: Annotated[list[str] | None, Option(metavar="TEXT", help="Stop before TEXT; may be repeated.")] = None
+    logprobs: Annotated[
+        int | None,
+        Option(min=0, metavar="N", help="With --json: each token's log-probability, and the N likeliest tokens."),
+    ] = None
+
+    def options(self, *, as_json: bool) -> Options:
+        """The options that were given, as `LanguageModel.stream` takes them."""
+        if self.logprobs is not None and not as_json:
+            raise BadInput("--logprobs reports in JSON: add --json")
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer: each parameter of a dataclass type becomes the options that its fields declare."""
+    hints = get_type_hints(command, include_extras=True)
+    options: dict[str, inspect.Parameter] = {}
+    groups: dict[str, Any] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        declared = [(parameter.name, parameter.default, hint)]
+        if is_dataclass(hint):
+            groups[parameter.name] = hint
+            field_hints = get_type_hints(hint, include_extras=True)
+            declared = [(field.name, field.default, field_hints[field.name]) for field in fields(hint)]
+        for name, default, annotation in declared:
+            options[name] = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    run.__signature__ = inspect.Signature(list(options.values()))  # type: ignore[attr-defined]
+    run.__annotations__ = {name: option.annotation for name, option in options.items()}
+    return run
+
+
 def read_text(source: str | None) -> str:
-    """A file's text as it is, or standard input's where `source` is "-" or None.
+    """The text of a file, unchanged; of standard input if `source` is "-" or None.
 
     Raises:
         BadInput: the file can't be read, or isn't UTF-8.

@@ -1,4 +1,4 @@
-"""What commands write: results on standard output, everything else on standard error."""
+"""Output of commands: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pentad.weights.cache import Progress
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-# Shown as U+2400…: a model's text, or a file's name, doesn't get to command the terminal.
+# Shown as U+2400…: neither a model's text nor a file's name can send commands to the terminal.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
 
 def write(text: str) -> None:
-    """Write to standard output at once; on a terminal, control characters show instead of acting."""
+    """Write to standard output and flush; on a terminal, control characters are shown as symbols."""
     sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -29,7 +29,7 @@ def write_json(value: object) -> None:
     """Write one line of JSON to standard output.
 
     Raises:
-        ValueError: a number is NaN or infinite, which JSON doesn't have.
+        ValueError: a number is NaN or infinite, which JSON can't express.
     """
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     sys.stdout.write(json.dumps(value, ensure_ascii=not unicode, allow_nan=False) + "\n")
@@ -37,7 +37,7 @@ def write_json(value: object) -> None:
 
 
 def write_table(rows: Iterable[Sequence[object]]) -> None:
-    """Write rows in columns that line up."""
+    """Write rows as aligned columns."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
@@ -51,13 +51,13 @@ def note(text: str) -> None:
 
 
 def fail(message: str) -> None:
-    """Write an error to standard error: one line, whatever is in it."""
+    """Write an error to standard error as one line."""
     note("pentad: " + " ".join(message.split()))
 
 
 @contextmanager
 def log() -> Iterator[None]:
-    """While it lasts, what pentad logs is written to standard error."""
+    """Write pentad's log to standard error inside a ``with`` block."""
     import logging
 
     class Notes(logging.Handler):
@@ -76,7 +76,7 @@ def log() -> Iterator[None]:
 
 
 def size(nbytes: int) -> str:
-    """A number of bytes for people: ``98.4 MB``."""
+    """A readable number of bytes: ``98.4 MB``."""
     for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
         if nbytes >= 1000**power:
             return f"{nbytes / 1000**power:.1f} {unit}"
@@ -84,7 +84,7 @@ def size(nbytes: int) -> str:
 
 
 def abandon_stdout() -> None:
-    """Nobody reads standard output any more: send what is still buffered nowhere."""
+    """Discard what is still buffered for standard output, which has no reader any more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -118,5 +118,5 @@ class Bars(Progress):
 
 
 def progress() -> Progress | None:
-    """Bars where standard error is a terminal, else nothing."""
+    """Progress bars if standard error is a terminal, else None."""
     return Bars() if sys.stderr.isatty() else None

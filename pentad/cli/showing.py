@@ -1,8 +1,7 @@
-"""``pentad show``: what a model is, and what it needs."""
+"""``pentad show``: a model's family, sizes and chat template, and the memory it needs."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +21,7 @@ NameOrPath = Annotated[
     str,
     Argument(
         metavar="MODEL",
-        help="As --model elsewhere; a folder with nothing but a config.json is enough.",
+        help="As for --model; a folder with only a config.json is enough.",
     ),
 ]
 
@@ -30,39 +29,42 @@ NameOrPath = Annotated[
 def show(
     model: NameOrPath,
     context: o.Context = None,
-    dtype: o.Precision = None,
+    dtype: o.Dtype = None,
     quantize: o.Quantize = None,
     experts: Annotated[
         str | None,
         Option(
-            metavar="TEXTFILE", help="Run a text (-: standard input) through a mixture: which experts take what of it."
+            metavar="TEXTFILE",
+            help="Run a text (-: standard input) through a mixture of experts; show its routing.",
         ),
     ] = None,
-    out: Annotated[Path | None, Option(metavar="FILE", help="With --experts: draw it, as a PNG.")] = None,
+    out: Annotated[Path | None, Option(metavar="FILE", help="With --experts: draw the routing, as a PNG.")] = None,
     as_json: o.Json = False,
 ) -> None:
-    """Show what a model is, and what it needs.
+    """Show what a model is, and how much memory it needs.
 
-    Its family, sizes and chat template, and the memory it takes to run at --context tokens. Or, with
-    --experts, what its experts do with a text, in sequences of --context tokens (1024).
+    Shows its family, sizes and chat template, and the memory it takes to run at --context tokens.
+    With --experts, shows instead how a mixture of experts routes a text, in sequences of --context
+    tokens (1024 by default).
 
     JSON: model, path, format, family, parameters, active_parameters, context_length, layers,
-    quantization, runs (what executes it on a CPU), tensors {type: how many}, dtype, context,
-    kv_cache_bytes, weight_bytes, memory_bytes (weights, cache and this program), tokenizer (whether
-    there is one), chat_template.
+    quantization, runs (what executes it on a CPU), tensors {type: count}, dtype, context,
+    kv_cache_bytes, weight_bytes, memory_bytes (weights, KV cache and this program), tokenizer (true
+    if there is one), chat_template.
     With --experts: model, tokens, layers [{layer, load (each expert's share), evenness (entropy of
-    the load, 1 is even), router_entropy (nats), drop_rate}], frequent [{token_id, token, times,
-    taken {layer: how often by each expert}}], picture.
+    the load; 1 is even), router_entropy (nats), drop_rate}], frequent [{token_id, token, times,
+    taken {layer: count by expert}}], picture.
     """
     if out is not None and experts is None:
-        raise BadInput("--out is where a picture of --experts goes: name a text for them")
+        raise BadInput("--out needs --experts TEXTFILE: it names the picture of their routing")
     if experts is not None:
         from pentad.cli.experts import show_experts
 
-        show_experts(model, experts, out, context=context, dtype=dtype, quantize=quantize, as_json=as_json)
+        loading = o.Loading(model, dtype=dtype, quantize=quantize, context=context)
+        show_experts(experts, out, loading=loading, as_json=as_json)
         return
     if quantize not in (None, "none"):
-        raise BadInput(f"quantize is {quantize!r}; it takes none, or nothing for the file's own")
+        raise BadInput(f"--quantize is {quantize!r}; expected none")
     facts = _facts(model, context, dtype, quantize)
     if as_json:
         output.write_json(facts)
@@ -100,12 +102,13 @@ def show(
     output.write("\nchat template\n" + template.rstrip("\n") + "\n" if template else "\nno chat template\n")
 
 
-def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str | None) -> dict[str, Any]:
+def _facts(name: str, context: int | None, dtype: o.DtypeName | None, quantize: str | None) -> dict[str, Any]:
     from torch import device
 
     from pentad import text, weights
-    from pentad.build import DTYPES, default_dtype, held_bytes, meta_network
+    from pentad.build import DTYPES, default_dtype, meta_network
     from pentad.loading import kernels_decline
+    from pentad.memory import estimate
     from pentad.models import family_of
     from pentad.nn.encoder_decoder import EncoderDecoder
     from pentad.weights import registry
@@ -118,20 +121,13 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str 
     length = context or trained
     parameters = sum(parameter.numel() for parameter in network.parameters())
     kinds = Counter(e.quantization or str(e.dtype).removeprefix("torch.") for e in checkpoint.tensors.values())
-    cached = _cached(network)
-    cache = sum(
-        2 * part.kv_heads * part.head_dim * min(length, getattr(part, "window", None) or length) * precision.itemsize
-        for part in cached
-    )
     why_torch = kernels_decline(checkpoint, network, device=device("cpu"), dtype=dtype, quantize=quantize)
     runs = "by the kernels" if why_torch is None else f"as plain torch: {why_torch}"
-    if why_torch is None and checkpoint.tensors:
-        held = sum(entry.nbytes for entry in checkpoint.tensors.values())
-    else:
-        held = held_bytes(checkpoint, network, precision, quantized="none" if quantize else "operators")
+    quantized = "all" if why_torch is None else "none" if quantize else "operators"
+    memory = estimate(checkpoint, network, tokens=length, dtype=precision, quantized=quantized)
     try:
         tokenizer = text.load(checkpoint, vocab_size=network.config.vocab_size)
-    except BadInput as error:  # the network runs without
+    except BadInput as error:  # the network runs without one
         output.note(f"pentad: {error}")
         tokenizer = None
     return {
@@ -148,30 +144,23 @@ def _facts(name: str, context: int | None, dtype: o.Dtype | None, quantize: str 
         "tensors": dict(kinds.most_common()),
         "dtype": str(precision).removeprefix("torch."),
         "context": length,
-        "kv_cache_bytes": cache,
-        "weight_bytes": held,
-        "memory_bytes": held + cache + _program_bytes(),
+        "kv_cache_bytes": memory.kv_cache,
+        "weight_bytes": memory.weights,
+        "memory_bytes": memory.total,
         "tokenizer": tokenizer is not None,
         "chat_template": None if tokenizer is None else tokenizer.chat_template,
     }
 
 
-def _cached(network: nn.Module) -> list[Any]:
-    """The parts whose keys and values are kept; of an encoder-decoder also those of as long a source."""
-    from pentad.nn.attention import Attention
-
-    return [part for part in network.modules() if isinstance(part, Attention) and part.causal]
-
-
 def _idle_parameters(network: nn.Module) -> int:
-    """What a token doesn't use of a mixture of experts."""
+    """The parameters of experts that a token is not routed to."""
     from pentad.nn.moe.layer import MixtureOfExperts
 
     return sum(part.idle_parameters for part in network.modules() if isinstance(part, MixtureOfExperts))
 
 
 def _quantization(checkpoint: Checkpoint) -> str | None:
-    """The quantized type that most bytes are in."""
+    """The quantized type of most bytes."""
     sizes: Counter[str] = Counter()
     for entry in checkpoint.tensors.values():
         if entry.quantization is not None:
@@ -179,18 +168,8 @@ def _quantization(checkpoint: Checkpoint) -> str | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _program_bytes() -> int:
-    """What this process has taken so far: Python, torch and pentad, without a model."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _millions(count: int) -> str:
-    """A number of parameters for people: ``134.5 M``."""
+    """A readable number of parameters: ``134.5 M``."""
     if count < 1_000_000:
         return f"{count:,}"
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"

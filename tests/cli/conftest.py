@@ -43,9 +43,10 @@ Pentad = Callable[..., Done]
 def pentad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Pentad:
     """Runs `pentad ARGUMENTS…`, with standard input that is no terminal."""
 
-    def run(*arguments: object, stdin: bytes = b"") -> Done:
+    def run(*arguments: object, stdin: bytes = b"", terminal: bool = False) -> Done:
         monkeypatch.setattr(sys, "argv", ["pentad", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal)
         with pytest.raises(SystemExit) as end:
             main()
         written = capsys.readouterr()

@@ -39,7 +39,7 @@ def test_what_fits_is_left_alone() -> None:
 def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
     c = conversation(10)
     talk(c, "aaaa", "bbb", "ccc")
-    with pytest.raises(BadInput, match=r"10 tokens.* 10: /set truncate yes drops"):
+    with pytest.raises(BadInput, match=r"10 tokens.* of 10 .*/set truncate yes"):
         c.fit()
     assert contents(c) == ["aaaa", "bbb", "ccc"]
     c.undo()

@@ -40,11 +40,11 @@ def test_a_note_goes_to_standard_error(pentad, tmp_path: Path) -> None:
     [
         (["--to", "darknet"], "--to is 'darknet'; it takes hf, mistral, gguf"),
         ([], "Missing option '--to'"),
-        (["--to", "hf", "--shard-size", "many"], "--shard-size is 'many'; it takes a size such as 500MB"),
+        (["--to", "hf", "--shard-size", "many"], "--shard-size is 'many'"),
         (["--to", "hf", "--shard-size", "0"], "--shard-size is '0'"),
         (["--to", "hf", "--shard-size", "9" * 400], "--shard-size is '999"),
         (["--to", "hf", "--quantize", "q4_0"], "only GGUF is quantized"),
-        (["--upcycle", "8"], "--upcycle is '8'; it takes experts, top_k, seed, each a whole number: experts=8,top_k=2"),
+        (["--upcycle", "8"], "--upcycle is '8'; expected whole numbers for experts, top_k, seed"),
         (["--upcycle", "experts=8,top=2"], "--upcycle is 'experts=8,top=2'"),
         (["--upcycle", "experts=8,experts=4"], "--upcycle is 'experts=8,experts=4'"),
         (["--upcycle", "top_k=-1"], "--upcycle is 'top_k=-1'"),

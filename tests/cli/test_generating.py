@@ -12,6 +12,7 @@ import pytest
 import pentad as package
 from pentad.generate.plan_step import PlanStep
 from pentad.generate.step import PlainStep
+from tests.helpers.programs import needs_kernels
 
 ROOT = Path(__file__).parents[2]
 GREEDY = ["--temperature", "0", "--max-tokens", "8"]
@@ -176,3 +177,11 @@ def test_ctrl_c_in_a_process_of_its_own(smollm2: Path) -> None:
     reply = json.loads(out)
     assert set(reply) == FIELDS
     assert reply["finish_reason"] == "interrupted"
+
+
+@needs_kernels
+@pytest.mark.parametrize("option", [["--dtype", "float32"], ["--quantize", "none"]], ids=str)
+def test_options_that_turn_the_kernels_off_are_noted(pentad, smollm2: Path, option: list[str]) -> None:
+    arguments = ("complete", "once", "--model", smollm2, "--max-tokens", "1")
+    assert pentad(*arguments).err == ""
+    assert f"{option[0]} turns the CPU kernels off" in pentad(*arguments, *option).err

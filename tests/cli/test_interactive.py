@@ -76,10 +76,10 @@ def test_undo_retry_reset(chat: Chat, conversation: Conversation) -> None:
     before = list(conversation.messages)
     chat("/retry")
     assert conversation.messages == before
-    assert "forgotten" in chat("/system Be brief.", "/reset")
+    assert "cleared" in chat("/system Be brief.", "/reset")
     assert conversation.messages == [{"role": "system", "content": "Be brief."}]
     notes = chat("/undo", "/retry", "/system")
-    assert "nothing to take back" in notes
+    assert "no turn to remove" in notes
     assert "no message to reply to" in notes
     assert conversation.messages == []
 
@@ -133,7 +133,7 @@ def test_outgrown_context(chat: Chat, conversation: Conversation) -> None:
     assert "256" in chat("Hu. " * 40)  # refused, and the chat goes on
     assert [text[:2] for text in said(conversation)] == ["Hi", "Ho"]
     notes = chat("/set truncate yes", "Hu. " * 40, "/tokens")
-    assert 'dropped the 2 oldest turns, from "Hi. Hi.' in notes
+    assert '2 oldest turns, beginning with "Hi. Hi.' in notes
     assert [text[:2] for text in said(conversation)] == ["Hu"]
     assert "of 256 tokens" in notes
 
@@ -194,7 +194,7 @@ def test_ctrl_c_again_takes_the_message_back(
 ) -> None:
     monkeypatch.setattr("pentad.cli.interrupts.ECHO", 0)
     press_ctrl_c(monkeypatch, step_number=1, times=2)
-    assert "leaves)" in chat("one", "two")
+    assert "Ctrl-C again" in chat("one", "two")
     assert said(conversation) == ["two"]
 
 
@@ -261,7 +261,7 @@ def test_a_conversation_at_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
     terminal.type("/tokens\n")
     before = int(terminal.wait_for(" of 8192 tokens").rpartition("(")[2])
     terminal.type("/reset\n")
-    terminal.wait_for("(forgotten)")
+    terminal.wait_for("cleared)")
     terminal.wait_for("> ")
 
     terminal.type("Write a very long story about a very long road.\n")
@@ -275,7 +275,7 @@ def test_a_conversation_at_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
     terminal.wait_for("> ")
     time.sleep(0.5)  # a signal between the prompt and the waiting for a key is heard with the next key
     terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for("Ctrl-D, leaves)")
+    terminal.wait_for("to leave)")
     terminal.wait_for("> ")
     terminal.type("\x04")
     for _ in range(100):

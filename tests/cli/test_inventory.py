@@ -64,9 +64,8 @@ def test_rm(pentad, cached: Path) -> None:
 
 
 @pytest.mark.parametrize(("reply", "stays"), [(b"n\n", True), (b"\n", True), (b"", True), (b"y\n", False)])
-def test_rm_asks(pentad, cached: Path, monkeypatch, reply: bytes, stays: bool) -> None:
-    monkeypatch.setattr("pentad.cli.inventory._at_terminal", lambda: True)
-    done = pentad("rm", "smollm2", stdin=reply)
+def test_rm_asks(pentad, cached: Path, reply: bytes, stays: bool) -> None:
+    done = pentad("rm", "smollm2", stdin=reply, terminal=True)
     assert done.err.startswith("Remove smollm2 from the cache? [y/N] ")
     assert cached.exists() == stays
     assert done.code == (1 if stays else 0)
