@@ -20,17 +20,17 @@ __version__ = "0.1.0"
 
 __all__ = ["BadInput", "LanguageModel", "PentadError", "__version__", "load"]
 
-_HOMES = {"LanguageModel": "pentad.generate", "load": "pentad.loading"}
+_MODULES = {"LanguageModel": "pentad.generate", "load": "pentad.loading"}
 
 
 def __getattr__(name: str) -> object:
     """Import a public name from the module that defines it."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -146,9 +146,9 @@ class ParallelBlock(nn.Module):
         return _add_feedforward(x_ND + self.attention(y_ND, batch), self.feedforward, y_ND, batch)
 
 
-class CrossAttentionBlock(nn.Module):
-    """x + attention(norm(x)), x + cross_attention(norm(x)), x + feedforward(norm(x)): a Transformer decoder's block
-    (arXiv:1706.03762, section 3.1), with T5's norms first."""
+class CrossAttentionBlock(PreNormBlock):
+    """`PreNormBlock`, with x + cross_attention(cross_attention_norm(x)) between its two parts: the block of a
+    Transformer's decoder (arXiv:1706.03762, section 3.1), with T5's norms first."""
 
     def __init__(
         self,
@@ -159,13 +159,9 @@ class CrossAttentionBlock(nn.Module):
         feedforward_norm: nn.Module,
         feedforward: nn.Module,
     ) -> None:
-        super().__init__()
-        self.attention_norm = attention_norm
-        self.attention = attention
+        super().__init__(attention_norm, attention, feedforward_norm, feedforward)
         self.cross_attention_norm = cross_attention_norm
         self.cross_attention = cross_attention
-        self.feedforward_norm = feedforward_norm
-        self.feedforward = feedforward
 
     def forward(self, x_ND: Tensor, batch: Batch, context_MD: Tensor | None = None) -> Tensor | tuple[Tensor, Routing]:
         """[N, D] -> the same; `context_MD` as of `Attention`. A mixture gives its router's decisions beside it."""
