@@ -301,7 +301,7 @@ def test_a_dtype_by_name(tmp_path: Path, name: object) -> None:
         ({"device": "abacus"}, "device abacus can't be used here"),
         ({"threads": 0}, "threads is 0"),
         ({"context": 0}, "context is 0;"),
-        ({"context": 257}, "takes 1 to 256 tokens"),
+        ({"context": 257}, "expected 1 to 256 tokens"),
     ],
     ids=str,
 )

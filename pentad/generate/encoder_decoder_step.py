@@ -1,4 +1,4 @@
-"""Decoding by an encoder-decoder: each source is encoded once, and read in every step."""
+"""Decoding with an encoder-decoder: each source is encoded once, and its keys and values are read in every step."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pentad.generate.engine import Engine, Generation, Request
+from pentad.generate.engine import Engine, Request
 from pentad.generate.step import Step, Work, lay_out
 from pentad.nn.cache import CachedSequence, PagedCache
 from pentad.nn.encoder_decoder import EncoderDecoder
 
-ENCODED_TOGETHER = 4096  # rows of sources; what an encoder makes of more would take much memory
+MAX_ENCODED_TOKENS = 4096  # source tokens in one call of the encoder, which bounds its memory
 
 
 @dataclass(eq=False)
 class SourcedSequence(CachedSequence):
-    """A decoder's sequence, and the source that it looks at.
+    """A decoder's sequence and the source that it attends to.
 
     Attributes:
         source_ids: the source's tokens.
-        source: its place in `SourcedCache.sources`; empty until it is encoded.
+        source: their keys and values in `SourcedCache.sources`; empty until the source is encoded.
     """
 
     source_ids: tuple[int, ...] = ()
@@ -31,7 +31,7 @@ class SourcedSequence(CachedSequence):
 
 
 class SourcedCache(PagedCache):
-    """A decoder's keys and values, and in `sources` those that its cross-attention has of what the encoder read."""
+    """Keys and values of a decoder's self-attention, and in `sources` those of its cross-attention."""
 
     def __init__(self, network: EncoderDecoder, dtype: torch.dtype, page_size: int) -> None:
         layers = network.cross_attentions
@@ -41,7 +41,7 @@ class SourcedCache(PagedCache):
         self.sources = PagedCache(len(layers), heads, dim, dtype=dtype, device=device, page_size=page_size)
 
     def open_with(self, source_ids: Sequence[int]) -> SourcedSequence:
-        """A new sequence that looks at a source, which the step that runs it first encodes."""
+        """Open a sequence; the first step that runs it encodes the source."""
         return SourcedSequence(source_ids=tuple(source_ids))
 
     def clear(self) -> None:
@@ -54,12 +54,12 @@ class SourcedCache(PagedCache):
 
 
 class EncoderDecoderStep(Step):
-    """Executes steps of an encoder-decoder, in plain torch, and owns the cache that they fill.
+    """Executes steps of an encoder-decoder in plain torch, and owns their cache.
 
     Args:
         network: an encoder-decoder of `pentad.models`.
-        cache_dtype: what keys and values are kept in; the network's own dtype by default.
-        page_size: tokens a page.
+        cache_dtype: dtype of keys and values; the network's dtype by default.
+        page_size: tokens per page.
     """
 
     network: EncoderDecoder
@@ -85,9 +85,9 @@ class EncoderDecoderStep(Step):
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
         sequences = [_sourced(sequence) for sequence, _ in work]
         self._encode([sequence for sequence in sequences if not sequence.source.length])
-        read = self.cache.sources.batch([(sequence.source, 0) for sequence in sequences])
+        sources = self.cache.sources.batch([(sequence.source, 0) for sequence in sequences])
         ids_N, batch = lay_out(self.cache, work)
-        hidden_ND = self.network(ids_N, replace(batch, context=read.kv))
+        hidden_ND = self.network(ids_N, replace(batch, context=sources.kv))
         for sequence, ids in work:
             self.cache.advance(sequence, len(ids))
         rows = torch.tensor(wanted, dtype=torch.int64, device=hidden_ND.device)
@@ -95,36 +95,38 @@ class EncoderDecoderStep(Step):
         return logits.float()
 
     def _encode(self, sequences: Sequence[SourcedSequence]) -> None:
-        """Write the keys and values of sources to their pages."""
+        """Write the sources' keys and values to their pages."""
         while sequences:
-            rows, count = 0, 0
-            while count < len(sequences) and (not count or rows + len(sequences[count].source_ids) <= ENCODED_TOGETHER):
-                rows, count = rows + len(sequences[count].source_ids), count + 1
-            now, sequences = sequences[:count], sequences[count:]
-            self.network.encode(*lay_out(self.cache.sources, [(one.source, one.source_ids) for one in now]))
-            for one in now:
+            tokens, count = 0, 0
+            while count < len(sequences):
+                tokens += len(sequences[count].source_ids)
+                if count and tokens > MAX_ENCODED_TOKENS:
+                    break
+                count += 1
+            batch, sequences = sequences[:count], sequences[count:]
+            self.network.encode(*lay_out(self.cache.sources, [(one.source, one.source_ids) for one in batch]))
+            for one in batch:
                 self.cache.sources.advance(one.source, len(one.source_ids))
 
 
 class EncoderDecoderEngine(Engine):
     """Runs requests that have a source.
 
-    The sequence that finished last keeps its source, so that another request for it doesn't encode it again.
+    The sequence that finished last keeps its source's keys and values. The next request for that source doesn't encode
+    it again.
     """
 
     executor: EncoderDecoderStep
 
-    def _admit(self, request: Request) -> None:
-        cache, request.sequence = self.executor.cache, None
-        if self._kept is not None and isinstance(request, Generation):
-            kept = _sourced(self._kept[1])
-            if kept.source_ids == tuple(request.source or ()):
-                cache.truncate(kept, 0)
-                self._kept, request.sequence = None, kept
-        if request.sequence is None:
-            request.sequence = self._open(request)
-        if isinstance(request, Generation):
-            cache.reserve(request.sequence, len(request.prompt) + min(request.max_tokens, self.config.reserved_tokens))
+    def _continue_kept(self, request: Request) -> CachedSequence | None:
+        if self._kept is None:
+            return None
+        sequence = _sourced(self._kept[1])
+        if sequence.source_ids != tuple(request.source or ()):
+            return None
+        self.executor.cache.truncate(sequence, 0)
+        self._kept = None
+        return sequence
 
     def _open(self, request: Request) -> CachedSequence:
         assert request.source is not None

@@ -1,6 +1,7 @@
-"""Decoding many sequences together: which tokens each step runs, and what becomes of its logits.
+"""Continuous batching: the engine chooses the tokens of each step and processes their logits.
 
-The engine is synchronous and has one owner: `submit`, `cancel`, `step`. It has no threads, no locks and no I/O.
+The engine is synchronous and has one owner, which calls `submit`, `cancel` and `step`. It has no threads, no locks and
+no I/O.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from pentad.generate.step import Step
 from pentad.nn.cache import CachedSequence
 
 NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite): its weights are damaged"
-EVALUATED_TOKENS = 256  # of one evaluation in a step: their logits are held at once
+MAX_EVALUATED_TOKENS = 256  # per evaluation and step: the logits of all these tokens are in memory at once
 _logger = logging.getLogger(__name__)
 
 
@@ -31,9 +33,10 @@ class EngineConfig:
     """Limits of an engine.
 
     Attributes:
-        max_batched_tokens: tokens that one step runs at most, so that decoding sequences don't wait for long prompts.
-        max_num_seqs: sequences that run together at most; others wait.
-        max_cache_bytes: memory that the KV cache may take; None for no limit. Requests wait until theirs fits.
+        max_batched_tokens: maximum tokens per step, so that decoding sequences don't wait for long prompts.
+        max_num_seqs: maximum sequences that run together; other requests wait.
+        max_cache_bytes: memory limit of the KV cache; None for no limit. Requests wait until their sequence fits. The
+            keys and values of an encoder-decoder's sources are not counted.
         reserved_tokens: tokens reserved beyond a prompt when it is admitted, so that a sequence's pages are contiguous.
     """
 
@@ -45,34 +48,36 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """The model's own log-probabilities (natural, before temperature and filters) where one token was chosen."""
+    """The model's log-probabilities (natural, before temperature and filters) for one generated token.
+
+    Attributes:
+        token_id, logprob: the generated token.
+        top: the most likely tokens with their log-probabilities, in descending order.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-    """The likeliest tokens and their log-probabilities, likeliest first, as many as were asked for."""
 
 
 @dataclass(eq=False)
 class Request:
-    """One sequence on its way through the engine.
+    """One sequence for the engine to run.
 
     Attributes:
-        prompt: its ids, at least one; for an encoder-decoder those that the decoder begins with.
-        source: what an encoder-decoder's encoder reads.
-        finish_reason: "stop" or "length" once it is finished, "error", or "cancelled".
-        error: why it could not go on.
-        sequence: its place in the cache.
+        prompt: token ids, at least one; for an encoder-decoder the first tokens of the decoder.
+        source: token ids for the encoder of an encoder-decoder.
+        finish_reason: "stop", "length", "error" or "cancelled"; None until the request has finished.
+        error: the reason for "error".
     """
 
     prompt: Sequence[int]
     source: Sequence[int] | None = field(default=None, kw_only=True)
     finish_reason: str | None = field(default=None, kw_only=True)
     error: PentadError | None = field(default=None, kw_only=True)
-    sequence: CachedSequence | None = field(default=None, kw_only=True)
 
     def pending(self, done: int) -> Sequence[int]:
-        """The tokens so far that have to run, after the first `done`."""
+        """The known tokens that still have to run after the first `done`."""
         return self.prompt[done:]
 
 
@@ -81,13 +86,13 @@ class Generation(Request):
     """A request for new tokens.
 
     Attributes:
-        sampling, generator: how tokens are chosen; the generator is the request's own, so its text depends on nothing
-            else that is decoded with it.
-        max_tokens: how many to generate at most.
-        end_ids: tokens that end it, and are not part of it.
-        logprobs: None, or how many of the likeliest tokens to report with each token.
+        sampling: the sampling options.
+        generator: random numbers for this request only, so other requests don't change its text.
+        max_tokens: maximum number of new tokens.
+        end_ids: tokens that end the text and are not part of it.
+        logprobs: how many of the most likely tokens to report with each new token; None for no report.
         generated: the new tokens so far.
-        token_logprobs: a report for each of them, if they were asked for.
+        token_logprobs: one report for each new token, if requested.
     """
 
     sampling: Sampling
@@ -104,12 +109,12 @@ class Generation(Request):
 
 @dataclass(eq=False)
 class Evaluation(Request):
-    """A request for the logits of its prompt, or for the likelihood of a part of it.
+    """A request for the logits of its prompt, or for the log-likelihood of a part of it.
 
     Attributes:
-        first: the index of the first token whose log-likelihood is summed; None to keep all logits.
+        first: index of the first token whose log-likelihood is summed; None to keep all logits instead.
         log_likelihood: the sum so far, natural.
-        logits: float32 [tokens, V] of the steps so far, if they are kept.
+        logits: float32 [tokens, V] of each step so far, if logits are kept.
     """
 
     first: int | None = None
@@ -117,16 +122,16 @@ class Evaluation(Request):
     logits: list[Tensor] = field(default_factory=list)
 
     def pending(self, done: int) -> Sequence[int]:
-        return self.prompt[done : None if self.first is None else -1]  # nothing follows the last token
+        return self.prompt[done : None if self.first is None else -1]  # the last token predicts nothing that is summed
 
 
 class Event(NamedTuple):
-    """What a step did for a request.
+    """A request's progress in one step.
 
     Attributes:
-        request: which one.
-        token_id: the new token; None if none was generated.
-        finish_reason: set if the request has ended, as on the request.
+        request: the request.
+        token_id: its new token; None if the step generated none.
+        finish_reason: the request's, once it has finished.
     """
 
     request: Request
@@ -135,24 +140,24 @@ class Event(NamedTuple):
 
 
 class Engine:
-    """Runs requests, all of them in each step: prompts in chunks, then token by token.
+    """Runs all admitted requests in each step: prompts in chunks, then one token a step.
 
-    The sequence that finished last keeps its pages, so a request that continues it (the next turn of a chat) prefills
-    only what is new.
+    The sequence that finished last keeps its pages. A request that continues it (the next turn of a chat) prefills only
+    its new tokens.
     """
 
     def __init__(self, step: Step, config: EngineConfig | None = None) -> None:
         self.executor = step
         self.config = config or EngineConfig()
         self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+        self._running: dict[Request, CachedSequence] = {}
         self._kept: tuple[Sequence[int], CachedSequence] | None = None
 
     def submit(self, request: Request) -> None:
         """Queue a request; `step` runs it.
 
         Raises:
-            BadInput: it could never fit into `max_cache_bytes`.
+            BadInput: the request alone needs more than `max_cache_bytes`.
         """
         limit = self.config.max_cache_bytes
         if limit is not None and (needed := self._bytes(request)) > limit:
@@ -160,23 +165,27 @@ class Engine:
         self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """End a request that has not ended; its pages are free at once."""
+        """End a request, unless it has finished.
+
+        The pages of a generation are kept for a request that continues it, in place of those kept before. The pages of
+        an evaluation are freed.
+        """
         if request.finish_reason is None:
             self._finish(request, "cancelled")
 
     @property
     def requests(self) -> list[Request]:
-        """The requests that wait or run."""
+        """All waiting and running requests."""
         return [*self._waiting, *self._running]
 
     def drop_kept(self) -> None:
-        """Free the pages that are kept for a request which continues the last one."""
+        """Free the pages of the sequence that finished last."""
         if self._kept is not None:
             self.executor.cache.close(self._kept[1])
             self._kept = None
 
     def refresh(self) -> Step:
-        """Look at the network, and let another executor run it if it has changed: all tokens are then run again."""
+        """Replace the executor if the network has changed; running requests then start again from their first token."""
         executor = self.executor.refresh()
         if executor is not self.executor:
             _logger.info("the network has changed: it runs %s", executor.backend)
@@ -186,114 +195,121 @@ class Engine:
         return executor
 
     def reset(self) -> None:
-        """End all requests, and begin with an empty cache."""
+        """Cancel all requests and empty the cache."""
         for request in self.requests:
-            request.finish_reason, request.sequence = "cancelled", None
+            request.finish_reason = "cancelled"
         self._waiting.clear()
         self._running.clear()
         self._kept = None
         self.executor.cache.clear()
 
     def step(self) -> list[Event]:
-        """Run one step; the network is looked at first if a request is waiting.
+        """Run one step. If requests are waiting, check for changes to the network first.
 
         Returns:
-            For each request that got a token or has ended what happened to it.
+            One event for each request that got a token or finished.
         """
         if self._waiting:
             self.refresh()
-        while self._waiting and len(self._running) < self.config.max_num_seqs and self._fits(self._waiting[0]):
-            self._admit(self._waiting[0])  # still waiting if this is interrupted
-            self._running.append(self._waiting.popleft())
+        while self._waiting and len(self._running) < self.config.max_num_seqs:
+            if self._running and not self._fits(self._waiting[0]):
+                break
+            self._admit(self._waiting[0])
         scheduled = self._schedule()
         if not scheduled:
             return []
-        work, wanted, row = [], [], 0
-        for request, tokens, rows in scheduled:
-            assert request.sequence is not None
-            work.append((request.sequence, tokens))
-            wanted += [row + i for i in rows]
-            row += len(tokens)
+        work = [(self._running[request], tokens) for request, tokens, _ in scheduled]
+        starts = accumulate((len(tokens) for _, tokens in work), initial=0)
+        wanted = [start + i for (_, _, rows), start in zip(scheduled, starts, strict=False) for i in rows]
         try:
-            logits_MV = self.executor(work, wanted)
-            return self._process([(request, rows) for request, _, rows in scheduled], logits_MV)
-        except BaseException:  # the step may have run tokens whose logits are lost
-            for request in self._running:
-                assert request.sequence is not None
-                if isinstance(request, Evaluation) or not request.pending(request.sequence.length):
-                    self.executor.cache.close(request.sequence)
+            return self._process([(request, rows) for request, _, rows in scheduled], self.executor(work, wanted))
+        except BaseException:  # some tokens may have run, and their logits are lost
+            for request, sequence in self._running.items():
+                if isinstance(request, Evaluation) or not request.pending(sequence.length):
+                    self.executor.cache.close(sequence)
                     self._restart(request)
             raise
 
     def _schedule(self) -> list[tuple[Request, Sequence[int], range]]:
-        """The tokens that each request runs in this step, and which of them have logits that are wanted."""
+        """Each request's tokens in this step, and those of them whose logits are wanted."""
         budget = self.config.max_batched_tokens
         scheduled: list[tuple[Request, Sequence[int], range]] = []
         decoding_first = sorted(self._running, key=lambda r: not (isinstance(r, Generation) and r.generated))
         for request in decoding_first:
-            assert request.sequence is not None
-            done = request.sequence.length
+            done = self._running[request].length
             pending = request.pending(done)
-            most = min(budget, EVALUATED_TOKENS) if isinstance(request, Evaluation) else budget
-            tokens = pending if len(pending) == 1 else pending[: max(most, 0)]
+            limit = min(budget, MAX_EVALUATED_TOKENS) if isinstance(request, Evaluation) else budget
+            tokens = pending if len(pending) == 1 else pending[: max(limit, 0)]
             if not tokens:
                 continue
             budget -= len(tokens)
-            rows = range(len(tokens) - 1 if len(tokens) == len(pending) else len(tokens), len(tokens))
+            rows = range(len(tokens) - (len(tokens) == len(pending)), len(tokens))
             if isinstance(request, Evaluation):
                 rows = range(0 if request.first is None else max(0, request.first - 1 - done), len(tokens))
             scheduled.append((request, tokens, rows))
         return scheduled
 
     def _process(self, scheduled: Sequence[tuple[Request, range]], logits_MV: Tensor) -> list[Event]:
-        """Choose tokens, add likelihoods, and end what has come to its end."""
+        """Choose tokens, add log-likelihoods, and end finished requests."""
         events: list[Event] = []
-        chosen: list[tuple[Generation, int]] = []
-        row = 0
-        for request, rows in scheduled:
-            if isinstance(request, Generation):
-                chosen += [(request, row + i) for i in range(len(rows))]
-            elif isinstance(request, Evaluation) and self._evaluate(request, rows, logits_MV[row : row + len(rows)]):
+        generations: list[tuple[Generation, Tensor]] = []
+        parts = logits_MV.split([len(rows) for _, rows in scheduled])  # type: ignore[no-untyped-call]
+        for (request, rows), logits_RV in zip(scheduled, parts, strict=True):
+            if isinstance(request, Generation) and rows:
+                generations.append((request, logits_RV))
+            elif isinstance(request, Evaluation) and self._evaluate(request, rows, logits_RV):
                 events.append(self._finish(request, "error" if request.error else "stop"))
-            row += len(rows)
-        if chosen:
-            logits_GV = logits_MV if len(chosen) == len(logits_MV) else logits_MV[[row for _, row in chosen]]
-            events += self._choose([request for request, _ in chosen], logits_GV)
+        if generations:
+            whole = len(generations) == len(logits_MV)
+            logits_GV = logits_MV if whole else torch.cat([logits_1V for _, logits_1V in generations])
+            events += self._choose([request for request, _ in generations], logits_GV)
         return events
 
-    def _evaluate(self, request: Evaluation, rows: range, logits_MV: Tensor) -> bool:
-        """Take the logits of a step; says whether they were the last ones."""
-        assert request.sequence is not None
-        done = request.sequence.length
+    def _evaluate(self, request: Evaluation, rows: range, logits_RV: Tensor) -> bool:
+        """Add the logits of a step; return whether the evaluation is complete."""
+        done = self._running[request].length
         if request.first is None:
-            request.logits.append(logits_MV)
+            request.logits.append(logits_RV)
         elif rows:
-            start = done - rows.stop  # of this step's tokens
+            start = done - rows.stop  # position of this step's first token
             targets = torch.tensor(request.prompt[start + rows.start + 1 : start + rows.stop + 1], dtype=torch.int64)
-            request.log_likelihood -= float(F.cross_entropy(logits_MV, targets.to(logits_MV.device), reduction="sum"))
+            request.log_likelihood -= float(F.cross_entropy(logits_RV, targets.to(logits_RV.device), reduction="sum"))
             if not request.log_likelihood <= 0:
                 request.error = PentadError(NOT_NUMBERS)
                 return True
         return not request.pending(done)
 
     def _choose(self, requests: list[Generation], logits_MV: Tensor) -> list[Event]:
-        if all(request.sampling.greedy for request in requests):
-            tokens, largest = argmax(logits_MV)
-        else:
-            with self.executor.single_threaded():
-                tokens, largest = sample(logits_MV, [_choice(request) for request in requests])
-        return [self._take(*each) for each in zip(requests, tokens, largest, logits_MV, strict=True)]
+        greedy = all(request.sampling.greedy for request in requests)
+        unused = {} if greedy else {request: request.generator.get_state() for request in requests}
+        events = []
+        try:
+            if greedy:
+                tokens, largest = argmax(logits_MV)
+            else:
+                with self.executor.single_threaded():
+                    choices = [Choice(r.sampling, r.generator, r.prompt, r.generated) for r in requests]
+                    tokens, largest = sample(logits_MV, choices)
+            for request, *result in zip(requests, tokens, largest, logits_MV, strict=True):
+                events.append(self._append(request, *result))
+                unused.pop(request, None)
+        except BaseException:  # these requests have drawn a random number, and will draw it again
+            for request, state in unused.items():
+                request.generator.set_state(state)
+            raise
+        return events
 
-    def _take(self, request: Generation, token: int, largest: float, logits_V: Tensor) -> Event:
+    def _append(self, request: Generation, token: int, largest: float, logits_V: Tensor) -> Event:
+        """Add the chosen token to its request."""
         if not math.isfinite(largest):
             request.error = PentadError(NOT_NUMBERS)
             return self._finish(request, "error")
         if token in request.end_ids:
             return self._finish(request, "stop")
-        request.generated.append(token)
         if request.logprobs is not None:
             with self.executor.single_threaded():
                 request.token_logprobs.append(_logprobs(logits_V, token, request.logprobs))
+        request.generated.append(token)
         if len(request.generated) >= request.max_tokens:
             return self._finish(request, "length", token)
         return Event(request, token, None)
@@ -301,10 +317,9 @@ class Engine:
     def _finish(self, request: Request, reason: str, token: int | None = None) -> Event:
         """End a request; its pages are kept for a request that continues it, or freed."""
         request.finish_reason = reason
-        for queue in (self._waiting, self._running):
-            if request in queue:
-                queue.remove(request)
-        sequence, request.sequence = request.sequence, None
+        if request in self._waiting:
+            self._waiting.remove(request)
+        sequence = self._running.pop(request, None)
         if sequence is not None:
             if reason == "error" or not sequence.length or not isinstance(request, Generation):
                 self.executor.cache.close(sequence)
@@ -314,55 +329,60 @@ class Engine:
         return Event(request, token, reason)
 
     def _bytes(self, request: Request) -> int:
-        """KV cache that a request may need."""
+        """The KV cache that a request needs at most."""
         return self.executor.cache.bytes_for(len(request.prompt) + getattr(request, "max_tokens", 0))
 
-    def _fits(self, request: Request) -> bool:
-        limit = self.config.max_cache_bytes
-        if limit is None or sum(map(self._bytes, [*self._running, request])) <= limit:
+    def _fits(self, request: Request, *, kept: bool = False) -> bool:
+        """Whether the cache has room for a request beside the running ones, and beside the kept pages."""
+        cache, limit = self.executor.cache, self.config.max_cache_bytes
+        if limit is None:
             return True
-        if not self._running:
-            self.drop_kept()
-        return not self._running
+        needed = sum(map(self._bytes, [*self._running, request]))
+        if kept and self._kept is not None:
+            needed += cache.bytes_for(len(self._kept[1].pages) * cache.page_size)
+        return needed <= limit
 
     def _admit(self, request: Request) -> None:
-        """Give a request its place in the cache: the kept sequence's if both begin with the same tokens."""
-        cache, prompt = self.executor.cache, request.prompt
-        if self._kept is not None and not isinstance(request, Evaluation):
-            ids, kept = self._kept
-            common = 0
-            for ours, theirs in zip(ids, prompt[:-1], strict=False):  # the last token is run for its logits
-                if ours != theirs:
-                    break
-                common += 1
-            scaling_key = self.executor.rope_scaling_key
-            same_rope = scaling_key(kept.rope_length) == scaling_key(len(prompt))
-            if common and same_rope and cache.can_truncate(kept, common):
-                cache.truncate(kept, common)
-                self._kept, request.sequence = None, kept
-        if request.sequence is None:
-            request.sequence = self._open(request)
+        """Let the first waiting request run."""
+        cache, sequence = self.executor.cache, self._continue_kept(request) or self._open(request)
+        if not self._fits(request, kept=True):
+            self.drop_kept()
+        self._running[request] = sequence
+        self._waiting.popleft()
         if cache.window is None and isinstance(request, Generation):
-            more = len(prompt) - request.sequence.length + min(request.max_tokens, self.config.reserved_tokens)
-            cache.reserve(request.sequence, more)
+            new = len(request.prompt) - sequence.length
+            cache.reserve(sequence, new + min(request.max_tokens, self.config.reserved_tokens))
+
+    def _continue_kept(self, request: Request) -> CachedSequence | None:
+        """The kept sequence, truncated to the tokens that the request begins with; None if it can't be continued."""
+        if self._kept is None or not isinstance(request, Generation):
+            return None
+        ids, sequence = self._kept
+        common = 0
+        for cached, token in zip(ids, request.prompt[:-1], strict=False):  # the last token runs for its logits
+            if cached != token:
+                break
+            common += 1
+        scaling_key = self.executor.rope_scaling_key
+        same_rope = scaling_key(sequence.rope_length) == scaling_key(len(request.prompt))
+        if not common or not same_rope or not self.executor.cache.can_truncate(sequence, common):
+            return None
+        self.executor.cache.truncate(sequence, common)
+        self._kept = None
+        return sequence
 
     def _open(self, request: Request) -> CachedSequence:
         return self.executor.cache.open(len(request.prompt))
 
     def _restart(self, request: Request) -> None:
-        """Let all tokens of a running request be run again."""
-        request.sequence = self._open(request)
+        """Run all tokens of a running request again, in a new sequence."""
+        self._running[request] = self._open(request)
         if isinstance(request, Evaluation):
             request.log_likelihood = 0.0
             request.logits.clear()
 
 
-def _choice(request: Generation) -> Choice:
-    return Choice(request.sampling, request.generator, request.prompt, request.generated)
-
-
 def _logprobs(logits_V: Tensor, token: int, count: int) -> TokenLogprobs:
     logprobs_V = logits_V.log_softmax(-1)
     values, ids = logprobs_V.topk(min(count, len(logprobs_V)))
-    top = tuple((int(i), float(value)) for i, value in zip(ids, values, strict=True))
-    return TokenLogprobs(token, float(logprobs_V[token]), top)
+    return TokenLogprobs(token, float(logprobs_V[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,4 +1,4 @@
-"""The runner of decoder-only language models: chat, complete, stream, score, logits."""
+"""The runner of decoder-only language models."""
 
 from __future__ import annotations
 
@@ -11,53 +11,27 @@ from torch import Tensor
 
 from pentad.errors import BadInput, PentadError
 from pentad.generate.completion import Completion, Options, Score
-from pentad.generate.engine import Engine, Evaluation
+from pentad.generate.engine import Evaluation
 from pentad.generate.runner import Runner, Stream, as_ids
-from pentad.generate.step import Step
-from pentad.text import Tokenizer
 
 Message = Mapping[str, Any]
 
 
 class LanguageModel(Runner):
-    """A language model that is ready to run; `pentad.load` makes one.
+    """A decoder-only language model that is ready to run; `pentad.load` makes one.
 
-    Several threads may use it: calls are queued, and each gets the answer that it would get alone.
+    Several threads may call it. Each call gets the answer that it would get alone.
 
     Attributes:
-        name: the name or path it was loaded by.
+        name: the name or path that the model was loaded by.
         network: the torch module.
-        tokenizer: text <-> ids; if the checkpoint has none that can be read, only `logits` works.
-        context_length: the longest sequence, prompt and generated tokens together.
-        sampling: how tokens are chosen unless a call says otherwise.
+        tokenizer: converts text to token ids and back. Without a usable one only `logits` works.
+        context_length: maximum sequence length, prompt and generated tokens together.
+        sampling: default sampling options.
     """
 
-    def __init__(
-        self,
-        name: str,
-        step: Step,
-        tokenizer: Tokenizer | BadInput | None,
-        *,
-        context: int | None = None,
-        generation: Mapping[str, Any] | None = None,
-        load_seconds: float = 0.0,
-    ) -> None:
-        trained: int = step.network.config.max_position_embeddings
-        if context is not None and not 1 <= context <= trained:
-            raise BadInput(f"context is {context}; {name} takes 1 to {trained} tokens")
-        super().__init__(
-            name,
-            Engine(step),
-            tokenizer,
-            context_length=context or trained,
-            generation=generation,
-            load_seconds=load_seconds,
-        )
-
     def chat(self, messages: Sequence[Message] | str, **options: Unpack[Options]) -> Completion:
-        """Reply to a conversation.
-
-        A conversation that continues the last one prefills only its new tokens.
+        """Reply to a conversation. If it continues the last one, only its new tokens are prefilled.
 
         Args:
             messages: ``[{"role": "user", "content": "…"}, …]``; a string is one user message.
@@ -68,33 +42,35 @@ class LanguageModel(Runner):
             The reply.
 
         Raises:
-            BadInput: no chat template, messages that it refuses, options out of range, or no room in the context.
+            BadInput: the model has no chat template, the template refuses the messages, they leave no room in the
+                context, or an option is out of range.
         """
         return self._run([self._begin(self.chat_ids(messages), self.tokenizer.stream(), options)])[0]
 
     def stream(self, prompt: str | Sequence[Message], *, special: bool = False, **options: Unpack[Options]) -> Stream:
-        """`complete` (of a string) or `chat` (of messages), piece by piece; arguments and errors are theirs."""
+        """Like `complete` (for a string) or `chat` (for messages), but return the text in pieces."""
         if isinstance(prompt, str):
             return self._begin(self.prompt_ids(prompt, special=special), self._detokenizer(), options)
         return self._begin(self.chat_ids(prompt), self.tokenizer.stream(), options)
 
     def chat_ids(self, messages: Sequence[Message] | str) -> list[int]:
-        """The tokens that `chat` gives the model: the conversation in its template, up to where the reply begins."""
+        """The prompt of `chat`: the conversation in the chat template, up to the beginning of the reply."""
         return self.tokenizer.chat([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
 
     def score(self, text: str, *, stride: int | None = None) -> Score:
-        """The log-likelihood of a text, no token added.
+        """Compute the log-likelihood of a text, without BOS or other added tokens.
 
         Args:
-            text: what to score.
-            stride: for texts longer than the context: slide a window of `context_length` tokens by so many; each token
-                is scored once, given the earlier tokens of its window.
+            text: the text.
+            stride: for texts longer than the context, slide a window of `context_length` tokens by this many tokens.
+                Each token is scored once, given the earlier tokens of its window.
 
         Returns:
             The sum over all tokens but the first, and the perplexity.
 
         Raises:
-            BadInput: fewer than two tokens, a stride out of range, or longer than the context and no stride.
+            BadInput: the text has fewer than two tokens, or is longer than the context without a stride, or the stride
+                is out of range.
             PentadError: the model's logits are not numbers.
         """
         ids, size = self.tokenizer.encode(text), self.context_length
@@ -105,19 +81,18 @@ class LanguageModel(Runner):
             raise BadInput(f"stride is {stride}; expected 1 to {size - 1} tokens")
         if len(ids) > size and stride is None:
             raise BadInput(f"the text has {len(ids)} tokens, the context {size}; --stride N slides a window over it")
-        windows, scored = [], 1
+        log_likelihood, scored = 0.0, 1
         for start in range(0, len(ids), stride or size):
-            window = ids[start : start + size]
-            windows.append(Evaluation(window, first=scored - start))
-            scored = start + len(window)
+            window = Evaluation(ids[start : start + size], first=scored - start)
+            self._evaluate(window)
+            log_likelihood += window.log_likelihood
+            scored = start + len(window.prompt)
             if scored == len(ids):
                 break
-        self._evaluate(*windows)
-        total = sum(window.log_likelihood for window in windows)
-        loss = -total / (len(ids) - 1)
+        loss = -log_likelihood / (len(ids) - 1)
         if loss > 700:
             raise PentadError(f"the perplexity is e^{loss:.0f}, more than a number can hold: the weights are damaged")
-        return Score(self.name, len(ids), total, math.exp(loss))
+        return Score(self.name, len(ids), log_likelihood, math.exp(loss))
 
     def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
         """The logits after each of T tokens.
@@ -129,7 +104,7 @@ class LanguageModel(Runner):
             float32 [T, vocab].
 
         Raises:
-            BadInput: no ids, more than the context has room for, or ids outside the vocabulary.
+            BadInput: ids are absent, longer than the context, or outside the vocabulary.
         """
         request = Evaluation(as_ids(ids))
         self._check_length(request.prompt)
@@ -137,13 +112,12 @@ class LanguageModel(Runner):
         return torch.cat(request.logits)
 
     def is_full(self, completion: Completion) -> bool:
-        """Whether a completion and its prompt fill the context."""
+        """Whether a completion and its prompt have filled the context."""
         return completion.prompt_tokens + completion.completion_tokens >= self.context_length
 
     def _check_room(self, ids: Sequence[int]) -> int:
         self._check_ids(ids)
-        room = self.context_length - len(ids)
-        if room < 1:
+        if (room := self.context_length - len(ids)) < 1:
             raise BadInput(
                 f"the prompt has {len(ids)} tokens and leaves no room in the context of {self.context_length}"
             )

@@ -1,4 +1,4 @@
-"""What all text runners share: streams, and one lock around an engine, so that several threads may use a model."""
+"""The base class of text runners: streams of text, and a lock around the engine for calls from several threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn, Unpack, overload
+from typing import Any, ClassVar, NoReturn, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from pentad.text import Detokenizer, Tokenizer
 
 
 class Stream(Iterator[str]):
-    """Pieces of text as they come; `completion` is what there is so far.
+    """Pieces of text while they are generated; `completion` is the result so far.
 
-    A stream that isn't read to its end is ended by `close`, which a ``with`` block calls, or when nobody holds it.
+    `close` ends a stream early, as does leaving a ``with`` block, or deleting the last reference to the stream.
     """
 
     def __init__(self, runner: Runner, request: Generation, transcript: Transcript) -> None:
@@ -33,29 +33,29 @@ class Stream(Iterator[str]):
         self._request = request
         self._transcript = transcript
         self._tokens_read = 0
-        self._characters_given = 0
+        self._text_read = 0
         self._stopping = False
         self._started = time.perf_counter()
         self._first_token: float | None = None
         self._last_token = self._started
 
     def __next__(self) -> str:
-        while len(self._transcript.text) == self._characters_given:
+        while len(self._transcript.text) == self._text_read:
             if self._request.error is not None:
                 raise self._request.error
             if self._stopping or self._request.finish_reason is not None:
                 raise StopIteration
             self._runner._advance(self._request)
-        piece = self._transcript.text[self._characters_given :]
-        self._characters_given += len(piece)
+        piece = self._transcript.text[self._text_read :]
+        self._text_read += len(piece)
         return piece
 
     def stop(self) -> None:
-        """End the iteration after the current step; a signal handler may call this."""
+        """End the iteration after the current step. A signal handler may call this."""
         self._stopping = True
 
     def close(self) -> None:
-        """Stop generating; the text so far stays."""
+        """Stop generating and keep the text so far."""
         self._runner._close(self)
 
     def __enter__(self) -> Stream:
@@ -65,7 +65,7 @@ class Stream(Iterator[str]):
         self.close()
 
     def _read(self) -> None:
-        """Take the request's new tokens into the text."""
+        """Add the request's new tokens to the text."""
         request = self._request
         if len(request.generated) > self._tokens_read:
             self._last_token = time.perf_counter()
@@ -75,7 +75,7 @@ class Stream(Iterator[str]):
         self._tokens_read = len(request.generated)
         if request.finish_reason is not None and not self._transcript.stopped:
             self._transcript.finish()
-        if self._transcript.stopped:  # also if the last token that was allowed completed the stop string
+        if self._transcript.stopped:  # even if the request has ended by length with the same token
             self._runner._engine.cancel(request)
             request.finish_reason = "stop"
 
@@ -83,80 +83,90 @@ class Stream(Iterator[str]):
     def completion(self) -> Completion:
         """The text so far, with its tokens and times."""
         request, reason = self._request, self._request.finish_reason
-        given = request.prompt if request.source is None else request.source
-        prefill = (self._first_token or self._last_token) - self._started
+        prompt = request.prompt if request.source is None else request.source
+        total = self._last_token - self._started
+        prefill = total if self._first_token is None else self._first_token - self._started
         return Completion(
             model=self._runner.name,
             text=self._transcript.text,
             token_ids=list(request.generated),
-            prompt_token_ids=list(given),
+            prompt_token_ids=list(prompt),
             finish_reason=reason if reason in ("stop", "length") else "interrupted",
-            prompt_tokens=len(given),
+            prompt_tokens=len(prompt),
             completion_tokens=len(request.generated),
-            seconds={
-                "load": self._runner.load_seconds,
-                "prefill": prefill,
-                "decode": self._last_token - self._started - prefill,
-            },
+            seconds={"load": self._runner.load_seconds, "prefill": prefill, "decode": total - prefill},
             logprobs=None if request.logprobs is None else list(request.token_logprobs),
         )
 
 
 class Runner:
-    """A network with its tokenizer and an engine; several threads may use one.
+    """A network with its tokenizer and an engine.
 
-    Calls from several threads are queued: each step runs the tokens of all of them, and each gets the answer that it
-    would get alone.
+    Several threads may call it. Their calls are queued: each step runs the tokens of all calls, and each call gets the
+    answer that it would get alone.
+
+    Args:
+        name: the name or path that the model was loaded by.
+        step: the executor of the network's steps.
+        tokenizer: the tokenizer; None if the checkpoint has none, or the error that reading it raised.
+        context: maximum sequence length; the training length by default.
+        generation: the checkpoint's ``generation_config.json``, which recommends sampling options.
+        load_seconds: duration of loading.
 
     Attributes:
-        name: the name or path it was loaded by.
+        name: as above.
         network: the torch module.
-        context_length: the longest sequence in tokens.
-        sampling: how tokens are chosen unless a call says otherwise.
-        load_seconds: how long loading took.
+        context_length: maximum sequence length in tokens.
+        sampling: default sampling options.
+        load_seconds: as above.
     """
+
+    _engine_class: ClassVar[type[Engine]] = Engine
 
     def __init__(
         self,
         name: str,
-        engine: Engine,
+        step: Step,
         tokenizer: Tokenizer | BadInput | None,
         *,
-        context_length: int,
+        context: int | None = None,
         generation: Mapping[str, Any] | None = None,
         load_seconds: float = 0.0,
     ) -> None:
         self.name = name
-        self.network = engine.executor.network
-        self.context_length = context_length
+        self.network = step.network
+        contexts = self._context_lengths()
+        if context is not None and context not in contexts:
+            raise BadInput(f"context is {context}; expected {contexts.start} to {contexts.stop - 1} tokens for {name}")
+        self.context_length: int = context or step.network.config.max_position_embeddings
         self.sampling = Sampling.recommended(generation or {})
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
-        self._engine = engine
+        self._engine = self._engine_class(step)
         self._lock = threading.RLock()
         self._streams = weakref.WeakValueDictionary[Request, Stream]()
         _runners.add(self)
 
     def __repr__(self) -> str:
-        kind = type(self.network).__name__
-        return f"<{type(self).__name__} {self.name!r}: {kind}, context {self.context_length}>"
+        network = type(self.network).__name__
+        return f"<{type(self).__name__} {self.name!r}: {network}, context {self.context_length}>"
 
     def __reduce__(self) -> NoReturn:
         raise PentadError(
-            f"a loaded model can't be pickled or copied: call pentad.load({self.name!r}) where it is needed"
-            " (its .network can be copied)"
+            f"a loaded model can't be pickled or copied; call pentad.load({self.name!r}) again,"
+            " or copy its .network instead"
         )
 
     @property
     def step(self) -> Step:
-        """The executor of the network's steps, which owns the KV cache."""
+        """The executor of the network's steps, which owns the KV cache, after a `refresh`."""
         return self.refresh()
 
     def refresh(self) -> Step:
-        """Look at the network now, and use plain torch or the kernels as it requires.
+        """Check for changes to the network, and choose plain torch or the kernels accordingly.
 
-        Each request does this when it begins, so hooks, adapters and new weights are honoured from the next request
-        on, and the kernels come back after a hook is removed. Call it to have a change honoured amid a generation.
+        Each request calls this when it begins. So hooks, adapters and new weights take effect from the next request
+        on, and the kernels run again after a hook is removed. Call it to apply a change during a generation.
 
         Returns:
             The executor of the network's steps.
@@ -165,28 +175,28 @@ class Runner:
             return self._engine.refresh()
 
     def clear_cache(self) -> None:
-        """Free the KV cache that is kept for a prompt which continues the last one."""
+        """Free the part of the KV cache that is kept for a prompt that continues the last one."""
         with self._lock:
             self._engine.drop_kept()
 
     @property
     def open_requests(self) -> int:
-        """How many requests wait or run."""
+        """Number of waiting and running requests."""
         return len(self._engine.requests)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Text <-> ids.
+        """Converts text to token ids and back.
 
         Raises:
-            BadInput: the checkpoint has no tokenizer files, or they are broken.
+            BadInput: the checkpoint has no tokenizer files, or broken ones.
         """
         if isinstance(self._tokenizer, BadInput):
             raise self._tokenizer
         if self._tokenizer is None:
             raise BadInput(
                 f"{self.name} has no tokenizer, so it can't read or write text: put tokenizer.json or tokenizer.model"
-                " beside its weights (in Python, .logits(ids) works without)"
+                " beside its weights (in Python, .logits(ids) works without a tokenizer)"
             )
         return self._tokenizer
 
@@ -197,19 +207,19 @@ class Runner:
     def complete(
         self, prompt: str | Sequence[str], *, special: bool = False, **options: Unpack[Options]
     ) -> Completion | list[Completion]:
-        """Continue one text, or several together, each as it would be alone.
+        """Continue one text, or a batch of texts; each continuation is the same as without the others.
 
         Args:
             prompt: the text, or a list of texts.
-            special: let control strings in the text become control tokens.
+            special: encode control strings in the text as control tokens.
             options: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
                 frequency_penalty, stop, seed, logprobs; see `Options`.
 
         Returns:
-            A `Completion`, or a list of them.
+            A `Completion`; for a list of texts a list of them.
 
         Raises:
-            BadInput: an empty prompt, options out of range, or no room in the context.
+            BadInput: a prompt is empty or leaves no room in the context, or an option is out of range.
         """
         if not isinstance(prompt, str | list | tuple):
             raise BadInput(f"the prompt is of type {type(prompt).__name__}; expected a string, or a list of strings")
@@ -221,7 +231,7 @@ class Runner:
         return completions[0] if isinstance(prompt, str) else completions
 
     def prompt_ids(self, text: str, *, special: bool = False) -> list[int]:
-        """The tokens that `complete` gives the model: BOS if the tokenizer's configuration says so, and the text."""
+        """The prompt of `complete`: the text's tokens, after BOS if the tokenizer's configuration adds it."""
         return self.tokenizer.encode(text, bos=self.tokenizer.adds_bos, special=special)
 
     def is_full(self, completion: Completion) -> bool:
@@ -235,7 +245,7 @@ class Runner:
         if not ids:
             raise BadInput("the prompt is empty: there is no token to start from")
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise BadInput("token ids are not whole numbers in one list, or a tensor of one dimension")
+            raise BadInput("token ids are not whole numbers; expected a list of them, or a tensor of one dimension")
         size: int = self.network.config.vocab_size
         if not 0 <= min(ids) <= max(ids) < size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
@@ -247,11 +257,15 @@ class Runner:
             raise BadInput(f"{len(ids)} tokens don't fit the context of {self.context_length}")
 
     def _check_room(self, ids: Sequence[int]) -> int:
-        """How many tokens may follow a prompt; BadInput if none."""
+        """The number of tokens that may follow a prompt; BadInput if the context has no room for any."""
         raise NotImplementedError
 
+    def _context_lengths(self) -> range:
+        """The values that `context` may have."""
+        return range(1, self.network.config.max_position_embeddings + 1)
+
     def _inputs(self, ids: list[int]) -> tuple[list[int], list[int] | None]:
-        """The tokens that the model's sequence begins with, and those that an encoder reads."""
+        """The first tokens of the model's sequence, and the tokens for an encoder."""
         return ids, None
 
     def _begin(self, ids: list[int], detokenizer: Detokenizer, options: Options) -> Stream:
@@ -285,13 +299,13 @@ class Runner:
         return stream
 
     def _advance(self, request: Request) -> None:
-        """Run a step for all requests, unless another thread's step has brought news for this one meanwhile."""
+        """Run a step for all requests, unless another thread's step has advanced this one in the meantime."""
         before = _progress(request)
         with self._lock:
             if _progress(request) != before:
                 return
             for other in self._engine.requests:
-                if isinstance(other, Generation) and other not in self._streams:  # nobody reads it any more
+                if isinstance(other, Generation) and other not in self._streams:  # its stream was deleted
                     self._engine.cancel(other)
             for event in self._engine.step():
                 if (stream := self._streams.get(event.request)) is not None:
@@ -313,30 +327,22 @@ class Runner:
                 stream.close()
         return [stream.completion for stream in streams]
 
-    def _evaluate(self, *requests: Evaluation) -> None:
-        """Run evaluations to their end.
+    def _evaluate(self, request: Evaluation) -> None:
+        """Run an evaluation to its end.
 
         Raises:
-            PentadError: logits are not numbers.
+            PentadError: the logits are not numbers.
         """
         with self._lock:
-            for request in requests:
-                self._engine.submit(request)
+            self._engine.submit(request)
         try:
-            for request in requests:
-                while request.finish_reason is None:
-                    self._advance(request)
-                if request.error is not None:
-                    raise request.error
+            while request.finish_reason is None:
+                self._advance(request)
         finally:
             with self._lock:
-                for request in requests:
-                    self._engine.cancel(request)
-
-    def _forked(self) -> None:
-        """In a child process: other threads' locks and requests are not of this world."""
-        self._lock = threading.RLock()
-        self._engine.reset()
+                self._engine.cancel(request)
+        if request.error is not None:
+            raise request.error
 
 
 def _progress(request: Request) -> tuple[int, object]:
@@ -348,11 +354,15 @@ _runners = weakref.WeakSet[Runner]()
 
 
 def _after_fork() -> None:
-    """torch's OpenMP threads don't survive a fork, and waiting for them would hang: it goes on with one thread."""
+    """Make runners usable in a forked child, where other threads, their locks and their requests don't exist.
+
+    torch's OpenMP threads don't exist either, and waiting for them would hang, so torch continues with one thread.
+    """
     if len(_runners):
         torch.set_num_threads(1)
     for runner in list(_runners):
-        runner._forked()
+        runner._lock = threading.RLock()
+        runner._engine.reset()
 
 
 if hasattr(os, "register_at_fork"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pentad
 from pentad.errors import BadInput
 from pentad.generate.engine import Engine, EngineConfig, Evaluation, Event, Generation
 from pentad.generate.sampling import Sampling
@@ -329,3 +330,53 @@ def test_memory_for_the_cache_is_bounded(network: nn.Module, step: Counting) -> 
         assert one.generated == greedy(network, random_ids(20, seed=i), 12)
     with pytest.raises(BadInput, match=str(step.cache.bytes_for(64))):
         engine.submit(request(random_ids(60), max_tokens=30))
+
+
+def test_kept_pages_count_against_the_memory_limit(network: nn.Module, step: Counting) -> None:
+    engine = Engine(step, EngineConfig(max_cache_bytes=step.cache.bytes_for(64), reserved_tokens=16))
+    first = request(random_ids(40), max_tokens=8)
+    finish(engine, first)
+    step.ran.clear()
+    again = request(random_ids(40), max_tokens=8)
+    finish(engine, again)
+    assert step.ran[0] == [1], "the kept pages fit beside nothing, and are continued"
+    other = request(random_ids(40, seed=1), max_tokens=8)
+    engine.submit(other)
+    while engine.requests:
+        engine.step()
+        assert step.held() <= 4
+    assert other.generated == greedy(network, random_ids(40, seed=1), 8)
+
+
+@pytest.mark.parametrize("fails", range(4))
+def test_a_failure_while_tokens_are_chosen_draws_no_number_twice(
+    step: Counting, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    """Two requests: the failure strikes before the first has its token, between the two, or in a later step."""
+    hot = Sampling(temperature=2.0)
+
+    def pair() -> list[Generation]:
+        return [request(random_ids(9, seed=i), seed=i, sampling=hot, logprobs=1) for i in range(2)]
+
+    alone = pair()
+    finish(Engine(step), *alone)
+    failing, logprobs, calls = pair(), pentad.generate.engine._logprobs, []
+
+    def failing_logprobs(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == fails + 1:
+            raise RuntimeError("out of memory")
+        return logprobs(*arguments)
+
+    monkeypatch.setattr(pentad.generate.engine, "_logprobs", failing_logprobs)
+    engine = Engine(step)
+    for one in failing:
+        engine.submit(one)
+    while engine.requests:
+        try:
+            engine.step()
+        except RuntimeError:
+            continue
+    for one, expected in zip(failing, alone, strict=True):
+        assert one.generated == expected.generated
+        assert [report.token_id for report in one.token_logprobs] == one.generated
