@@ -1,4 +1,4 @@
-"""What `LanguageModel`'s verbs take and give."""
+"""The options and results of `LanguageModel`'s methods."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pentad.generate.engine import TokenLogprobs
 
 
 class Options(TypedDict, total=False):
-    """How to generate; what is left out or None is as the checkpoint recommends, else `Sampling`'s defaults.
+    """Options of a generation. An absent option, or None, is as the checkpoint recommends, else `Sampling`'s default.
 
-    ``max_tokens`` is by default what the context has room for; ``stop`` are strings that end the text; ``logprobs=k``
-    reports each token's log-probability and the k likeliest ones. With ``seed`` the same prompt gives the same text;
-    beside others too, but for rounding (in bfloat16 torch's products differ with the number of rows).
+    Attributes:
+        max_tokens: maximum number of new tokens; the rest of the context by default.
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: see `Sampling`.
+        stop: strings that end the text.
+        seed: makes the text reproducible, also in a batch. (In bfloat16 the batch size may change torch's rounding.)
+        logprobs: report the log-probability of each new token and of this many most likely tokens.
     """
 
     max_tokens: int | None
@@ -32,16 +35,16 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated.
+    """The result of a generation.
 
     Attributes:
-        model: the name it was loaded by.
-        text: without the stop string that ended it.
-        token_ids: what was generated, without the end token.
-        prompt_token_ids: what the model was given.
-        finish_reason: "stop", "length" (`max_tokens` or the context was reached) or "interrupted".
-        seconds: {"load", "prefill" (until the first token), "decode"}.
-        logprobs: one entry a token, where they were asked for.
+        model: the name that the model was loaded by.
+        text: the new text, without the stop string that ended it.
+        token_ids: the new tokens, without the end token.
+        prompt_token_ids: the model's input.
+        finish_reason: "stop", "length" (reached `max_tokens` or the end of the context) or "interrupted".
+        seconds: durations: "load", "prefill" (until the first token) and "decode".
+        logprobs: one entry per new token, if requested.
     """
 
     model: str
@@ -57,7 +60,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a text is: `log_likelihood` is natural, summed over all `tokens` but the first."""
+    """The log-likelihood of a text (natural, summed over all `tokens` but the first) and its perplexity."""
 
     model: str
     tokens: int

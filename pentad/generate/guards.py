@@ -1,4 +1,4 @@
-"""Reading a network's parts, and noticing when they are no longer what was read."""
+"""Guards: they record what was read from a network, and detect later changes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class UnsupportedByKernels(Exception):
-    """The reason that the kernels don't run a network; plain torch does."""
+    """Why the kernels can't run a network; plain torch runs it instead."""
 
 
 def has_hooks(part: nn.Module) -> bool:
-    """Whether a module's call does more than its class's ``forward``."""
+    """Whether calling a module runs more than its class's ``forward``."""
     return "forward" in vars(part) or any(getattr(part, hooks) for hooks in HOOKS)
 
 
 class Guards:
-    """Whether a network still is what was read: the same parts and types, attributes and tensors, and no hooks."""
+    """Records parts of a network as they are read. `unchanged` compares types, attributes, tensors and hooks."""
 
     def __init__(self) -> None:
-        self._places: list[dict[str, Any]] = []
+        self._namespaces: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[object] = []
         self._parts: dict[int, nn.Module] = {}
         self._types: list[type[nn.Module]] = []
-        self._own: list[dict[str, Any]] = []
+        self._attributes: list[dict[str, Any]] = []
         self._hooks: list[dict[Any, Any]] = [
             hooks
             for name, hooks in vars(torch_module).items()
@@ -41,13 +41,13 @@ class Guards:
         self._versions: list[int] = []
 
     def read(self, part: nn.Module, *names: str) -> Any:
-        """The attributes of a part, noted; one alone, or a tuple of several."""
+        """Read and record attributes of a part: one value, or a tuple for several names."""
         if "forward" in vars(part):
             raise UnsupportedByKernels(f"{type(part).__name__}.forward was replaced")
         if id(part) not in self._parts:
             self._parts[id(part)] = part
             self._types.append(type(part))
-            self._own.append(vars(part))
+            self._attributes.append(vars(part))
             self._hooks += [getattr(part, hooks) for hooks in HOOKS]
         values = [self._read(part, name) for name in names]
         return values[0] if len(values) == 1 else tuple(values)
@@ -57,29 +57,29 @@ class Guards:
             self._read(part, "blocks")
             self._read(part, "row_order")
             return part.weight
-        for place in (part._modules, part._parameters, part._buffers, vars(part)):
-            if name in place:
-                break
-        else:
+        namespaces = (part._modules, part._parameters, part._buffers, vars(part))
+        namespace = next((namespace for namespace in namespaces if name in namespace), None)
+        if namespace is None:
             raise UnsupportedByKernels(f"{type(part).__name__} has no {name}")
-        value = place[name]
-        self._places.append(place)
+        value = namespace[name]
+        self._namespaces.append(namespace)
         self._names.append(name)
         self._values.append(value)
         if isinstance(value, Tensor) and not value.is_inference():
-            base = value if value._base is None else value._base  # views count changes together
+            base = value if value._base is None else value._base  # a tensor and its views share a version counter
             if id(base) not in self._tensors:
                 self._tensors[id(base)] = base
                 self._versions.append(base._version)
         return value
 
     def unchanged(self) -> bool:
+        """Whether the network still is as it was read, and has no hooks."""
         try:
             return (
                 not any(self._hooks)
-                and not any("forward" in own for own in self._own)
+                and not any("forward" in attributes for attributes in self._attributes)
                 and all(map(is_, map(type, self._parts.values()), self._types))
-                and all(map(is_, map(getitem, self._places, self._names), self._values))
+                and all(map(is_, map(getitem, self._namespaces, self._names), self._values))
                 and [tensor._version for tensor in self._tensors.values()] == self._versions
             )
         except KeyError:

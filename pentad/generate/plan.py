@@ -1,7 +1,7 @@
-"""The plan: a network's parts read off into a flat list of kernel operations, of which one call runs a whole step.
+"""The plan: a flat list of kernel operations for a network, so that one call runs a whole step.
 
-What can be read off is what `Planner` says: parts of exactly the known types, with their plain attributes. All else
-(a hook, an adapter, a part of another type, weights off the CPU) is `UnsupportedByKernels`, and runs as plain torch.
+`Planner` reads the network's parts. It knows exactly the types and attributes listed here. Anything else (a hook, an
+adapter, a part of another type, weights on a GPU) raises `UnsupportedByKernels`, and the network runs in plain torch.
 `pentad.generate.plan_step` runs plans.
 """
 
@@ -28,7 +28,7 @@ from pentad.nn.norm import LayerNorm, RMSNorm
 from pentad.nn.rope import Rope
 from pentad.weights.quantized import QuantizedTensor
 
-KNOWN: dict[type[nn.Module], set[str]] = {
+KNOWN_ATTRIBUTES: dict[type[nn.Module], set[str]] = {
     PreNormBlock: {"attention_norm", "attention", "feedforward_norm", "feedforward"},
     ExtraFeedforwardBlock: {
         *("attention_norm", "attention", "feedforward_norm", "feedforward", "extra_norm", "extra_feedforward"),
@@ -50,39 +50,40 @@ KNOWN: dict[type[nn.Module], set[str]] = {
     RMSNorm: {"dim", "weight", "eps"},
     LayerNorm: {"dim", "weight", "bias", "eps"},
 }
-"""What the parts of the house have. One that has more computes something that is not known here."""
+"""A part with another attribute may compute something that the plan doesn't know."""
 
 PLAIN = (nn.ModuleList, nn.Embedding, nn.Linear, Router, GroupedLinear)
 QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedGroupedLinear, RowwiseInt8Linear)
-ROUTES = {mixtral_top_k: True, softmax_top_k: False}
-"""Routers -> whether a row's weights are a softmax over its experts alone."""
+NORMALIZED = {mixtral_top_k: True, softmax_top_k: False}
+"""Routing function -> whether the weights of a row's experts add up to 1."""
 
 
 class Planner:
-    """What is read off a network while its program is written."""
+    """Reads a network and writes its program."""
 
     def __init__(self, network: Decoder, *, fast: bool, threads: int, isa: str | None) -> None:
         if not kernels.isas():
             raise UnsupportedByKernels(f"there are no kernels: {kernels.reason()}")
-        _exactly_decoder(network)
+        _check_decoder(network)
         self.guards = Guards()
         self.threads = threads
-        self.reduced = network.dtype != torch.float32  # whether weights have fewer than 32 bits
+        self.reduced_precision = network.dtype != torch.float32  # or, see below, weights are quantized
         self._packed: dict[QuantizedTensor, Weight] = {}
         embed, layers, norm, head = self.guards.read(network, "embed", "layers", "norm", "head")
         if self.guards.read(network, "residual_dtype") != torch.float32:
             raise UnsupportedByKernels("the residual stream is not float32")
         blocks = [self.guards.read(layers, name) for name in layers._modules]
-        kinds = PreNormBlock, ExtraFeedforwardBlock, ParallelBlock
-        attentions = [_exactly(self.guards.read(_exactly(block, *kinds), "attention"), Attention) for block in blocks]
+        for block in blocks:
+            _check_type(block, PreNormBlock, ExtraFeedforwardBlock, ParallelBlock)
+        attentions = [_check_type(self.guards.read(block, "attention"), Attention) for block in blocks]
         if not attentions:
-            raise UnsupportedByKernels("there are no layers")
-        self.first = first = attentions[0]
-        self.rope = _rope(first)
+            raise UnsupportedByKernels("the network has no layers")
+        self.first: Attention = attentions[0]
+        self.rope: Rope = _check_type(self.first.rope, Rope)
         self.windows = [attention.window for attention in attentions]
         self.program = Program(
-            head_dim=first.head_dim,
-            kv_heads=first.kv_heads,
+            head_dim=self.first.head_dim,
+            kv_heads=self.first.kv_heads,
             layers=len(blocks),
             rotary_dim=self.rope.dim,
             threads=threads,
@@ -99,54 +100,42 @@ class Planner:
             raise UnsupportedByKernels("a part has a hook")
 
     def _block(self, block: nn.Module) -> None:
-        if type(block) is ParallelBlock:
-            return self._parallel_block(block)
-        read = self.guards.read
-        attention_norm, attention = read(block, "attention_norm", "attention")
+        read, matmul = self.guards.read, self.program.matmul
+        attention = read(block, "attention")
         qkv = self._linears(attention, "q_proj", "k_proj", "v_proj")
-        self._norm(attention_norm, qkv)
-        self.program.matmul(qkv, Buffer.NORMED, Buffer.PROJECTED)
+        if type(block) is ParallelBlock:
+            norm, feedforward = read(block, "norm", "feedforward")
+            up, down = self._linears(_check_type(feedforward, GeluMLP), "up_proj", "down_proj")
+            self._norm(norm, [*qkv, up])
+            matmul(qkv, Buffer.NORMED, Buffer.PROJECTED)
+            matmul([up], Buffer.NORMED, Buffer.GATES, gelu=True)
+            self._attend(attention)
+            self._add_to_residual(down, Buffer.GATES)
+            return
+        self._norm(read(block, "attention_norm"), qkv)
+        matmul(qkv, Buffer.NORMED, Buffer.PROJECTED)
         self._attend(attention)
         self._feedforward(*read(block, "feedforward_norm", "feedforward"))
         if type(block) is ExtraFeedforwardBlock:
             self._feedforward(*read(block, "extra_norm", "extra_feedforward"))
 
-    def _parallel_block(self, block: ParallelBlock) -> None:
-        norm, attention, feedforward = self.guards.read(block, "norm", "attention", "feedforward")
-        qkv = self._linears(attention, "q_proj", "k_proj", "v_proj")
-        up, down = self._linears(_exactly(feedforward, GeluMLP), "up_proj", "down_proj")
-        self._norm(norm, [*qkv, up])
-        self.program.matmul(qkv, Buffer.NORMED, Buffer.PROJECTED)
-        self.program.matmul([up], Buffer.NORMED, Buffer.GATES, gelu=True)
-        self._attend(attention)
-        self._product(down, Buffer.GATES)
-
     def _attend(self, attention: Attention) -> None:
-        """From queries, keys and values to what is added to the residual stream."""
+        """Attention from the projected queries, keys and values, and the output projection."""
         read, first = self.guards.read, self.first
         if read(attention, "kv_heads", "head_dim", "rope") != (first.kv_heads, first.head_dim, first.rope):
             raise UnsupportedByKernels("layers differ in their key/value heads or their RoPE")
-        heads, layer, window, scale, log_scale_after = read(
-            attention, "heads", "layer", "window", "scale", "log_scale_after"
-        )
-        q_norm, k_norm = read(attention, "q_norm", "k_norm")
         if read(attention, "causal", "context_dim", "position_bias") != (True, None, None):
-            raise UnsupportedByKernels("attention is not causal self-attention, or has a bias by position")
-        norms: dict[str, Any] = {}
+            raise UnsupportedByKernels("attention is not causal self-attention, or has a position bias")
+        heads, layer, window, scale = read(attention, "heads", "layer", "window", "scale")
+        q_norm, k_norm, log_scale_after = read(attention, "q_norm", "k_norm", "log_scale_after")
+        options: dict[str, Any] = {"scale": scale, "window": window, "log_scale_after": log_scale_after or 0}
         if q_norm is not None and k_norm is not None:
-            norms = {"q_norm": self._numbers(q_norm), "k_norm": self._numbers(k_norm)}
+            options |= {"q_norm": self._norm_weights(q_norm), "k_norm": self._norm_weights(k_norm)}
         try:
-            self.program.attention(
-                layer,
-                heads,
-                scale=scale,
-                window=window,
-                log_scale_after=log_scale_after or 0,
-                **norms,
-            )
+            self.program.attention(layer, heads, **options)
         except ValueError as error:
             raise UnsupportedByKernels(str(error)) from None
-        self._product(self.linear(read(attention, "o_proj")), Buffer.ATTENDED)
+        self._add_to_residual(self.linear(read(attention, "o_proj")), Buffer.ATTENDED)
 
     def _feedforward(self, norm: nn.Module, part: nn.Module) -> None:
         if type(part) is MixtureOfExperts:
@@ -159,29 +148,29 @@ class Planner:
             gates, down = self._gates(part)
             self._norm(norm, gates)
             self.program.gated(gates)
-        self._product(down, Buffer.GATES)
+        self._add_to_residual(down, Buffer.GATES)
 
     def _gates(self, part: nn.Module) -> tuple[list[Weight], Weight]:
-        """What is multiplied in a SwiGLU or its like, and what comes after; of experts, stacks."""
+        """The gate and up projections of a SwiGLU, and its down projection; for experts, stacks of them."""
         if type(part) in (GatedSwiGLU, GatedSwiGLUExperts):
             gate, up, down = self.guards.read(part, "gate_proj", "up_proj", "down_proj")
-            a, b = self._halves(gate)
-            return [b, self.linear(up), a], self.linear(down)
+            value, gate = self._halves(gate)
+            return [gate, self.linear(up), value], self.linear(down)
         known = SwiGLUExperts if type(part) is SwiGLUExperts else SwiGLU
-        gate, up, down = self._linears(_exactly(part, known), "gate_proj", "up_proj", "down_proj")
+        gate, up, down = self._linears(_check_type(part, known), "gate_proj", "up_proj", "down_proj")
         return [gate, up], down
 
     def _mixture(self, norm: nn.Module, part: MixtureOfExperts) -> None:
         read, program = self.guards.read, self.program
-        router, experts, route, top_k = read(_exactly(part, MixtureOfExperts), "router", "experts", "route", "top_k")
+        router, experts, route, top_k = read(_check_type(part, MixtureOfExperts), "router", "experts", "route", "top_k")
         capacity, group_size, training = read(part, "capacity", "group_size", "training")
-        if route not in ROUTES or group_size is not None or training:
-            raise UnsupportedByKernels("a mixture routes in a way that is not known to the plan, or is being trained")
+        if route not in NORMALIZED or group_size is not None or training:
+            raise UnsupportedByKernels("a mixture has unknown routing or groups, or is in training mode")
         scores = self.linear(router)
         gates, down = self._gates(experts)
         self._norm(norm, [scores])
         program.matmul([scores], Buffer.NORMED, Buffer.SCORES)
-        program.route(top_k, normalized=ROUTES[route], capacity=capacity)
+        program.route(top_k, normalized=NORMALIZED[route], capacity=capacity)
         program.gather(quantize=any(weight.is_quantized for weight in gates))
         program.gated(gates, Buffer.PAIRED)
         if down.is_quantized:
@@ -191,15 +180,14 @@ class Planner:
 
     def _norm(self, norm: nn.Module, readers: Sequence[Weight], *, wanted: bool = False) -> None:
         quantize = any(weight.is_quantized for weight in readers)
-        self.program.norm(self._numbers(norm), quantize=quantize, wanted=wanted)
+        self.program.norm(self._norm_weights(norm), quantize=quantize, wanted=wanted)
 
-    def _numbers(self, norm: nn.Module) -> Norm:
+    def _norm_weights(self, norm: nn.Module) -> Norm:
         if type(norm) is LayerNorm:
-            return Norm(*self.guards.read(_exactly(norm, LayerNorm), "weight", "eps", "bias"))
-        return Norm(*self.guards.read(_exactly(norm, RMSNorm), "weight", "eps"))
+            return Norm(*self.guards.read(_check_type(norm, LayerNorm), "weight", "eps", "bias"))
+        return Norm(*self.guards.read(_check_type(norm, RMSNorm), "weight", "eps"))
 
-    def _product(self, weight: Weight, source: int) -> None:
-        """Added to the residual stream."""
+    def _add_to_residual(self, weight: Weight, source: int) -> None:
         if weight.is_quantized:
             self.program.quantize(source)
         self.program.matmul([weight], source, Buffer.RESIDUAL, add=True)
@@ -208,32 +196,32 @@ class Planner:
         return [self.linear(linear) for linear in self.guards.read(part, *names)]
 
     def linear(self, part: nn.Module) -> Weight:
-        if type(part) in (GroupedLinear, QuantizedGroupedLinear):
-            return self._weight(self.guards.read(part, "weight"))
-        weight, bias = self.guards.read(part, "weight", "bias")
-        if type(part) not in (QuantizedLinear, RowwiseInt8Linear):
-            _exactly(part, nn.Linear, Router)
-        return self._weight(weight, bias)
+        return self._weight(*self._parameters(part))
 
     def table(self, part: nn.Module) -> Weight:
         weight = self.guards.read(part, "weight")
-        if type(part) is not QuantizedEmbedding and _exactly(part, nn.Embedding).max_norm is not None:
+        if type(part) is not QuantizedEmbedding and _check_type(part, nn.Embedding).max_norm is not None:
             raise UnsupportedByKernels("the embedding renormalizes its rows")
         return self._weight(weight)
 
     def _halves(self, part: nn.Module) -> tuple[Weight, Weight]:
-        """The first and the last half of a linear layer's rows, or of each expert's."""
-        if type(part) in (GroupedLinear, QuantizedGroupedLinear):
-            weight, bias = self.guards.read(part, "weight"), None
-        else:
-            weight, bias = self.guards.read(part, "weight", "bias")
-            if bias is not None:
-                raise UnsupportedByKernels("gates have a bias")
+        """The first and the last half of the rows of a linear layer, or of each expert."""
+        weight, bias = self._parameters(part)
+        if bias is not None:
+            raise UnsupportedByKernels("gates have a bias")
         first, last = weight.chunk(2, -2)
         return self._weight(first), self._weight(last)
 
+    def _parameters(self, part: nn.Module) -> Any:
+        """The weight and the bias of a linear layer."""
+        if type(part) in (GroupedLinear, QuantizedGroupedLinear):
+            return self.guards.read(part, "weight"), None
+        if type(part) not in (QuantizedLinear, RowwiseInt8Linear):
+            _check_type(part, nn.Linear, Router)
+        return self.guards.read(part, "weight", "bias")
+
     def _weight(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> Weight:
-        """Floats where they lie; blocks in tiles, of which those used twice (embedding and head) are packed once."""
+        """Floating-point weights in place, or packed quantized blocks; weights used twice are packed once."""
         try:
             if isinstance(weight, Tensor):
                 return Weight.floats(weight, bias)
@@ -242,38 +230,32 @@ class Planner:
                 packed = Weight.packed(weight.blocks, weight.type, weight.shape, threads=self.threads)
                 weight.release()
                 self._packed[weight] = packed
-            self.reduced = True
+            self.reduced_precision = True
             return packed.with_bias(bias)
         except ValueError as error:
             raise UnsupportedByKernels(str(error)) from None
 
 
-def _exactly(part: nn.Module, *kinds: type[Any]) -> Any:
-    if type(part) not in kinds:
-        raise UnsupportedByKernels(f"there is a {type(part).__name__} where the plan knows {kinds[0].__name__}")
-    attributes = {name for place in (part._modules, part._parameters, vars(part)) for name in place if name[0] != "_"}
-    known = KNOWN.get(type(part))
-    if known is not None and (unknown := attributes - known - {"training"}):
-        raise UnsupportedByKernels(f"{type(part).__name__}.{min(unknown)} is not known to the plan")
+def _check_type(part: Any, *expected: type[Any]) -> Any:
+    if type(part) not in expected:
+        raise UnsupportedByKernels(f"a part is a {type(part).__name__}; the plan expected a {expected[0].__name__}")
+    if (known := KNOWN_ATTRIBUTES.get(type(part))) is not None:
+        attributes = {name for names in (part._modules, part._parameters, vars(part)) for name in names}
+        if unknown := {name for name in attributes if name[0] != "_"} - known - {"training"}:
+            raise UnsupportedByKernels(f"the plan does not know {type(part).__name__}.{min(unknown)}")
     return part
 
 
 def check_network(network: nn.Module) -> None:
-    """Raise UnsupportedByKernels if a network, perhaps on the meta device, has hooks or unknown parts."""
-    for part in _exactly_decoder(network).modules():
-        if part is not network and type(part) not in (*KNOWN, *PLAIN, *QUANTIZED):
-            raise UnsupportedByKernels(f"there is a {type(part).__name__}, which the plan does not know")
+    """Raise UnsupportedByKernels if a network has hooks or unknown parts; it may be on the meta device."""
+    _check_decoder(network)
+    for part in network.modules():
+        if part is not network and type(part) not in (*KNOWN_ATTRIBUTES, *PLAIN, *QUANTIZED):
+            raise UnsupportedByKernels(f"the plan does not know the part {type(part).__name__}")
         if has_hooks(part):
             raise UnsupportedByKernels("a part has a hook")
 
 
-def _exactly_decoder(network: nn.Module) -> Decoder:
+def _check_decoder(network: nn.Module) -> None:
     if not isinstance(network, Decoder) or type(network).forward is not Decoder.forward:
-        raise UnsupportedByKernels(f"{type(network).__name__} has a forward of its own")
-    return network
-
-
-def _rope(attention: Attention) -> Rope:
-    if type(attention.rope) is not Rope:
-        raise UnsupportedByKernels(f"there is a {type(attention.rope).__name__} where the plan knows Rope")
-    return attention.rope
+        raise UnsupportedByKernels(f"{type(network).__name__} doesn't have Decoder's forward")

@@ -1,10 +1,11 @@
-"""Steps executed by the kernels, or by plain torch where a network has no plan."""
+"""Steps executed by the kernels, or in plain torch if the kernels don't support the network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,24 +21,24 @@ from pentad.nn.cache import PagedCache
 from pentad.nn.decoder import Decoder
 from pentad.nn.linear import cache_dequantized
 
-MAX_TABLES = 64  # of RoPE's angles; only scalings that depend on length have more than one or two
+MAX_ROPE_TABLES = 64  # only scalings that depend on the length have more than one or two
 
 
 class PlanStep:
-    """Executes steps by the kernels, and owns the cache that they fill; takes the place of a `PlainStep`.
+    """Executes steps with the kernels, and owns their cache; the counterpart of `PlainStep`.
 
     Args:
-        network: a decoder-only language model of `pentad.models`, its weights on the CPU. They are packed anew: what a
-            part held before, mapped from its file, is read no more.
-        cache_dtype: what keys and values are kept in: by default float32 where all weights are, else float16; also
-            bfloat16, and int8 with a scale for each token and head.
-        page_size: tokens a page, a multiple of 16.
-        fast: activations in 8 bits instead of 16.
-        threads: how many are used; by default as many as torch uses.
+        network: a decoder-only language model of `pentad.models` with its weights on the CPU. Quantized weights are
+            packed, and the memory of the originals, mapped from the file, is released.
+        cache_dtype: dtype of keys and values: float32, float16, bfloat16, or int8 with a scale per token and head. By
+            default float32 if all weights are float32, else float16.
+        page_size: tokens per page, a multiple of 16.
+        fast: quantize activations to 8 bits instead of 16.
+        threads: number of threads; torch's number by default.
         isa: one of `pentad.kernels.isas()`; the fastest by default.
 
     Raises:
-        UnsupportedByKernels: the network has no plan, or there are no kernels.
+        UnsupportedByKernels: the kernels don't support the network, or are not available.
     """
 
     def __init__(
@@ -51,22 +52,18 @@ class PlanStep:
         isa: str | None = None,
     ) -> None:
         if page_size % 16:
-            raise ValueError(f"pages of {page_size} tokens; the kernels take multiples of 16")
+            raise ValueError(f"page_size is {page_size}; expected a multiple of 16")
         self.network = network
-        self._options: dict[str, Any] = {
-            "cache_dtype": cache_dtype,
-            "page_size": page_size,
-            "fast": fast,
-            "threads": threads,
-            "isa": isa,
-        }
+        self._make_again = partial(
+            step_for, network, cache_dtype=cache_dtype, page_size=page_size, fast=fast, threads=threads, isa=isa
+        )
         threads = threads or torch.get_num_threads()
         with self.single_threaded():
             self._plan = plan = Planner(network, fast=fast, threads=threads, isa=isa)
         self.backend = f"by the kernels ({isa or next(iter(kernels.isas()))}, {threads} threads)"
-        self._tables: dict[int, Tensor] = {}
+        self._rope_tables: dict[int, Tensor] = {}
         windows = [window for window in plan.windows if window is not None]
-        dtype = cache_dtype or (torch.float16 if plan.reduced else torch.float32)
+        dtype = cache_dtype or (torch.float16 if plan.reduced_precision else torch.float32)
         self.cache = PagedCache(
             plan.program.layers,
             plan.program.kv_heads,
@@ -80,13 +77,11 @@ class PlanStep:
         return self._plan.rope.scaling.scaling_key(length)
 
     def refresh(self) -> Step:
-        if self._plan.guards.unchanged():
-            return self
-        return step_for(self.network, **self._options)
+        return self if self._plan.guards.unchanged() else self._make_again()
 
     @contextmanager
     def single_threaded(self) -> Iterator[None]:
-        """By one thread: torch's others would go on spinning for a while, on the cores that the next step needs."""
+        """Use one torch thread: idle torch threads would spin for a while on the cores that the next step needs."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -95,8 +90,8 @@ class PlanStep:
             torch.set_num_threads(threads)
 
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
-        if len(self._tables) > MAX_TABLES:
-            self._tables.clear()
+        if len(self._rope_tables) > MAX_ROPE_TABLES:
+            self._rope_tables.clear()
         cache, plan, tokens = self.cache, self._plan, []
         for sequence, ids in work:
             cache.reserve(sequence, len(ids))
@@ -111,37 +106,35 @@ class PlanStep:
     def _rotation(self, rope_length: int, positions: int) -> Tensor:
         """Cosines and sines of a sequence's RoPE, float32 [at least `positions`, 2, D / 2]."""
         rope = self._plan.rope
-        regime = rope.scaling.scaling_key(rope_length)
-        table = self._tables.get(regime)
+        scaling_key = rope.scaling.scaling_key(rope_length)
+        table = self._rope_tables.get(scaling_key)
         if table is None or len(table) < positions:
             at = torch.arange(max(512, 2 * positions), dtype=torch.float32)
             angles = at[:, None] * rope.scaling.frequencies(rope.theta, rope.dim, rope_length)
             table = torch.stack((angles.cos(), angles.sin()), 1) * rope.scaling.attention_scaling()
-            self._tables[regime] = table
+            self._rope_tables[scaling_key] = table
         return table
 
 
-def step_for(
-    network: Decoder,
-    *,
-    cache_dtype: torch.dtype | None = None,
-    page_size: int = 256,
-    **options: Any,
-) -> Step:
-    """The kernels' step of a network if they take it, else plain torch's, which gives way once they do."""
+def step_for(network: Decoder, *, cache_dtype: torch.dtype | None = None, page_size: int = 256, **options: Any) -> Step:
+    """A `PlanStep` if the kernels support the network, else a `PlainStep` that is replaced once they do.
 
-    def planned() -> PlanStep:
+    Args:
+        network, cache_dtype, page_size, options: see `PlanStep`.
+    """
+
+    def plan_step() -> PlanStep:
         return PlanStep(network, cache_dtype=cache_dtype, page_size=page_size, **options)
 
     def replan() -> Step | None:
         try:
-            check_network(network)
-            return planned()
+            check_network(network)  # much cheaper than a plan
+            return plan_step()
         except UnsupportedByKernels:
             return None
 
     try:
-        return planned()
+        return plan_step()
     except UnsupportedByKernels as reason:
         why, weights = str(reason), cache_dequantized(network, network.dtype, (physical_memory() or math.inf) / 2)
         if weights:

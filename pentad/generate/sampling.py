@@ -1,6 +1,6 @@
-"""Choosing the next tokens: pure functions of logits.
+"""Sampling: pure functions from logits to the next tokens.
 
-Legend: M rows, R rows with similar options, V vocabulary size, C candidates of a row.
+Legend: M rows, R rows with similar options, V vocabulary size, C candidates per row.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 
 from pentad.errors import BadInput
 
-TINY = 1e-5  # a lower temperature would overflow, and means the same as 0
+MIN_TEMPERATURE = 1e-5  # a lower temperature is treated as 0; it would overflow
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; the filters apply in the order of the fields, as in transformers.
+    """Sampling options. The filters apply in the order of the fields, as in transformers.
 
     Attributes:
-        temperature: the divisor of the logits; 0 takes the likeliest token.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the fewest likeliest tokens whose probabilities reach p (arXiv:1904.09751).
-        min_p: drop tokens less probable than this fraction of the likeliest one's probability (arXiv:2407.01082).
-        repetition_penalty: divides positive and multiplies negative logits of tokens that occurred, in the prompt too
-            (CTRL, arXiv:1909.05858).
-        presence_penalty, frequency_penalty: are subtracted from the logits of generated tokens, the first once, the
-            second once for each occurrence.
+        temperature: divides the logits; 0 chooses the most likely token.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to p (arXiv:1904.09751).
+        min_p: drop tokens whose probability is below this fraction of the highest one (arXiv:2407.01082).
+        repetition_penalty: divides positive logits and multiplies negative logits of all tokens in the prompt and the
+            text (CTRL, arXiv:1909.05858).
+        presence_penalty: is subtracted once from the logit of each generated token.
+        frequency_penalty: is subtracted for each occurrence of a generated token.
     """
 
     temperature: float = 0.7
@@ -54,45 +54,43 @@ class Sampling:
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            kind = int if name == "top_k" else (int, float)
-            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # NaN neither
-                number = "a whole number" if kind is int else "a number"
+            types, number = (int, "a whole number") if name == "top_k" else ((int, float), "a number")
+            if not isinstance(value, types) or isinstance(value, bool) or not low <= value <= high:  # also refuses NaN
                 raise BadInput(f"{name} is {str(value)[:40]}; expected {number} from {low} to {high}")
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token of the unchanged logits is taken."""
-        return self.temperature < TINY and not self.penalizes
+        """Whether the token is simply the argmax of the logits."""
+        return self.temperature < MIN_TEMPERATURE and not self.penalizes
 
     @property
     def penalizes(self) -> bool:
         return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
 
     def replace(self, **options: Any) -> Sampling:
-        """A copy with the options that are not None."""
+        """A copy with changed options; None leaves an option unchanged."""
         return replace(self, **{name: value for name, value in options.items() if value is not None})
 
     @classmethod
     def recommended(cls, generation: Mapping[str, Any]) -> Sampling:
-        """The recommendation of a checkpoint's ``generation_config.json``; the defaults if it has none."""
+        """The options that a checkpoint's ``generation_config.json`` recommends; the defaults if it recommends none."""
         if generation.get("do_sample") is False:
             return cls(temperature=0)
         named = {field.name: generation.get(field.name) for field in fields(cls)}
-        if not generation.get("do_sample") and all(
-            v is None for v in (named["temperature"], named["top_p"], named["top_k"])
-        ):
+        samples = any(named[name] is not None for name in ("temperature", "top_p", "top_k"))
+        if not generation.get("do_sample") and not samples:
             return cls().replace(repetition_penalty=named["repetition_penalty"])
-        # the recommendation is complete: a filter that it doesn't name is off
+        # a recommendation is complete: filters that it doesn't name are off
         return cls(temperature=1.0, top_p=1.0).replace(**named)
 
 
 class Choice(NamedTuple):
-    """How one row's token is chosen.
+    """The inputs for choosing one row's token.
 
     Attributes:
         sampling: the options.
-        generator: the request's own.
-        prompt, generated: the tokens so far, which penalties look at.
+        generator: the request's random number generator.
+        prompt, generated: the tokens so far, for the penalties.
     """
 
     sampling: Sampling
@@ -102,7 +100,7 @@ class Choice(NamedTuple):
 
 
 def penalize(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], generated: Sequence[int]) -> Tensor:
-    """Apply the three penalties, to a copy."""
+    """Apply the penalties to a copy of the logits."""
     logits_V = logits_V.clone()
     if sampling.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*prompt, *generated}), device=logits_V.device)
@@ -118,24 +116,24 @@ def penalize(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], genera
 
 
 def argmax(logits_MV: Tensor) -> tuple[list[int], list[float]]:
-    """Each row's likeliest token and its logit; a NaN counts as the largest."""
+    """Each row's most likely token and its logit; NaN counts as the largest logit."""
     if logits_MV.device.type != "cpu":
         values_M, ids_M = logits_MV.max(1)
         return ids_M.tolist(), values_M.tolist()
-    values_MV = logits_MV.numpy(force=True)  # numpy is twenty times as fast as torch here
+    values_MV = logits_MV.numpy(force=True)  # 20 times faster than torch on a CPU
     ids = values_MV.argmax(1)
     return ids.tolist(), values_MV[np.arange(len(ids)), ids].tolist()
 
 
 def sample(logits_MV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], list[float]]:
-    """Choose one token a row: the same whatever other rows there are.
+    """Choose one token per row, independently of the other rows.
 
     Args:
         logits_MV: float32 [M, V].
-        choices: how each row's token is chosen. Its generator gives one uniform number, unless the temperature is 0.
+        choices: one per row. One uniform number is drawn from its generator, unless the temperature is 0.
 
     Returns:
-        M token ids, and each row's largest logit, which is no number if the row has one that is none.
+        M token ids, and each row's largest logit (NaN if the row has a NaN).
     """
     penalized = [row for row, choice in enumerate(choices) if choice.sampling.penalizes]
     if penalized:
@@ -144,31 +142,31 @@ def sample(logits_MV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], lis
             choice = choices[row]
             logits_MV[row] = penalize(logits_MV[row], choice.sampling, choice.prompt, choice.generated)
     tokens, largest = argmax(logits_MV)
-    drawn = [row for row, choice in enumerate(choices) if choice.sampling.temperature >= TINY]
-    if drawn:
-        samplings = [choices[row].sampling for row in drawn]
-        logits_RV = logits_MV if len(drawn) == len(tokens) else logits_MV[drawn]
+    sampled = [row for row, choice in enumerate(choices) if choice.sampling.temperature >= MIN_TEMPERATURE]
+    if sampled:
+        samplings = [choices[row].sampling for row in sampled]
+        logits_RV = logits_MV if len(sampled) == len(tokens) else logits_MV[sampled]
         for rows, weights_RC, ids_RC in candidates(logits_RV, samplings):
-            generators = [choices[drawn[row]].generator for row in rows]
+            generators = [choices[sampled[row]].generator for row in rows]
             uniform_R = torch.stack([torch.rand((), dtype=torch.float64, generator=one) for one in generators])
             at_R = _pick(weights_RC, uniform_R.to(weights_RC.device))
             for row, token in zip(rows, ids_RC.gather(1, at_R[:, None])[:, 0].tolist(), strict=True):
-                tokens[drawn[row]] = token
+                tokens[sampled[row]] = token
     return tokens, largest
 
 
 def candidates(logits_MV: Tensor, samplings: Sequence[Sampling]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """The tokens that temperature, top-k, top-p and min-p leave.
+    """Apply temperature, top-k, top-p and min-p.
 
     Args:
         logits_MV: float32 [M, V].
-        samplings: each row's options, with temperatures above 0.
+        samplings: one per row, with temperatures above 0.
 
     Yields:
         Row numbers, weights float64 [R, C] in proportion to the probabilities (0 for a token that is filtered out), and
-        token ids int64 [R, C]. A row's numbers don't depend on other rows.
+        token ids int64 [R, C]. A row's weights don't depend on other rows.
     """
-    groups: dict[tuple[int, bool], list[int]] = {}  # rows that the same operations serve
+    groups: dict[tuple[int, bool], list[int]] = {}  # (top_k, unsorted) -> rows that share operations
     for row, one in enumerate(samplings):
         groups.setdefault((one.top_k, one.top_p >= 1 and not one.top_k), []).append(row)
     for (top_k, unsorted), rows in groups.items():
@@ -186,10 +184,10 @@ def candidates(logits_MV: Tensor, samplings: Sequence[Sampling]) -> Iterator[tup
 def _sorted_candidates(
     rows: list[int], logits_RV: Tensor, samplings: list[Sampling], top_k: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """`candidates` of rows with one top-k, or with top-p, likeliest first.
+    """`candidates` for rows with one top-k, or with top-p, most likely first.
 
-    The 64 likeliest tokens are almost always enough for top-p, and sorting a vocabulary takes longer than a small
-    model's step. A row that needs more tokens gets more.
+    Sorting a vocabulary takes longer than a small model's step, and 64 tokens are almost always enough for top-p. Rows
+    that need more tokens are sorted again.
     """
     size = logits_RV.shape[1]
     for count in [min(top_k, size)] if top_k else sorted({min(64, size), min(1024, size), size}):
@@ -198,37 +196,32 @@ def _sorted_candidates(
         weights_RC = ((values_RC - largest_R1).double() / temperature_R1).exp()
         if top_k:
             total_R1 = weights_RC.sum(1, keepdim=True)
-        else:  # row by row, so that the float64 numbers stay in the caches
-            each = zip(logits_RV, largest_R1.double(), temperature_R1, strict=True)
-            total_R1 = torch.stack(
-                [row_V.double().sub_(top).div_(t).exp_().sum(0, keepdim=True) for row_V, top, t in each]
-            )
+        else:  # row by row, so that the float64 values fit the CPU caches
+            inputs = zip(logits_RV, largest_R1.double(), temperature_R1, strict=True)
+            sums = [row_V.double().sub_(largest).div_(t).exp_().sum(0, keepdim=True) for row_V, largest, t in inputs]
+            total_R1 = torch.stack(sums)
         weights_RC /= total_R1
         keep_RC = weights_RC.cumsum(1) - weights_RC < _column(samplings, "top_p", logits_RV)
         keep_RC &= weights_RC >= _column(samplings, "min_p", logits_RV) * weights_RC[:, :1]
         keep_RC[:, 0] = True
         weights_RC = weights_RC.where(keep_RC, 0)
-        enough = [True] * len(rows)
-        if not top_k and count < size:
-            enough = (~keep_RC[:, -1]).tolist()
-        done = [i for i, is_enough in enumerate(enough) if is_enough]
-        if len(done) == len(rows):
+        cut_off = [] if top_k or count == size else keep_RC[:, -1].nonzero()[:, 0].tolist()
+        if not cut_off:
             yield rows, weights_RC, ids_RC
             return
-        if done:
+        if done := [i for i in range(len(rows)) if i not in cut_off]:
             yield [rows[i] for i in done], weights_RC[done], ids_RC[done]
-        left = [i for i, is_enough in enumerate(enough) if not is_enough]
-        rows, samplings, logits_RV = [rows[i] for i in left], [samplings[i] for i in left], logits_RV[left]
+        rows, samplings, logits_RV = [rows[i] for i in cut_off], [samplings[i] for i in cut_off], logits_RV[cut_off]
 
 
 def _column(samplings: Sequence[Sampling], name: str, like: Tensor) -> Tensor:
-    """An option of each row: float64 [R, 1]."""
+    """One option of each row: float64 [R, 1]."""
     return torch.tensor([getattr(one, name) for one in samplings], dtype=torch.float64, device=like.device)[:, None]
 
 
 def _pick(weights_RC: Tensor, uniform_R: Tensor) -> Tensor:
-    """Invert each row's cumulative distribution at a uniform number: int64 [R]; a weight of 0 is never picked."""
+    """Invert each row's cumulative distribution at a uniform number: int64 [R], never an index of weight 0."""
     cumulative_RC = (weights_RC / weights_RC.sum(1, keepdim=True)).cumsum(1)
     at_R = torch.searchsorted(cumulative_RC, uniform_R[:, None], right=True)[:, 0]
-    last_R = weights_RC.shape[1] - 1 - (weights_RC > 0).flip(1).int().argmax(1)  # for sums that are rounded below 1
+    last_R = weights_RC.shape[1] - 1 - (weights_RC > 0).flip(1).int().argmax(1)  # if rounding leaves the sum below 1
     return torch.minimum(at_R, last_R)

@@ -1,4 +1,4 @@
-"""One step of a language model: tokens of some sequences in, the logits of the wanted rows out."""
+"""One step of a language model: run the next tokens of some sequences, and return logits."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pentad.nn.decoder import Decoder
 from pentad.nn.rope_scaling import DefaultRope
 
 Work = Sequence[tuple[CachedSequence, Sequence[int]]]
-"""Sequences and the next tokens of each."""
+"""Pairs of a sequence and its next tokens."""
 
 
 def lay_out(cache: PagedCache, work: Work) -> tuple[Tensor, Batch]:
-    """Reserve room for the next tokens, and lay them end to end: int64 [N], and their batch."""
+    """Reserve room for the next tokens and concatenate them: int64 [N], and their batch."""
     ids = torch.tensor([token for _, tokens in work for token in tokens], dtype=torch.int64)
     return ids.to(cache.keys[0].device), cache.batch([(sequence, len(tokens)) for sequence, tokens in work])
 
 
 class Step(Protocol):
-    """Executes steps of a network: by plain torch, or by the kernels.
+    """Executes steps of a network, in plain torch or with the kernels.
 
     Attributes:
         network: the network.
-        cache: keys and values of the sequences that it runs.
-        backend: how it executes, and why: "as plain torch: a part has a hook".
+        cache: keys and values of its sequences.
+        backend: what executes the steps, and why: "as plain torch: a part has a hook".
     """
 
     network: Decoder
@@ -39,20 +39,20 @@ class Step(Protocol):
     backend: str
 
     def rope_scaling_key(self, length: int) -> int:
-        """Sequences admitted with lengths of one key may share cached keys."""
+        """A key for a sequence's length. Sequences with equal keys have the same RoPE, and may share cached keys."""
 
     def refresh(self) -> Step:
-        """Itself, or a new step with an empty cache if the network has changed since this one was made."""
+        """Return this step, or a new one with an empty cache if the network has changed."""
 
     def single_threaded(self) -> AbstractContextManager[None]:
-        """A context for choosing tokens: small torch operations that gain nothing from threads."""
+        """A context for sampling, whose small torch operations gain nothing from threads."""
 
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
-        """Run the tokens and keep them in the cache.
+        """Run the tokens and add them to the cache.
 
         Args:
             work: sequences and their next tokens.
-            wanted: rows of the batch, that is of all those tokens laid end to end, whose logits to compute.
+            wanted: indices into all these tokens, concatenated: the tokens whose logits to compute.
 
         Returns:
             float32 [len(wanted), vocab].
@@ -60,14 +60,14 @@ class Step(Protocol):
 
 
 class PlainStep:
-    """Executes steps by calling the network, in plain torch, and owns the cache that they fill.
+    """Executes steps in plain torch by calling the network, and owns their cache.
 
     Args:
         network: a decoder-only language model of `pentad.models`.
-        cache_dtype: of keys and values; the network's dtype by default.
-        page_size: tokens a page.
-        why: the reason that the kernels don't run it.
-        replan: asked by `refresh` for a step of the kernels; None if plain torch was asked for.
+        cache_dtype: dtype of keys and values; the network's dtype by default.
+        page_size: tokens per page.
+        why: why the kernels don't run the network.
+        replan: makes a step of the kernels if the network has become suitable; None if plain torch was asked for.
     """
 
     def __init__(

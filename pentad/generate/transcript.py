@@ -1,4 +1,4 @@
-"""From a request's tokens to its text, up to a stop string."""
+"""Converts a request's tokens to text, up to a stop string."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pentad.text import Detokenizer
 
 
 class Transcript:
-    """Text of one generation, as it grows.
+    """The text of one generation so far.
 
-    Text that may be the beginning of a stop string is held back until it is known not to be one.
+    Text that may be the beginning of a stop string is held back until the next tokens decide.
 
     Args:
-        detokenizer: a fresh one.
-        stop: strings that end the text, and are not part of it.
+        detokenizer: a new detokenizer.
+        stop: strings that end the text and are not part of it.
     """
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
@@ -25,13 +25,13 @@ class Transcript:
         self._held = ""
 
     def add(self, token: int) -> None:
-        """Go on by one token."""
+        """Add a token."""
         self._grow(self._detokenizer.add(token))
         if not self.stopped:
             self._release(self._may_begin_stop())
 
     def finish(self) -> None:
-        """No token follows; what was held back is text after all."""
+        """End the text without a stop string, and release the text held back."""
         if not self.stopped:
             self._grow(self._detokenizer.finish())
             self._release(0)
@@ -44,7 +44,7 @@ class Transcript:
             self._held, self.stopped = "", True
 
     def _may_begin_stop(self) -> int:
-        """How many characters at the end of the held text are the beginning of a stop string."""
+        """The number of characters at the end of the held text that may begin a stop string."""
         longest = max((len(string) for string in self._stop), default=1) - 1
         for count in range(min(longest, len(self._held)), 0, -1):
             if any(string.startswith(self._held[-count:]) for string in self._stop):
