@@ -58,5 +58,5 @@ def test_which_layers_have_a_window(family: str, config: dict[str, Any], tmp_pat
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_layers_of_another_kind(family: str, types: list[str], tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, family=family, edit={"layer_types": types})
-    wanted = "layer_types is not one of full_attention and sliding_attention for each of the 2 layers"
+    wanted = "layer_types is wrong; expected full_attention or sliding_attention for each of the 2 layers"
     assert wanted in refused(tmp_path)

@@ -375,13 +375,13 @@ def test_a_token_uses_a_quarter_of_the_experts(tmp_path: Path, config: dict[str,
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"num_experts_per_tok": 5}, "a token can't go to 5 of 4 experts"),
+        ({"num_experts_per_tok": 5}, "top_k is 5 of 4 experts"),
         ({"num_local_experts": 3}, "not used: model.layers.0.block_sparse_moe.experts.3.w1.weight"),
         ({"num_local_experts": 5}, "missing: model.layers.0.block_sparse_moe.experts.4.w1.weight"),
-        ({"num_local_experts": 10**7}, "10000000 experts of that width are not possible"),
+        ({"num_local_experts": 10**7}, "10000000 experts of"),
         (
             {"num_local_experts": 4096, "hidden_size": 2**26, "intermediate_size": 2**26},
-            "4096 experts of that width are not possible",
+            "4096 experts of",
         ),
         ({"num_local_experts": 0}, "num_local_experts is 0, which is not a possible size"),
         ({"num_experts_per_tok": "two"}, "num_experts_per_tok is 'two', not of type int"),
@@ -398,7 +398,7 @@ def test_configs_that_are_wrong(tmp_path: Path, edit: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
-        ({"num_experts": 4, "num_experts_per_tok": 6}, "a token can't go to 6 of 4 experts"),
+        ({"num_experts": 4, "num_experts_per_tok": 6}, "top_k is 6 of 4 experts"),
         (["num_experts", 4], "params.json: moe is \"['num_experts', 4]\""),
         ({"num_experts": "4"}, "num_local_experts is '4', not of type int"),
     ],

@@ -193,7 +193,7 @@ def _with_biases(folder: Path, state: Mapping[str, torch.Tensor], parts: list[st
         ({"seq_length": None, "use_logn_attn": True}, "use_dynamic_ntk and use_logn_attn need a seq_length"),
         ({"seq_length": 1, "use_dynamic_ntk": True}, "need a seq_length of at least 2"),
         ({"seq_length": None, "use_dynamic_ntk": None, "use_logn_attn": None}, "need a seq_length of at least 2"),
-        ({"rotary_pct": 0.4}, "RoPE can't rotate 3 of a head's 8 numbers"),
+        ({"rotary_pct": 0.4}, "RoPE rotates 3 of 8 dimensions"),
         ({"kv_channels": 6}, "transformer.h.0.attn.c_attn.weight is [96, 32], the config asks for [72, 32]"),
         ({"intermediate_size": 48}, "transformer.h.0.mlp.w1.weight is [48, 32], the config asks for [24, 32]"),
         ({"no_bias": False}, "8 missing: "),

@@ -1,11 +1,11 @@
-"""What all decoder-only families share: config fields, the frame around the blocks, and attention from the config.
+"""Shared by all decoder-only families: config fields, the network around the blocks, and attention from the config.
 
-A family's file adds the config fields, the block and the key tables that its paper changed.
+A family's file adds the config fields, parts and key tables that its paper changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -14,7 +14,9 @@ from torch import nn
 from pentad.errors import BadInput
 from pentad.models.family import ModelConfig
 from pentad.nn.attention import Attention
+from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
+from pentad.nn.norm import RMSNorm
 from pentad.nn.rope import Rope
 from pentad.nn.rope_scaling import DefaultRope, scaling
 from pentad.weights.config import MAX_SIZE
@@ -22,12 +24,12 @@ from pentad.weights.config import MAX_SIZE
 if TYPE_CHECKING:
     from pentad.weights.checkpoint import Checkpoint
 
-MAX_EXPERTS = 4096  # twice those of the largest published model; a larger number is a broken file
+MAX_EXPERTS = 4096  # twice as many as in the largest published model; more indicate a broken file
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ModelConfig):
-    """The fields that every decoder-only family reads, with Hugging Face's names and defaults."""
+    """The config fields of every decoder-only family, with Hugging Face's names and defaults."""
 
     vocab_size: int
     hidden_size: int
@@ -44,20 +46,20 @@ class DecoderConfig(ModelConfig):
     initializer_range: float = 0.02
 
     ACTIVATIONS: ClassVar[tuple[str, ...]] = ("silu", "swish")
-    """The values that `hidden_act` may have."""
+    """The valid values of `hidden_act`."""
 
     @property
     def rotary_dim(self) -> int:
-        """How many numbers of a head RoPE rotates."""
+        """The number of dimensions of a head that RoPE rotates."""
         return self.head_dim
 
     @property
     def rope_scaling(self) -> DefaultRope:
-        """How RoPE's frequencies are stretched for long contexts."""
+        """The scaling of RoPE's frequencies for long contexts."""
         return scaling(self.rope_parameters)
 
     def rope(self) -> Rope:
-        """The rotary embedding that all layers share."""
+        """Make the rotary embedding for all layers."""
         return Rope(self.rotary_dim, self.rope_theta, self.rope_scaling)
 
     def resolve(self, checkpoint: Checkpoint) -> Self:
@@ -68,12 +70,15 @@ class DecoderConfig(ModelConfig):
             raise BadInput(f"{path}: hidden_act is {self.hidden_act!r}; expected {' or '.join(self.ACTIVATIONS)}")
         if heads % kv_heads or head_dim % 2 or heads * head_dim > MAX_SIZE:
             raise BadInput(
-                f"{path}: {heads} heads of {head_dim} numbers can't share {kv_heads} key/value heads, or are odd"
+                f"{path}: {heads} heads of {head_dim} dimensions and {kv_heads} key/value heads are not possible;"
+                " expected a multiple of the key/value heads, and an even dimension"
             )
         config = replace(self, num_key_value_heads=kv_heads, head_dim=head_dim)
         if not 0 < config.rotary_dim <= head_dim or config.rotary_dim % 2:
-            raise BadInput(f"{path}: RoPE can't rotate {config.rotary_dim} of a head's {head_dim} numbers, in pairs")
-        # Refuses unknown scalings, and frequency factors whose number differs from that of the frequencies.
+            raise BadInput(
+                f"{path}: RoPE rotates {config.rotary_dim} of {head_dim} dimensions; expected an even number of them"
+            )
+        # Raises BadInput for an unknown scaling, or a wrong number of frequency factors.
         scaling(config.rope_parameters, path).frequencies(config.rope_theta, config.rotary_dim, 1)
         return config
 
@@ -87,7 +92,7 @@ def _published_scaling(config: DecoderConfig, rope: Mapping[str, Any]) -> dict[s
     name = rope.get("rope_type") or rope.get("type") or "default"
     if name == "default":
         return None
-    if name == "divisors":  # GGUF's frequency factors: LongRoPE with the same factors for short and long sequences
+    if name == "divisors":  # GGUF's frequency factors, as LongRoPE with equal factors for short and long sequences
         factors = list(rope["divisors"])
         return {
             "rope_type": "longrope",
@@ -100,20 +105,20 @@ def _published_scaling(config: DecoderConfig, rope: Mapping[str, Any]) -> dict[s
 
 
 def check_experts(config: DecoderConfig, experts: int, top_k: int, path: object) -> None:
-    """Raise BadInput if no mixture has `experts` experts, of which a token takes `top_k`."""
+    """Raise BadInput if a mixture can't have `experts` experts, or a token can't use `top_k` of them."""
     if experts > MAX_EXPERTS or experts * config.hidden_size * config.intermediate_size > MAX_SIZE**2:
-        raise BadInput(f"{path}: {experts} experts of that width are not possible")
+        raise BadInput(f"{path}: {experts} experts of {config.intermediate_size} dimensions are not possible")
     if top_k > experts:
-        raise BadInput(f"{path}: a token can't go to {top_k} of {experts} experts")
+        raise BadInput(f"{path}: top_k is {top_k} of {experts} experts; expected at most {experts}")
 
 
 class DecoderOnly(Decoder):
-    """The frame: an embedding, blocks, a last norm, and a head that may be tied to the embedding.
+    """An embedding, blocks, a final norm, and a head that may be tied to the embedding.
 
     Args:
-        config: gives the sizes of embedding and head.
-        blocks: one a layer.
-        norm: the last one.
+        config: sizes of embedding and head.
+        blocks: one per layer.
+        norm: the final norm.
         head_bias: whether the head has a bias.
     """
 
@@ -130,8 +135,38 @@ class DecoderOnly(Decoder):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreNormConfig(DecoderConfig):
+    """The fields of families with an RMSNorm before each part."""
+
+    rms_norm_eps: float = 1e-6
+
+
+class PreNormDecoder(DecoderOnly):
+    """Blocks of attention and a feed-forward part, each after an RMSNorm.
+
+    Args:
+        config: sizes and number of layers.
+        attention: makes the attention of a layer, from its number and the shared RoPE.
+        feedforward: makes the feed-forward part of a layer.
+    """
+
+    def __init__(
+        self,
+        config: PreNormConfig,
+        attention: Callable[[int, Rope], nn.Module],
+        feedforward: Callable[[], nn.Module],
+    ) -> None:
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+        rope, layers = config.rope(), range(config.num_hidden_layers)
+        blocks = (PreNormBlock(norm(), attention(layer, rope), norm(), feedforward()) for layer in layers)
+        super().__init__(config, blocks, norm())
+
+
 def self_attention(config: DecoderConfig, layer: int, rope: Rope, **options: Any) -> Attention:
-    """Causal self-attention of a config's sizes; `options` are what a family adds, as `Attention` takes them."""
+    """Causal self-attention with a config's sizes; `options` are further arguments of `Attention`."""
     return Attention(
         config.hidden_size,
         heads=config.num_attention_heads,

@@ -1,4 +1,4 @@
-"""Llama (arXiv:2302.13971, 2307.09288, 2407.21783), and what has its architecture: TinyLlama, SmolLM2, Orca 2.
+"""Llama (arXiv:2302.13971, 2307.09288, 2407.21783), and models with its architecture: TinyLlama, SmolLM2, Orca 2.
 
 A pre-norm transformer: RMSNorm, grouped-query attention with rotary positions, SwiGLU, no biases as published.
 """
@@ -11,40 +11,32 @@ from typing import Any
 
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
-from pentad.models.language.decoder_only import DecoderConfig, DecoderOnly, self_attention
-from pentad.nn.block import PreNormBlock
+from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, self_attention
 from pentad.nn.feedforward import SwiGLU
-from pentad.nn.norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig(DecoderConfig):
+class LlamaConfig(PreNormConfig):
     """Llama's fields beyond the shared ones."""
 
-    rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     mlp_bias: bool = False
 
 
-class Llama(DecoderOnly):
-    """Grouped-query attention over all earlier tokens, and SwiGLU, each behind an RMSNorm."""
+class Llama(PreNormDecoder):
+    """Grouped-query attention over all earlier tokens, and SwiGLU, each after an RMSNorm."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        c, rope = config, config.rope()
-        blocks = (
-            PreNormBlock(
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                self_attention(c, layer, rope, bias=c.attention_bias, output_bias=c.attention_bias),
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                SwiGLU(c.hidden_size, c.intermediate_size, bias=c.mlp_bias),
-            )
-            for layer in range(c.num_hidden_layers)
+        bias = config.attention_bias
+        super().__init__(
+            config,
+            lambda layer, rope: self_attention(config, layer, rope, bias=bias, output_bias=bias),
+            lambda: SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias),
         )
-        super().__init__(c, blocks, RMSNorm(c.hidden_size, c.rms_norm_eps))
 
 
 def recognizes(format: str, config: Mapping[str, Any]) -> bool:
-    """Mixtures call themselves "llama" too. Meta's params.json names no architecture, but has a key of its own."""
+    """GGUF files of mixtures are "llama" too. Meta's params.json names no architecture, but has its own keys."""
     match format:
         case "consolidated":
             return "multiple_of" in config and "hidden_dim" not in config

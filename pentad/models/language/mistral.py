@@ -1,11 +1,12 @@
-"""Mistral 7B (arXiv:2310.06825), and what has its architecture: Zephyr, OpenHermes.
+"""Mistral 7B (arXiv:2310.06825), and models with its architecture: Zephyr, OpenHermes.
 
-Llama's block with the paper's three ideas of section 2:
+Llama's block with the paper's three ideas (section 2):
 
-* grouped-query attention: `num_key_value_heads` keys and values serve all `num_attention_heads` queries;
-* a sliding window: a token sees `sliding_window` keys, its own included, and so, over k layers, k windows back;
-* a rolling buffer: because of `Attention.window` the cache (`pentad.nn.cache`) frees a page once no window reaches it,
-  so a sequence of any length holds O(window) tokens. Prompts longer than the window run in chunks.
+* Grouped-query attention: `num_attention_heads` query heads share `num_key_value_heads` key/value heads.
+* A sliding window: a token attends to `sliding_window` keys, its own included. Over k layers information reaches k
+  windows back.
+* A rolling buffer: the cache (`pentad.nn.cache`) frees a page when it is outside every `Attention.window`. A sequence
+  of any length stores O(window) tokens, and prompts longer than the window run in chunks.
 """
 
 from __future__ import annotations
@@ -16,40 +17,31 @@ from typing import Any
 
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import llama
-from pentad.models.language.decoder_only import DecoderConfig, DecoderOnly, self_attention
-from pentad.nn.block import PreNormBlock
+from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, self_attention
 from pentad.nn.feedforward import SwiGLU
-from pentad.nn.norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
-class MistralConfig(DecoderConfig):
+class MistralConfig(PreNormConfig):
     """Mistral's fields beyond the shared ones."""
 
     num_key_value_heads: int = 8
-    rms_norm_eps: float = 1e-6
     sliding_window: int | None = None
 
 
-class Mistral(DecoderOnly):
-    """Grouped-query attention over a sliding window, and SwiGLU, each behind an RMSNorm."""
+class Mistral(PreNormDecoder):
+    """Grouped-query attention over a sliding window, and SwiGLU, each after an RMSNorm."""
 
     def __init__(self, config: MistralConfig) -> None:
-        c, rope = config, config.rope()
-        blocks = (
-            PreNormBlock(
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                self_attention(c, layer, rope, window=c.sliding_window),
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                SwiGLU(c.hidden_size, c.intermediate_size),
-            )
-            for layer in range(c.num_hidden_layers)
+        super().__init__(
+            config,
+            lambda layer, rope: self_attention(config, layer, rope, window=config.sliding_window),
+            lambda: SwiGLU(config.hidden_size, config.intermediate_size),
         )
-        super().__init__(c, blocks, RMSNorm(c.hidden_size, c.rms_norm_eps))
 
 
 def recognizes(format: str, config: Mapping[str, Any]) -> bool:
-    """Only Mistral's params.json has the feed-forward width, and mixtures' too. Its GGUF files say "llama"."""
+    """Of dense models only Mistral's params.json has hidden_dim. Mistral's GGUF files are read as "llama"."""
     if format == "consolidated":
         return "hidden_dim" in config and not config.get("moe") and "num_experts" not in config
     return format == "hf" and config.get("model_type") == "mistral"

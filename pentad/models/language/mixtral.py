@@ -1,6 +1,6 @@
-"""Mixtral 8x7B (arXiv:2401.04088): Mistral's block, whose feed-forward layer is eight, of which a token takes two.
+"""Mixtral 8x7B (arXiv:2401.04088): Mistral with eight feed-forward layers as experts, of which each token uses two.
 
-`Mixtral` puts the mixture together from the parts in `pentad.nn.moe`.
+The parts of the mixture are in `pentad.nn.moe`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
-from pentad.models.language.decoder_only import DecoderOnly, check_experts, self_attention
+from pentad.models.language.decoder_only import PreNormDecoder, check_experts, self_attention
 from pentad.models.language.mistral import MistralConfig
-from pentad.nn.block import PreNormBlock
 from pentad.nn.moe.experts import SwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import mixtral_top_k
-from pentad.nn.norm import RMSNorm
 from pentad.weights.keytable import Concat, Flattened, KeyTable, Rule, Stacked
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ ROUTER, EXPERTS = "layers.*.feedforward.router", "layers.*.feedforward.experts"
 W_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """An expert's matrices in Mistral's and Hugging Face's files -> pentad's names."""
 GGUF_NAMES = {"gate": "gate_proj", "down": "down_proj", "up": "up_proj"}
-"""The same in GGUF files."""
+"""An expert's matrices in GGUF files -> pentad's names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,30 +43,25 @@ class MixtralConfig(MistralConfig):
         return super().resolve(checkpoint)
 
 
-class Mixtral(DecoderOnly):
-    """Grouped-query attention, and a mixture of SwiGLUs, each behind an RMSNorm."""
+class Mixtral(PreNormDecoder):
+    """Grouped-query attention, and a mixture of SwiGLU experts, each after an RMSNorm."""
 
     def __init__(self, config: MixtralConfig) -> None:
-        c, rope = config, config.rope()
-        blocks = (
-            PreNormBlock(
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                self_attention(c, layer, rope, window=c.sliding_window),
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                MixtureOfExperts(
-                    Router(c.hidden_size, c.num_local_experts),
-                    SwiGLUExperts(c.num_local_experts, c.hidden_size, c.intermediate_size),
-                    mixtral_top_k,
-                    top_k=c.num_experts_per_tok,
-                ),
-            )
-            for layer in range(c.num_hidden_layers)
+        hidden, experts = config.hidden_size, config.num_local_experts
+        super().__init__(
+            config,
+            lambda layer, rope: self_attention(config, layer, rope, window=config.sliding_window),
+            lambda: MixtureOfExperts(
+                Router(hidden, experts),
+                SwiGLUExperts(experts, hidden, config.intermediate_size),
+                mixtral_top_k,
+                top_k=config.num_experts_per_tok,
+            ),
         )
-        super().__init__(c, blocks, RMSNorm(c.hidden_size, c.rms_norm_eps))
 
 
 def _hf(config: MixtralConfig) -> list[KeyTable]:
-    """The files, and transformers 5's layout in memory."""
+    """The published files, and the layout of transformers 5 in memory."""
     layer, fused = "model.layers.*.block_sparse_moe", "model.layers.*.mlp"
     separate = _separate_experts(layer + ".experts.{expert}.{matrix}", W_NAMES, config)
     halves = Concat((config.intermediate_size,) * 2, axis=1)
@@ -81,7 +74,7 @@ def _hf(config: MixtralConfig) -> list[KeyTable]:
 
 
 def _gguf(config: MixtralConfig) -> list[KeyTable]:
-    """Today's files, and those of the first months."""
+    """Current files with stacked experts, and early files with separate ones."""
     router = Rule(ROUTER, "blk.*.ffn_gate_inp")
     stacked = [Rule(f"{EXPERTS}.{ours}", f"blk.*.ffn_{theirs}_exps") for theirs, ours in GGUF_NAMES.items()]
     separate = _separate_experts("blk.*.ffn_{matrix}.{expert}", GGUF_NAMES, config)
@@ -91,16 +84,12 @@ def _gguf(config: MixtralConfig) -> list[KeyTable]:
 
 
 def _consolidated(config: MixtralConfig) -> list[KeyTable]:
-    """Files whose experts are separate tensors, and the later consolidated.NN.pt, whose experts are stacked."""
+    """Files with separate experts, and the later consolidated.NN.pt with stacked ones."""
     layer, stack = "layers.*.feed_forward", "layers.*.block_sparse_moe"
     separate = _separate_experts(layer + ".experts.{expert}.{matrix}", W_NAMES, config)
+    flat, transposed = (Flattened(config.num_local_experts, transposed=transposed) for transposed in (False, True))
     stacked = [
-        Rule(
-            f"{EXPERTS}.{ours}",
-            f"{stack}.{theirs}",
-            Flattened(config.num_local_experts, transposed=theirs == "w2"),
-            bare=True,
-        )
+        Rule(f"{EXPERTS}.{ours}", f"{stack}.{theirs}", transposed if theirs == "w2" else flat, bare=True)
         for theirs, ours in W_NAMES.items()
     ]
     layouts = [Rule(ROUTER, f"{layer}.gate"), *separate], [Rule(ROUTER, f"{stack}.gate"), *stacked]
@@ -108,7 +97,7 @@ def _consolidated(config: MixtralConfig) -> list[KeyTable]:
 
 
 def _separate_experts(pattern: str, names: Mapping[str, str], config: MixtralConfig) -> list[Rule]:
-    """Rules for layouts in which each expert's matrices are tensors of their own."""
+    """Rules for layouts with a separate tensor for each expert's matrix."""
     experts = range(config.num_local_experts)
     return [
         Rule(f"{EXPERTS}.{ours}", tuple(pattern.format(matrix=theirs, expert=e) for e in experts), Stacked())
@@ -117,7 +106,7 @@ def _separate_experts(pattern: str, names: Mapping[str, str], config: MixtralCon
 
 
 def recognizes(format: str, config: Mapping[str, Any]) -> bool:
-    """In GGUF files Mixtral is a "llama" with experts; params.json has the number of experts in one of two places."""
+    """Mixtral's GGUF files are "llama" with experts; its params.json has ``moe`` or ``num_experts``."""
     match format:
         case "gguf":
             return config.get("general.architecture") == "llama" and bool(config.get("llama.expert_count"))

@@ -1,6 +1,6 @@
-"""phi-1, phi-1.5 and phi-2 (arXiv:2306.11644, 2309.05463): small models whose point is what they were taught.
+"""phi-1, phi-1.5 and phi-2 (arXiv:2306.11644, 2309.05463): small models trained on textbook-like data.
 
-GPT-J's block: attention and an MLP side by side behind one LayerNorm; biases, the head's too; partly rotated heads.
+GPT-J's block: attention and an MLP in parallel after one LayerNorm, biases everywhere, and partial rotary embedding.
 """
 
 from __future__ import annotations
@@ -43,42 +43,35 @@ class PhiConfig(DecoderConfig):
         "layer_norm_epsilon": "layer_norm_eps",
         "activation_function": "hidden_act",
     }
-    """Those of 2023."""
+    """The names in files of 2023."""
 
     @property
     def rotary_dim(self) -> int:
-        """How many numbers of a head RoPE rotates."""
         return 2 * round(self.head_dim * self.partial_rotary_factor / 2)
 
     def resolve(self, checkpoint: Checkpoint) -> Self:
-        width = self.intermediate_size or 4 * self.hidden_size
-        config = super(PhiConfig, replace(self, intermediate_size=width)).resolve(checkpoint)
-        key = "phi2.rope.dimension_count" if checkpoint.format == "gguf" else "rotary_dim"
+        intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        config = super(PhiConfig, replace(self, intermediate_size=intermediate_size)).resolve(checkpoint)
+        key, head_dim = "phi2.rope.dimension_count" if checkpoint.format == "gguf" else "rotary_dim", config.head_dim
         rotary = checkpoint.config.get(key, config.rotary_dim)
-        if not isinstance(rotary, int) or not 0 < rotary <= config.head_dim or rotary % 2:
-            raise BadInput(
-                f"{checkpoint.path}: {key} is {str(rotary)[:40]}; expected an even number up to {config.head_dim}"
-            )
-        return replace(config, partial_rotary_factor=rotary / config.head_dim)
+        if not isinstance(rotary, int) or not 0 < rotary <= head_dim or rotary % 2:
+            raise BadInput(f"{checkpoint.path}: {key} is {str(rotary)[:40]}; expected an even number up to {head_dim}")
+        return replace(config, partial_rotary_factor=rotary / head_dim)
 
 
 class Phi(DecoderOnly):
-    """Attention with partly rotated heads, and an MLP, both behind one LayerNorm."""
+    """Attention with partial rotary embedding, and an MLP, both after one LayerNorm."""
 
     def __init__(self, config: PhiConfig) -> None:
         c, rope = config, config.rope()
+
+        def head_norm() -> LayerNorm | None:
+            return LayerNorm(c.head_dim, c.layer_norm_eps) if c.qk_layernorm else None
+
         blocks = (
             ParallelBlock(
                 LayerNorm(c.hidden_size, c.layer_norm_eps),
-                self_attention(
-                    c,
-                    layer,
-                    rope,
-                    bias=True,
-                    output_bias=True,
-                    q_norm=LayerNorm(c.head_dim, c.layer_norm_eps) if c.qk_layernorm else None,
-                    k_norm=LayerNorm(c.head_dim, c.layer_norm_eps) if c.qk_layernorm else None,
-                ),
+                self_attention(c, layer, rope, bias=True, output_bias=True, q_norm=head_norm(), k_norm=head_norm()),
                 GeluMLP(c.hidden_size, c.intermediate_size),
             )
             for layer in range(c.num_hidden_layers)
@@ -95,8 +88,8 @@ def _qkv(config: PhiConfig) -> Concat:
 
 
 def _hf(config: PhiConfig) -> list[KeyTable]:
-    """Today's folders, and two layouts of 2023, which have no norms on queries and keys."""
-    today = [
+    """Current folders, and two layouts of 2023, which have no norms on queries and keys."""
+    rules = [
         Rule("layers.*.norm", "model.layers.*.input_layernorm"),
         *(Rule(f"layers.*.attention.{p}_norm", f"model.layers.*.self_attn.{p}_layernorm") for p in "qk"),
         Rule("layers.*.attention.o_proj", "model.layers.*.self_attn.dense"),
@@ -104,7 +97,7 @@ def _hf(config: PhiConfig) -> list[KeyTable]:
         Rule("layers.*.feedforward.down_proj", "model.layers.*.mlp.fc2"),
         Rule("norm", "model.final_layernorm"),
     ]
-    tables = key_rules.hf(*today)(config)
+    tables = key_rules.hf(*rules)(config)
     if config.qk_layernorm:
         return tables
     count = config.num_hidden_layers
@@ -116,7 +109,7 @@ def _hf(config: PhiConfig) -> list[KeyTable]:
 
 
 def _gguf(config: PhiConfig) -> list[KeyTable]:
-    """Files with separate or with fused queries, keys and values; llama.cpp's phi has no norms on queries and keys."""
+    """Files with separate or fused queries, keys and values; llama.cpp's phi has no norms on queries and keys."""
     if config.qk_layernorm:
         return []
     norm = Rule("layers.*.norm", "blk.*.attn_norm")
@@ -125,7 +118,7 @@ def _gguf(config: PhiConfig) -> list[KeyTable]:
 
 
 def _table_of_2023(config: PhiConfig, embed: str, layers: list[str], head: str) -> KeyTable:
-    """The files of Microsoft's own code; in the oldest the embedding and the head are counted among the layers."""
+    """Files of Microsoft's code. The oldest number the embedding and the head as layers."""
     rules = [Rule("embed", f"{embed}.wte"), Rule("norm", f"{head}.ln"), Rule("head", f"{head}.linear")]
     for i, layer in enumerate(layers):
         rules += [

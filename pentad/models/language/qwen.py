@@ -1,7 +1,8 @@
 """Qwen's first generation (arXiv:2309.16609): Qwen-1.8B, 7B, 14B and 72B.
 
-Llama's block with multi-head attention and biases on queries, keys and values. For texts longer than it was trained on
-its config asks for two extras: a base of RoPE that grows with the text, and queries that grow with their position.
+Llama's block with multi-head attention and biases on queries, keys and values. For texts longer than the training
+length the config has two extras: RoPE's base grows with the text (dynamic NTK), and queries are scaled by the logarithm
+of their position (log-n).
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
-from pentad.models.language.decoder_only import DecoderConfig, DecoderOnly, self_attention
-from pentad.nn.block import PreNormBlock
+from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, self_attention
 from pentad.nn.feedforward import SwiGLU
-from pentad.nn.norm import RMSNorm
 from pentad.nn.rope_scaling import DefaultRope, DynamicSteps
 from pentad.weights.keytable import Concat, KeyTable, Rule
 
@@ -26,15 +25,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenConfig(DecoderConfig):
+class QwenConfig(PreNormConfig):
     """Qwen's fields beyond the shared ones.
 
     Attributes:
-        intermediate_size: as published, twice the feed-forward's width.
-        seq_length: the training length, beyond which the two extras apply.
+        intermediate_size: twice the feed-forward's width, as published.
+        seq_length: the training length; longer texts use the two extras.
     """
 
-    rms_norm_eps: float = 1e-6
     rotary_pct: float = 1.0
     no_bias: bool = True
     seq_length: int | None = None
@@ -53,11 +51,10 @@ class QwenConfig(DecoderConfig):
         "n_head": "num_attention_heads",
         "n_positions": "max_position_embeddings",
     }
-    """Those of the first files, of August 2023."""
+    """The names in the first files (August 2023)."""
 
     @property
     def rotary_dim(self) -> int:
-        """How many numbers of a head RoPE rotates."""
         return int(self.head_dim * self.rotary_pct)
 
     @property
@@ -70,29 +67,26 @@ class QwenConfig(DecoderConfig):
 
     def resolve(self, checkpoint: Checkpoint) -> Self:
         config = super().resolve(checkpoint)
-        if checkpoint.format == "gguf":  # has no place for the extras
+        if checkpoint.format == "gguf":  # can't store the extras
             return replace(config, use_dynamic_ntk=False, use_logn_attn=False)
         if (self.use_dynamic_ntk or self.use_logn_attn) and (self.seq_length or 0) < 2:
             raise BadInput(f"{checkpoint.path}: use_dynamic_ntk and use_logn_attn need a seq_length of at least 2")
         return config
 
 
-class Qwen(DecoderOnly):
-    """Multi-head attention with biased q, k and v, and SwiGLU, each behind an RMSNorm."""
+class Qwen(PreNormDecoder):
+    """Multi-head attention with biased q, k and v, and SwiGLU, each after an RMSNorm."""
 
     def __init__(self, config: QwenConfig) -> None:
-        c, rope = config, config.rope()
-        log_scale_after = c.seq_length if c.use_logn_attn else None
-        blocks = (
-            PreNormBlock(
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                self_attention(c, layer, rope, bias=True, output_bias=not c.no_bias, log_scale_after=log_scale_after),
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                SwiGLU(c.hidden_size, c.intermediate_size // 2, bias=not c.no_bias),
-            )
-            for layer in range(c.num_hidden_layers)
+        bias = not config.no_bias
+        log_scale_after = config.seq_length if config.use_logn_attn else None
+        super().__init__(
+            config,
+            lambda layer, rope: self_attention(
+                config, layer, rope, bias=True, output_bias=bias, log_scale_after=log_scale_after
+            ),
+            lambda: SwiGLU(config.hidden_size, config.intermediate_size // 2, bias=bias),
         )
-        super().__init__(c, blocks, RMSNorm(c.hidden_size, c.rms_norm_eps))
 
 
 def _qkv(config: QwenConfig, theirs: str) -> Rule:
@@ -101,7 +95,6 @@ def _qkv(config: QwenConfig, theirs: str) -> Rule:
 
 
 def _hf(config: QwenConfig) -> list[KeyTable]:
-    """w2 is the gate."""
     layer = "transformer.h.*"
     rules = [
         Rule("embed", "transformer.wte"),
@@ -109,7 +102,7 @@ def _hf(config: QwenConfig) -> list[KeyTable]:
         _qkv(config, f"{layer}.attn.c_attn"),
         Rule("layers.*.attention.o_proj", f"{layer}.attn.c_proj"),
         Rule("layers.*.feedforward_norm", f"{layer}.ln_2"),
-        Rule("layers.*.feedforward.gate_proj", f"{layer}.mlp.w2"),
+        Rule("layers.*.feedforward.gate_proj", f"{layer}.mlp.w2"),  # not w1
         Rule("layers.*.feedforward.up_proj", f"{layer}.mlp.w1"),
         Rule("layers.*.feedforward.down_proj", f"{layer}.mlp.c_proj"),
         Rule("norm", "transformer.ln_f"),

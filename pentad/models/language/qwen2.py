@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Self
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
-from pentad.models.language.decoder_only import DecoderConfig, DecoderOnly, self_attention
-from pentad.nn.block import PreNormBlock
+from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, self_attention
 from pentad.nn.feedforward import SwiGLU
-from pentad.nn.norm import RMSNorm
 
 if TYPE_CHECKING:
     from pentad.weights.checkpoint import Checkpoint
@@ -20,17 +18,16 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen2Config(DecoderConfig):
+class Qwen2Config(PreNormConfig):
     """Qwen2's fields beyond the shared ones."""
 
-    rms_norm_eps: float = 1e-6
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
     max_window_layers: int = field(default=28, metadata={"least": 0})
     layer_types: tuple[str, ...] | None = None
 
     def window(self, layer: int) -> int | None:
-        """How many keys a layer's queries see; published as a list, or as the first layer that has a window."""
+        """A layer's window. Configs list the layers' types, or name the first layer with a window."""
         if self.layer_types:
             windowed = self.layer_types[layer : layer + 1] == ("sliding_attention",)
         else:
@@ -40,26 +37,20 @@ class Qwen2Config(DecoderConfig):
     def resolve(self, checkpoint: Checkpoint) -> Self:
         types, layers = self.layer_types or (), self.num_hidden_layers
         if types and (len(types) != layers or not LAYER_TYPES.issuperset(types)):
-            known = " and ".join(sorted(LAYER_TYPES))
-            raise BadInput(f"{checkpoint.path}: layer_types is not one of {known} for each of the {layers} layers")
+            known = " or ".join(sorted(LAYER_TYPES))
+            raise BadInput(f"{checkpoint.path}: layer_types is wrong; expected {known} for each of the {layers} layers")
         return super().resolve(checkpoint)
 
 
-class Qwen2(DecoderOnly):
-    """Grouped-query attention with biased q, k and v, and SwiGLU, each behind an RMSNorm."""
+class Qwen2(PreNormDecoder):
+    """Grouped-query attention with biased q, k and v, and SwiGLU, each after an RMSNorm."""
 
     def __init__(self, config: Qwen2Config) -> None:
-        c, rope = config, config.rope()
-        blocks = (
-            PreNormBlock(
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                self_attention(c, layer, rope, window=c.window(layer), bias=True),
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                SwiGLU(c.hidden_size, c.intermediate_size),
-            )
-            for layer in range(c.num_hidden_layers)
+        super().__init__(
+            config,
+            lambda layer, rope: self_attention(config, layer, rope, window=config.window(layer), bias=True),
+            lambda: SwiGLU(config.hidden_size, config.intermediate_size),
         )
-        super().__init__(c, blocks, RMSNorm(c.hidden_size, c.rms_norm_eps))
 
 
 FAMILY = Family(

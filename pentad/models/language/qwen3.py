@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
-from pentad.models.language.decoder_only import DecoderOnly, self_attention
+from pentad.models.language.decoder_only import PreNormDecoder, self_attention
 from pentad.models.language.qwen2 import Qwen2Config
-from pentad.nn.block import PreNormBlock
+from pentad.nn.attention import Attention
 from pentad.nn.feedforward import SwiGLU
 from pentad.nn.norm import RMSNorm
+from pentad.nn.rope import Rope
 from pentad.weights.keytable import KeyTable, Rule
 
 
@@ -22,34 +23,21 @@ class Qwen3Config(Qwen2Config):
     attention_bias: bool = False
 
 
-class Qwen3(DecoderOnly):
-    """Grouped-query attention with normalized queries and keys, and SwiGLU, each behind an RMSNorm."""
+class Qwen3(PreNormDecoder):
+    """Grouped-query attention with normalized queries and keys, and SwiGLU, each after an RMSNorm."""
 
     def __init__(self, config: Qwen3Config) -> None:
-        c, rope = config, config.rope()
-        blocks = (
-            PreNormBlock(
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                self_attention(
-                    c,
-                    layer,
-                    rope,
-                    window=c.window(layer),
-                    bias=c.attention_bias,
-                    output_bias=c.attention_bias,
-                    q_norm=RMSNorm(c.head_dim, c.rms_norm_eps),
-                    k_norm=RMSNorm(c.head_dim, c.rms_norm_eps),
-                ),
-                RMSNorm(c.hidden_size, c.rms_norm_eps),
-                SwiGLU(c.hidden_size, c.intermediate_size),
-            )
-            for layer in range(c.num_hidden_layers)
-        )
-        super().__init__(c, blocks, RMSNorm(c.hidden_size, c.rms_norm_eps))
+        def attention(layer: int, rope: Rope) -> Attention:
+            bias, window = config.attention_bias, config.window(layer)
+            q_norm, k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))
+            options = {"bias": bias, "output_bias": bias, "q_norm": q_norm, "k_norm": k_norm}
+            return self_attention(config, layer, rope, window=window, **options)
+
+        super().__init__(config, attention, lambda: SwiGLU(config.hidden_size, config.intermediate_size))
 
 
 def _gguf(config: Qwen3Config) -> list[KeyTable]:
-    """llama.cpp's Qwen3 has no bias on attention's output, so no layout for models with attention_bias."""
+    """No layout for models with attention_bias: llama.cpp's Qwen3 has no bias on attention's output."""
     rules = (Rule(f"layers.*.attention.{p}_norm", f"blk.*.attn_{p}_norm") for p in "qk")
     return [] if config.attention_bias else key_rules.gguf(*rules)(config)
 
