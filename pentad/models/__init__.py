@@ -1,4 +1,4 @@
-"""Whole networks, one file a family, named by its published ``model_type``."""
+"""Networks, one file per family, named after its published ``model_type``."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ MODULES = [
     f"pentad.models.language.{name}"
     for name in ("openmoe", "llama", "mistral", "qwen2", "qwen3", "phi", "mixtral", "qwen", "switch_transformers")
 ]
-"""Modules whose FAMILY is a family, imported one after the other until a family matches a checkpoint.
+"""Modules with a FAMILY. They are imported one after the other until a family matches a checkpoint.
 
-OpenMoE stands before Llama, since its ``config.json`` has Llama's ``model_type``.
+OpenMoE comes before Llama because its ``config.json`` has Llama's ``model_type``.
 """
 
 NAME_KEYS = {"hf": "model_type", "gguf": "general.architecture"}
-"""The config key that names the architecture; params.json has none."""
+"""The config key with the architecture's name; params.json has none."""
 
 _registered: list[Family] = []
 
 
 def register(family: Family) -> None:
-    """Add a family that lives outside pentad; it is asked before pentad's own."""
+    """Add a family from outside pentad. It takes precedence over pentad's families."""
     _registered.insert(0, family)
 
 
 def families() -> Iterator[Family]:
-    """All families; a module is imported when the iteration reaches it."""
+    """All families; their modules are imported lazily."""
     yield from _registered
     for name in MODULES:
         yield import_module(name).FAMILY
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """The family that a checkpoint's config says it belongs to.
+    """Find a checkpoint's family by its config.
 
     Raises:
-        BadInput: the config names no family, or one that pentad does not have.
+        BadInput: the config names no family, or one that pentad does not support.
     """
     for family in families():
         if family.matches(checkpoint):

@@ -1,4 +1,4 @@
-"""A family of networks, and which checkpoints belong to it."""
+"""The record of a family: its config, network, key tables and names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class ArchitectureNames(NamedTuple):
-    """What a family is called.
+    """The names of a family.
 
     Attributes:
-        family: pentad's name, that of the family's module.
-        architecture: the class in a ``config.json``.
-        model_type: in a ``config.json`` that pentad writes; `family` if None.
-        gguf: ``general.architecture``; None if llama.cpp does not run the family.
+        family: pentad's name, also the name of the family's module.
+        architecture: the class in ``config.json``.
+        model_type: the ``model_type`` that pentad writes; `family` if None.
+        gguf: ``general.architecture`` in GGUF files; None if llama.cpp does not support the family.
         aliases: other values of ``model_type`` in published files.
     """
 
@@ -32,42 +32,42 @@ class ArchitectureNames(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What every family's config has: fields with the names and defaults of a published ``config.json``."""
+    """The base class of configs. Fields have the names and defaults of a published ``config.json``."""
 
     HF_NAMES: ClassVar[Mapping[str, str]] = {}
-    """Names in the family's ``config.json`` that differ from the field's: published name -> field."""
+    """Published names that differ from the field's name: published name -> field."""
     OLD_HF_NAMES: ClassVar[Mapping[str, str]] = {}
-    """The same for names in older files, which are read and never written."""
+    """Published names in older files, which are read but not written: published name -> field."""
 
     def resolve(self, checkpoint: Checkpoint) -> Self:
         """The config with derived fields filled in.
 
         Args:
-            checkpoint: the source; its headers may be consulted, and its path starts error messages.
+            checkpoint: the source of the config. Its path begins error messages.
 
         Raises:
-            BadInput: fields contradict each other, or no network of the family has such values.
+            BadInput: fields contradict each other, or the family does not support their values.
         """
         return self
 
     def published(self) -> dict[str, Any]:
-        """The fields as a ``config.json`` has them, under the names of their fields."""
+        """The fields with the values of a ``config.json``, by field name."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of network: how its config, its tensors and its names are published.
+    """A family of networks, and how its checkpoints are published.
 
     Attributes:
         config: the config's class.
-        network: makes the network of a config, with weights still to be filled in.
-        key_tables: by checkpoint format, the layouts that such files have had; the first one is written. A format that
-            is absent, or has no layout for a config, does not know the network.
-        names: what the family is called.
-        recognizes: whether a checkpoint's format and config are this family's; by `names` if None.
-        init_std: standard deviation of a weight matrix before training, from the config and the tensor's name; the
-            config's ``initializer_range`` if None.
+        network: makes the network of a config, without initializing weights.
+        key_tables: checkpoint format -> function from a config to the key tables of such files. The first table is used
+            for writing. If a format is absent or has no table, it can't store the network.
+        names: the family's names.
+        recognizes: whether a checkpoint's format and config belong to the family; by `names` if None.
+        init_std: standard deviation of an initial weight matrix, from the config and the tensor's name; the config's
+            ``initializer_range`` if None.
     """
 
     config: type[ModelConfig]
@@ -78,7 +78,7 @@ class Family:
     init_std: Callable[[Any, str], float] | None = None
 
     def matches(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint's config says that it belongs to this family."""
+        """Whether a checkpoint belongs to this family, by its config."""
         if self.recognizes is not None:
             return self.recognizes(checkpoint.format, checkpoint.config)
         if checkpoint.format == "gguf":
@@ -86,5 +86,5 @@ class Family:
         return checkpoint.config.get("model_type") in (self.names.family, *self.names.aliases)
 
     def layouts(self, config: Any, format: str) -> list[KeyTable]:
-        """The key tables for a config in files of a format; none if the format does not know such a network."""
+        """The key tables for a config and a format; none if the format can't store such a network."""
         return self.key_tables[format](config) if format in self.key_tables else []

@@ -1,6 +1,6 @@
-"""Reading and writing the config of a language model in each kind of file.
+"""Read and write the config of a language model in each checkpoint format.
 
-pentad uses the names of Hugging Face's ``config.json``. GGUF metadata
+pentad uses the field names of Hugging Face's ``config.json``. GGUF metadata
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and the ``params.json`` of Meta and Mistral are translated
 into these names, and back.
 """
@@ -57,15 +57,14 @@ PARAMS_FIELDS = {
 """Field -> key in params.json."""
 
 UNSUPPORTED_PARAMS = ("yarn", "llama_4_scaling", "vision_encoder")
-"""Keys in the params.json of Mistral's later models, whose networks pentad does not have."""
+"""Keys in the params.json of Mistral's later models, which pentad does not support."""
 
 
 def read_family_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
     """Read a family's config from a checkpoint's headers; no tensor data is read.
 
     Raises:
-        BadInput: fields are missing, have the wrong type, contradict each other, or ask for something that no network
-            of the family computes.
+        BadInput: fields are missing, have the wrong type, contradict each other, or are not supported by the family.
     """
     cls = family.config
     match checkpoint.format:
@@ -79,7 +78,7 @@ def read_family_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
 
 
 def write_family_config(family: Family, config: ModelConfig, format: str) -> dict[str, Any]:
-    """The config as files of a format have it, without the fields that the format has no place for."""
+    """The config in a checkpoint format, without fields that the format can't store."""
     if format == "hf":
         names = {field: name for name, field in family.config.HF_NAMES.items()}
         return {
@@ -102,13 +101,13 @@ def write_family_config(family: Family, config: ModelConfig, format: str) -> dic
 
 
 def corrected_by_tensors(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Correct a config by the two facts that only tensor data tells.
+    """Correct a config by two facts that only tensor data shows.
 
-    A head that differs from the embedding is not tied, whatever ``config.json`` says (as in transformers). GGUF files
-    hold RoPE's frequency factors in ``rope_freqs.weight``.
+    An HF head that differs from the embedding is not tied, whatever ``config.json`` says (as in transformers). GGUF
+    files store RoPE's frequency factors in ``rope_freqs.weight``.
 
     Raises:
-        BadInput: there are more or fewer frequency factors than frequencies.
+        BadInput: the number of frequency factors is not that of RoPE's frequencies.
     """
     tensors = checkpoint.tensors
     if not isinstance(config, DecoderConfig):
@@ -130,18 +129,14 @@ def _from_hf(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]
     config = dict(checkpoint.config)
     config |= {field: config[name] for name, field in names.items() if config.get(name) is not None}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = dict(rope) if isinstance(rope, Mapping) else {"rope_type": rope}  # refused by name
+    rope = dict(rope) if isinstance(rope, Mapping) else {"rope_type": rope}  # an unknown name, which is an error
     length = config.get("max_position_embeddings", 2048)
     trained = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or length
     return {
         **config,
         "rope_theta": rope.get("rope_theta") or config.get("rope_theta"),
         "partial_rotary_factor": rope.get("partial_rotary_factor") or config.get("partial_rotary_factor"),
-        "rope_parameters": {
-            **rope,
-            "max_position_embeddings": length,
-            "original_max_position_embeddings": trained,
-        },
+        "rope_parameters": {**rope, "max_position_embeddings": length, "original_max_position_embeddings": trained},
     }
 
 
@@ -151,8 +146,8 @@ def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
     if metadata.get("expert_count") and arch != "llama":
         raise BadInput(f"{checkpoint.path}: of mixtures of experts only Mixtral (llama) is supported, not {arch}")
     if metadata.get("rope.scaling.attn_factor", 1.0) != 1.0:
-        raise BadInput(f"{checkpoint.path}: {arch}.rope.scaling.attn_factor is not 1, which is not supported")
-    rope: dict[str, Any] = {}  # also where rope_freqs.weight holds the scaling: see `corrected_by_tensors`
+        raise BadInput(f"{checkpoint.path}: {arch}.rope.scaling.attn_factor is not supported; expected 1")
+    rope: dict[str, Any] = {}  # see `corrected_by_tensors` for rope_freqs.weight
     if "rope_freqs.weight" not in tensors:
         name = metadata.get("rope.scaling.type")
         rope = {
@@ -160,7 +155,7 @@ def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
             "factor": metadata.get("rope.scaling.factor"),
             "original_max_position_embeddings": metadata.get("rope.scaling.original_context_length"),
         }
-        if "rope.scale_linear" in metadata:  # files of 2023
+        if "rope.scale_linear" in metadata:  # in files of 2023
             rope = {"rope_type": "linear", "factor": metadata["rope.scale_linear"]}
     return {
         **{field: metadata.get(key) for field, key in GGUF_FIELDS.items()},
@@ -173,10 +168,10 @@ def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _from_params(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Meta's params.json (Llama) gives the feed-forward width by a formula, Mistral's as a number."""
+    """Fields from Meta's or Mistral's params.json. Only Mistral's has the feed-forward width as a number."""
     params, path = checkpoint.config, checkpoint.path
     if unsupported := [name for name in UNSUPPORTED_PARAMS if params.get(name)]:
-        raise BadInput(f"{path}: params.json asks for {', '.join(unsupported)}, which is not supported")
+        raise BadInput(f"{path}: params.json has {', '.join(unsupported)}, which is not supported")
     required = ["dim", "n_layers", "n_heads", "norm_eps"]
     if "hidden_dim" in params:
         required += ["vocab_size", "head_dim", "n_kv_heads"]
@@ -184,20 +179,20 @@ def _from_params(checkpoint: Checkpoint) -> dict[str, Any]:
         raise BadInput(f"{path}: params.json lacks {', '.join(absent)}")
     values = {field: params.get(name) for field, name in PARAMS_FIELDS.items()}
     window = values["sliding_window"]
-    if isinstance(window, str) and window.isdecimal():  # as Mistral 7B v0.1 was also published
+    if isinstance(window, str) and window.isdecimal():  # some copies of Mistral 7B v0.1 have a string
         values["sliding_window"] = int(window)
     moe = params.get("moe") or params
     if not isinstance(moe, Mapping):
-        raise BadInput(f"{path}: params.json: moe is {str(moe)[:40]!r}, expected an object with num_experts")
+        raise BadInput(f"{path}: params.json: moe is {str(moe)[:40]!r}; expected an object with num_experts")
     values |= {"num_local_experts": moe.get("num_experts"), "num_experts_per_tok": moe.get("num_experts_per_tok")}
-    if "hidden_dim" not in params and params.get("vocab_size", -1) == -1:  # the tokenizer's size
+    if "hidden_dim" not in params and params.get("vocab_size", -1) == -1:  # -1 stands for the tokenizer's size
         embedding = checkpoint.tensors.get("tok_embeddings.weight")
-        # Without weights: Llama 1 and 2 have -1 here. Code Llama has no entry, and two vocabularies.
+        # Without weights: Llama 1 and 2 have -1. Code Llama has no vocab_size, and two different vocabularies.
         values["vocab_size"] = embedding.shape[0] if embedding else 32000 if "vocab_size" in params else None
     values["rope_parameters"] = {}
     if "hidden_dim" in params:
         values["max_position_embeddings"] = values["max_position_embeddings"] or 32768
-        # Mistral's code before v0.2: base 1e4 with a window, 1e6 without.
+        # Defaults of Mistral's code before v0.2.
         values["rope_theta"] = values["rope_theta"] or (1e4 if values["sliding_window"] else 1e6)
         return values
     values["intermediate_size"] = _meta_width(params, path)
@@ -215,34 +210,31 @@ def _from_params(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _meta_width(params: Mapping[str, Any], path: object) -> int:
-    """Two thirds of four times the width, times a factor, rounded up to a multiple (Llama's model.py, FeedForward)."""
+    """The feed-forward width by the formula in Llama's model.py (FeedForward)."""
     dim, multiple, factor = params["dim"], params.get("multiple_of", 256), params.get("ffn_dim_multiplier") or 1.0
     if not isinstance(dim, int) or not isinstance(multiple, int) or not isinstance(factor, int | float):
         raise BadInput(f"{path}: params.json: dim, multiple_of or ffn_dim_multiplier is not a number")
     if not 0 < dim < MAX_SIZE or not 0 < multiple < MAX_SIZE or not 0 < factor < 100:
         raise BadInput(
-            f"{path}: params.json: dim {dim}, multiple_of {multiple} or ffn_dim_multiplier {factor} can't be"
+            f"{path}: params.json: dim {dim}, multiple_of {multiple} or ffn_dim_multiplier {factor} is out of range"
         )
     return multiple * math.ceil(int(factor * int(2 * 4 * dim / 3)) / multiple)
 
 
 def _gguf_rope(config: DecoderConfig) -> dict[str, Any]:
-    """The metadata of a scaling; `frequency_factors` gives the tensor of the scalings that have no metadata."""
+    """The metadata of a RoPE scaling. Other scalings are stored as tensors: see `frequency_factors`."""
     scaling = config.rope_scaling
-    match scaling:
-        case Linear():
-            return {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
-        case Yarn():
-            return {
-                "rope.scaling.type": "yarn",
-                "rope.scaling.factor": scaling.factor,
-                "rope.scaling.original_context_length": scaling.original_max_position_embeddings,
-            }
-    return {}
+    if not isinstance(scaling, Linear | Yarn):
+        return {}
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+    if isinstance(scaling, Linear):
+        return linear
+    length = scaling.original_max_position_embeddings
+    return {**linear, "rope.scaling.type": "yarn", "rope.scaling.original_context_length": length}
 
 
 def frequency_factors(config: DecoderConfig) -> Tensor | None:
-    """GGUF's ``rope_freqs.weight``, float32 [rotary_dim / 2]; None if the scaling needs no such tensor."""
+    """GGUF's ``rope_freqs.weight``, float32 [rotary_dim / 2]; None if the scaling doesn't need it."""
     scaling = config.rope_scaling
     if not isinstance(scaling, Llama3 | FrequencyFactors):
         return None

@@ -1,4 +1,4 @@
-"""Names of tensors in files: the rules that most decoder-only families share. A family's own rules extend these."""
+"""Rules for tensor names in files, shared by most decoder-only families. A family adds its own rules to these."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ Layouts = Callable[[DecoderConfig], list[KeyTable]]
 
 
 def hf(*rules: Rule) -> Layouts:
-    """Hugging Face folders."""
+    """Rules for Hugging Face folders."""
     return lambda config: [KeyTable([*hf_rules(), *rules], hf_ignored(config))]
 
 
 def gguf(*rules: Rule, interleaved: bool = False) -> Layouts:
-    """GGUF files; only architecture "llama" has interleaved queries and keys."""
+    """Rules for GGUF files; only architecture "llama" has interleaved queries and keys."""
     return lambda config: [KeyTable([*gguf_rules(config, interleaved=interleaved), *rules], GGUF_IGNORED)]
 
 
 def consolidated(*rules: Rule) -> Layouts:
-    """Meta's files and Mistral's."""
+    """Rules for Meta's and Mistral's consolidated files."""
     return lambda config: [KeyTable([*consolidated_rules(config), *rules], CONSOLIDATED_IGNORED)]
 
 
-GGUF_IGNORED = (r"rope_freqs\.weight",)  # part of the config
+GGUF_IGNORED = (r"rope_freqs\.weight",)  # read with the config
 CONSOLIDATED_IGNORED = (r"(.*\.)?rope\.freqs",)
 
 
@@ -43,7 +43,7 @@ def hf_rules() -> list[Rule]:
 
 
 def hf_ignored(config: DecoderConfig) -> Sequence[str]:
-    """Computed tensors, and the second copy of a tied head."""
+    """Tensors that are computed, and the copy of a tied head."""
     return [r".*\.rotary_emb\.inv_freq", *([r"lm_head\.weight"] if config.tie_word_embeddings else [])]
 
 
@@ -64,19 +64,16 @@ def gguf_rules(config: DecoderConfig, *, interleaved: bool = False) -> list[Rule
 
 
 def consolidated_rules(config: DecoderConfig) -> list[Rule]:
-    """w1 is the gate, w3 the other factor, w2 the projection down."""
     queries, keys = _unpermute(config)
+    feedforward = {"gate": "w1", "up": "w3", "down": "w2"}
     return [
         Rule("embed", "tok_embeddings"),
         Rule("layers.*.attention_norm", "layers.*.attention_norm"),
         Rule("layers.*.attention.q_proj", "layers.*.attention.wq", queries),
         Rule("layers.*.attention.k_proj", "layers.*.attention.wk", keys),
-        Rule("layers.*.attention.v_proj", "layers.*.attention.wv"),
-        Rule("layers.*.attention.o_proj", "layers.*.attention.wo"),
+        *(Rule(f"layers.*.attention.{p}_proj", f"layers.*.attention.w{p}") for p in "vo"),
         Rule("layers.*.feedforward_norm", "layers.*.ffn_norm"),
-        Rule("layers.*.feedforward.gate_proj", "layers.*.feed_forward.w1"),
-        Rule("layers.*.feedforward.up_proj", "layers.*.feed_forward.w3"),
-        Rule("layers.*.feedforward.down_proj", "layers.*.feed_forward.w2"),
+        *(Rule(f"layers.*.feedforward.{p}_proj", f"layers.*.feed_forward.{w}") for p, w in feedforward.items()),
         Rule("norm", "norm"),
         Rule("head", "output"),
     ]

@@ -1,12 +1,14 @@
-"""OpenMoE (arXiv:2402.01739) as published for PyTorch; in every fourth or sixth block a token takes two of the experts.
+"""OpenMoE (arXiv:2402.01739) as published for PyTorch; in every fourth or sixth block a token uses two experts.
 
-This follows the code that the checkpoints come with: ColossalAI's examples/language/openmoe/model and colossalai/moe.
-Where that isn't what a Llama does, a part or an argument says so: scores not divided by sqrt(D) (`Attention.scale`),
-gates of twice the width (`GatedSwiGLU`), a dense layer behind each mixture (`ExtraFeedforwardBlock`), probabilities as
-they are (`softmax_top_k`), capacities (`EvenCapacity`). Three differences remain: the port rotates a query that is
-decoded alone as if it stood one position later (flaxformer, which trained the checkpoints, does not); capacities are a
-sequence's in a step, not a padded batch's; and the port lets queries see position 0 whatever the mask says, which
-matters to padding alone. Not verified: the Hugging Face hub's configs.
+This follows the published code: ColossalAI's examples/language/openmoe/model and colossalai/moe. Differences from Llama
+are explicit parts or arguments: scores not divided by sqrt(D) (`Attention.scale`), gates of twice the width
+(`GatedSwiGLU`), a dense layer after each mixture (`ExtraFeedforwardBlock`), unnormalized router probabilities
+(`softmax_top_k`), capacities (`EvenCapacity`).
+
+Three differences from the published code remain. It rotates a query that is decoded alone as if it stood one position
+later; flaxformer, which trained the checkpoints, does not. Its capacities are those of a padded batch; here they are
+those of a sequence in a step. It lets queries attend to position 0 whatever the mask says, which matters only with
+padding. The configs on the Hugging Face hub are not verified.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
-from pentad.models.language.decoder_only import DecoderConfig, DecoderOnly, check_experts, self_attention
+from pentad.models.language.decoder_only import DecoderOnly, PreNormConfig, check_experts, self_attention
 from pentad.nn.block import ExtraFeedforwardBlock, PreNormBlock
 from pentad.nn.feedforward import GatedSwiGLU
 from pentad.nn.moe.dispatch import EvenCapacity
@@ -36,18 +38,17 @@ ROUTER_FIELDS = ("topk", "capacity_factor_train", "capacity_factor_eval", "min_c
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenMoeConfig(DecoderConfig):
+class OpenMoeConfig(PreNormConfig):
     """OpenMoE's fields beyond the shared ones."""
 
     hidden_act: str = "swiglu"
-    rms_norm_eps: float = 1e-6
     num_experts: int
     moe_layer_interval: int
     router_topk: int = 2
     router_capacity_factor_train: float = 1.25
     router_capacity_factor_eval: float = 2.0
     router_min_capacity: int = 4
-    router_drop_tks: bool = True  # in evaluation; training always does
+    router_drop_tks: bool = True  # in evaluation; in training tokens are always dropped
     mlp_gated: bool = True
 
     ACTIVATIONS: ClassVar[tuple[str, ...]] = ("swiglu",)
@@ -55,7 +56,7 @@ class OpenMoeConfig(DecoderConfig):
         "gated": "mlp_gated",
         **{name: f"router_{name}" for name in ROUTER_FIELDS},
     }
-    """Those in ColossalAI's openmoe_8b_config.json."""
+    """The names in ColossalAI's openmoe_8b_config.json."""
 
     def resolve(self, checkpoint: Checkpoint) -> Self:
         check_experts(self, self.num_experts, self.router_topk, checkpoint.path)
@@ -65,7 +66,7 @@ class OpenMoeConfig(DecoderConfig):
 
 
 class OpenMoe(DecoderOnly):
-    """Attention and a doubly gated layer or a mixture of them, each behind an RMSNorm."""
+    """Attention, and a doubly gated layer or a mixture of them, each after an RMSNorm."""
 
     def __init__(self, config: OpenMoeConfig) -> None:
         super().__init__(config, _blocks(config), RMSNorm(config.hidden_size, config.rms_norm_eps))
@@ -97,8 +98,7 @@ def _mixture(c: OpenMoeConfig) -> MixtureOfExperts:
 
 
 def _hf(config: OpenMoeConfig) -> list[KeyTable]:
-    """The port's files, and those of its rewriting without ColossalAI (github.com/pingzhili/openmoe-pt, whose
-    model_type is "openmoe")."""
+    """The published files, and those of github.com/pingzhili/openmoe-pt, whose model_type is "openmoe"."""
     mlp, ours = "model.layers.*.mlp", "layers.*.feedforward"
     rules = [Rule("layers.*.extra_norm", "model.layers.*.pre_extra_mlp_layernorm")]
     stacked = [Rule(f"{ours}.router", f"{mlp}.gate_weight", bare=True)]
@@ -112,14 +112,14 @@ def _hf(config: OpenMoeConfig) -> list[KeyTable]:
 
 
 def init_std(config: OpenMoeConfig, name: str) -> float:
-    """Router and experts as ColossalAI's (colossalai/moe/experts.py, layers.py: `reset_parameters`)."""
+    """ColossalAI's router and experts (`reset_parameters` in colossalai/moe/experts.py and layers.py)."""
     if ".experts." in name or ".router." in name:
         return math.sqrt(0.1 / (config.intermediate_size if "down_proj" in name else config.hidden_size))
     return config.initializer_range
 
 
 def recognizes(format: str, config: Mapping[str, Any]) -> bool:
-    """The port's config.json has model_type "llama", so the class tells."""
+    """The published config.json has model_type "llama" but its own architecture."""
     architectures = config.get("architectures")
     listed = isinstance(architectures, list) and "OpenMoeForCausalLM" in architectures
     return format == "hf" and (listed or config.get("model_type") == "openmoe")

@@ -1,9 +1,9 @@
-"""Switch Transformers (arXiv:2101.03961): T5's encoder-decoder (arXiv:1910.10683), whose feed-forward layer is in some
-blocks a mixture of which a token takes one expert.
+"""Switch Transformers (arXiv:2101.03961): T5's encoder-decoder (arXiv:1910.10683) with mixtures of experts.
 
-An expert takes so many of a sequence's tokens, by position; the others pass the layer by on the residual stream, as in
-the paper (transformers before 5.0 added them, times their expert's probability). A cached step counts its own tokens
-only. Without sparse layers it is T5.
+In some blocks the feed-forward layer is a mixture, and each token uses one expert. An expert has a capacity per
+sequence, filled by position. Dropped tokens stay unchanged on the residual stream, as in the paper; transformers before
+5.0 added them, scaled by their expert's probability. In a cached step the capacity counts only the step's tokens.
+Without sparse layers the network is T5.
 """
 
 from __future__ import annotations
@@ -56,54 +56,52 @@ class SwitchConfig(ModelConfig):
     dense_act_fn: str = "relu"
     tie_word_embeddings: bool = True
     decoder_start_token_id: int = field(default=0, metadata={"least": 0})
-    n_positions: int = 512  # the training length; positions are relative, so longer texts work
+    n_positions: int = 512  # the training length, not a limit: positions are relative
     initializer_factor: float = 1.0
 
     @property
     def max_position_embeddings(self) -> int:
-        """The name that other families have for it."""
+        """The training length."""
         return self.n_positions
 
     def resolve(self, checkpoint: Checkpoint) -> Self:
-        path, config = checkpoint.path, replace(self, num_decoder_layers=self.num_decoder_layers or self.num_layers)
+        path, layers = checkpoint.path, (self.num_layers, self.num_decoder_layers or self.num_layers)
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if max(config.num_layers, config.num_decoder_layers) > MAX_LAYERS:
-            raise BadInput(
-                f"{path}: {config.num_layers} and {config.num_decoder_layers} layers are not possible depths"
-            )
+        if max(layers) > MAX_LAYERS:
+            raise BadInput(f"{path}: {layers[0]} and {layers[1]} layers are not possible depths")
         if self.num_experts > MAX_EXPERTS or self.num_heads * self.d_kv > MAX_SIZE:
             raise BadInput(f"{path}: {self.num_experts} experts or {self.num_heads} heads are not possible numbers")
         if buckets < 4 or buckets % 2 or distance <= buckets // 2:
-            raise BadInput(f"{path}: distances up to {distance} can't be put into {buckets} buckets")
+            raise BadInput(f"{path}: {buckets} buckets can't cover distances up to {distance}")
         if self.dense_act_fn != "relu" or checkpoint.config.get("is_gated_act"):
             raise BadInput(f"{path}: dense_act_fn is {self.dense_act_fn!r}; expected relu, not gated")
         if self.decoder_start_token_id >= self.vocab_size:
             raise BadInput(f"{path}: decoder_start_token_id {self.decoder_start_token_id} is outside the vocabulary")
-        return config
+        return replace(self, num_decoder_layers=layers[1])
 
     def published(self) -> dict[str, Any]:
         return {"is_encoder_decoder": True, **super().published()}
 
 
 def sparse_layers(layers: int, sparse: int) -> list[bool]:
-    """Which of a stack's blocks have a mixture: as transformers builds them, not always as many as `sparse` says.
+    """Which blocks of a stack have a mixture, as transformers builds them: not always `sparse` blocks.
 
-    With none asked for, the second block has one; with more than there are blocks, none has.
+    If `sparse` is 0 only the second block has one; if it exceeds `layers` no block has one.
     """
     every = layers // sparse if sparse else layers
     return [every == 1 or (every > 1 and i % every == 1) for i in range(layers)]
 
 
 class SwitchTransformers(EncoderDecoder):
-    """Attention with a bias by distance, and a ReLU layer or a mixture of them, each behind an RMSNorm."""
+    """Attention with a relative position bias, and a ReLU layer or a mixture of them, each after an RMSNorm."""
 
     def __init__(self, config: SwitchConfig) -> None:
         c = config
         embed = nn.Embedding(c.vocab_size, c.d_model)
-        read_embed = embed if c.tie_word_embeddings else nn.Embedding(c.vocab_size, c.d_model)
+        encoder_embed = embed if c.tie_word_embeddings else nn.Embedding(c.vocab_size, c.d_model)
         scale = c.d_model**-0.5 if c.tie_word_embeddings else 1.0
         super().__init__(
-            Stack(read_embed, _encoder_blocks(c), RMSNorm(c.d_model, c.layer_norm_epsilon)),
+            Stack(encoder_embed, _encoder_blocks(c), RMSNorm(c.d_model, c.layer_norm_epsilon)),
             embed,
             _decoder_blocks(c),
             RMSNorm(c.d_model, c.layer_norm_epsilon),
@@ -139,7 +137,7 @@ def _decoder_blocks(c: SwitchConfig) -> Iterator[nn.Module]:
 
 
 def _attention(c: SwitchConfig, **options: Any) -> Attention:
-    """T5's: scores are not divided by sqrt(d_kv), and no projection has a bias."""
+    """T5's attention: scores are not divided by sqrt(d_kv), and projections have no bias."""
     return Attention(c.d_model, heads=c.num_heads, head_dim=c.d_kv, scale=1.0, **options)
 
 
@@ -180,7 +178,6 @@ def _hf(config: SwitchConfig) -> list[KeyTable]:
 def _stack_rules(ours: str, theirs: str, config: SwitchConfig) -> list[Rule]:
     block, layers = f"{theirs}.block.*", f"{ours}layers.*"
     last = 1 if theirs == "encoder" else 2
-    experts = range(config.num_experts)
     rules = [
         Rule(f"{layers}.attention_norm", f"{block}.layer.0.layer_norm"),
         Rule(f"{layers}.attention.position_bias", f"{block}.layer.0.SelfAttention.relative_attention_bias"),
@@ -192,26 +189,26 @@ def _stack_rules(ours: str, theirs: str, config: SwitchConfig) -> list[Rule]:
     for part in "qkvo":
         rules.append(Rule(f"{layers}.attention.{part}_proj", f"{block}.layer.0.SelfAttention.{part}"))
         rules.append(Rule(f"{layers}.cross_attention.{part}_proj", f"{block}.layer.1.EncDecAttention.{part}"))
-    for here, there in (("up_proj", "wi"), ("down_proj", "wo")):
+    for part, t5_part in (("up_proj", "wi"), ("down_proj", "wo")):
         mlp = f"{block}.layer.{last}.mlp"
-        singly = tuple(f"{mlp}.experts.expert_{e}.{there}" for e in experts)
-        rules.append(Rule(f"{layers}.feedforward.{here}", f"{mlp}.{there}"))
-        rules.append(Rule(f"{layers}.feedforward.experts.{here}", singly, Stacked()))
+        separate = tuple(f"{mlp}.experts.expert_{e}.{t5_part}" for e in range(config.num_experts))
+        rules.append(Rule(f"{layers}.feedforward.{part}", f"{mlp}.{t5_part}"))
+        rules.append(Rule(f"{layers}.feedforward.experts.{part}", separate, Stacked()))
     return rules
 
 
 def init_std(config: SwitchConfig, name: str) -> float:
-    """As transformers initialises a Switch, the paper's 0.1 left out (`SwitchTransformersPreTrainedModel`)."""
-    inputs = config.d_model
+    """As in transformers (`SwitchTransformersPreTrainedModel`), without the paper's factor of 0.1."""
+    fan_in = config.d_model
     if name.endswith(("embed.weight", "head.weight", "router.weight")):
-        inputs = 1
+        fan_in = 1
     elif name.endswith("q_proj.weight"):
-        inputs = config.d_model * config.d_kv
+        fan_in = config.d_model * config.d_kv
     elif name.endswith("o_proj.weight"):
-        inputs = config.num_heads * config.d_kv
+        fan_in = config.num_heads * config.d_kv
     elif name.endswith("down_proj.weight") and ".experts." not in name:
-        inputs = config.d_ff
-    return float(config.initializer_factor * inputs**-0.5)
+        fan_in = config.d_ff
+    return float(config.initializer_factor * fan_in**-0.5)
 
 
 FAMILY = Family(
