@@ -1,7 +1,7 @@
-"""A network with its weights in place: a checkpoint's, or initialised from a config and a seed.
+"""Build a network with its weights: a checkpoint's, or initial weights from a config and a seed.
 
-The network is made on the meta device, which has shapes and no memory; then each tensor takes its place. Tensors that
-need no change are the file's own mapped memory.
+The network is built on the meta device, which allocates no memory; then each tensor is put in place. Tensors that need
+no change stay in the file's mapped memory.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from pentad.weights.keytable import Operation, Pairing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QuantizedPart = type[QuantizedLinear] | type[RowwiseInt8Linear]
 KEEPS_BLOCKS = {nn.Linear, nn.Embedding, GroupedLinear}
-"""Parts with a counterpart that keeps its weight in quantized blocks (see `_quantized_part`)."""
+"""Parts with a quantized counterpart (see `_quantized_part`)."""
 
 
 def build(
@@ -45,28 +46,28 @@ def build(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Decoder:
-    """A checkpoint's network with its weights, or a config's network with initial weights.
+    """Build a checkpoint's network with its weights, or a config's network with initial weights.
 
     Args:
-        source: a checkpoint; or a config, whose network gets the initial weights that its family publishes.
-        device: where the weights go.
-        dtype: of the weights that are not kept quantized.
-        trainable: parameters get gradients and memory of their own, and the network is in training mode; quantized
-            weights are dequantized.
-        quantized: which quantized matrices stay in blocks: "operators", those that torch has a fast operator for;
+        source: a checkpoint, or a config. Initial weights are as the config's family publishes them.
+        device: device of the weights.
+        dtype: dtype of the weights that are not quantized.
+        trainable: put the network in training mode. Parameters get gradients and are copied from the file's mapped
+            memory; quantized weights are dequantized.
+        quantized: which quantized matrices stay quantized: "operators", those for which torch has a fast operator;
             "all", as the kernels need them; "none".
-        seed: of the initial weights; equal seeds give equal bits.
-        progress: is told of the bytes read.
+        seed: seed of the initial weights; equal seeds give equal weights.
+        progress: reports the bytes read.
 
     Raises:
-        BadInput: an unknown family, or tensors that are missing, not used or of the wrong shape.
+        BadInput: the family is unknown, or tensors are missing, not used or of the wrong shape.
     """
     if isinstance(source, Checkpoint):
         if trainable:
             quantized = "none"
         network = fill(meta_network(source), source, device=device, dtype=dtype, quantized=quantized, progress=progress)
         if trainable:
-            _own_parameters(network)
+            _copy_parameters(network)
     else:
         family = _family_of_config(source)
         source = source.resolve(Checkpoint(Path(type(source).__name__), "hf", {}, {}, {}))
@@ -76,10 +77,10 @@ def build(
 
 
 def meta_network(source: Checkpoint | ModelConfig) -> Decoder:
-    """The network of a checkpoint or a config, with shapes and no memory: all parameters on the meta device.
+    """Build the network of a checkpoint or a config on the meta device.
 
     Raises:
-        BadInput: an unknown family, or a config that lacks or contradicts something.
+        BadInput: the family is unknown, or the config is incomplete or contradictory.
     """
     if isinstance(source, ModelConfig):
         return _network(_family_of_config(source), source, "meta")
@@ -97,15 +98,9 @@ def _network(family: Family, config: ModelConfig, device: torch.device | str) ->
 
 
 class _NoInitialization(TorchFunctionMode):
-    """Skips `torch.nn.init`, which on the meta device does nothing but import the compiler."""
+    """Skips `torch.nn.init`, which on the meta device only imports the compiler."""
 
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
         return function(*args, **(kwargs or {}))
@@ -113,7 +108,7 @@ class _NoInitialization(TorchFunctionMode):
 
 @torch.no_grad()
 def _initialize(network: Decoder, family: Family, config: Any, seed: int) -> None:
-    """Biases 0, norms 1, matrices normal with the family's standard deviation; drawn in float32 on the CPU."""
+    """Set biases to 0, norms to 1, and draw matrices in float32 on the CPU with the family's standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
         if parameter.dim() < 2:
@@ -123,12 +118,10 @@ def _initialize(network: Decoder, family: Family, config: Any, seed: int) -> Non
         parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
 
-def _own_parameters(network: nn.Module) -> None:
-    """Copy what is mapped from files, since training writes into it."""
+def _copy_parameters(network: nn.Module) -> None:
+    """Copy parameters out of mapped files, since training writes to them."""
     for names in parameter_names(network).values():
-        parameter = nn.Parameter(network.get_parameter(names[0]).detach().clone())
-        for name in names:
-            _set_parameter(network, name, parameter)
+        _set_parameter(network, names, nn.Parameter(network.get_parameter(names[0]).detach().clone()))
 
 
 def fill(
@@ -140,10 +133,10 @@ def fill(
     quantized: str = "operators",
     progress: Progress | None = None,
 ) -> Decoder:
-    """Put a checkpoint's tensors in place in its network, which is on the meta device; arguments as of `build`.
+    """Put a checkpoint's tensors into its network, which is on the meta device. For the arguments see `build`.
 
     Raises:
-        BadInput: tensors that are missing, not used or of the wrong shape.
+        BadInput: tensors are missing, not used or of the wrong shape.
     """
     if not checkpoint.tensors:
         raise BadInput(f"{checkpoint.path}: there are no weights beside the config")
@@ -158,12 +151,12 @@ def fill(
 
 
 def held_bytes(checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, *, quantized: str = "operators") -> int:
-    """Memory that a checkpoint's weights take on a CPU; without weights in the checkpoint, what they would take.
+    """The memory that a checkpoint's weights take on a CPU, also if the checkpoint is only a config.
 
     Args:
-        checkpoint: its headers are read.
-        network: the checkpoint's, on the meta device.
-        dtype, quantized: as of `build`.
+        checkpoint: a checkpoint, of which only headers are read.
+        network: its network, on the meta device.
+        dtype, quantized: see `build`.
 
     Raises:
         BadInput: as `fill`.
@@ -181,14 +174,19 @@ def held_bytes(checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, *, 
 
 
 class _Placement(NamedTuple):
-    """The tensors of a file that one rule ties together, and the parameters made of them."""
+    """The tensors that one rule converts, and the parameters made of them.
+
+    Attributes:
+        entries: the file's tensors.
+        operation: converts them.
+        parameter_names: for each result its names in the network; tied parameters have several.
+        parts: for each result the quantized part that replaces a linear layer or an embedding; None for a parameter.
+    """
 
     entries: tuple[TensorEntry, ...]
     operation: Operation
     parameter_names: list[list[str]]
-    """For each tensor that is made, its names in the network; a tied one has several."""
-    parts: list[type[QuantizedLinear | RowwiseInt8Linear] | None]
-    """For each, the quantized part that replaces a linear layer (or embedding); None for a plain parameter."""
+    parts: list[_QuantizedPart | None]
 
     @property
     def nbytes(self) -> int:
@@ -203,16 +201,15 @@ def _placements(
     for ours, entries, operation in pairings(checkpoint, network):
         types = {entry.quantization for entry in entries}
         quantization = types.pop() if len(types) == 1 and quantized != "none" else None
-        parts: list[type[QuantizedLinear | RowwiseInt8Linear] | None] = []
-        for first_name in ours:
-            names, shape = all_names[first_name], tuple(network.get_parameter(first_name).shape)
-            owners = [name.rpartition(".") for name in names]
-            types_of_owners = {
+        parts: list[_QuantizedPart | None] = []
+        for names in (all_names[name] for name in ours):
+            shape, owners = tuple(network.get_parameter(names[0]).shape), [name.rpartition(".") for name in names]
+            owner_types = {
                 type(network.get_submodule(owner)) if leaf == "weight" else None for owner, _, leaf in owners
             }
-            untied_linear = len(owners) == 1 and types_of_owners == {nn.Linear}
+            untied_linear = len(owners) == 1 and owner_types == {nn.Linear}
             if (untied_linear and QuantizedLinear.has_operator(quantization, shape, dtype, device)) or (
-                quantized == "all" and quantization and types_of_owners <= KEEPS_BLOCKS
+                quantized == "all" and quantization and owner_types <= KEEPS_BLOCKS
             ):
                 parts.append(QuantizedLinear)
             elif quantization and "head.weight" in names and RowwiseInt8Linear.has_operator(dtype, device):
@@ -224,7 +221,7 @@ def _placements(
 
 
 def parameter_names(network: nn.Module) -> dict[str, list[str]]:
-    """A network's parameters by their first names, with all names that each has: a tied one has several."""
+    """First name of each parameter -> all its names; tied parameters have several."""
     names: dict[str, list[str]] = {}
     first_names: dict[nn.Parameter, str] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
@@ -233,10 +230,10 @@ def parameter_names(network: nn.Module) -> dict[str, list[str]]:
 
 
 def pairings(checkpoint: Checkpoint, network: Decoder) -> list[Pairing]:
-    """A network's parameters with the tensors of its checkpoint that they are made of.
+    """Pair a network's parameters with the tensors of its checkpoint.
 
     Raises:
-        BadInput: tensors that are missing, not used, of the wrong shape or not floating-point numbers.
+        BadInput: tensors are missing, not used, of the wrong shape or not floating-point numbers.
     """
     shapes = {name: tuple(network.get_parameter(name).shape) for name in parameter_names(network)}
     family = family_of(checkpoint)
@@ -251,20 +248,18 @@ def pairings(checkpoint: Checkpoint, network: Decoder) -> list[Pairing]:
 
 
 def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device: torch.device) -> None:
-    """Read the tensors of one rule and put what is made of them in place."""
+    """Read and convert the tensors of one rule, and put the results into the network."""
     tensors = [entry.read() for entry in placement.entries]
     values = placement.operation.load(tensors)
     for value, names, part in zip(values, placement.parameter_names, placement.parts, strict=True):
         if isinstance(value, QuantizedTensor):
             if part is QuantizedLinear:
-                for name in names:
-                    owner = name.rpartition(".")[0]
+                for owner in (name.rpartition(".")[0] for name in names):
                     network.set_submodule(owner, _quantized_part(network.get_submodule(owner), value))
                 continue
             value = value.dequantize(dtype)
         parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
-        for name in names:
-            _set_parameter(network, name, parameter)
+        _set_parameter(network, names, parameter)
         if part is RowwiseInt8Linear:
             head = network.get_submodule("head")
             assert isinstance(head, nn.Linear)
@@ -274,23 +269,21 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
             tensor.release()
 
 
-def _set_parameter(network: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(owner), leaf, parameter)
+def _set_parameter(network: nn.Module, names: list[str], parameter: nn.Parameter) -> None:
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, parameter)
 
 
 def _quantized_part(part: nn.Module, weight: QuantizedTensor) -> nn.Module:
-    """The part that replaces `part` and keeps its weight in quantized blocks."""
+    """The counterpart of `part` with a quantized weight."""
     if isinstance(part, nn.Linear):
         return QuantizedLinear(weight, part.bias)
     return QuantizedGroupedLinear(weight) if isinstance(part, GroupedLinear) else QuantizedEmbedding(weight)
 
 
 def default_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of most of a checkpoint's bytes; bfloat16 if those are quantized.
-
-    Of a checkpoint without weights, the dtype that its config names.
-    """
+    """The dtype of most of a checkpoint's bytes (bfloat16 for quantized ones); without weights its config's dtype."""
     sizes = Counter[torch.dtype]()
     for entry in checkpoint.tensors.values():
         sizes[entry.dtype or torch.bfloat16] += entry.nbytes
@@ -303,7 +296,7 @@ def default_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def dtype_named(name: str | torch.dtype) -> torch.dtype:
-    """A dtype from itself or its name; BadInput unless it is one of `DTYPES`."""
+    """A dtype from its name; raise BadInput unless it is in `DTYPES`."""
     dtype = DTYPES.get(str(name).removeprefix("torch."))
     if dtype is None:
         raise BadInput(f"dtype is {name}; expected one of {', '.join(DTYPES)}")

@@ -1,11 +1,11 @@
-"""What pentad raises. A message is one line: what is wrong, where, and what to do about it."""
+"""pentad's exceptions. A message is one line: what is wrong, where, and what to do about it."""
 
 __all__ = ["BadInput", "PentadError"]
 
 
 class PentadError(Exception):
-    """Something failed that was worth trying: a download, a disk, a device. Exit code 1."""
+    """An operation failed: a download, a disk, a device. Exit code 1."""
 
 
 class BadInput(PentadError, ValueError):
-    """What the caller gave is wrong: a file, a name, an option, a text. Exit code 2."""
+    """The caller's input is wrong: a file, a name, an option, a text. Exit code 2."""

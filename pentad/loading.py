@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Everything that a load makes stays, and a collection would look through all of torch to find that out."""
+    """Pause the garbage collector: loading leaves no garbage, and a collection would scan all objects of torch."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -60,25 +60,25 @@ def load(
 
     Args:
         name_or_path: a known name (``smollm2``), a file or folder, or a repository ``org/name[@revision][:Q4_K_M]``.
-        device: ``cpu``, ``cuda`` or ``mps``; by default CUDA if there is one, else the CPU.
-        dtype: float32, bfloat16 or float16: plain torch computes in it, and the CPU kernels are off. By default the
-            kernels run on a CPU, with the file's weights as they are and near float32. Where the kernels don't take
-            the network, torch computes in the dtype of the file's weights, bfloat16 if they are quantized.
-        quantize: by default quantized weights stay quantized as in the file. (Without the kernels some are
-            dequantized, and a quantized head is rounded to int8 rows for steps of one or two tokens.) "none"
-            dequantizes all weights, and turns the CPU kernels off.
-        threads: CPU threads, for the whole process.
-        context: the longest sequence, in tokens; the model's own limit by default.
+        device: ``cpu``, ``cuda`` or ``mps``; by default CUDA if available, else the CPU.
+        dtype: float32, bfloat16 or float16: compute in this dtype in plain torch, without the CPU kernels. By default
+            the kernels run on a CPU, near float32, with the file's weights unchanged. If the kernels don't support the
+            network, torch computes in the dtype of the file's weights (bfloat16 if they are quantized).
+        quantize: by default quantized weights stay as in the file. (Without the kernels some are dequantized, and a
+            quantized head is rounded to int8 rows for steps of one or two tokens.) "none" dequantizes all weights and
+            turns the CPU kernels off.
+        threads: CPU threads of the whole process.
+        context: maximum sequence length in tokens; the model's limit by default.
         cache_dtype: dtype of the KV cache, or "int8" (kernels only). By default `dtype`; with the kernels float32 if
             all weights are float32, else float16.
-        fast: the kernels round activations to 8 bits instead of 16.
-        progress: is told of downloads and of loading.
+        fast: the kernels quantize activations to 8 bits instead of 16.
+        progress: reports downloads and loading.
 
     Returns:
         The runner: a `LanguageModel`, or an `EncoderDecoderModel`.
 
     Raises:
-        BadInput: no such model, broken files, or an option that is out of range.
+        BadInput: the model doesn't exist, its files are broken, or an option is out of range.
         PentadError: a download failed.
     """
     started = time.perf_counter()
@@ -92,20 +92,17 @@ def load(
     checkpoint = weights.open(registry.locate(name_or_path, progress=progress))
     torch_dtype = build.default_dtype(checkpoint) if dtype is None else build.dtype_named(dtype)
     if quantize not in (None, "none"):
-        raise BadInput(f"quantize is {quantize!r}; expected 'none', or nothing to keep the file's quantization")
+        raise BadInput(f"quantize is {quantize!r}; expected 'none', or no value to keep the file's quantization")
     kv_dtype = None if cache_dtype is None else _cache_dtype(cache_dtype)
     network = build.meta_network(checkpoint)
     why_torch = kernels_decline(checkpoint, network, device=target, dtype=dtype, quantize=quantize)
     if why_torch is not None and kv_dtype == torch.int8:
         raise BadInput(f"cache_dtype is int8, which needs the kernels; plain torch runs {name_or_path}: {why_torch}")
-    quantized = "none" if quantize == "none" else "operators"
-    if why_torch is None:
-        quantized = "all"
-        if any(entry.quantization for entry in checkpoint.tensors.values()):
-            torch_dtype = torch.float32  # of the norms and biases beside the blocks
+    quantized = "all" if why_torch is None else "none" if quantize == "none" else "operators"
+    if why_torch is None and any(entry.quantization for entry in checkpoint.tensors.values()):
+        torch_dtype = torch.float32  # of norms and biases
     build.fill(network, checkpoint, device=target, dtype=torch_dtype, quantized=quantized, progress=progress)
     tokenizer = _tokenizer(checkpoint, network.config.vocab_size)
-    about: Any = {"context": context, "generation": checkpoint.generation}
     step: Step
     if isinstance(network, EncoderDecoder):
         step = EncoderDecoderStep(network, cache_dtype=kv_dtype)
@@ -114,10 +111,14 @@ def load(
     else:
         step = PlainStep(network, cache_dtype=kv_dtype, why=why_torch)
     _logger.info("%s runs %s", name_or_path, step.backend)
-    about["load_seconds"] = time.perf_counter() - started
-    if isinstance(step, EncoderDecoderStep):
-        return EncoderDecoderModel(str(name_or_path), step, tokenizer, **about)
-    return LanguageModel(str(name_or_path), step, tokenizer, **about)
+    return (EncoderDecoderModel if isinstance(network, EncoderDecoder) else LanguageModel)(
+        str(name_or_path),
+        step,
+        tokenizer,
+        context=context,
+        generation=checkpoint.generation,
+        load_seconds=time.perf_counter() - started,
+    )
 
 
 def kernels_decline(
@@ -128,13 +129,13 @@ def kernels_decline(
     dtype: object = None,
     quantize: str | None = None,
 ) -> str | None:
-    """Why `load` with these options runs a checkpoint by plain torch; None if the kernels run it.
+    """The reason why `load` runs a checkpoint in plain torch; None if the kernels run it.
 
     Args:
-        checkpoint: its headers are read.
-        network: the checkpoint's; its weights may be on the meta device.
-        device: where it is to run.
-        dtype, quantize: as `load` takes them.
+        checkpoint: a checkpoint, of which only headers are read.
+        network: its network; the weights may be on the meta device.
+        device: the device to run on.
+        dtype, quantize: see `load`.
     """
     if device.type != "cpu":
         return f"it is on {device}"
@@ -145,7 +146,7 @@ def kernels_decline(
     types = {(entry.quantization, entry.shape[-1]) for entry in checkpoint.tensors.values() if entry.quantization}
     for name, columns in sorted(types):
         if not kernels.packs(name, columns):
-            return f"the kernels don't take {name} in rows of {columns}"
+            return f"the kernels don't support {name} in rows of {columns}"
     try:
         check_network(network)
     except UnsupportedByKernels as reason:
@@ -154,7 +155,7 @@ def kernels_decline(
 
 
 def _tokenizer(checkpoint: Checkpoint, vocab_size: int) -> text.Tokenizer | BadInput | None:
-    """The tokenizer, or the error that reading it raised: `logits` works without one."""
+    """The tokenizer, or the error raised by reading it: `logits` works without one."""
     try:
         return text.load(checkpoint, vocab_size=vocab_size)
     except BadInput as error:

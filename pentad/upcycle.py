@@ -1,10 +1,10 @@
-"""Sparse upcycling (arXiv:2212.05055): a dense model's numbers as those of a mixture of experts.
+"""Sparse upcycling (arXiv:2212.05055): initialize a mixture of experts from a dense model.
 
-Each expert is the dense feed-forward layer, and all else stays. A token's weights add up to 1, as Mixtral normalizes
-them, so whichever experts it goes to, the mixture computes what the dense model did.
+Each expert is a copy of the dense feed-forward layer; all other weights stay. A token's router weights add up to 1 (as
+in Mixtral), so the mixture computes the same as the dense model, whichever experts a token uses.
 
-The router is random, not zero. Equal experts give it no gradient: what makes them differ is that each sees other
-tokens; with zeros the same `top_k` would see all of them.
+The router is random, not zero. Equal experts give the router no gradient, and become different only by seeing different
+tokens. With a zero router the same `top_k` experts would see all tokens.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from pentad.weights.checkpoint import Checkpoint
 
 FAMILIES = (llama.FAMILY, mistral.FAMILY)
-"""Families whose networks equal Mixtral's but for the experts."""
+"""Families whose networks differ from Mixtral's only in the experts."""
 
 ROUTER_STD = 0.02
-"""Of a router's numbers: the paper's, and what transformers begins a Mixtral with."""
+"""Standard deviation of router weights, as in the paper and in transformers' Mixtral."""
 
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What a dense model is to become.
+    """Options of upcycling.
 
     Attributes:
-        experts: in each layer.
-        top_k: how many of them a token passes through.
-        seed: of the routers' numbers; equal seeds give equal files.
+        experts: number of experts per layer.
+        top_k: experts per token.
+        seed: seed of the routers; equal seeds give equal files.
     """
 
     experts: int = 8
@@ -54,23 +54,23 @@ class Upcycling:
 
 
 def mixture_network(checkpoint: Checkpoint, family: Family, dense: DecoderConfig, upcycling: Upcycling) -> Decoder:
-    """The mixture that a dense network becomes, on the meta device.
+    """Build the mixture for a dense network on the meta device.
 
     Args:
-        checkpoint: the dense model's; its path starts error messages.
-        family: the dense network's.
+        checkpoint: the dense checkpoint; its path begins error messages.
+        family: the dense network's family.
         dense: its config.
-        upcycling: how many experts it gets.
+        upcycling: the options.
 
     Raises:
-        BadInput: a family other than `FAMILIES`, a model with biases, or impossible numbers of experts.
+        BadInput: the family is not in `FAMILIES`, the model has biases, or the numbers of experts are impossible.
     """
     path = checkpoint.path
     if family not in FAMILIES:
         names = " or ".join(one.names.family for one in FAMILIES)
         raise BadInput(f"{path}: a {family.names.family} model can't be upcycled to a Mixtral; expected {names}")
     if biases := [name for name in ("attention_bias", "mlp_bias") if getattr(dense, name, False)]:
-        raise BadInput(f"{path}: this model has biases ({', '.join(biases)}), which a Mixtral has no place for")
+        raise BadInput(f"{path}: this model has biases ({', '.join(biases)}); Mixtral supports none")
     experts = {"num_local_experts": upcycling.experts, "num_experts_per_tok": upcycling.top_k}
     config = read_config(mixtral.MixtralConfig, {**asdict(dense), **experts}, path).resolve(checkpoint)
     return meta_network(config)
@@ -79,10 +79,10 @@ def mixture_network(checkpoint: Checkpoint, family: Family, dense: DecoderConfig
 def mixture_values(
     mixture: nn.Module, dense: Mapping[str, Callable[[], Value]], upcycling: Upcycling
 ) -> dict[str, tuple[str, Callable[[], Value]]]:
-    """Where a mixture's numbers come from: by its tensors' names, the name of the dense one, and what gives the value.
+    """Map the names of a mixture's tensors to dense tensors: the dense tensor's name, and a function for the value.
 
-    (A router has the name of the norm before it, as what it is made for.) Experts are one tensor in memory, shown
-    several times.
+    A router is mapped to the norm before it, whose storage dtype it gets. The experts of a layer are one tensor in
+    memory, expanded.
     """
     values: dict[str, tuple[str, Callable[[], Value]]] = {}
     for name in parameter_names(mixture):
@@ -91,8 +91,8 @@ def mixture_values(
             shape = tuple(mixture.get_parameter(name).shape)
             values[name] = norm, partial(_router, shape, upcycling.seed, name)
         elif ".experts." in name:
-            one = name.replace(".experts.", ".")
-            values[name] = one, partial(_repeated, dense[one], upcycling.experts)
+            dense_name = name.replace(".experts.", ".")
+            values[name] = dense_name, partial(_repeated, dense[dense_name], upcycling.experts)
         else:
             values[name] = name, dense[name]
     return values
@@ -105,6 +105,6 @@ def _repeated(source: Callable[[], Value], count: int) -> Tensor:
 
 
 def _router(shape: tuple[int, ...], seed: int, name: str) -> Tensor:
-    """float32, the same whenever it is asked for."""
+    """A router's weight in float32; every call returns the same values."""
     generator = torch.Generator().manual_seed(Random(f"{seed} {name}").getrandbits(63))
     return torch.randn(shape, generator=generator) * ROUTER_STD
