@@ -1,14 +1,14 @@
-"""A checkpoint into another format, tensor by tensor: no more than one of them is in memory at a time.
+"""Convert a checkpoint to another format, one tensor at a time.
 
-A family's key table reads the one file and, run the other way, writes the other; what lies between them is the
-network on the meta device, which has shapes and no numbers.
+A family's key table reads the source's tensors, and another one, in reverse, writes the new files. Between them is the
+network on the meta device, which has only shapes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     from pentad.weights.cache import Progress
 
 FORMATS = {"hf": "hf", "mistral": "consolidated", "gguf": "gguf"}
-"""What `convert` writes, and what a `Checkpoint` of it is called."""
+"""Target of `convert` -> `Checkpoint.format`."""
 
 SHARD_BYTES = 5_000_000_000
-_PART = re.compile(r".*-\d{5}-of-\d{5}\.gguf")  # what parts of a split GGUF are called
+_PART = re.compile(r".*-\d{5}-of-\d{5}\.gguf")  # names of the parts of a split GGUF
 FLOATS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-KINDS = (*QUANTIZED, *FLOATS)
-"""What a GGUF's matrices can be quantized to."""
+GGUF_TYPES = (*QUANTIZED, *FLOATS)
+"""The types that a GGUF's matrices can be converted to."""
 
 FILE_TYPES: dict[torch.dtype | str, int] = {
     torch.float32: 0,
@@ -58,30 +58,30 @@ FILE_TYPES: dict[torch.dtype | str, int] = {
     "q5_1": 9,
     torch.bfloat16: 32,
 }
-"""GGUF's numbers for what most of a file's matrices are (``general.file_type``)."""
+"""Type of most matrices -> GGUF's ``general.file_type``."""
 
-HARMLESS = {
+OPTIONAL_FIELDS = {
     "hidden_act",  # has several names
-    *("initializer_range", "initializer_factor"),  # only for training from the start
-    "tie_word_embeddings",  # the head is written a second time
+    *("initializer_range", "initializer_factor"),  # only for training from scratch
+    "tie_word_embeddings",  # the head is written as a copy
     *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
     *("seq_length", "use_dynamic_ntk", "use_logn_attn"),
 }
-"""Fields that may be lost on the way; a note says what that means, where it means anything."""
+"""Fields that may be lost in a conversion. If the loss changes results, `Conversion.notes` says so."""
 
-HF_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
-"""What a folder's config.json says that the network doesn't read, and another layout of it says too."""
+EXTRA_HF_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+"""Fields that pentad's configs don't have, copied between layouts of config.json."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written.
+    """The result of a conversion.
 
     Attributes:
-        path: the folder or, of GGUF, the (first) file.
-        family: the model's, as the new files have it.
-        files: all that was written.
-        notes: what the format has no place for, a line each.
+        path: the folder or the GGUF file (the first one, if split).
+        family: the family of the new files.
+        files: all written files.
+        notes: one line for each property that the format can't store.
     """
 
     path: Path
@@ -104,48 +104,57 @@ def convert(
     """Write a checkpoint in another format, with its config, tokenizer and chat template.
 
     Args:
-        source: as `pentad.load` takes it.
-        destination: a folder that isn't there yet, or is empty; of GGUF a file that isn't there yet.
-        to: "hf" (as transformers reads), "mistral" (params.json and consolidated.safetensors) or "gguf".
-        quantize: of GGUF, what matrices become (one of `KINDS`); the embedding and the head stay 8 bits wide where the
-            others get fewer. By default all stay as they are.
-        dtype: of the other two, what numbers are stored in; by default as in the source, bfloat16 where that is
-            quantized.
-        upcycle: make a mixture of experts of a dense model (`pentad.upcycle`), a Mixtral in "hf".
-        shard_bytes: the most that one file of weights takes.
-        progress: is told of the bytes written.
+        source: a name or path, as for `pentad.load`.
+        destination: a folder that doesn't exist or is empty; for GGUF a file that doesn't exist.
+        to: "hf" (for transformers), "mistral" (params.json and consolidated.safetensors) or "gguf".
+        quantize: for GGUF the type of the matrices (one of `GGUF_TYPES`). The embedding and the head get at least 8
+            bits. By default types stay unchanged.
+        dtype: for the other formats the dtype of the weights. By default it stays unchanged; quantized weights become
+            bfloat16.
+        upcycle: convert a dense model to a mixture of experts (`pentad.upcycle`), a Mixtral in "hf".
+        shard_bytes: maximum size of a file of weights.
+        progress: reports the bytes written.
 
     Raises:
-        BadInput: the source is broken, the format doesn't know the family or has no place for what it computes, the
-            destination exists, or an option is out of range.
-        PentadError: the disk is full, or can't be written. Nothing is left behind then.
+        BadInput: the source is broken, the format can't store the network, the destination exists, or an option is out
+            of range.
+        PentadError: writing failed, as when the disk is full. No partial files remain.
     """
     if to not in FORMATS:
-        raise BadInput(f"--to is {to!r}; it takes {', '.join(FORMATS)}")
+        raise BadInput(f"--to is {to!r}; expected one of {', '.join(FORMATS)}")
     if quantize is not None and to != "gguf":
-        raise BadInput(f"only GGUF is quantized: {to} takes --dtype, not --quantize {quantize}")
-    if quantize is not None and quantize not in KINDS:
-        raise BadInput(f"quantize is {quantize!r}; it takes {', '.join(KINDS)}")
+        raise BadInput(f"--quantize {quantize} is only for gguf; for {to} use --dtype")
+    if quantize is not None and quantize not in GGUF_TYPES:
+        raise BadInput(f"quantize is {quantize!r}; expected one of {', '.join(GGUF_TYPES)}")
     if dtype is not None and to == "gguf":
-        raise BadInput("a GGUF's numbers are chosen by --quantize f32, f16, bf16, …, not by --dtype")
+        raise BadInput("--dtype is not for gguf; use --quantize f32, f16, bf16, …")
     if upcycle is not None and to != "hf":
-        raise BadInput(f"an upcycled model is written as hf; convert that to {to} afterwards")
+        raise BadInput(f"--upcycle writes hf; convert the result to {to} afterwards")
     destination = Path(destination)
     if to != "gguf" and destination.suffix == ".gguf":
-        raise BadInput(f"{destination}: {to} is a folder: give it a name that doesn't end in .gguf")
+        raise BadInput(f"{destination}: {to} is a folder; expected a name that doesn't end in .gguf")
     if shard_bytes < 1:
-        raise BadInput(f"shards of {shard_bytes} bytes can't hold a tensor")
+        raise BadInput(f"shard_bytes is {shard_bytes}; expected at least 1")
     checkpoint = weights.open(registry.locate(source, progress=progress))
-    work = _Work(checkpoint, FORMATS[to], upcycle)
+    converter = _Converter(checkpoint, FORMATS[to], upcycle)
     if destination.resolve() == checkpoint.path.resolve():
-        raise BadInput(f"{destination} is the model that is to be converted: choose another name")
+        raise BadInput(f"{destination} is the source itself; choose another name")
     if to == "gguf":
-        return _to_gguf(work, destination, quantize, shard_bytes, progress)
-    return _to_folder(work, destination, None if dtype is None else dtype_named(dtype), shard_bytes, progress)
+        return _to_gguf(converter, destination, quantize, shard_bytes, progress)
+    return _to_folder(converter, destination, None if dtype is None else dtype_named(dtype), shard_bytes, progress)
 
 
-class _Work:
-    """A checkpoint's tensors by the network's names, and how a file of another format has them."""
+class _Converter:
+    """A checkpoint's tensors by the network's names, and their layout in the target format.
+
+    Attributes:
+        checkpoint: the source.
+        format: the target's `Checkpoint.format`.
+        family, network, config: those of the new files.
+        entries: parameter name -> the source's tensors that it is made of.
+        values: parameter name -> reads its value.
+        table: the key table of the new files.
+    """
 
     def __init__(self, checkpoint: Checkpoint, format: str, upcycle: Upcycling | None) -> None:
         if not checkpoint.tensors:
@@ -154,147 +163,141 @@ class _Work:
         self.family = family_of(checkpoint)
         self.network = meta_network(checkpoint)
         self.entries: dict[str, tuple[TensorEntry, ...]] = {}
-        self.sources: dict[str, Callable[[], Value]] = {}
-        latest = _Latest()
-        for ours, entries, operation in pairings(checkpoint, self.network):
-            for i, name in enumerate(ours):
+        self.values: dict[str, Callable[[], Value]] = {}
+        last = _LastResult()
+        for names, entries, operation in pairings(checkpoint, self.network):
+            load = partial(_apply, operation.load, [entry.read for entry in entries])
+            for i, name in enumerate(names):
                 self.entries[name] = entries
-                self.sources[name] = partial(latest, partial(_loaded, entries, operation.load), entries, i)
+                self.values[name] = partial(last.get, load, i)
         if upcycle is not None:
-            self._become_a_mixture(upcycle)
+            self._upcycle(upcycle)
         self.config: Any = self.network.config
         tables = self.family.layouts(self.config, format)
         if not tables:
             name = self.family.names.family
             raise BadInput(f"{checkpoint.path}: {format} files of such a {name} model don't exist")
         self.table: KeyTable = tables[0]
-        tied = "head.weight" not in self.sources
-        # Consolidated files have no word for a tied head, and in GGUF one that has a bias is never tied.
-        if tied and (format == "consolidated" or (format == "gguf" and "head.bias" in self.sources)):
+        # Consolidated files always have a head. In GGUF a head with a bias is never tied.
+        has_head = format == "consolidated" or (format == "gguf" and "head.bias" in self.values)
+        if has_head and "head.weight" not in self.values:
             self.entries["head.weight"] = self.entries["embed.weight"]
-            self.sources["head.weight"] = self.sources["embed.weight"]
+            self.values["head.weight"] = self.values["embed.weight"]
 
-    def _become_a_mixture(self, upcycle: Upcycling) -> None:
+    def _upcycle(self, upcycle: Upcycling) -> None:
         dense: DecoderConfig = self.network.config  # type: ignore[assignment]
         self.network = mixture_network(self.checkpoint, self.family, dense, upcycle)
         self.family = mixtral.FAMILY
-        values = mixture_values(self.network, self.sources, upcycle)
+        values = mixture_values(self.network, self.values, upcycle)
         self.entries = {name: self.entries[dense] for name, (dense, _) in values.items()}
-        self.sources = {name: source for name, (_, source) in values.items()}
+        self.values = {name: value for name, (_, value) in values.items()}
 
     def written_config(self, tensors: list[PendingTensor]) -> dict[str, Any]:
-        """The config as the new files have it: the source's own where it is of that format and layout."""
+        """The config of the new files: the source's config if format and layout are the same."""
         source = self.checkpoint.config if self.checkpoint.format == self.format else {}
         if source and all(t.name in self.checkpoint.tensors for t in tensors):
             return dict(source)
-        kept = {key: source[key] for key in HF_KEPT if key in source} if self.format == "hf" else {}
-        return {**write_family_config(self.family, self.config, self.format), **kept}
+        extra = {key: source[key] for key in EXTRA_HF_FIELDS if key in source} if self.format == "hf" else {}
+        return {**write_family_config(self.family, self.config, self.format), **extra}
 
-    def pending_tensors(self, kind: Callable[[str, tuple[int, ...]], torch.dtype | str]) -> Iterator[PendingTensor]:
-        """The file's tensors; `kind` says, by one of our names and its shape, what a tensor is to be stored in."""
-        latest = _Latest()
-        for ours, theirs, operation in self.table.groups(self.sources):
-            shapes = [tuple(self.network.get_parameter(name).shape) for name in ours]
-            make = partial(_stored, [self.sources[name] for name in ours], operation.store)
-            for i, (name, shape) in enumerate(zip(theirs, operation.shapes(shapes), strict=True)):
-                yield PendingTensor(name, tuple(shape), kind(ours[0], tuple(shape)), partial(latest, make, ours, i))
+    def pending_tensors(self, stored_type: Callable[[str, tuple[int, ...]], torch.dtype | str]) -> list[PendingTensor]:
+        """The tensors of the new files; `stored_type` chooses a type by parameter name and shape."""
+        last, pending = _LastResult(), []
+        for ours, theirs, operation in self.table.groups(self.values):
+            shapes = operation.shapes([tuple(self.network.get_parameter(name).shape) for name in ours])
+            store = partial(_apply, operation.store, [self.values[name] for name in ours])
+            for i, (name, shape) in enumerate(zip(theirs, map(tuple, shapes), strict=True)):
+                pending.append(PendingTensor(name, shape, stored_type(ours[0], shape), partial(last.get, store, i)))
+        return pending
 
 
-class _Latest:
-    """What a rule made of its tensors, until another's are asked for: a stack of experts is made once, not for each."""
+class _LastResult:
+    """Caches the tensors of the last rule, so that a stack of experts is converted once, not once per expert."""
 
     def __init__(self) -> None:
-        self._key: object = None
+        self._make: object = None
         self._values: Sequence[Value] = ()
 
-    def __call__(self, make: Callable[[], Sequence[Value]], key: object, index: int) -> Value:
-        if key is not self._key:
-            self._key, self._values = None, ()  # before there are others
-            self._key, self._values = key, make()
+    def get(self, make: Callable[[], Sequence[Value]], index: int) -> Value:
+        if make is not self._make:
+            self._make, self._values = None, ()  # free the last values first
+            self._make, self._values = make, make()
         return self._values[index]
 
 
-def _loaded(entries: tuple[TensorEntry, ...], load: Callable[[list[Value]], Sequence[Value]]) -> Sequence[Value]:
-    return load([entry.read() for entry in entries])
-
-
-def _stored(sources: list[Callable[[], Value]], store: Callable[[list[Value]], Sequence[Value]]) -> Sequence[Value]:
-    return store([source() for source in sources])
+def _apply(operation: Callable[[list[Value]], Sequence[Value]], inputs: list[Callable[[], Value]]) -> Sequence[Value]:
+    return operation([read() for read in inputs])
 
 
 def _to_folder(
-    work: _Work, folder: Path, dtype: torch.dtype | None, shard_bytes: int, progress: Progress | None
+    converter: _Converter, folder: Path, dtype: torch.dtype | None, shard_bytes: int, progress: Progress | None
 ) -> Conversion:
-    checkpoint = work.checkpoint
-    if dtype is None and checkpoint.format == "gguf":  # whose norms are float32 whatever the rest is
-        dtype = default_dtype(checkpoint)
-    tensors = list(
-        work.pending_tensors(lambda name, _: dtype or work.entries[name][0].dtype or default_dtype(checkpoint))
-    )
-    config = work.written_config(tensors)
-    tokenizer = text.load(checkpoint, work.config.vocab_size)  # even where its files are copied: they may not fit
+    checkpoint, default = converter.checkpoint, default_dtype(converter.checkpoint)
+    if dtype is None and checkpoint.format == "gguf":  # whose norms are float32 in any case
+        dtype = default
+    tensors = converter.pending_tensors(lambda name, _: dtype or converter.entries[name][0].dtype or default)
+    config = converter.written_config(tensors)
+    tokenizer = text.load(checkpoint, converter.config.vocab_size)  # also checks that it fits the vocabulary
     files: dict[str, bytes]
-    if work.format == "hf":
+    if converter.format == "hf":
         if dtype is not None or checkpoint.format != "hf":
-            stored = str(dtype or default_dtype(checkpoint)).removeprefix("torch.")
-            config["dtype" if "dtype" in config else "torch_dtype"] = stored
+            config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype or default).removeprefix("torch.")
         files = {"config.json": _json(config), **export.hf_files(checkpoint)}
     else:
         files = {"params.json": _json(config), **export.consolidated_files(checkpoint)}
     generation = checkpoint.generation
     if not generation and tokenizer is not None and tokenizer.eos_ids and checkpoint.format != "hf":
-        generation = {"eos_token_id": list(tokenizer.eos_ids)}  # which other formats say in their vocabulary
+        generation = {"eos_token_id": list(tokenizer.eos_ids)}  # other formats store them with the vocabulary
     if generation:
         files["generation_config.json"] = _json(generation)
-    family, notes = _read_back(work, config, tensors)
+    family, notes = _read_back(converter, config, tensors)
     with new_folder(folder) as partial_folder:
         for name, content in files.items():
             path = partial_folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
-        stem = "model" if work.format == "hf" else "consolidated"
+        stem = "model" if converter.format == "hf" else "consolidated"
         written = write_safetensors(partial_folder, stem, tensors, shard_bytes=shard_bytes, progress=progress)
-        names = [*files, *(path.name for path in written)]
-    return Conversion(folder, family, [folder / name for name in names], notes)
+    return Conversion(folder, family, [folder / name for name in (*files, *(path.name for path in written))], notes)
 
 
-def _to_gguf(work: _Work, path: Path, quantize: str | None, shard_bytes: int, progress: Progress | None) -> Conversion:
+def _to_gguf(
+    converter: _Converter, path: Path, quantize: str | None, shard_bytes: int, progress: Progress | None
+) -> Conversion:
     if path.suffix != ".gguf":
-        raise BadInput(f"{path}: a GGUF is one file: give it a name that ends in .gguf")
+        raise BadInput(f"{path}: gguf is one file; expected a name that ends in .gguf")
     if _PART.fullmatch(path.name):
-        raise BadInput(f"{path}: so the parts of a split GGUF are called: leave the numbers out, and name --shard-size")
+        raise BadInput(f"{path} is the name of a part of a split GGUF; leave out the numbers and use --shard-size")
 
-    def kind(name: str, shape: tuple[int, ...]) -> torch.dtype | str:
-        if len(shape) == 1:  # as llama.cpp computes with norms and biases
-            return torch.float32
-        entry = work.entries[name][0]
-        if name.endswith(".router.weight") and (quantize or not entry.quantization):  # as llama.cpp keeps them
-            return torch.float32
+    def stored_type(name: str, shape: tuple[int, ...]) -> torch.dtype | str:
+        entry = converter.entries[name][0]
+        if len(shape) == 1 or (name.endswith(".router.weight") and (quantize or not entry.quantization)):
+            return torch.float32  # as in llama.cpp
         if quantize in FLOATS:
             return FLOATS[quantize]
         if quantize is None or shape[-1] % 32:
             return entry.quantization or (entry.dtype if entry.dtype in FILE_TYPES else torch.float32)
         return "q8_0" if name.startswith(("embed.", "head.")) else quantize
 
-    tensors = list(work.pending_tensors(kind))
-    if isinstance(work.config, DecoderConfig) and (factors := frequency_factors(work.config)) is not None:
+    tensors, config = converter.pending_tensors(stored_type), converter.config
+    if isinstance(config, DecoderConfig) and (factors := frequency_factors(config)) is not None:
         tensors.append(PendingTensor("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors))
-    metadata = work.written_config(tensors)
+    metadata = converter.written_config(tensors)
     if quantize is not None:
         metadata |= {"general.file_type": FILE_TYPES[FLOATS.get(quantize, quantize)], "general.quantization_version": 2}
-    tokenizer = export.gguf_metadata(work.checkpoint, vocab_size=work.config.vocab_size)
-    family, notes = _read_back(work, metadata, tensors)
-    if not export.keeps_spacing(work.checkpoint, tokenizer):
-        notes.append("gguf files have no place for text without a space after a control token: it gets one")
+    tokenizer = export.gguf_metadata(converter.checkpoint, vocab_size=config.vocab_size)
+    family, notes = _read_back(converter, metadata, tensors)
+    if not export.keeps_spacing(converter.checkpoint, tokenizer):
+        notes.append("gguf files can't store that text after a control token begins without a space: a space is added")
     files = write_gguf(path, {**metadata, **tokenizer}, tensors, shard_bytes=shard_bytes, progress=progress)
     return Conversion(files[0], family, files, notes)
 
 
-def _read_back(work: _Work, config: Mapping[str, Any], tensors: list[PendingTensor]) -> tuple[str, list[str]]:
-    """Read what is about to be written as whoever opens it would: its family, and what the format has no place for.
+def _read_back(converter: _Converter, config: Mapping[str, Any], tensors: list[PendingTensor]) -> tuple[str, list[str]]:
+    """Read the new files before they are written: their family, and notes on properties that the format can't store.
 
     Raises:
-        BadInput: the network would be another.
+        BadInput: the network would be different.
     """
     entries = {
         t.name: TensorEntry(
@@ -302,33 +305,32 @@ def _read_back(work: _Work, config: Mapping[str, Any], tensors: list[PendingTens
         )
         for t in tensors
     }
-    name = family_of(again := Checkpoint(work.checkpoint.path, work.format, config, {}, entries)).names.family
-    network = meta_network(again)
-    new, ours, theirs = network.config, _rope(work.network), _rope(network)
-    lost = {f.name for f in fields(work.config) if getattr(new, f.name, f.default) != getattr(work.config, f.name)}
-    lost -= {"rope_theta", "rope_parameters", "partial_rotary_factor"}  # spelled in more than one way
-    if not _rotate_alike(ours, theirs, 1):
+    path, format, before = converter.checkpoint.path, converter.format, converter.config
+    written = Checkpoint(path, format, config, {}, entries)
+    network = meta_network(written)
+    old_rope, new_rope = _rope(converter.network), _rope(network)
+    lost = {f.name for f in fields(before) if getattr(network.config, f.name, f.default) != getattr(before, f.name)}
+    lost -= {"rope_theta", "rope_parameters", "partial_rotary_factor"}  # have several spellings: compare the rotations
+    if not _same_rotation(old_rope, new_rope, 1):
         lost.add("rope_parameters")
-    if breaking := sorted(lost - HARMLESS):
-        raise BadInput(
-            f"{work.checkpoint.path}: {work.format} files have no place for {', '.join(breaking)} of this model"
-        )
-    long = 2 * work.config.max_position_embeddings
-    missing = {
-        "the sliding window": work.format == "gguf" and any(getattr(p, "window", None) for p in work.network.modules()),
-        "RoPE's scaling for long texts": not _rotate_alike(ours, theirs, long),
+    if changed := sorted(lost - OPTIONAL_FIELDS):
+        raise BadInput(f"{path}: {format} files can't store {', '.join(changed)} of this model")
+    has_window = any(getattr(part, "window", None) for part in converter.network.modules())
+    dropped = {
+        "the sliding window": format == "gguf" and has_window,
+        "RoPE's scaling for long texts": not _same_rotation(old_rope, new_rope, 2 * before.max_position_embeddings),
         "the scaling of attention for long texts": "use_logn_attn" in lost,
     }
-    notes = [f"{work.format} files have no place for {what}: it is left out" for what, left in missing.items() if left]
-    return name, notes
+    notes = [f"{format} files can't store {name}: it is dropped" for name, is_dropped in dropped.items() if is_dropped]
+    return family_of(written).names.family, notes
 
 
 def _rope(network: Decoder) -> Rope | None:
     return next((part.rope for part in network.modules() if isinstance(part, Attention)), None)
 
 
-def _rotate_alike(one: Rope | None, other: Rope | None, length: int) -> bool:
-    """Whether both rotate alike, or neither does, in a sequence of `length` tokens."""
+def _same_rotation(one: Rope | None, other: Rope | None, length: int) -> bool:
+    """Whether two RoPEs (or none) rotate a sequence of `length` tokens equally."""
     if one is None or other is None:
         return one is other
     if one.dim != other.dim or abs(one.scaling.attention_scaling() - other.scaling.attention_scaling()) > 1e-6:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pentad import text, weights
-from pentad.convert import KINDS, convert
+from pentad.convert import GGUF_TYPES, convert
 from pentad.errors import BadInput
 from pentad.weights.checkpoint import TensorEntry
 from tests.helpers.gguf_llama import write_gguf
@@ -99,7 +99,7 @@ def test_there_and_back(name: str, to: str, tmp_path: Path) -> None:
     family, known = name.split(",")[0], {"llama", "mistral"}
     there = tmp_path / ("there.gguf" if to == "gguf" else "there")
     if to == "mistral" and (family not in known or "biases" in name or "rope_parameters" in CONFIGS[name]):
-        with pytest.raises(BadInput, match=r"consolidated files .*(don't exist|have no place for)"):
+        with pytest.raises(BadInput, match=r"consolidated files .*(don't exist|can't store)"):
             convert(tiny.folder, there, to=to)
         assert not there.exists()
         return
@@ -120,7 +120,7 @@ def test_there_and_back(name: str, to: str, tmp_path: Path) -> None:
 def test_a_window_that_gguf_cannot_say_is_told(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a", family="mistral", sliding_window=12)
     (note,) = convert(tmp_path / "a", tmp_path / "m.gguf", to="gguf").notes
-    assert note == "gguf files have no place for the sliding window: it is left out"
+    assert note == "gguf files can't store the sliding window: it is dropped"
     assert not convert(tmp_path / "a", tmp_path / "b", to="mistral").notes
     assert json.loads((tmp_path / "b/params.json").read_text())["sliding_window"] == 12
 
@@ -140,7 +140,7 @@ def test_a_scaling_for_long_texts_that_gguf_cannot_say_is_told(tmp_path: Path) -
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     tiny = tiny_checkpoint(tmp_path / "a", rope_parameters=dynamic)
     (note,) = convert(tiny.folder, tmp_path / "m.gguf", to="gguf").notes
-    assert note == "gguf files have no place for RoPE's scaling for long texts: it is left out"
+    assert note == "gguf files can't store RoPE's scaling for long texts: it is dropped"
     ids = random_ids(60)
     assert_equal_logits(logits_of(network_of(tmp_path / "m.gguf"), ids), peer_logits(tiny.peer, ids))
     qwen_checkpoint(tmp_path / "qwen", seq_length=24, use_dynamic_ntk=True, use_logn_attn=True)
@@ -161,7 +161,7 @@ def test_qwen_there_and_back(tmp_path: Path) -> None:
         assert_equal_logits(logits_of(network_of(tmp_path / path), ids), peer_logits(tiny.peer, ids))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GGUF_TYPES)
 def test_quantizing(kind: str, tmp_path: Path) -> None:
     """ggml's own reader and dequantizer see what we see; embedding and head have 8 bits where others have fewer."""
     tiny = tiny_checkpoint(tmp_path / "a", **WIDE)
@@ -270,18 +270,18 @@ def test_routers_of_a_quantized_mixture_stay_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("destination", "options", "message"),
     [
-        ("a", {"to": "hf"}, "is the model that is to be converted"),
+        ("a", {"to": "hf"}, "is the source itself"),
         ("full", {"to": "hf"}, "exists already"),
         ("m.bin", {"to": "gguf"}, "ends in .gguf"),
         ("m.gguf", {"to": "hf"}, "hf is a folder"),
-        ("m-00001-of-00002.gguf", {"to": "gguf"}, "so the parts of a split GGUF are called"),
+        ("m-00001-of-00002.gguf", {"to": "gguf"}, "a part of a split GGUF"),
         ("there.gguf/b", {"to": "hf"}, "there.gguf is a file"),
         ("there.gguf/b.gguf", {"to": "gguf"}, "there.gguf is a file"),
         ("there.gguf", {"to": "gguf"}, "exists already"),
-        ("b", {"to": "onnx"}, "--to is 'onnx'; it takes hf, mistral, gguf"),
-        ("b", {"to": "hf", "quantize": "q4_0"}, "only GGUF is quantized"),
-        ("b.gguf", {"to": "gguf", "quantize": "q2_k"}, "quantize is 'q2_k'; it takes q4_0"),
-        ("b.gguf", {"to": "gguf", "dtype": "float32"}, "not by --dtype"),
+        ("b", {"to": "onnx"}, "--to is 'onnx'; expected one of hf, mistral, gguf"),
+        ("b", {"to": "hf", "quantize": "q4_0"}, "is only for gguf"),
+        ("b.gguf", {"to": "gguf", "quantize": "q2_k"}, "quantize is 'q2_k'; expected one of q4_0"),
+        ("b.gguf", {"to": "gguf", "dtype": "float32"}, "--dtype is not for gguf"),
         ("b", {"to": "hf", "dtype": "int8"}, "dtype is int8"),
     ],
 )
@@ -311,7 +311,7 @@ def test_refusals(destination: str, options: dict[str, str], message: str, tmp_p
 def test_a_scaling_that_a_format_has_no_place_for(to: str, rope: dict[str, Any], tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a", rope_parameters={"rope_theta": 10000.0, **rope})
     there = tmp_path / ("b.gguf" if to == "gguf" else "b")
-    with pytest.raises(BadInput, match="no place for rope_parameters"):
+    with pytest.raises(BadInput, match="can't store rope_parameters"):
         convert(tmp_path / "a", there, to=to)
     assert not there.exists()
 

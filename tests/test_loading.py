@@ -168,7 +168,7 @@ def test_an_odd_value_is_a_config_or_bad_input(field: str, value: object) -> Non
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"vocab_size": 2**40}, "vocab_size is 1099511627776, which is not a possible size"),
         ({"num_key_value_heads": 3}, "4 heads of 8 dimensions and 3 key"),
-        ({"head_dim": 7}, "4 heads of 7 numbers"),
+        ({"head_dim": 7}, "4 heads of 7 dimensions"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
         ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "RoPE scaling 'spiral' is not known"),

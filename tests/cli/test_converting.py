@@ -31,25 +31,25 @@ def test_a_note_goes_to_standard_error(pentad, tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a", family="mistral", sliding_window=16)
     done = pentad("convert", tmp_path / "a", tmp_path / "m.gguf", "--to", "gguf")
     assert done.code == 0
-    assert done.err.startswith("pentad: gguf files have no place for the sliding window")
+    assert done.err.startswith("pentad: gguf files can't store the sliding window")
     assert done.out == f"{tmp_path / 'm.gguf'}: llama, {(tmp_path / 'm.gguf').stat().st_size / 1000:.1f} kB\n"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "darknet"], "--to is 'darknet'; it takes hf, mistral, gguf"),
+        (["--to", "darknet"], "--to is 'darknet'; expected one of hf, mistral, gguf"),
         ([], "Missing option '--to'"),
         (["--to", "hf", "--shard-size", "many"], "--shard-size is 'many'"),
         (["--to", "hf", "--shard-size", "0"], "--shard-size is '0'"),
         (["--to", "hf", "--shard-size", "9" * 400], "--shard-size is '999"),
-        (["--to", "hf", "--quantize", "q4_0"], "only GGUF is quantized"),
+        (["--to", "hf", "--quantize", "q4_0"], "is only for gguf"),
         (["--upcycle", "8"], "--upcycle is '8'; expected whole numbers for experts, top_k, seed"),
         (["--upcycle", "experts=8,top=2"], "--upcycle is 'experts=8,top=2'"),
         (["--upcycle", "experts=8,experts=4"], "--upcycle is 'experts=8,experts=4'"),
         (["--upcycle", "top_k=-1"], "--upcycle is 'top_k=-1'"),
         (["--upcycle", "experts=2,top_k=3"], "top_k is 3 of 2 experts"),
-        (["--upcycle", "experts=2", "--to", "gguf"], "an upcycled model is written as hf"),
+        (["--upcycle", "experts=2", "--to", "gguf"], "--upcycle writes hf"),
     ],
     ids=str,
 )
