@@ -288,7 +288,7 @@ def _to_gguf(
     tokenizer = export.gguf_metadata(converter.checkpoint, vocab_size=config.vocab_size)
     family, notes = _read_back(converter, metadata, tensors)
     if not export.keeps_spacing(converter.checkpoint, tokenizer):
-        notes.append("gguf files can't store that text after a control token begins without a space: a space is added")
+        notes.append("gguf files can't store text without a space after a control token: a space is added")
     files = write_gguf(path, {**metadata, **tokenizer}, tensors, shard_bytes=shard_bytes, progress=progress)
     return Conversion(files[0], family, files, notes)
 

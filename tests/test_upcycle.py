@@ -152,7 +152,7 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
         ({}, {"upcycle": Upcycling(experts=0)}, "num_local_experts is 0"),
         ({}, {"upcycle": Upcycling(top_k=0)}, "num_experts_per_tok is 0"),
         ({}, {"upcycle": Upcycling(experts=10**9)}, "num_local_experts is 1000000000"),
-        ({}, {"to": "gguf"}, "an upcycled model is written as hf; convert that to gguf afterwards"),
+        ({}, {"to": "gguf"}, "--upcycle writes hf; convert the result to gguf afterwards"),
     ],
     ids=str,
 )
