@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,17 +18,13 @@ from pentad.errors import BadInput
 from pentad.models import families, family_of
 from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import corrected_by_tensors, read_family_config
+from pentad.nn.decoder import Decoder
 from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
 from pentad.nn.moe.experts import GroupedLinear, QuantizedGroupedLinear
 from pentad.weights.cache import Progress, task
-from pentad.weights.checkpoint import Checkpoint
-from pentad.weights.keytable import best_table
+from pentad.weights.checkpoint import Checkpoint, TensorEntry
+from pentad.weights.keytable import Operation, Pairing, best_table
 from pentad.weights.quantized import QuantizedTensor
-
-if TYPE_CHECKING:
-    from pentad.nn.decoder import Decoder
-    from pentad.weights.checkpoint import TensorEntry
-    from pentad.weights.keytable import Operation, Pairing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QuantizedPart = type[QuantizedLinear] | type[RowwiseInt8Linear]

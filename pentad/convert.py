@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,20 +24,18 @@ from pentad.models.language import mixtral
 from pentad.models.language.config import frequency_factors, write_family_config
 from pentad.models.language.decoder_only import DecoderConfig
 from pentad.nn.attention import Attention
+from pentad.nn.decoder import Decoder
 from pentad.nn.rope import Rope
 from pentad.text import export
 from pentad.upcycle import Upcycling, mixture_network, mixture_values
 from pentad.weights import registry
 from pentad.weights.atomic import new_folder
+from pentad.weights.cache import Progress
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
 from pentad.weights.gguf_writer import write_gguf
 from pentad.weights.keytable import KeyTable, Value
 from pentad.weights.safetensors_writer import write_safetensors
 from pentad.weights.writing import QUANTIZED, PendingTensor
-
-if TYPE_CHECKING:
-    from pentad.nn.decoder import Decoder
-    from pentad.weights.cache import Progress
 
 FORMATS = {"hf": "hf", "mistral": "consolidated", "gguf": "gguf"}
 """Target of `convert` -> `Checkpoint.format`."""

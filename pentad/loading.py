@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 
@@ -19,14 +19,10 @@ from pentad.generate.guards import UnsupportedByKernels
 from pentad.generate.plan import check_network
 from pentad.generate.plan_step import step_for
 from pentad.generate.step import PlainStep, Step
+from pentad.nn.decoder import Decoder
 from pentad.nn.encoder_decoder import EncoderDecoder
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from pentad.nn.decoder import Decoder
-    from pentad.weights.cache import Progress
-    from pentad.weights.checkpoint import Checkpoint
+from pentad.weights.cache import Progress
+from pentad.weights.checkpoint import Checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -102,7 +98,11 @@ def load(
     if why_torch is None and any(entry.quantization for entry in checkpoint.tensors.values()):
         torch_dtype = torch.float32  # of norms and biases
     build.fill(network, checkpoint, device=target, dtype=torch_dtype, quantized=quantized, progress=progress)
-    tokenizer = _tokenizer(checkpoint, network.config.vocab_size)
+    tokenizer: text.Tokenizer | BadInput | None
+    try:
+        tokenizer = text.load(checkpoint, vocab_size=network.config.vocab_size)
+    except BadInput as error:
+        tokenizer = error  # raised when it is needed: `logits` works without a tokenizer
     step: Step
     if isinstance(network, EncoderDecoder):
         step = EncoderDecoderStep(network, cache_dtype=kv_dtype)
@@ -152,14 +152,6 @@ def kernels_decline(
     except UnsupportedByKernels as reason:
         return str(reason)
     return None
-
-
-def _tokenizer(checkpoint: Checkpoint, vocab_size: int) -> text.Tokenizer | BadInput | None:
-    """The tokenizer, or the error raised by reading it: `logits` works without one."""
-    try:
-        return text.load(checkpoint, vocab_size=vocab_size)
-    except BadInput as error:
-        return error
 
 
 def _cache_dtype(name: str | torch.dtype) -> torch.dtype:

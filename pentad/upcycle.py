@@ -13,23 +13,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pentad.build import meta_network, parameter_names
 from pentad.errors import BadInput
+from pentad.models.family import Family
 from pentad.models.language import llama, mistral, mixtral
 from pentad.models.language.decoder_only import DecoderConfig
+from pentad.nn.decoder import Decoder
+from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.config import read_config
 from pentad.weights.keytable import Value
 from pentad.weights.quantized import QuantizedTensor
-
-if TYPE_CHECKING:
-    from pentad.models.family import Family
-    from pentad.nn.decoder import Decoder
-    from pentad.weights.checkpoint import Checkpoint
 
 FAMILIES = (llama.FAMILY, mistral.FAMILY)
 """Families whose networks differ from Mixtral's only in the experts."""

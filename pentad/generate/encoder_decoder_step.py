@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -71,15 +70,6 @@ class EncoderDecoderStep(Step):
         self.network = network
         self.backend = "as plain torch: it is an encoder-decoder"
         self.cache = SourcedCache(network, cache_dtype or network.dtype, page_size)
-
-    def rope_scaling_key(self, length: int) -> int:
-        return 0  # there is no RoPE
-
-    def refresh(self) -> EncoderDecoderStep:
-        return self
-
-    def single_threaded(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     @torch.inference_mode()
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:

@@ -114,11 +114,9 @@ class Runner:
         load_seconds: duration of loading.
 
     Attributes:
-        name: as above.
         network: the torch module.
         context_length: maximum sequence length in tokens.
         sampling: default sampling options.
-        load_seconds: as above.
     """
 
     _engine_class: ClassVar[type[Engine]] = Engine

@@ -40,12 +40,15 @@ class Step(Protocol):
 
     def rope_scaling_key(self, length: int) -> int:
         """A key for a sequence's length. Sequences with equal keys have the same RoPE, and may share cached keys."""
+        return 0
 
     def refresh(self) -> Step:
         """Return this step, or a new one with an empty cache if the network has changed."""
+        return self
 
     def single_threaded(self) -> AbstractContextManager[None]:
         """A context for sampling, whose small torch operations gain nothing from threads."""
+        return nullcontext()
 
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
         """Run the tokens and add them to the cache.
@@ -59,7 +62,7 @@ class Step(Protocol):
         """
 
 
-class PlainStep:
+class PlainStep(Step):
     """Executes steps in plain torch by calling the network, and owns their cache.
 
     Args:
@@ -101,9 +104,6 @@ class PlainStep:
 
     def refresh(self) -> Step:
         return (self._replan and self._replan()) or self
-
-    def single_threaded(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     @torch.inference_mode()
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from pentad.errors import BadInput
 from pentad.models.family import Family, ModelConfig
 from pentad.models.language.decoder_only import DecoderConfig
 from pentad.nn.rope_scaling import FrequencyFactors, Linear, Llama3, Yarn, inverse_frequencies
+from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.config import MAX_SIZE, read_config
-
-if TYPE_CHECKING:
-    from pentad.weights.checkpoint import Checkpoint
 
 GGUF_FIELDS = {
     "hidden_size": "embedding_length",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -19,10 +19,8 @@ from pentad.nn.decoder import Decoder
 from pentad.nn.norm import RMSNorm
 from pentad.nn.rope import Rope
 from pentad.nn.rope_scaling import DefaultRope, scaling
+from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.config import MAX_SIZE
-
-if TYPE_CHECKING:
-    from pentad.weights.checkpoint import Checkpoint
 
 MAX_EXPERTS = 4096  # twice as many as in the largest published model; more indicate a broken file
 

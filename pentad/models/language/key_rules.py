@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 from pentad.models.language.decoder_only import DecoderConfig
 from pentad.weights.keytable import Identity, KeyTable, Rule, UnpermuteRope
 
-Layouts = Callable[[DecoderConfig], list[KeyTable]]
+Layouts = Callable[[Any], list[KeyTable]]
 
 
 def hf(*rules: Rule) -> Layouts:
-    """Rules for Hugging Face folders."""
-    return lambda config: [KeyTable([*hf_rules(), *rules], hf_ignored(config))]
+    """The layout of Hugging Face folders, with a family's own rules."""
+    return lambda config: [hf_table(config, *rules)]
 
 
 def gguf(*rules: Rule, interleaved: bool = False) -> Layouts:
-    """Rules for GGUF files; only architecture "llama" has interleaved queries and keys."""
-    return lambda config: [KeyTable([*gguf_rules(config, interleaved=interleaved), *rules], GGUF_IGNORED)]
+    """The layout of GGUF files; only architecture "llama" has interleaved queries and keys."""
+    return lambda config: [gguf_table(config, *rules, interleaved=interleaved)]
 
 
-def consolidated(*rules: Rule) -> Layouts:
-    """Rules for Meta's and Mistral's consolidated files."""
-    return lambda config: [KeyTable([*consolidated_rules(config), *rules], CONSOLIDATED_IGNORED)]
-
-
-GGUF_IGNORED = (r"rope_freqs\.weight",)  # read with the config
-CONSOLIDATED_IGNORED = (r"(.*\.)?rope\.freqs",)
-
-
-def hf_rules() -> list[Rule]:
+def hf_table(config: DecoderConfig, *rules: Rule) -> KeyTable:
     layer = "model.layers.*"
-    return [
+    shared = [
         Rule("embed", "model.embed_tokens"),
         Rule("layers.*.attention_norm", f"{layer}.input_layernorm"),
         *(Rule(f"layers.*.attention.{p}_proj", f"{layer}.self_attn.{p}_proj") for p in "qkvo"),
@@ -40,16 +32,17 @@ def hf_rules() -> list[Rule]:
         Rule("norm", "model.norm"),
         Rule("head", "lm_head"),
     ]
+    return KeyTable([*shared, *rules], hf_ignored(config))
 
 
-def hf_ignored(config: DecoderConfig) -> Sequence[str]:
+def hf_ignored(config: DecoderConfig) -> list[str]:
     """Tensors that are computed, and the copy of a tied head."""
     return [r".*\.rotary_emb\.inv_freq", *([r"lm_head\.weight"] if config.tie_word_embeddings else [])]
 
 
-def gguf_rules(config: DecoderConfig, *, interleaved: bool = False) -> list[Rule]:
+def gguf_table(config: DecoderConfig, *rules: Rule, interleaved: bool = False) -> KeyTable:
     queries, keys = _unpermute(config) if interleaved else (Identity(), Identity())
-    return [
+    shared = [
         Rule("embed", "token_embd"),
         Rule("layers.*.attention_norm", "blk.*.attn_norm"),
         Rule("layers.*.attention.q_proj", "blk.*.attn_q", queries),
@@ -61,12 +54,14 @@ def gguf_rules(config: DecoderConfig, *, interleaved: bool = False) -> list[Rule
         Rule("norm", "output_norm"),
         Rule("head", "output"),
     ]
+    return KeyTable([*shared, *rules], [r"rope_freqs\.weight"])  # which is read with the config
 
 
-def consolidated_rules(config: DecoderConfig) -> list[Rule]:
+def consolidated_table(config: DecoderConfig, *rules: Rule) -> KeyTable:
+    """The layout of Meta's and Mistral's consolidated files."""
     queries, keys = _unpermute(config)
     feedforward = {"gate": "w1", "up": "w3", "down": "w2"}
-    return [
+    shared = [
         Rule("embed", "tok_embeddings"),
         Rule("layers.*.attention_norm", "layers.*.attention_norm"),
         Rule("layers.*.attention.q_proj", "layers.*.attention.wq", queries),
@@ -77,6 +72,7 @@ def consolidated_rules(config: DecoderConfig) -> list[Rule]:
         Rule("norm", "norm"),
         Rule("head", "output"),
     ]
+    return KeyTable([*shared, *rules], [r"(.*\.)?rope\.freqs"])
 
 
 def _unpermute(config: DecoderConfig) -> tuple[UnpermuteRope, UnpermuteRope]:

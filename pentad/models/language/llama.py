@@ -51,7 +51,7 @@ FAMILY = Family(
     key_tables={
         "hf": key_rules.hf(),
         "gguf": key_rules.gguf(interleaved=True),
-        "consolidated": key_rules.consolidated(),
+        "consolidated": lambda config: [key_rules.consolidated_table(config)],
     },
     names=ArchitectureNames("llama", "LlamaForCausalLM", gguf="llama"),
     recognizes=recognizes,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
@@ -16,10 +16,8 @@ from pentad.models.language.mistral import MistralConfig
 from pentad.nn.moe.experts import SwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import mixtral_top_k
+from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.keytable import Concat, Flattened, KeyTable, Rule, Stacked
-
-if TYPE_CHECKING:
-    from pentad.weights.checkpoint import Checkpoint
 
 ROUTER, EXPERTS = "layers.*.feedforward.router", "layers.*.feedforward.experts"
 W_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -70,7 +68,7 @@ def _hf(config: MixtralConfig) -> list[KeyTable]:
         Rule(f"{EXPERTS}.down_proj", f"{fused}.experts.down_proj", bare=True),
     ]
     layouts = [Rule(ROUTER, f"{layer}.gate"), *separate], [Rule(ROUTER, f"{fused}.gate"), *stacked]
-    return [table for layout in layouts for table in key_rules.hf(*layout)(config)]
+    return [key_rules.hf_table(config, *layout) for layout in layouts]
 
 
 def _gguf(config: MixtralConfig) -> list[KeyTable]:
@@ -78,9 +76,7 @@ def _gguf(config: MixtralConfig) -> list[KeyTable]:
     router = Rule(ROUTER, "blk.*.ffn_gate_inp")
     stacked = [Rule(f"{EXPERTS}.{ours}", f"blk.*.ffn_{theirs}_exps") for theirs, ours in GGUF_NAMES.items()]
     separate = _separate_experts("blk.*.ffn_{matrix}.{expert}", GGUF_NAMES, config)
-    return [
-        table for layout in (stacked, separate) for table in key_rules.gguf(router, *layout, interleaved=True)(config)
-    ]
+    return [key_rules.gguf_table(config, router, *experts, interleaved=True) for experts in (stacked, separate)]
 
 
 def _consolidated(config: MixtralConfig) -> list[KeyTable]:
@@ -93,7 +89,7 @@ def _consolidated(config: MixtralConfig) -> list[KeyTable]:
         for theirs, ours in W_NAMES.items()
     ]
     layouts = [Rule(ROUTER, f"{layer}.gate"), *separate], [Rule(ROUTER, f"{stack}.gate"), *stacked]
-    return [table for layout in layouts for table in key_rules.consolidated(*layout)(config)]
+    return [key_rules.consolidated_table(config, *layout) for layout in layouts]
 
 
 def _separate_experts(pattern: str, names: Mapping[str, str], config: MixtralConfig) -> list[Rule]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
@@ -29,10 +29,8 @@ from pentad.nn.moe.experts import GatedSwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import softmax_top_k
 from pentad.nn.norm import RMSNorm
+from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.keytable import KeyTable, Rule, Stacked, Transposed
-
-if TYPE_CHECKING:
-    from pentad.weights.checkpoint import Checkpoint
 
 ROUTER_FIELDS = ("topk", "capacity_factor_train", "capacity_factor_eval", "min_capacity", "drop_tks")
 
@@ -108,7 +106,7 @@ def _hf(config: OpenMoeConfig) -> list[KeyTable]:
         stacked.append(Rule(f"{ours}.experts.{part}", f"{mlp}.experts.{theirs}", Transposed(), bare=True))
         each = tuple(f"{mlp}.experts.{e}.{part}" for e in range(config.num_experts))
         separate.append(Rule(f"{ours}.experts.{part}", each, Stacked()))
-    return [table for layout in (stacked, separate) for table in key_rules.hf(*rules, *layout)(config)]
+    return [key_rules.hf_table(config, *rules, *layout) for layout in (stacked, separate)]
 
 
 def init_std(config: OpenMoeConfig, name: str) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
@@ -16,10 +16,8 @@ from pentad.models.language.decoder_only import DecoderConfig, DecoderOnly, self
 from pentad.nn.block import ParallelBlock
 from pentad.nn.feedforward import GeluMLP
 from pentad.nn.norm import LayerNorm
+from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.keytable import Concat, KeyTable, Rule
-
-if TYPE_CHECKING:
-    from pentad.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +95,12 @@ def _hf(config: PhiConfig) -> list[KeyTable]:
         Rule("layers.*.feedforward.down_proj", "model.layers.*.mlp.fc2"),
         Rule("norm", "model.final_layernorm"),
     ]
-    tables = key_rules.hf(*rules)(config)
+    current = key_rules.hf_table(config, *rules)
     if config.qk_layernorm:
-        return tables
+        return [current]
     count = config.num_hidden_layers
     return [
-        *tables,
+        current,
         _table_of_2023(config, "transformer.embd", [f"transformer.h.{i}" for i in range(count)], "lm_head"),
         _table_of_2023(config, "layers.0", [f"layers.{i + 1}" for i in range(count)], f"layers.{count + 1}"),
     ]
@@ -114,7 +112,7 @@ def _gguf(config: PhiConfig) -> list[KeyTable]:
         return []
     norm = Rule("layers.*.norm", "blk.*.attn_norm")
     fused = Rule(tuple(f"layers.*.{part}" for part in QKV), "blk.*.attn_qkv", _qkv(config))
-    return [*key_rules.gguf(norm)(config), *key_rules.gguf(norm, fused)(config)]
+    return [key_rules.gguf_table(config, norm), key_rules.gguf_table(config, norm, fused)]
 
 
 def _table_of_2023(config: PhiConfig, embed: str, layers: list[str], head: str) -> KeyTable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
@@ -18,10 +18,8 @@ from pentad.models.language import key_rules
 from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, self_attention
 from pentad.nn.feedforward import SwiGLU
 from pentad.nn.rope_scaling import DefaultRope, DynamicSteps
+from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.keytable import Concat, KeyTable, Rule
-
-if TYPE_CHECKING:
-    from pentad.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,7 @@ def init_std(config: QwenConfig, name: str) -> float:
 FAMILY = Family(
     QwenConfig,
     Qwen,
-    key_tables={"hf": _hf, "gguf": lambda config: key_rules.gguf(_qkv(config, "blk.*.attn_qkv"))(config)},
+    key_tables={"hf": _hf, "gguf": lambda config: [key_rules.gguf_table(config, _qkv(config, "blk.*.attn_qkv"))]},
     names=ArchitectureNames("qwen", "QWenLMHeadModel", gguf="qwen"),
     init_std=init_std,
 )

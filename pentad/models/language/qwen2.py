@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
 from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, self_attention
 from pentad.nn.feedforward import SwiGLU
-
-if TYPE_CHECKING:
-    from pentad.weights.checkpoint import Checkpoint
+from pentad.weights.checkpoint import Checkpoint
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 

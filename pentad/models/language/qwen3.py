@@ -39,7 +39,7 @@ class Qwen3(PreNormDecoder):
 def _gguf(config: Qwen3Config) -> list[KeyTable]:
     """No layout for models with attention_bias: llama.cpp's Qwen3 has no bias on attention's output."""
     rules = (Rule(f"layers.*.attention.{p}_norm", f"blk.*.attn_{p}_norm") for p in "qk")
-    return [] if config.attention_bias else key_rules.gguf(*rules)(config)
+    return [] if config.attention_bias else [key_rules.gguf_table(config, *rules)]
 
 
 FAMILY = Family(

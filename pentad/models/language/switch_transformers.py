@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from torch import nn
 
@@ -27,11 +27,9 @@ from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import softmax_top_k
 from pentad.nn.norm import RMSNorm
 from pentad.nn.relative_bias import RelativeBias
+from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.config import MAX_LAYERS, MAX_SIZE
 from pentad.weights.keytable import KeyTable, Rule, Stacked
-
-if TYPE_CHECKING:
-    from pentad.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
