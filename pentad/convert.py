@@ -148,7 +148,7 @@ class _Converter:
     Attributes:
         checkpoint: the source.
         format: the target's `Checkpoint.format`.
-        family, network, config: those of the new files.
+        family, network, config: of the new files.
         entries: parameter name -> the source's tensors that it is made of.
         values: parameter name -> reads its value.
         table: the key table of the new files.
@@ -231,7 +231,7 @@ def _to_folder(
     converter: _Converter, folder: Path, dtype: torch.dtype | None, shard_bytes: int, progress: Progress | None
 ) -> Conversion:
     checkpoint, default = converter.checkpoint, default_dtype(converter.checkpoint)
-    if dtype is None and checkpoint.format == "gguf":  # whose norms are float32 in any case
+    if dtype is None and checkpoint.format == "gguf":  # GGUF norms are always float32
         dtype = default
     tensors = converter.pending_tensors(lambda name, _: dtype or converter.entries[name][0].dtype or default)
     config = converter.written_config(tensors)
@@ -297,12 +297,10 @@ def _read_back(converter: _Converter, config: Mapping[str, Any], tensors: list[P
     Raises:
         BadInput: the network would be different.
     """
-    entries = {
-        t.name: TensorEntry(
-            t.name, t.shape, t.type if isinstance(t.type, torch.dtype) else None, None, t.nbytes, t.make
-        )
-        for t in tensors
-    }
+    entries = {}
+    for t in tensors:
+        dtype = t.type if isinstance(t.type, torch.dtype) else None
+        entries[t.name] = TensorEntry(t.name, t.shape, dtype, None, t.nbytes, t.make)
     path, format, before = converter.checkpoint.path, converter.format, converter.config
     written = Checkpoint(path, format, config, {}, entries)
     network = meta_network(written)

@@ -111,13 +111,11 @@ def load(
     else:
         step = PlainStep(network, cache_dtype=kv_dtype, why=why_torch)
     _logger.info("%s runs %s", name_or_path, step.backend)
-    return (EncoderDecoderModel if isinstance(network, EncoderDecoder) else LanguageModel)(
-        str(name_or_path),
-        step,
-        tokenizer,
-        context=context,
-        generation=checkpoint.generation,
-        load_seconds=time.perf_counter() - started,
+    runner: type[EncoderDecoderModel | LanguageModel]
+    runner = EncoderDecoderModel if isinstance(network, EncoderDecoder) else LanguageModel
+    seconds = time.perf_counter() - started
+    return runner(
+        str(name_or_path), step, tokenizer, context=context, generation=checkpoint.generation, load_seconds=seconds
     )
 
 

@@ -30,7 +30,7 @@ class SourcedSequence(CachedSequence):
 
 
 class SourcedCache(PagedCache):
-    """Keys and values of a decoder's self-attention, and in `sources` those of its cross-attention."""
+    """Keys and values of a decoder's self-attention; `sources` has the keys and values of its cross-attention."""
 
     def __init__(self, network: EncoderDecoder, dtype: torch.dtype, page_size: int) -> None:
         layers = network.cross_attentions

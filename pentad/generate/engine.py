@@ -167,8 +167,8 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request, unless it has finished.
 
-        The pages of a generation are kept for a request that continues it, in place of those kept before. The pages of
-        an evaluation are freed.
+        The pages of a generation are kept for a request that continues it, and replace the previously kept pages. The
+        pages of an evaluation are freed.
         """
         if request.finish_reason is None:
             self._finish(request, "cancelled")
@@ -231,7 +231,7 @@ class Engine:
             raise
 
     def _schedule(self) -> list[tuple[Request, Sequence[int], range]]:
-        """Each request's tokens in this step, and those of them whose logits are wanted."""
+        """Each request's tokens in this step, and the indices of the tokens whose logits are wanted."""
         budget = self.config.max_batched_tokens
         scheduled: list[tuple[Request, Sequence[int], range]] = []
         decoding_first = sorted(self._running, key=lambda r: not (isinstance(r, Generation) and r.generated))
@@ -320,12 +320,11 @@ class Engine:
         if request in self._waiting:
             self._waiting.remove(request)
         sequence = self._running.pop(request, None)
-        if sequence is not None:
-            if reason == "error" or not sequence.length or not isinstance(request, Generation):
-                self.executor.cache.close(sequence)
-            else:
-                self.drop_kept()
-                self._kept = (request.pending(0)[: sequence.length], sequence)
+        if sequence is not None and isinstance(request, Generation) and sequence.length and reason != "error":
+            self.drop_kept()
+            self._kept = (request.pending(0)[: sequence.length], sequence)
+        elif sequence is not None:
+            self.executor.cache.close(sequence)
         return Event(request, token, reason)
 
     def _bytes(self, request: Request) -> int:
@@ -333,7 +332,7 @@ class Engine:
         return self.executor.cache.bytes_for(len(request.prompt) + getattr(request, "max_tokens", 0))
 
     def _fits(self, request: Request, *, kept: bool = False) -> bool:
-        """Whether the cache has room for a request beside the running ones, and beside the kept pages."""
+        """Whether a request fits into the cache with the running ones, and also with the kept pages if `kept`."""
         cache, limit = self.executor.cache, self.config.max_cache_bytes
         if limit is None:
             return True

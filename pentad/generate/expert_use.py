@@ -65,7 +65,7 @@ def expert_use(network: Decoder, ids: Sequence[int], *, window: int = 1024, freq
             if routing is None:
                 continue
             if not routing.logits.isfinite().all():
-                raise PentadError(f"the router of layer {layer} gives no numbers: the weights are damaged")
+                raise PentadError(f"router logits of layer {layer} are not numbers: the weights are damaged")
             total, by_id = usage(routing), usage_by_token(routing, ids_N, counted_ids)
             layers[layer] = layers[layer] + total if layer in layers else total
             by_token[layer] = by_token[layer] + by_id if layer in by_token else by_id

@@ -1,4 +1,4 @@
-"""Guards: they record what was read from a network, and detect later changes."""
+"""Guards record the parts read from a network, and detect later changes."""
 
 from __future__ import annotations
 

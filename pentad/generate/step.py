@@ -55,7 +55,7 @@ class Step(Protocol):
 
         Args:
             work: sequences and their next tokens.
-            wanted: indices into all these tokens, concatenated: the tokens whose logits to compute.
+            wanted: indices, into the concatenated tokens, of the tokens whose logits to compute.
 
         Returns:
             float32 [len(wanted), vocab].

@@ -50,7 +50,7 @@ class ModelConfig:
         """
         return self
 
-    def published(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, Any]:
         """The fields with the values of a ``config.json``, by field name."""
         return asdict(self)
 

@@ -51,7 +51,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="the text is empty"):
         expert_use(network, [])
     network.layers[1].feedforward.router.weight.data[0, 0] = float("nan")
-    with pytest.raises(PentadError, match="the router of layer 1 gives no numbers: the weights are damaged"):
+    with pytest.raises(PentadError, match="router logits of layer 1 are not numbers: the weights are damaged"):
         expert_use(network, [1, 2, 3])
     tiny_checkpoint(tmp_path / "b")
     with pytest.raises(BadInput, match="it has no experts"):

@@ -82,7 +82,7 @@ def write_family_config(family: Family, config: ModelConfig, format: str) -> dic
         return {
             "architectures": [family.names.architecture],
             "model_type": family.names.model_type or family.names.family,
-            **{names.get(field, field): value for field, value in config.published().items()},
+            **{names.get(field, field): value for field, value in config.to_hf().items()},
         }
     assert isinstance(config, DecoderConfig)
     values = {name: getattr(config, name, None) for name in (*GGUF_FIELDS, *PARAMS_FIELDS)}

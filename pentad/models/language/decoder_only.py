@@ -80,13 +80,13 @@ class DecoderConfig(ModelConfig):
         scaling(config.rope_parameters, path).frequencies(config.rope_theta, config.rotary_dim, 1)
         return config
 
-    def published(self) -> dict[str, Any]:
-        values = super().published()
-        values["rope_scaling"] = _published_scaling(self, values.pop("rope_parameters"))
+    def to_hf(self) -> dict[str, Any]:
+        values = super().to_hf()
+        values["rope_scaling"] = _hf_rope_scaling(self, values.pop("rope_parameters"))
         return values
 
 
-def _published_scaling(config: DecoderConfig, rope: Mapping[str, Any]) -> dict[str, Any] | None:
+def _hf_rope_scaling(config: DecoderConfig, rope: Mapping[str, Any]) -> dict[str, Any] | None:
     name = rope.get("rope_type") or rope.get("type") or "default"
     if name == "default":
         return None

@@ -59,9 +59,9 @@ class QwenConfig(PreNormConfig):
     def rope_scaling(self) -> DefaultRope:
         return DynamicSteps(self.seq_length) if self.use_dynamic_ntk and self.seq_length else DefaultRope()
 
-    def published(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, Any]:
         absent = ("num_key_value_heads", "hidden_act", "rope_scaling")
-        return {name: value for name, value in super().published().items() if name not in absent}
+        return {name: value for name, value in super().to_hf().items() if name not in absent}
 
     def resolve(self, checkpoint: Checkpoint) -> Self:
         config = super().resolve(checkpoint)

@@ -77,8 +77,8 @@ class SwitchConfig(ModelConfig):
             raise BadInput(f"{path}: decoder_start_token_id {self.decoder_start_token_id} is outside the vocabulary")
         return replace(self, num_decoder_layers=layers[1])
 
-    def published(self) -> dict[str, Any]:
-        return {"is_encoder_decoder": True, **super().published()}
+    def to_hf(self) -> dict[str, Any]:
+        return {"is_encoder_decoder": True, **super().to_hf()}
 
 
 def sparse_layers(layers: int, sparse: int) -> list[bool]:
