@@ -187,7 +187,7 @@ class _Converter:
         self.network = mixture_network(self.checkpoint, self.family, dense, upcycle)
         self.family = mixtral.FAMILY
         values = mixture_values(self.network, self.values, upcycle)
-        self.entries = {name: self.entries[dense] for name, (dense, _) in values.items()}
+        self.entries = {name: self.entries[dense_name] for name, (dense_name, _) in values.items()}
         self.values = {name: value for name, (_, value) in values.items()}
 
     def written_config(self, tensors: list[PendingTensor]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def mixture_values(
 ) -> dict[str, tuple[str, Callable[[], Value]]]:
     """Map the names of a mixture's tensors to dense tensors: the dense tensor's name, and a function for the value.
 
-    A router is mapped to the norm before it, and is stored in the dtype of that norm. The experts of a layer are one tensor in
+    A router is mapped to the norm before it, and is stored in the norm's dtype. The experts of a layer are one tensor in
     memory, expanded.
     """
     values: dict[str, tuple[str, Callable[[], Value]]] = {}

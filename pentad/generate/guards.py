@@ -31,12 +31,8 @@ class Guards:
         self._values: list[object] = []
         self._parts: dict[int, nn.Module] = {}
         self._types: list[type[nn.Module]] = []
-        self._attributes: list[dict[str, Any]] = []
-        self._hooks: list[dict[Any, Any]] = [
-            hooks
-            for name, hooks in vars(torch_module).items()
-            if name.startswith("_global_") and isinstance(hooks, dict)
-        ]
+        global_hooks = (hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_"))
+        self._hooks: list[dict[Any, Any]] = [hooks for hooks in global_hooks if isinstance(hooks, dict)]
         self._tensors: dict[int, Tensor] = {}
         self._versions: list[int] = []
 
@@ -47,7 +43,6 @@ class Guards:
         if id(part) not in self._parts:
             self._parts[id(part)] = part
             self._types.append(type(part))
-            self._attributes.append(vars(part))
             self._hooks += [getattr(part, hooks) for hooks in HOOKS]
         values = [self._read(part, name) for name in names]
         return values[0] if len(values) == 1 else tuple(values)
@@ -77,7 +72,7 @@ class Guards:
         try:
             return (
                 not any(self._hooks)
-                and not any("forward" in attributes for attributes in self._attributes)
+                and not any("forward" in vars(part) for part in self._parts.values())
                 and all(map(is_, map(type, self._parts.values()), self._types))
                 and all(map(is_, map(getitem, self._namespaces, self._names), self._values))
                 and [tensor._version for tensor in self._tensors.values()] == self._versions

@@ -6,9 +6,9 @@ are explicit parts or arguments: scores not divided by sqrt(D) (`Attention.scale
 (`softmax_top_k`), capacities (`EvenCapacity`).
 
 Three differences from the published code remain. It rotates a query that is decoded alone as if it stood one position
-later; flaxformer, which trained the checkpoints, does not. Its capacities count the tokens of a padded batch; here
-they count the tokens of a sequence in a step. It lets queries attend to position 0 even if the mask excludes it, which matters
-only with padding. The configs on the Hugging Face hub are not verified.
+later; flaxformer, which trained the checkpoints, does not. It computes capacities from a padded batch, pentad from a
+sequence in a step. It lets queries attend to position 0 even if the mask excludes it, which matters only with padding.
+The configs on the Hugging Face hub are not verified.
 """
 
 from __future__ import annotations
