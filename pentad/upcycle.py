@@ -78,8 +78,8 @@ def mixture_values(
 ) -> dict[str, tuple[str, Callable[[], Value]]]:
     """Map the names of a mixture's tensors to dense tensors: the dense tensor's name, and a function for the value.
 
-    A router is mapped to the norm before it, and is stored in the norm's dtype. The experts of a layer are one tensor in
-    memory, expanded.
+    A router is mapped to the norm before it, and is stored in the norm's dtype. The experts of a layer are one
+    tensor in memory, expanded.
     """
     values: dict[str, tuple[str, Callable[[], Value]]] = {}
     for name in parameter_names(mixture):

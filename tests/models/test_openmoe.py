@@ -423,7 +423,7 @@ def test_parameters(tmp_path: Path, config: dict[str, Any], parameters: int, act
         ({"router_drop_tks": "no"}, "router_drop_tks is 'no', not of type bool"),
         ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
         ({"mlp_gated": False}, "mlp_gated is false"),
-        ({"head_dim": 11}, "heads of 11 numbers can't"),
+        ({"head_dim": 11}, "heads of 11 dimensions"),
         ({"head_dim": 8}, "model.layers.0.self_attn.q_proj.weight is [48, 32], the config asks for [32, 32]"),
     ],
     ids=str,
