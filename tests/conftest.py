@@ -1,4 +1,4 @@
-"""What every test runs under: no hub, no telemetry, fixed seeds, two threads."""
+"""The environment of every test: no hub, no telemetry, fixed seeds, two threads."""
 
 import os
 import random
@@ -11,7 +11,7 @@ import torch
 
 _hub_home = tempfile.TemporaryDirectory(prefix="pentad-tests-")
 
-# Libraries read these when they are imported, so they are set before any test file is.
+# Libraries read these variables when they are imported, so they are set before any test file is imported.
 os.environ |= {
     "DO_NOT_TRACK": "1",
     "HF_HOME": _hub_home.name,  # neither a user's models nor their token
@@ -32,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker("network")
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
@@ -40,7 +46,7 @@ def _seeds() -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct, pulled into the user's own cache where it is missing."""
+    """The GGUF of SmolLM2-135M-Instruct; if the user's cache lacks it, it is downloaded."""
     from pentad.weights.registry import locate
 
     return locate("smollm2")

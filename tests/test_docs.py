@@ -98,6 +98,7 @@ def name_of(document: Path) -> str:
     return str(document.relative_to(ROOT))
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if path != GENERATED], ids=name_of)
 def test_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

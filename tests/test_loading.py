@@ -234,10 +234,10 @@ def test_weights_are_used_where_they_lie(tmp_path: Path) -> None:
 
 
 def mapped_ranges(file: Path) -> list[range]:
-    """Where the process has the file in its memory (Linux tells)."""
+    """The addresses at which this process has mapped the file."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
-        return [range(2**64)]
+        pytest.skip("the system has no /proc/self/maps")
     places = [line.split() for line in maps.read_text().splitlines()]
     spans = [line[0].split("-") for line in places if line[-1] == str(file.resolve())]
     return [range(int(start, 16), int(stop, 16)) for start, stop in spans]
@@ -251,7 +251,7 @@ def test_gguf_weights_are_used_where_they_lie(tmp_path: Path) -> None:
     permuted = ("q_proj", "k_proj")
     for name, parameter in network.named_parameters():
         inside = any(parameter.data_ptr() in place for place in mapped)
-        assert inside != any(part in name for part in permuted) or len(mapped[0]) > 2**62, name
+        assert inside != any(part in name for part in permuted), name
 
 
 @pytest.mark.parametrize("source", ["hf", "gguf"])

@@ -20,8 +20,7 @@ from pentad.generate.sampling import Sampling
 from pentad.nn.encoder_decoder import EncoderDecoder
 from tests.helpers.plain import read_pages
 from tests.helpers.tiny import assert_equal_logits, edit_json, network_of, random_ids
-from tests.helpers.tiny_switch import reading_checkpoint, switch_checkpoint
-from tests.models.test_switch import run, stepped
+from tests.helpers.tiny_switch import reading_checkpoint, run, stepped, switch_checkpoint
 
 GREEDY = {"temperature": 0.0, "max_tokens": 20}
 PROMPT = "The <extra_id_0> walks in <extra_id_1> park"
@@ -65,8 +64,8 @@ def texts(step: EncoderDecoderStep, *requests: Generation) -> list[list[int]]:
 
 
 def held(step: EncoderDecoderStep) -> list[int]:
-    """Pages that somebody holds, of what is written and of what is read."""
-    return [sum(count > 0 for count in cache._counts) for cache in (step.cache, step.cache.sources)]
+    """Pages in use: the decoder's, and those of the sources."""
+    return [cache.pages_in_use for cache in (step.cache, step.cache.sources)]
 
 
 # --- the step -------------------------------------------------------------------------------------

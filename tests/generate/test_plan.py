@@ -378,8 +378,7 @@ def test_a_cache_of_bytes(llama: nn.Module) -> None:
 
 
 def test_replaced_blocks(quantized: nn.Module) -> None:
-    network = copy.copy(quantized)
-    network._modules = dict(quantized._modules)
+    network = copy.deepcopy(quantized)
     plan, ids = PlanStep(network), random_ids(20)
     bias = network.head.bias
     network.head = QuantizedLinear(network.head.weight.rows(8, 40), bias if bias is None else bias[8:40])

@@ -1,14 +1,19 @@
 """Tiny random Switch Transformers, made by transformers, and a vocabulary of T5's kind."""
 
 import io
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
+from pentad.generate.encoder_decoder_step import EncoderDecoderStep
+from pentad.nn.batch import SequenceLayout, pack
+from pentad.nn.moe.routers import Routing
 from tests.helpers.tiny import Tiny
 from tests.helpers.vocabularies import SHORT
 
@@ -81,3 +86,27 @@ def unigram_model(rule: str = "nmt_nfkc") -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def routings(aux: tuple[Routing | None, ...]) -> list[Routing]:
+    """Of the layers that have one."""
+    return [routing for routing in aux if routing is not None]
+
+
+@torch.inference_mode()
+def run(network: nn.Module, *pairs: tuple[list[int], list[int]]) -> tuple[Tensor, Tensor, list[Routing], list[Routing]]:
+    """The encoder's output, the decoder's logits, and what the routers of both decided, without a cache."""
+    sources, texts = zip(*pairs, strict=True)
+    read_MD, read = network.encode(*pack(*sources))
+    ids, batch = pack(*texts)
+    batch = replace(batch, context=SequenceLayout.of([len(ids) for ids in sources]))
+    hidden_ND, wrote = network.forward_with_routing(ids, batch, read_MD)
+    return read_MD, network.head(hidden_ND).float(), routings(read), routings(wrote)
+
+
+def stepped(network: nn.Module, source: list[int], text: list[int], sizes: int = 1, **options: Any) -> Tensor:
+    """Logits by a cache, so many tokens a step."""
+    step = EncoderDecoderStep(network, **options)
+    sequence = step.cache.open_with(source)
+    chunks = [text[i : i + sizes] for i in range(0, len(text), sizes)]
+    return torch.cat([step([(sequence, chunk)], range(len(chunk))) for chunk in chunks])

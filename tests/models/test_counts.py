@@ -1,13 +1,11 @@
 """Published sizes, from a config alone: parameters, and what keys and values take."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from pentad.cli import app
+from tests.helpers.commands import show
 
 MISTRAL = {
     "model_type": "mistral",
@@ -212,15 +210,6 @@ PARAMETERS: dict[str, tuple[dict[str, Any], int]] = {
     "phi-1, 2023": (PHI_1_OF_2023, 1_418_270_720),
     "phi-2": (PHI_2, 2_779_683_840),
 }
-
-
-def show(folder: Path, config: dict[str, Any], *options: str) -> Any:
-    """What ``pentad show --json`` says of a folder with nothing but a config."""
-    name = "config.json" if "model_type" in config else "params.json"
-    (folder / name).write_text(json.dumps(config))
-    done = CliRunner().invoke(app, ["show", str(folder), "--json", *options])
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("model", PARAMETERS)

@@ -76,11 +76,6 @@ def cached_logits(network: nn.Module, ids: Sequence[int], sizes: Sequence[int], 
     return run_chunks(run, run.cache.open(len(ids)), ids, sizes)
 
 
-def held(run: PlainStep) -> int:
-    """Pages that some sequence holds."""
-    return sum(count > 0 for count in run.cache._counts)
-
-
 def test_the_same_input_gives_the_same_bits(network: nn.Module) -> None:
     ids = random_ids(70)
     assert torch.equal(logits_of(network, ids), logits_of(network, ids))
@@ -194,9 +189,9 @@ def test_forks_are_independent_and_equal_to_what_is_not_shared(network: nn.Modul
     run = PlainStep(network, page_size=page_size)
     first = run.cache.open(len(prefix) + 30)
     run([(first, prefix)], [])
-    pages = held(run)
+    pages = run.cache.pages_in_use
     sequences = [first, run.cache.fork(first), run.cache.fork(first)]
-    assert held(run) == pages
+    assert run.cache.pages_in_use == pages
     got: list[list[Tensor]] = [[], [], []]
     for start, stop in [(0, 1), (1, 2), (2, 19), (19, 30)]:
         work = [(s, end[start:stop]) for s, end in zip(sequences, ends, strict=True)]
@@ -207,7 +202,7 @@ def test_forks_are_independent_and_equal_to_what_is_not_shared(network: nn.Modul
         assert_equal_logits(torch.cat(one), logits_of(network, prefix + end)[len(prefix) :])
     for sequence in sequences:
         run.cache.close(sequence)
-    assert held(run) == 0
+    assert run.cache.pages_in_use == 0
 
 
 def test_a_fork_of_a_sequence_with_pages_in_reserve(network: nn.Module) -> None:
@@ -271,7 +266,7 @@ def test_a_window_is_masked_full_attention(
     for size in sizes:
         got.append(run([(sequence, ids[at : at + size])], range(size)))
         at += size
-        most = max(most, held(run))
+        most = max(most, run.cache.pages_in_use)
         tokens = window + (chunk if at <= 4 * chunk else 1)
         assert len(sequence.pages) <= -(-tokens // page_size) + 1
     pages = len(run.cache.keys[0]) // page_size  # of the whole pool

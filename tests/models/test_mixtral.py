@@ -23,6 +23,7 @@ from pentad.models import family_of
 from pentad.nn.batch import pack
 from pentad.nn.linear import QuantizedLinear
 from pentad.nn.moe.losses import mixtral_balance_loss
+from tests.helpers.commands import show
 from tests.helpers.gguf_file import stored, write_file
 from tests.helpers.gguf_llama import NAMES, interleaved
 from tests.helpers.tiny import (
@@ -38,7 +39,6 @@ from tests.helpers.tiny import (
     tiny_checkpoint,
     tiny_peer,
 )
-from tests.models.test_counts import show
 
 MIXTRAL = {"family": "mixtral", "num_local_experts": 4, "hidden_size": 64, "intermediate_size": 96}
 PUBLISHED = {

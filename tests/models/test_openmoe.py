@@ -23,6 +23,7 @@ from pentad.models import family_of
 from pentad.models.language import openmoe
 from pentad.nn.batch import pack
 from pentad.nn.moe.losses import mixtral_balance_loss
+from tests.helpers.commands import show
 from tests.helpers.tiny import (
     add_tokenizer,
     assert_equal_logits,
@@ -34,7 +35,6 @@ from tests.helpers.tiny import (
     rms,
 )
 from tests.helpers.tiny_openmoe import PUBLISHED, openmoe_checkpoint, shapes
-from tests.models.test_counts import show
 
 UNBOUNDED = {"router_drop_tks": False}
 OPENMOE_8B = {  # as openmoe_8b_config.json beside it

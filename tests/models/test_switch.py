@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     SwitchTransformersConfig,
@@ -21,16 +21,14 @@ import pentad.weights
 from pentad.build import build
 from pentad.convert import convert
 from pentad.errors import BadInput
-from pentad.generate.encoder_decoder_step import EncoderDecoderStep
 from pentad.models.language.config import read_family_config, write_family_config
 from pentad.models.language.switch_transformers import FAMILY, sparse_layers
-from pentad.nn.batch import SequenceLayout, pack
+from pentad.nn.batch import pack
 from pentad.nn.moe.layer import MixtureOfExperts
 from pentad.nn.moe.losses import mixtral_balance_loss, router_z_loss
-from pentad.nn.moe.routers import Routing
+from tests.helpers.commands import show
 from tests.helpers.tiny import assert_equal_logits, edit_json, network_of, random_ids, refused, rms
-from tests.helpers.tiny_switch import DENSE, SIZES, switch_checkpoint, switch_peer
-from tests.models.test_counts import show
+from tests.helpers.tiny_switch import DENSE, SIZES, run, stepped, switch_checkpoint, switch_peer
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -63,33 +61,9 @@ BASE = {  # as google/switch-base-8's config.json has them
 SOURCE, WRITTEN = random_ids(150), [0, *random_ids(40, seed=1)]
 
 
-def routings(aux: tuple[Routing | None, ...]) -> list[Routing]:
-    """Of the layers that have one."""
-    return [routing for routing in aux if routing is not None]
-
-
-@torch.inference_mode()
-def run(network: nn.Module, *pairs: tuple[list[int], list[int]]) -> tuple[Tensor, Tensor, list[Routing], list[Routing]]:
-    """The encoder's output, the decoder's logits, and what the routers of both decided, without a cache."""
-    sources, texts = zip(*pairs, strict=True)
-    read_MD, read = network.encode(*pack(*sources))
-    ids, batch = pack(*texts)
-    batch = replace(batch, context=SequenceLayout.of([len(ids) for ids in sources]))
-    hidden_ND, wrote = network.forward_with_routing(ids, batch, read_MD)
-    return read_MD, network.head(hidden_ND).float(), routings(read), routings(wrote)
-
-
 @torch.inference_mode()
 def peer_run(peer: PreTrainedModel, source: list[int], text: list[int], **options: Any) -> Any:
     return peer(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([text]), use_cache=False, **options)
-
-
-def stepped(network: nn.Module, source: list[int], text: list[int], sizes: int = 1, **options: Any) -> Tensor:
-    """Logits by a cache, so many tokens a step."""
-    step = EncoderDecoderStep(network, **options)
-    sequence = step.cache.open_with(source)
-    chunks = [text[i : i + sizes] for i in range(0, len(text), sizes)]
-    return torch.cat([step([(sequence, chunk)], range(len(chunk))) for chunk in chunks])
 
 
 # --- what it computes -----------------------------------------------------------------------------

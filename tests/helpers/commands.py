@@ -1,0 +1,18 @@
+"""Commands, run in this process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from pentad.cli import app
+
+
+def show(folder: Path, config: dict[str, Any], *options: str) -> Any:
+    """What ``pentad show --json`` says of a folder with nothing but a config."""
+    name = "config.json" if "model_type" in config else "params.json"
+    (folder / name).write_text(json.dumps(config))
+    done = CliRunner().invoke(app, ["show", str(folder), "--json", *options])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
