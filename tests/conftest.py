@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,7 @@ hypothesis.settings.load_profile("pentad")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(_hub_home.cleanup)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and scripts' background jobs ignore it
     torch.set_num_threads(2)
 
 
