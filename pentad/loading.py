@@ -120,12 +120,7 @@ def load(
 
 
 def kernels_decline(
-    checkpoint: Checkpoint,
-    network: Decoder,
-    *,
-    device: torch.device,
-    dtype: object = None,
-    quantize: str | None = None,
+    checkpoint: Checkpoint, network: Decoder, *, device: torch.device, dtype: object = None, quantize: str | None = None
 ) -> str | None:
     """The reason why `load` runs a checkpoint in plain torch; None if the kernels run it.
 

@@ -300,13 +300,7 @@ def test_refusals(destination: str, options: dict[str, str], message: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("to", "rope"),
-    [
-        ("gguf", {**YARN, "attention_factor": 0.5}),
-        ("mistral", LINEAR),
-        ("mistral", LLAMA3),
-    ],
-    ids=str,
+    ("to", "rope"), [("gguf", {**YARN, "attention_factor": 0.5}), ("mistral", LINEAR), ("mistral", LLAMA3)], ids=str
 )
 def test_a_scaling_that_a_format_has_no_place_for(to: str, rope: dict[str, Any], tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a", rope_parameters={"rope_theta": 10000.0, **rope})

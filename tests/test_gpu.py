@@ -10,12 +10,7 @@ import pentad
 from pentad.generate.step import PlainStep
 from pentad.nn.attention import attention
 from pentad.nn.batch import PagedKV, SequenceLayout
-from tests.helpers.tiny import (
-    assert_equal_logits,
-    random_ids,
-    rms,
-    talking_checkpoint,
-)
+from tests.helpers.tiny import assert_equal_logits, random_ids, rms, talking_checkpoint
 
 pytestmark = pytest.mark.gpu
 

@@ -32,11 +32,7 @@ GGUF_SHAPES: dict[str, dict[str, Any]] = {
     "mha, tied": {**WIDE, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "biases": {**WIDE, "attention_bias": True, "mlp_bias": True},
     "wide heads": {**WIDE, "head_dim": 24, "num_key_value_heads": 1},
-    "theta, eps": {
-        **WIDE,
-        "rms_norm_eps": 0.01,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    },
+    "theta, eps": {**WIDE, "rms_norm_eps": 0.01, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
 }
 
 

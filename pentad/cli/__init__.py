@@ -28,10 +28,7 @@ from pentad.errors import BadInput, PentadError
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    name="pentad",
-    add_completion=False,
-    rich_markup_mode=None,
-    context_settings={"max_content_width": 100},
+    name="pentad", add_completion=False, rich_markup_mode=None, context_settings={"max_content_width": 100}
 )
 for command in (chat, complete, score, models, pull, rm, show, convert, bench, env):
     app.command()(with_groups(command))

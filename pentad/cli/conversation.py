@@ -22,12 +22,7 @@ class Conversation:
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        options: Options,
-        *,
-        system: str | None = None,
-        truncate: bool = False,
+        self, model: LanguageModel, options: Options, *, system: str | None = None, truncate: bool = False
     ) -> None:
         self.model = model
         self.options = options

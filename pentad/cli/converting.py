@@ -23,8 +23,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 def convert(
     source: Annotated[str, Argument(metavar="SRC", help="The model, as for --model.")],
     destination: Annotated[
-        Path,
-        Argument(metavar="DST", help="The output folder (for GGUF, the output file). It must not exist yet."),
+        Path, Argument(metavar="DST", help="The output folder (for GGUF, the output file). It must not exist yet.")
     ],
     to: Annotated[
         str | None,

@@ -18,13 +18,7 @@ WINDOW = 1024  # tokens of a sequence by default
 MAX_TABLE_ROWS = 8  # the picture and the JSON have more tokens
 
 
-def show_experts(
-    source: str,
-    picture: Path | None,
-    *,
-    loading: o.Loading,
-    as_json: bool,
-) -> None:
+def show_experts(source: str, picture: Path | None, *, loading: o.Loading, as_json: bool) -> None:
     """Run a text through a mixture of experts, and write how its routers routed it.
 
     Args:

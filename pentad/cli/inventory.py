@@ -12,10 +12,7 @@ from pentad.cli import output
 from pentad.cli.options import Json
 from pentad.errors import BadInput
 
-Name = Annotated[
-    str,
-    Argument(metavar="NAME", help="As pentad models lists it, or org/name[@revision][:Q4_K_M]."),
-]
+Name = Annotated[str, Argument(metavar="NAME", help="As pentad models lists it, or org/name[@revision][:Q4_K_M].")]
 
 
 def models(as_json: Json = False) -> None:

@@ -128,8 +128,7 @@ class Generating:
         float | None, Option(min=-100, max=100, metavar="X", help="Subtract X from the logits of generated tokens.")
     ] = None
     frequency_penalty: Annotated[
-        float | None,
-        Option(min=-100, max=100, metavar="X", help="The same, times how often the token was generated."),
+        float | None, Option(min=-100, max=100, metavar="X", help="The same, times how often the token was generated.")
     ] = None
     max_tokens: Annotated[
         int | None,

@@ -18,11 +18,7 @@ if TYPE_CHECKING:
     from pentad.weights.checkpoint import Checkpoint
 
 NameOrPath = Annotated[
-    str,
-    Argument(
-        metavar="MODEL",
-        help="As for --model; a folder with only a config.json is enough.",
-    ),
+    str, Argument(metavar="MODEL", help="As for --model; a folder with only a config.json is enough.")
 ]
 
 
@@ -34,8 +30,7 @@ def show(
     experts: Annotated[
         str | None,
         Option(
-            metavar="TEXTFILE",
-            help="Run a text (-: standard input) through a mixture of experts; show its routing.",
+            metavar="TEXTFILE", help="Run a text (-: standard input) through a mixture of experts; show its routing."
         ),
     ] = None,
     out: Annotated[Path | None, Option(metavar="FILE", help="With --experts: draw the routing, as a PNG.")] = None,
@@ -83,14 +78,8 @@ def show(
         ("tensors", tensors or "none, only a config"),
         ("runs", f"{facts['runs']} (on a CPU)"),
         ("weights", f"{output.size(facts['weight_bytes'])} in memory"),
-        (
-            "cache",
-            f"{output.size(facts['kv_cache_bytes'])} for {length} tokens in {facts['dtype']}{beyond}",
-        ),
-        (
-            "memory",
-            f"about {output.size(facts['memory_bytes'])}: weights, cache and the program itself",
-        ),
+        ("cache", f"{output.size(facts['kv_cache_bytes'])} for {length} tokens in {facts['dtype']}{beyond}"),
+        ("memory", f"about {output.size(facts['memory_bytes'])}: weights, cache and the program itself"),
     ]
     if facts["active_parameters"] == facts["parameters"]:
         del rows[4]

@@ -31,7 +31,7 @@ from pentad.weights.quantized import QuantizedTensor
 KNOWN_ATTRIBUTES: dict[type[nn.Module], set[str]] = {
     PreNormBlock: {"attention_norm", "attention", "feedforward_norm", "feedforward"},
     ExtraFeedforwardBlock: {
-        *("attention_norm", "attention", "feedforward_norm", "feedforward", "extra_norm", "extra_feedforward"),
+        *("attention_norm", "attention", "feedforward_norm", "feedforward", "extra_norm", "extra_feedforward")
     },
     ParallelBlock: {"norm", "attention", "feedforward"},
     Attention: {

@@ -85,11 +85,7 @@ class PreNormBlock(nn.Module):
     """x + attention(norm(x)), then x + feedforward(norm(x)): GPT-2's and Llama's block."""
 
     def __init__(
-        self,
-        attention_norm: nn.Module,
-        attention: nn.Module,
-        feedforward_norm: nn.Module,
-        feedforward: nn.Module,
+        self, attention_norm: nn.Module, attention: nn.Module, feedforward_norm: nn.Module, feedforward: nn.Module
     ) -> None:
         super().__init__()
         self.attention_norm = attention_norm

@@ -140,9 +140,7 @@ class Yarn(DefaultRope):
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
-        def dimension(
-            turns: float,
-        ) -> float:  # the one that turns so often within the original length
+        def dimension(turns: float) -> float:  # the one that turns so often within the original length
             return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
         low, high = dimension(self.beta_fast), dimension(self.beta_slow)

@@ -126,8 +126,7 @@ def _sentencepiece(file: Path, config: Mapping[str, Any]) -> SentencePieceBacken
     if sorted(extra) != list(range(size, size + len(extra))):
         raise BadInput(f"{file}: added tokens have the ids {str(sorted(extra))[:60]}; expected {size}, {size + 1}, …")
     return SentencePieceBackend(
-        append_pieces(model, (extra[i] for i in sorted(extra))),
-        prefix_after_control=config.get("legacy") is not False,
+        append_pieces(model, (extra[i] for i in sorted(extra))), prefix_after_control=config.get("legacy") is not False
     )
 
 

@@ -68,11 +68,7 @@ def _file(path: Path, tensors: Sequence[PendingTensor]) -> NewFile:
     end = 0
     for tensor in ordered:
         start, end = end, end + tensor.nbytes
-        header[tensor.name] = {
-            "dtype": _NAMES[_dtype(tensor)],
-            "shape": tensor.shape,
-            "data_offsets": (start, end),
-        }
+        header[tensor.name] = {"dtype": _NAMES[_dtype(tensor)], "shape": tensor.shape, "data_offsets": (start, end)}
     content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     return file_of(path, len(content).to_bytes(8, "little") + content, ordered)

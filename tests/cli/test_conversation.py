@@ -13,8 +13,7 @@ from pentad.errors import BadInput, PentadError
 
 def conversation(limit: int, **options: Any) -> Conversation:
     model: Any = SimpleNamespace(
-        context_length=limit,
-        chat_ids=lambda messages: [0] * sum(len(message["content"]) for message in messages),
+        context_length=limit, chat_ids=lambda messages: [0] * sum(len(message["content"]) for message in messages)
     )
     return Conversation(model, {}, **options)
 

@@ -36,10 +36,7 @@ def conversation(model: package.LanguageModel) -> Conversation:
 
 @pytest.fixture
 def chat(
-    conversation: Conversation,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Chat:
     """Types lines, then Ctrl-D; gives what was noted on standard error."""
     monkeypatch.setenv("PENTAD_CACHE", str(tmp_path))
@@ -86,12 +83,7 @@ def test_undo_retry_reset(chat: Chat, conversation: Conversation) -> None:
 
 def test_settings(chat: Chat, conversation: Conversation) -> None:
     notes = chat("/set presence_penalty -1.5", "/set top-k=3", "/set truncate yes", "/set")
-    assert conversation.options == {
-        "temperature": 0,
-        "max_tokens": 4,
-        "presence_penalty": -1.5,
-        "top_k": 3,
-    }
+    assert conversation.options == {"temperature": 0, "max_tokens": 4, "presence_penalty": -1.5, "top_k": 3}
     assert conversation.truncate
     assert all(name in notes for name in SETTINGS)
     chat("/set top_k", "/set truncate no")

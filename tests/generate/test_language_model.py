@@ -15,14 +15,7 @@ import pentad.generate.engine
 from pentad.errors import BadInput, PentadError
 from pentad.generate import LanguageModel
 from pentad.generate.engine import Engine
-from tests.helpers.tiny import (
-    END,
-    assert_equal_logits,
-    logits_of,
-    peer_logits,
-    random_ids,
-    talking_checkpoint,
-)
+from tests.helpers.tiny import END, assert_equal_logits, logits_of, peer_logits, random_ids, talking_checkpoint
 
 TEXT = "The quick brown fox jumps over the lazy dog."
 END_ID = 256

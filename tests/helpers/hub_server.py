@@ -108,13 +108,7 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, status: int, code: str) -> None:
         self.send(b"{}", status, {"X-Error-Code": code})
 
-    def send(
-        self,
-        body: bytes,
-        status: int = 200,
-        headers: Mapping[str, str] | None = None,
-        cut: bool = False,
-    ) -> None:
+    def send(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None, cut: bool = False) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)

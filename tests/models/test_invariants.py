@@ -21,13 +21,7 @@ from pentad.nn.attention import Attention
 from pentad.nn.batch import pack
 from pentad.nn.cache import CachedSequence
 from tests.helpers.plain import plain_attention
-from tests.helpers.tiny import (
-    assert_equal_logits,
-    logits_of,
-    network_of,
-    random_ids,
-    tiny_checkpoint,
-)
+from tests.helpers.tiny import assert_equal_logits, logits_of, network_of, random_ids, tiny_checkpoint
 from tests.helpers.tiny_openmoe import openmoe_checkpoint
 from tests.helpers.tiny_qwen import qwen_checkpoint
 

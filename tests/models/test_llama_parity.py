@@ -39,11 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mqa": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 20},
-    "one layer, one head": {
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-    },
+    "one layer, one head": {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
     "attention bias": {"attention_bias": True},
     "mlp bias": {"mlp_bias": True},
@@ -137,12 +133,7 @@ def test_the_older_rope_scaling(tmp_path: Path, name: str) -> None:
     tiny = tiny_checkpoint(tmp_path, rope_parameters=new)
     old = {key: value for key, value in SCALINGS[name].items() if key != "rope_type"}
     for key in ("type", "rope_type"):
-        edit_json(
-            tmp_path / "config.json",
-            rope_parameters=None,
-            rope_theta=20000.0,
-            rope_scaling={**old, key: name},
-        )
+        edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=20000.0, rope_scaling={**old, key: name})
         assert_parity(tiny)
 
 

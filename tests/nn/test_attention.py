@@ -68,12 +68,7 @@ LENGTHS = {
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_is_what_loops_give(
-    options: str,
-    lengths: str,
-    heads: int,
-    groups: int,
-    block: int,
-    monkeypatch: pytest.MonkeyPatch,
+    options: str, lengths: str, heads: int, groups: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pentad.nn.attention, "QUERY_BLOCK", block)
     check(*LENGTHS[lengths], heads, groups, **OPTIONS[options])

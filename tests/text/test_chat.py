@@ -77,12 +77,7 @@ def llama_like(prepend_scheme: str) -> Pipeline:
     if prepend_scheme == "prepend":
         pipeline.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     pipeline.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=["<unk>", *CONTROL, *bytes_], show_progress=False)
@@ -92,11 +87,7 @@ def llama_like(prepend_scheme: str) -> Pipeline:
     return Pipeline.from_str(json.dumps(state))
 
 
-PIPELINES = {
-    "byte-level": byte_level(),
-    "llama, legacy": llama_like("always"),
-    "llama": llama_like("first"),
-}
+PIPELINES = {"byte-level": byte_level(), "llama, legacy": llama_like("always"), "llama": llama_like("first")}
 
 
 def both(tmp_path: Path, pipeline: Pipeline, template: Any) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
@@ -249,12 +240,7 @@ def test_without_a_template() -> None:
     from pentad.text.backends import TokenizersBackend
 
     tokenizer = Tokenizer(
-        TokenizersBackend(byte_level()),
-        bos_id=None,
-        eos_ids=[],
-        adds_bos=False,
-        special_tokens={},
-        templates={},
+        TokenizersBackend(byte_level()), bos_id=None, eos_ids=[], adds_bos=False, special_tokens={}, templates={}
     )
     assert tokenizer.chat_template is None
     with pytest.raises(BadInput, match="no chat template"):

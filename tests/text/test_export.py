@@ -106,15 +106,7 @@ def byte_fallback_folder(folder: Path) -> SimpleNamespace:
     return source(folder, {name: made[name] for name in ("tokenizer.json", "tokenizer_config.json")})
 
 
-SOURCES = [
-    bare,
-    tekken_folder,
-    qwen_folder,
-    llama_gguf,
-    byte_level_gguf,
-    byte_level_folder,
-    byte_fallback_folder,
-]
+SOURCES = [bare, tekken_folder, qwen_folder, llama_gguf, byte_level_gguf, byte_level_folder, byte_fallback_folder]
 
 
 @pytest.fixture(params=SOURCES, ids=lambda make: make.__name__)

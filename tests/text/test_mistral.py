@@ -210,10 +210,7 @@ BYTES = [word(bytes([byte]), byte) for byte in range(256)]
         ({"vocab": BYTES[:200], "default_vocab_size": 230}, "56 of the 256 bytes.* 0xc8"),
         ({"vocab": [*BYTES[:255], "x"], "default_vocab_size": 286}, r"vocab\[255\]: .*rank 255"),
         ({"vocab": BYTES[::-1], "default_vocab_size": 286}, r"vocab\[0\]: .*rank 0"),
-        (
-            {"vocab": [{**BYTES[0], "token_bytes": "A"}], "default_vocab_size": 31},
-            r"vocab\[0\]: token_bytes .*base64",
-        ),
+        ({"vocab": [{**BYTES[0], "token_bytes": "A"}], "default_vocab_size": 31}, r"vocab\[0\]: token_bytes .*base64"),
         ({"vocab": [*BYTES, word(b"a", 256)], "default_vocab_size": 287}, "1 .*twice"),
         ({"vocab": [*BYTES, word(b"<s>", 256)], "default_vocab_size": 287}, "1 .*twice"),
         ({"vocab": [*BYTES, word(b"x" * 10**6, 256)], "default_vocab_size": 287}, "1000000 bytes"),

@@ -116,9 +116,7 @@ def test_text_after_a_control_token_gets_a_space_unless_the_files_say_no(
         assert tokenizer.encode("hello") == spaced
 
 
-def test_no_space_prefix_where_the_file_wants_none(
-    peer: sentencepiece.SentencePieceProcessor,
-) -> None:
+def test_no_space_prefix_where_the_file_wants_none(peer: sentencepiece.SentencePieceProcessor) -> None:
     tokenizer = load(gguf(peer, add_space_prefix=False))
     assert tokenizer is not None
     assert tokenizer.encode("hello") == peer.encode("\nhello")[2:]
@@ -155,10 +153,7 @@ def test_ids_of_added_tokens_have_no_gap(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        ({"scores": [0.0]}, "700 tokens .* 1 scores"),
-        ({"token_type": None}, "SentencePiece .*unk"),
-    ],
+    [({"scores": [0.0]}, "700 tokens .* 1 scores"), ({"token_type": None}, "SentencePiece .*unk")],
 )
 def test_broken_gguf_vocabulary(change: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:

@@ -78,11 +78,7 @@ def test_plain_tensors(tmp_path: Path, dtype: str) -> None:
     array = (np.arange(24).reshape(2, 3, 4) - 7).astype(dtype)
     path = write(tmp_path / "m.gguf", lambda writer: writer.add_tensor("x", array))
     entry = pentad.weights.open(path).tensors["x"]
-    assert (entry.shape, entry.dtype, entry.quantization) == (
-        (2, 3, 4),
-        getattr(torch, dtype),
-        None,
-    )
+    assert (entry.shape, entry.dtype, entry.quantization) == ((2, 3, 4), getattr(torch, dtype), None)
     assert entry.nbytes == array.nbytes
     tensor = entry.read()
     assert isinstance(tensor, torch.Tensor)

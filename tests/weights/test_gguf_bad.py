@@ -54,10 +54,7 @@ def build(
 ) -> bytes:
     """A whole file, valid with the default arguments; `claims` replaces the counts in the header."""
     header = magic + struct.pack(
-        "<IQQ",
-        version,
-        claims.get("tensor_count", len(tensors)),
-        claims.get("key_count", len(keys)),
+        "<IQQ", version, claims.get("tensor_count", len(tensors)), claims.get("key_count", len(keys))
     )
     header += b"".join(keys) + b"".join(tensors)
     return header + bytes(-len(header) % 32) + bytes(data)
@@ -107,10 +104,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "type": (build(tensors=[tensor(value_type=4)]), "ggml type 4; pentad knows bf16, f16"),
     "misaligned": (build(tensors=[tensor(offset=4)]), "offset 4 is not aligned to 32"),
     "far away": (build(tensors=[tensor(offset=2**63)]), "bytes are missing: tensor 'x'"),
-    "overlapping": (
-        build(tensors=[tensor("x", (16,)), tensor("y", offset=32)]),
-        "tensors 'x' and 'y' overlap",
-    ),
+    "overlapping": (build(tensors=[tensor("x", (16,)), tensor("y", offset=32)]), "tensors 'x' and 'y' overlap"),
     "name twice": (build(tensors=[tensor(), tensor(offset=32)]), "'x' is in the table twice"),
     "name not UTF-8": (build(tensors=[tensor(b"\xff")]), "a tensor's name is not UTF-8"),
     "missing data": (SOUND[:-100], "52 bytes are missing: tensor 'z' ends at byte"),

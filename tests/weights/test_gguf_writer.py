@@ -189,19 +189,11 @@ def test_parts(tmp_path: Path) -> None:
     ("tensors", "error", "message"),
     [
         ([PendingTensor("x", (32,), torch.float32, lambda: torch.ones(32))] * 2, ValueError, "twice"),
-        (
-            [PendingTensor("x", (), torch.float32, lambda: torch.ones(()))],
-            ValueError,
-            "'x' has 0 dimensions",
-        ),
+        ([PendingTensor("x", (), torch.float32, lambda: torch.ones(()))], ValueError, "'x' has 0 dimensions"),
         ([PendingTensor("x", (1,) * 5, torch.float32, lambda: torch.ones(()))], ValueError, "'x' has 5 dimensions"),
         ([PendingTensor("x", (2,), torch.uint8, lambda: torch.ones(()))], ValueError, "'x': .*torch.uint8"),
         ([PendingTensor("x", (40,), "q4_0", lambda: torch.ones(40))], BadInput, "'x' .*blocks of 32"),
-        (
-            [PendingTensor("x", (256,), "q4_k", lambda: torch.ones(256))],
-            BadInput,
-            "quantizes to .*q4_k",
-        ),
+        ([PendingTensor("x", (256,), "q4_k", lambda: torch.ones(256))], BadInput, "quantizes to .*q4_k"),
     ],
 )
 def test_tensors_that_can_not_be_written(

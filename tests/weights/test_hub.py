@@ -278,10 +278,7 @@ def test_progress_counts_what_is_downloaded(server: HubServer, capfd: pytest.Cap
     locate("org/tiny", progress=watcher)
     nbytes = sum(map(len, (CONFIG | WEIGHTS).values()))
     weights = len(WEIGHTS["model.safetensors"])
-    assert watcher.tasks == [
-        ("downloading org/tiny", nbytes),
-        ("checking model.safetensors", weights),
-    ]
+    assert watcher.tasks == [("downloading org/tiny", nbytes), ("checking model.safetensors", weights)]
     assert watcher.counts == [nbytes, weights]
     assert watcher.open == 0
     assert capfd.readouterr() == ("", "")  # huggingface_hub draws no bars of its own

@@ -26,11 +26,7 @@ from tests.helpers.resident import resident
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )
     return LlamaForCausalLM(config)
 

@@ -125,10 +125,7 @@ def test_an_unknown_name(cache: Path, name: str) -> None:
 
 
 def test_a_known_name_is_no_folder(
-    cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    serve: Callable[[Download], None],
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[[Download], None]
 ) -> None:
     serve(bring)
     (tmp_path / "tiny").mkdir()
@@ -211,10 +208,7 @@ def test_a_damaged_wheel(cache: Path, damage: str, serve: Callable[[Download], N
 
 @pytest.mark.parametrize("when", ["downloading", "unpacking"])
 def test_a_full_disk(
-    cache: Path,
-    when: str,
-    monkeypatch: pytest.MonkeyPatch,
-    serve: Callable[[Download], None],
+    cache: Path, when: str, monkeypatch: pytest.MonkeyPatch, serve: Callable[[Download], None]
 ) -> None:
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -320,11 +314,7 @@ def test_a_pull_that_is_killed(
 def test_pip_as_it_is_configured(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pip")
     write_wheel(tmp_path)
-    for name, value in {
-        "NO_INDEX": "1",
-        "FIND_LINKS": str(tmp_path),
-        "CONFIG_FILE": os.devnull,
-    }.items():
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "CONFIG_FILE": os.devnull}.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.setenv("PATH", "")
     assert locate("tiny").read_bytes() == CONTENT
@@ -389,10 +379,7 @@ def test_an_interrupt_ends_the_tool(cache: Path, tools: Path, tmp_path: Path) ->
             if started.exists() and started.read_text():
                 raise KeyboardInterrupt
 
-    write_tool(
-        tools / "uv",
-        f"import os, time\nPath({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(60)",
-    )
+    write_tool(tools / "uv", f"import os, time\nPath({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
     with pytest.raises(KeyboardInterrupt):
         locate("tiny", progress=Impatient())
     with pytest.raises(ProcessLookupError):
@@ -411,13 +398,7 @@ def test_neither_pip_nor_uv(cache: Path, tools: Path) -> None:
 
 def test_known_and_remove(cache: Path, serve: Callable[[Download], None]) -> None:
     (row,) = known()
-    assert dataclasses.astuple(row) == (
-        "tiny",
-        None,
-        len(CONTENT),
-        "a model for tests",
-        "Apache-2.0",
-    )
+    assert dataclasses.astuple(row) == ("tiny", None, len(CONTENT), "a model for tests", "Apache-2.0")
     with pytest.raises(BadInput, match=r"^tiny .*cache"):
         remove("tiny")
     serve(bring)

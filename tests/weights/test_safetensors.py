@@ -33,10 +33,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "no model": (b"\x89PNG\r\n\x1a\n" * 9, "not a safetensors file but a picture"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     "header past the end": (SOUND[:40], "truncated: the header alone takes"),
-    "header too large": (
-        build(b"{", length=10**12),
-        "claims 10+ bytes, the format allows 100000000",
-    ),
+    "header too large": (build(b"{", length=10**12), "claims 10+ bytes, the format allows 100000000"),
     "truncated": (SOUND[:-3], "truncated: 3 of .* bytes are missing"),
     "dtype": (build({"x": info("F13")}, 8), "tensor 'x': dtype 'F13' is not one of BOOL, U8"),
     "dtype that torch lacks": (build({"x": info("F4", (16,))}, 8), "tensor 'x': dtype 'F4' is not"),

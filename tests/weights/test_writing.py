@@ -155,10 +155,7 @@ def test_tensors_are_shared_out_in_order() -> None:
 def test_quantizing_takes_no_float32_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "SLAB", 256)
     seen: list[int] = []
-    monkeypatch.setattr(
-        "gguf.quants.quantize",
-        lambda data, target: seen.append(data.size) or by_gguf(data, target),
-    )
+    monkeypatch.setattr("gguf.quants.quantize", lambda data, target: seen.append(data.size) or by_gguf(data, target))
     content(torch.randn(40, 96).bfloat16(), "q4_0")
     assert sum(seen) == 40 * 96
     assert max(seen) <= 256

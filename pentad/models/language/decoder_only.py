@@ -150,10 +150,7 @@ class PreNormDecoder(DecoderOnly):
     """
 
     def __init__(
-        self,
-        config: PreNormConfig,
-        attention: Callable[[int, Rope], nn.Module],
-        feedforward: Callable[[], nn.Module],
+        self, config: PreNormConfig, attention: Callable[[int, Rope], nn.Module], feedforward: Callable[[], nn.Module]
     ) -> None:
         def norm() -> RMSNorm:
             return RMSNorm(config.hidden_size, config.rms_norm_eps)

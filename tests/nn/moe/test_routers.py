@@ -9,15 +9,7 @@ from torch import Tensor
 
 from pentad.nn.batch import SequenceLayout
 from pentad.nn.moe.dispatch import within_capacity
-from pentad.nn.moe.routers import (
-    Route,
-    Routing,
-    expert_choice,
-    gshard_top_2,
-    mixtral_top_k,
-    noisy_top_k,
-    softmax_top_k,
-)
+from pentad.nn.moe.routers import Route, Routing, expert_choice, gshard_top_2, mixtral_top_k, noisy_top_k, softmax_top_k
 
 
 def random_logits(tokens: int = 40, experts: int = 8, seed: int = 0) -> Tensor:
