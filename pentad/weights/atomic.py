@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pentad.errors import BadInput, PentadError
-from pentad.weights.cache import FULL_DISK, Progress, task
+from pentad.weights.cache import FULL_DISK, Progress, check_space, task
 
 _RENAME = "choose another name, or remove it"
+_FREE_SPACE = "free some, or write to another disk"
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> l
     placed: list[Path] = []
     with _made(folder, needed):
         with _disk_errors(folder, needed):
-            free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise PentadError(f"{folder}: no space left: {needed:,} bytes are needed, {free:,} are free")
+            check_space(folder, needed, _FREE_SPACE)
         try:
             with task(progress, "Writing", needed):
                 for file, partial in zip(files, partials, strict=True):
@@ -123,7 +122,7 @@ def _disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL_DISK:
             amount = f": {needed:,} bytes are needed in all" if needed is not None else ""
-            raise PentadError(f"{path}: no space left{amount}; free some, or write to another disk") from error
+            raise PentadError(f"{path}: no space left{amount}; {_FREE_SPACE}") from error
         if error.errno == errno.EFBIG:
             raise PentadError(f"{path}: larger than the disk allows files to be; write smaller shards") from error
         raise PentadError(f"{path}: cannot be written: {error.strerror or error}") from error

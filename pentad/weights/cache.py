@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,3 +57,11 @@ def storage_error(error: OSError, folder: Path, variable: str = "PENTAD_CACHE") 
         return PentadError(f"no space left for {folder}: free some, or set {variable} to a folder on another disk")
     reason = error.strerror or str(error)
     return PentadError(f"cannot use the cache folder {folder}: {reason}; set {variable} to a writable folder")
+
+
+def check_space(folder: Path, nbytes: int, remedy: str) -> None:
+    """Raise PentadError if the disk of a folder, which may not exist yet, has less than `nbytes` free."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise PentadError(f"{folder}: no space left: {nbytes:,} bytes are needed, {free:,} are free; {remedy}")

