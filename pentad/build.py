@@ -4,8 +4,6 @@ The network is built on the meta device, which allocates no memory; then each te
 no change stay in the file's mapped memory.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ A family's key table reads the source's tensors, and another one, in reverse, wr
 network on the meta device, which has only shapes.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Load a model: resolve the name, open the checkpoint, build the network, return its runner."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import time

@@ -7,8 +7,6 @@ The router is random, not zero. Equal experts give the router no gradient, and b
 tokens. With a zero router the same `top_k` experts would see all tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial

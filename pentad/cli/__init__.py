@@ -1,7 +1,5 @@
 """The command ``pentad``. Heavy imports happen inside the commands, so that ``--help`` is quick."""
 
-from __future__ import annotations
-
 import atexit
 import gc
 import os

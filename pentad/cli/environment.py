@@ -1,9 +1,8 @@
 """``pentad env``: a description of the machine for bug reports."""
 
-from __future__ import annotations
-
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -14,19 +13,6 @@ import pentad
 from pentad.cli import output
 from pentad.cli.options import Json
 
-NEEDED = (
-    "torch",
-    "safetensors",
-    "gguf",
-    "huggingface_hub",
-    "tokenizers",
-    "sentencepiece",
-    "jinja2",
-    "numpy",
-    "typer",
-    "rich",
-    "filelock",
-)
 PEERS = ("transformers", "llama-cpp-python")  # not needed, but shown if installed
 
 
@@ -61,13 +47,15 @@ def _facts() -> dict[str, Any]:
     from pentad import kernels
     from pentad.weights.cache import cache_folder
 
-    packages = {name: _version(name) for name in (*NEEDED, *PEERS)}
+    requirements = [line for line in metadata.requires("pentad") or [] if "extra ==" not in line]
+    needed = [re.split(r"[^\w-]", line)[0] for line in requirements]
+    packages = {name: _version(name) for name in (*needed, *PEERS)}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     devices = ["cpu", *(f"cuda:{i} ({name})" for i, name in enumerate(gpus))]
     return {
         "pentad": pentad.__version__,
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
-        "missing": [name for name in NEEDED if packages[name] is None],
+        "missing": [name for name in needed if packages[name] is None],
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),

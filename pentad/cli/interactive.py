@@ -1,7 +1,5 @@
 """An interactive chat: messages in, replies out, ``/commands``."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``pentad models``, ``pull`` and ``rm``: the models on this machine."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import asdict
 from typing import Annotated

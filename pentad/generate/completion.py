@@ -1,7 +1,5 @@
 """The options and results of `LanguageModel`'s methods."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict

@@ -1,7 +1,5 @@
 """The runner of encoder-decoders."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

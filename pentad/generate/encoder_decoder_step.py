@@ -1,7 +1,5 @@
 """Decoding with an encoder-decoder: each source is encoded once, and its keys and values are read in every step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 

@@ -4,8 +4,6 @@ The engine is synchronous and has one owner, which calls `submit`, `cancel` and 
 no I/O.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import deque

@@ -1,7 +1,5 @@
 """How a mixture's routers distribute the tokens of a text over the experts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Guards record the parts read from a network, and detect later changes."""
 
-from __future__ import annotations
-
 from operator import getitem, is_
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The runner of decoder-only language models."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack

@@ -5,8 +5,6 @@ adapter, a part of another type, weights on a GPU) raises `UnsupportedByKernels`
 `pentad.generate.plan_step` runs plans.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Steps executed by the kernels, or in plain torch if the kernels don't support the network."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

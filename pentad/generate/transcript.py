@@ -1,7 +1,5 @@
 """Converts a request's tokens to text, up to a stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pentad.text import Detokenizer

@@ -1,7 +1,5 @@
 """The arguments of a step: tokens, the pools and pages of their keys and values, and RoPE tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

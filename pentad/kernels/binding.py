@@ -3,8 +3,6 @@
 The library exports its values of all these, and a library that differs is refused when it is loaded.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Iterator

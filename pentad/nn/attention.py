@@ -4,8 +4,6 @@ Legend: N rows of queries, M rows of keys, B sequences, H query heads, G key/val
 a head; within one sequence Q queries and K keys.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import cache

@@ -3,8 +3,6 @@
 Legend: N rows, D width of the residual stream.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any

@@ -8,8 +8,6 @@ pages: a sequence of T tokens stores at most min(T, window) keys, plus one page 
 Legend: N tokens in the batch, P pages, S tokens a page, G key/value heads, D numbers a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ Legend: N tokens in the batch, M rows that are attended to or whose logits are w
 V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Protocol
 

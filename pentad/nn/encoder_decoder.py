@@ -3,8 +3,6 @@
 Legend: N rows of a decoder's tokens, M rows of the encoder's, D width of the residual stream, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch.nn.functional as F

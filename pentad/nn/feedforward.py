@@ -1,7 +1,5 @@
 """Feed-forward layers."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -3,8 +3,6 @@
 Legend: H heads, D numbers a head; within one sequence Q queries and K keys; L distances, the middle one 0.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

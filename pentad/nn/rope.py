@@ -3,8 +3,6 @@
 Files that store the interleaved form (Meta's consolidated files, llama-type GGUF) are permuted by their key table.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@ Each scaling has the name and the parameters of published configs (``rope_scalin
 ``rope_parameters``). Legend: D the numbers of a head that rotate; frequencies are float32 [D / 2], radians a token.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A template may use what transformers' utils/chat_template_utils.py allows, and renders to the same text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Find control strings (`<|im_end|>`, `</s>`) in a text, and keep users from forging them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Write a checkpoint's tokenizer in the formats of other programs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

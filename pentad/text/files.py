@@ -1,7 +1,5 @@
 """Read a tokenizer's files; each error is one line that names the file."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

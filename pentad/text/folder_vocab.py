@@ -5,8 +5,6 @@ folder has. Settings come from tokenizer_config.json, special_tokens_map.json, a
 generation_config.json, chat_template.jinja and additional_chat_templates/, all of them optional.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

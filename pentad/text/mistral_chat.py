@@ -5,8 +5,6 @@ tokens around a message have the same effect. In version 1 `[INST]` is plain tex
 first user message; in versions 2 and 3 it opens the last one; from 7 on it has control tokens of its own.
 """
 
-from __future__ import annotations
-
 __all__ = ["template"]
 
 _HEAD = """\

@@ -4,8 +4,6 @@ Defined by the published tokenizer: tokenization_qwen.py and qwen_generation_uti
 tokenization_note.md of QwenLM/Qwen.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pentad.errors import BadInput

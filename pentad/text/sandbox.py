@@ -7,8 +7,6 @@ tests, comparisons, slices, `~`, dict keys); `Sandbox` charges what jinja hands 
 filters, tests, output). Filters and functions that no chat template needs are left out.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

@@ -3,8 +3,6 @@
 Format: https://protobuf.dev/programming-guides/encoding; fields: sentencepiece_model.proto.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Iterable, Iterator

@@ -3,8 +3,6 @@
 Defined by mistral-common, tokens/tokenizers/tekken.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

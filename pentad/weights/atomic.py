@@ -1,7 +1,5 @@
 """Files that are there whole or not at all: written under another name, renamed when they are complete."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

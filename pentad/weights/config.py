@@ -1,7 +1,5 @@
 """Reading published configs into dataclasses."""
 
-from __future__ import annotations
-
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields

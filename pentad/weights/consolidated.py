@@ -5,8 +5,6 @@ One file (`consolidated.safetensors`, `consolidated.00.pth`), or several: number
 hold different tensors, or each holds a slice of every tensor, for one GPU each.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

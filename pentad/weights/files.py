@@ -1,7 +1,5 @@
 """Reading JSON and the start of files with care, and errors about files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Folders: which layout one has, and its checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

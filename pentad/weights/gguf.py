@@ -4,8 +4,6 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 
 endian. Each size in a header is checked against the file before memory of that size is allocated.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import re

@@ -5,8 +5,6 @@ own package isn't used: it needs tensors as whole arrays, drops empty strings, a
 errors.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path

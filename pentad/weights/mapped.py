@@ -1,7 +1,5 @@
 """Files mapped into memory, and releasing their pages after use."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import mmap

@@ -1,7 +1,5 @@
 """One PyTorch file (torch.save of a state dict) -> named tensors, mapped; no code in it is run."""
 
-from __future__ import annotations
-
 import re
 import zipfile
 from pathlib import Path

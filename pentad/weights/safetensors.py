@@ -3,8 +3,6 @@
 The format: https://github.com/huggingface/safetensors#format.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from functools import partial

@@ -3,8 +3,6 @@
 The format: https://github.com/huggingface/safetensors#format. Equal tensors give equal bytes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weights in several files, with an index that names the file of each tensor."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tensors on their way into a file, one at a time and in pieces, so that no file is ever in memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

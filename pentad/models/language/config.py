@@ -5,8 +5,6 @@ pentad uses the field names of Hugging Face's ``config.json``. GGUF metadata
 into these names, and back.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

@@ -3,8 +3,6 @@
 A family's file adds the config fields, parts and key tables that its paper changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self

@@ -1,7 +1,5 @@
 """Rules for tensor names in files, shared by most decoder-only families. A family adds its own rules to these."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

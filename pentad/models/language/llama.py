@@ -3,8 +3,6 @@
 A pre-norm transformer: RMSNorm, grouped-query attention with rotary positions, SwiGLU, no biases as published.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

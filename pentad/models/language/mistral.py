@@ -9,8 +9,6 @@ Llama's block with the paper's three ideas (section 2):
   of any length stores O(window) tokens, and prompts longer than the window run in chunks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

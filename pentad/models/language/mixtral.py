@@ -3,8 +3,6 @@
 The parts of the mixture are in `pentad.nn.moe`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self

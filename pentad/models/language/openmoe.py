@@ -11,8 +11,6 @@ sequence in a step. It lets queries attend to position 0 even if the mask exclud
 The configs on the Hugging Face hub are not verified.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

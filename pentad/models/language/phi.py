@@ -3,8 +3,6 @@
 GPT-J's block: attention and an MLP in parallel after one LayerNorm, biases everywhere, and partial rotary embedding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self

@@ -5,8 +5,6 @@ length the config has two extras: RoPE's base grows with the text (dynamic NTK),
 of their position (log-n).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Qwen1.5, Qwen2 (arXiv:2407.10671) and Qwen2.5: Llama's block with biases on queries, keys and values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Self
 

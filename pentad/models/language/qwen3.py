@@ -1,7 +1,5 @@
 """Qwen3 (arXiv:2505.09388): Llama's block with an RMSNorm on each head's queries and keys."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pentad.models.family import ArchitectureNames, Family

@@ -6,8 +6,6 @@ sequence, filled by position. Dropped tokens stay unchanged on the residual stre
 Without sparse layers the network is T5.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Self

@@ -9,8 +9,6 @@ always dispatches like MegaBlocks: a capacity only removes tokens before the sor
 Legend: N tokens, K experts of a token, E experts, D width, S (token, expert) pairs that are computed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Legend: E experts, S rows sorted by expert, I input features, O output features, D width, H hidden width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 

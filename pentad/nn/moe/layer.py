@@ -1,7 +1,5 @@
 """The mixture: a feed-forward layer of many experts, of which each token uses a few."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

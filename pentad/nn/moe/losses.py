@@ -6,8 +6,6 @@ router. A batch has no padding, so nothing is masked.
 Legend: N tokens, E experts, K experts of a token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -10,8 +10,6 @@ All have one signature, ``route(logits, k, groups, generator)``, and use the arg
 Legend: N tokens, E experts, K experts of a token.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, Protocol
 
 import torch
