@@ -37,7 +37,7 @@ traceback. `--verbose`, likewise, says what runs the model: pentad's kernels, or
 def reference() -> str:
     """The page."""
     group: Any = typer.main.get_command(app)
-    return INTRODUCTION + "".join("\n" + "\n".join(section(c)) + "\n" for c in group.commands.values())
+    return INTRODUCTION + "".join("\n" + "\n".join(section(c)) + "\n" for c in group.commands.values() if not c.hidden)
 
 
 def section(command: Any) -> Iterator[str]:

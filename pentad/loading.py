@@ -22,6 +22,7 @@ from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.weights.cache import Progress
 from pentad.weights.checkpoint import Checkpoint
 
+DEVICES = ("cpu", "cuda", "mps")
 _logger = logging.getLogger(__name__)
 
 
@@ -152,6 +153,8 @@ def _cache_dtype(name: str | torch.dtype) -> torch.dtype:
 def _device(name: str | torch.device | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if str(name).partition(":")[0] not in DEVICES:
+        raise BadInput(f"device is {name}; expected one of {', '.join(DEVICES)}")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

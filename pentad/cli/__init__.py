@@ -19,17 +19,22 @@ from pentad.cli.converting import convert
 from pentad.cli.environment import env
 from pentad.cli.generating import chat, complete, score
 from pentad.cli.inventory import models, pull, rm
-from pentad.cli.options import with_groups
+from pentad.cli.options import DECLARED, expected, with_groups
 from pentad.cli.showing import show
 from pentad.errors import BadInput, PentadError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    name="pentad", add_completion=False, rich_markup_mode=None, context_settings={"max_content_width": 100}
+    name="pentad",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
 for command in (chat, complete, score, models, pull, rm, show, convert, bench, env):
     app.command()(with_groups(command))
+app.command("run", hidden=True)(with_groups(chat))  # as Ollama names them
+app.command("list", hidden=True)(with_groups(models))
 
 
 def _version(wanted: bool) -> None:
@@ -64,20 +69,26 @@ def main() -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     """Run one command; an error becomes one line on standard error, and an exit code."""
-    if sys.stdout is None:  # the parent process closed it
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    stdout_is_closed = sys.stdout is None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their file descriptors
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
+    if stdout_is_closed:
+        output.fail("standard output is closed: redirect it to a file or a pipe")
+        return 1
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")  # those of libraries mean nothing to users
     try:
         code = _invoke(arguments)
-        sys.stdout.flush()  # a broken pipe is noticed here
+        output.write("")  # flushes: a broken pipe or a full disk is noticed here
         return code
     except KeyboardInterrupt:
+        output.note("interrupted")
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader, such as head, has read enough
         output.abandon_stdout()
-        return 1
+        return 0
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -105,7 +116,15 @@ def _explain(error: Exception) -> str:
         return str(error)
     if _is_usage(error):
         context = getattr(error, "ctx", None)
-        message = error.format_message()  # type: ignore[attr-defined]
+        message = _out_of_range(error) or error.format_message()  # type: ignore[attr-defined]
         path = context.command_path if context is not None else "pentad"
         return f"{message.rstrip('.')} (see {path} --help)"
     return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _out_of_range(error: Exception) -> str | None:
+    """The message for a value that typer's validator refused, in the words of pentad's other errors."""
+    errors, name = getattr(error.__cause__, "errors", None), getattr(getattr(error, "param", None), "name", None)
+    if errors is None or name not in DECLARED:
+        return None
+    return f"{error.param.opts[0]} is {errors()[0]['input']}; expected {expected(name)}"  # type: ignore[attr-defined]

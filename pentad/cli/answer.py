@@ -54,6 +54,8 @@ def answer(loading: Loading, begin: Callable[[Any], Stream], *, as_json: bool) -
             if cut_off(completion, model):
                 output.note(f"(cut off: the context of {model.context_length} tokens is full)")
     if completion is None or completion.finish_reason == "interrupted":
+        if not as_json:
+            output.note("interrupted")
         raise Exit(INTERRUPTED)
 
 

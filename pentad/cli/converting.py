@@ -27,7 +27,10 @@ def convert(
     ],
     to: Annotated[
         str | None,
-        Option(metavar="FORMAT", help="hf (for transformers), mistral (params.json and consolidated) or gguf."),
+        Option(
+            metavar="FORMAT",
+            help="hf (for transformers), mistral (params.json and consolidated) or gguf (the default for DST.gguf).",
+        ),
     ] = None,
     quantize: Annotated[
         str | None,
@@ -55,6 +58,8 @@ def convert(
     """
     from pentad.convert import convert as run
 
+    if to is None and destination.suffix == ".gguf":
+        to = "gguf"
     if to is None and upcycle is None:
         raise BadInput("Missing option '--to'; expected hf, mistral or gguf")
     to = to or "hf"

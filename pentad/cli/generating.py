@@ -38,13 +38,15 @@ def chat(
 ) -> None:
     """Talk to a model.
 
-    With PROMPT or piped input, answers once. Otherwise starts a conversation; type /help for
-    commands.
+    With PROMPT or piped input, answers once; piped input is appended to PROMPT. Otherwise starts a
+    conversation; type /help for commands.
 
     JSON: model, text, token_ids, prompt_token_ids, finish_reason (stop, length or interrupted),
     prompt_tokens, completion_tokens, seconds {load, prefill, decode}, logprobs with --logprobs.
     """
     chosen = generating.options(as_json=as_json)
+    for typed, source in ((prompt, "PROMPT"), (system, "--system")):
+        o.check_typed(typed, source)
     if prompt is None and sys.stdin.isatty():
         if as_json:
             raise BadInput("--json answers one prompt: give PROMPT, or standard input")
@@ -52,7 +54,7 @@ def chat(
 
         Loop(Conversation(loading.load_decoder_only("chat"), chosen, system=system, truncate=truncate)).run()
         return
-    text = o.read_text(None).removesuffix("\n") if prompt in (None, "-") else str(prompt)
+    text = _prompt(prompt).removesuffix("\n")
     if not text.strip():
         raise BadInput("the prompt is empty: say something, or run pentad chat at a terminal")
 
@@ -63,6 +65,14 @@ def chat(
         return conversation.stream()
 
     answer(loading, begin, as_json=as_json)
+
+
+def _prompt(prompt: str | None) -> str:
+    """PROMPT, then the text that is piped in; "-" stands for the text alone."""
+    if prompt in (None, "-"):
+        return o.read_text(None)
+    piped = "" if sys.stdin.isatty() else o.read_text(None)
+    return f"{prompt}\n\n{piped}" if piped.strip() else str(prompt)
 
 
 def complete(
@@ -80,6 +90,7 @@ def complete(
     JSON: as for chat.
     """
     text = o.read_text(None) if prompt in (None, "-") else str(prompt)
+    o.check_typed(text, "PROMPT")
     chosen = generating.options(as_json=as_json)
     answer(loading, lambda loaded: loaded.stream(text, special=special, **chosen), as_json=as_json)
 

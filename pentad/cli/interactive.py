@@ -9,7 +9,7 @@ from pentad.cli import output
 from pentad.cli.answer import cut_off, follow
 from pentad.cli.conversation import Conversation
 from pentad.cli.interrupts import CtrlC
-from pentad.cli.options import Generating
+from pentad.cli.options import DECLARED, Generating, check, expected
 from pentad.errors import BadInput, PentadError
 
 HELP = '''\
@@ -22,7 +22,7 @@ HELP = '''\
 /tokens            show how much of the context is used
 /save FILE         append the conversation to a file, as one line of JSON
 /load FILE         continue the last conversation of a file
-/quit              leave; so do Ctrl-D, and Ctrl-C twice
+/quit              leave; so do /exit, /bye, Ctrl-D, and Ctrl-C twice
 
 End a line with \\ to continue it on the next line; begin and end a text of many lines with """.
 Ctrl-C stops a reply, and keeps its text so far.'''
@@ -52,6 +52,7 @@ class Loop:
         self.conversation = conversation
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: output.note(HELP),
+            "?": lambda _: output.note(HELP),
             "reset": self._reset,
             "system": self._system,
             "undo": self._undo,
@@ -76,7 +77,7 @@ class Loop:
                 try:
                     message = _read_message()
                     leaving = False
-                    if message.strip() == "/quit":
+                    if message.strip() in ("/quit", "/exit", "/bye"):
                         return
                     if message.strip():
                         self._handle(message)
@@ -151,15 +152,15 @@ class Loop:
         try:
             value = SETTINGS[name](text) if text else None
         except (ValueError, KeyError):
-            expected = {float: "a number", int: "a whole number"}.get(SETTINGS[name], "yes or no")  # type: ignore[call-overload]
-            raise BadInput(f"{name} is {text!r}; expected {expected}") from None
+            raise BadInput(
+                f"{name} is {text!r}; expected {expected(name) if name in DECLARED else 'yes or no'}"
+            ) from None
         if name == "truncate":
             conversation.truncate = bool(value)
         elif value is None:
             conversation.options.pop(name, None)  # type: ignore[misc]
         else:
-            if hasattr(conversation.model.sampling, name):
-                conversation.model.sampling.replace(**{name: value})  # refuses what is out of range
+            check(name, value)
             conversation.options[name] = value  # type: ignore[literal-required]
 
     def _list_settings(self) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Exit, Option
@@ -40,6 +41,8 @@ def pull(name: Name, as_json: Json = False) -> None:
     from pentad.weights import registry
 
     path = registry.locate(name, progress=output.progress())
+    if path == Path(name).expanduser():
+        output.note(f"pentad: {name} is a file or folder of this machine, which needs no pull")
     if as_json:
         output.write_json({"name": name, "path": str(path)})
     else:

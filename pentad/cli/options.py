@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from typer import Argument, Option
 
@@ -56,9 +58,9 @@ Quantize = Annotated[
 class Loading:
     """Options of every command that loads a model."""
 
-    model: Annotated[str, Option(metavar="NAME", help="A name, a file, a folder, or org/name[@revision][:Q4_K_M].")] = (
-        DEFAULT_MODEL
-    )
+    model: Annotated[
+        str, Option("--model", "-m", metavar="NAME", help="A name, a file, a folder, or org/name[@revision][:Q4_K_M].")
+    ] = DEFAULT_MODEL
     dtype: Dtype = None
     quantize: Quantize = None
     device: Annotated[
@@ -151,6 +153,36 @@ class Generating:
         return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
 
 
+DECLARED: dict[str, Any] = {}
+"""Parameter name -> its annotation, for all commands."""
+
+
+def expected(name: str) -> str:
+    """A description of the values that an option takes: "a number from 0 to 100"."""
+    kind, *rest = get_args(DECLARED[name])
+    kind = next((one for one in get_args(kind) if one is not NoneType), kind)
+    low, high = (getattr(rest[0], bound, None) for bound in ("min", "max"))
+    if issubclass(kind, StrEnum):
+        return "one of " + ", ".join(kind)
+    words = {float: "a number", int: "a whole number"}.get(kind, "a text")
+    return words + (f" from {low:g}" if low is not None else "") + (f" to {high}" if high is not None else "")
+
+
+def check(name: str, value: float) -> None:
+    """Raise BadInput if a value is outside an option's range, or NaN."""
+    info = get_args(DECLARED[name])[1]
+    low, high = (getattr(info, bound, None) for bound in ("min", "max"))
+    if not (-math.inf if low is None else low) <= value <= (math.inf if high is None else high):
+        raise BadInput(f"{name} is {value}; expected {expected(name)}")
+
+
+def check_typed(text: str | None, source: str) -> None:
+    """Raise BadInput if the terminal's encoding has garbled a text of the command line."""
+    if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+        encoding = sys.getfilesystemencoding()
+        raise BadInput(f"{source} isn't valid {encoding}, this terminal's encoding: set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
+
+
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer: each parameter of a dataclass type becomes the options that its fields declare."""
     hints = get_type_hints(command, include_extras=True)
@@ -167,6 +199,8 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
             options[name] = inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
             )
+
+    DECLARED.update({name: option.annotation for name, option in options.items()})
 
     @wraps(command)
     def run(**values: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pentad.errors import PentadError
 from pentad.weights.cache import Progress
 
 if TYPE_CHECKING:
@@ -21,8 +22,18 @@ _CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
 def write(text: str) -> None:
     """Write to standard output and flush; on a terminal, control characters are shown as symbols."""
-    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    _send(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+
+
+def _send(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        abandon_stdout()
+        raise PentadError(f"standard output can't be written: {(error.strerror or str(error)).lower()}") from error
 
 
 def write_json(value: object) -> None:
@@ -32,8 +43,7 @@ def write_json(value: object) -> None:
         ValueError: a number is NaN or infinite, which JSON can't express.
     """
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    sys.stdout.write(json.dumps(value, ensure_ascii=not unicode, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    _send(json.dumps(value, ensure_ascii=not unicode, allow_nan=False) + "\n")
 
 
 def write_table(rows: Iterable[Sequence[object]]) -> None:

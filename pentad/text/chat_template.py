@@ -33,6 +33,7 @@ class ChatTemplate:
     Attributes:
         source: the template.
         literals: the strings that are written in it.
+        takes_parts: true if it reads the text of content parts (``{"type": "text", "text": …}``).
     """
 
     def __init__(self, source: str) -> None:
@@ -48,6 +49,8 @@ class ChatTemplate:
                 raise SecurityError(f"{len(found)} nodes are too many; expected at most {_MAX_NODES}")
             constants = (node.value for node in found if isinstance(node, nodes.Const))
             self.literals = {value for value in constants if isinstance(value, str)}
+            names = {node.attr for node in found if isinstance(node, nodes.Getattr)}
+            self.takes_parts = "text" in self.literals | names
             self._code: CodeType = sandbox.compile(tree)
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
@@ -95,9 +98,11 @@ def render_guarded(
         copied = {name: _plain(value, name) for name, value in inputs.items()}
     except RecursionError:
         raise BadInput("messages are nested too deeply") from None
-    copied["messages"] = [
-        {key: value for key, value in message.items() if value is not None} for message in copied["messages"]
-    ]
+    for number, message in enumerate(copied["messages"]):
+        if isinstance(message.get("content"), list):
+            texts = [_text_of(part, f"messages[{number}]") for part in message["content"]]
+            if not template.takes_parts:
+                message["content"] = "\n".join(texts)
     seen = set(template.source + json.dumps(copied, ensure_ascii=False))
     sentinel = next((chr(code) for code in _PRIVATE_USE if chr(code) not in seen), None)
     if sentinel is None:
@@ -107,7 +112,14 @@ def render_guarded(
         # The template compares its own words (roles, types) with the inputs, so these words stay as they are.
         return text if text in template.literals and text.isalnum() else control.guard(text, sentinel)
 
-    return template.render({**trusted, **_map_strings(copied, guard)}), sentinel
+    guarded = {**trusted, **_map_strings(copied, guard)}
+    messages = [{key: value for key, value in message.items() if value is not None} for message in guarded["messages"]]
+    try:  # like transformers, without null fields: most templates expect that a message lacks them
+        return template.render({**guarded, "messages": messages}), sentinel
+    except BadInput:
+        if messages == guarded["messages"]:
+            raise
+        return template.render(guarded), sentinel
 
 
 def _check_messages(messages: Any) -> None:
@@ -122,6 +134,18 @@ def _check_messages(messages: Any) -> None:
         if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
             content = type(message.get("content")).__name__
             raise BadInput(f"{where}: content is a {content}; expected a string or a list of parts")
+
+
+def _text_of(part: Any, where: str) -> str:
+    """The text of a content part; BadInput for pictures and others."""
+    match part:
+        case str():
+            return part
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": str(kind)}:
+            raise BadInput(f"{where}: content has a part of type {kind!r}; this model reads only text")
+    raise BadInput(f'{where}: content has a malformed part; expected {{"type": "text", "text": …}}')
 
 
 def _plain(value: Any, where: str) -> Any:

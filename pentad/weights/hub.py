@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pentad.errors import BadInput, PentadError
-from pentad.weights.cache import FULL_DISK, Progress, storage_error, task
+from pentad.weights.cache import FULL_DISK, Progress, check_space, storage_error, task
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, CachedRevisionInfo, HFCacheInfo
@@ -89,7 +89,7 @@ def pull(name: HubName, progress: Progress) -> Path:
         BadInput: the repository, revision or file does not exist, or the name fits several files.
         PentadError: the repository is gated, or the download fails.
     """
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import RevisionNotFoundError
 
     with _explained(name):
@@ -105,6 +105,7 @@ def pull(name: HubName, progress: Progress) -> Path:
         found = [path for path in paths if isinstance(try_to_load_from_cache(name.repo, path, revision=commit), str)]
         missing = {path: files[path] for path in paths if path not in found}
         total = sum(file.nbytes for file in missing.values()) or None
+        check_space(Path(constants.HF_HUB_CACHE), total or 0, "free some, or set HF_HOME to a folder on another disk")
         with task(progress, f"{'downloading' if missing else 'looking up'} {name}", total):
             patterns, bar = [glob.escape(path) for path in paths], _bar_class(progress)
             folder = Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=patterns, tqdm_class=bar))

@@ -82,3 +82,9 @@ def test_upcycling(pentad, source: Path, tmp_path: Path) -> None:
     dense = pentad("show", source, "--json").json["parameters"]
     assert facts["active_parameters"] == dense + 2 * router
     assert facts["parameters"] == dense + 2 * (router + 3 * one)
+
+
+def test_the_name_tells_the_format(pentad, tmp_path: Path) -> None:
+    talking_checkpoint(tmp_path / "source")
+    done = pentad("convert", tmp_path / "source", tmp_path / "a.gguf", "--json").json
+    assert done["format"] == "gguf"

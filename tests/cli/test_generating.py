@@ -109,7 +109,7 @@ def test_score(pentad, smollm2: Path, tmp_path: Path) -> None:
         (["chat", "hi", "--device", "abacus"], "abacus"),
         (["chat", "hi", "--quantize", "q1"], "q1"),
         (["chat", "hi", "--temperature", "nan"], "temperature"),
-        (["complete", "a\udcff"], "surrogate"),
+        (["complete", "a\udcff"], "PROMPT"),
     ],
 )
 def test_refused(pentad, smollm2: Path, arguments: list[str], said: str) -> None:
@@ -154,8 +154,8 @@ def test_ctrl_c_while_loading(pentad, monkeypatch) -> None:
     assert done.code == 130
     assert set(done.json) == FIELDS
     assert (done.json["text"], done.json["finish_reason"]) == ("", "interrupted")
-    silent = pentad("complete", "a")
-    assert (silent.code, silent.out, silent.err) == (130, "", "")
+    done = pentad("complete", "a")
+    assert (done.code, done.out, done.err) == (130, "", "interrupted\n")
 
 
 def test_ctrl_c_in_a_process_of_its_own(smollm2: Path) -> None:
@@ -185,3 +185,16 @@ def test_options_that_turn_the_kernels_off_are_noted(pentad, smollm2: Path, opti
     arguments = ("complete", "once", "--model", smollm2, "--max-tokens", "1")
     assert pentad(*arguments).err == ""
     assert f"{option[0]} turns the CPU kernels off" in pentad(*arguments, *option).err
+
+
+def test_piped_text_is_appended_to_the_prompt(pentad, smollm2: Path) -> None:
+    command = ["chat", "--model", smollm2, "--max-tokens", "1", "--json"]
+    both = pentad(*command, "Summarize this:", stdin=b"A text.\n").json
+    assert both["prompt_token_ids"] == pentad(*command, "Summarize this:\n\nA text.").json["prompt_token_ids"]
+
+
+def test_a_prompt_in_another_encoding_is_refused_at_once(pentad) -> None:
+    for arguments in (["complete", "\udce4"], ["chat", "\udce4"], ["chat", "hi", "--system", "\udce4"]):
+        done = pentad(*arguments, "--model", "no such model")
+        assert done.code == 2
+        assert "LC_ALL=C.UTF-8" in done.error

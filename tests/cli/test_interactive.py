@@ -120,6 +120,15 @@ def test_saved_and_loaded(chat: Chat, conversation: Conversation, tmp_path: Path
     assert conversation.messages == before
 
 
+@pytest.mark.parametrize("line", ["seed -1", "max_tokens 0", "temperature nan", "top_k 1.5", "truncate maybe"])
+def test_settings_out_of_range_are_refused_at_once(chat: Chat, conversation: Conversation, line: str) -> None:
+    before = dict(conversation.options)
+    name, value = line.split()
+    assert f"{name} is" in (notes := chat(f"/set {line}"))
+    assert value in notes
+    assert conversation.options == before
+
+
 def test_outgrown_context(chat: Chat, conversation: Conversation) -> None:
     chat("Hi. " * 40, "Ho. " * 40)
     assert "256" in chat("Hu. " * 40)  # refused, and the chat goes on

@@ -144,3 +144,11 @@ def test_show_says_whether_there_is_a_tokenizer(pentad, smollm2: Path, tmp_path:
     broken = pentad("show", tmp_path, "--json")
     assert broken.json["tokenizer"] is False
     assert "tokenizer" in broken.err
+
+
+def test_pull_of_a_file_says_that_it_is_there(pentad, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.touch()
+    done = pentad("pull", file)
+    assert (done.code, done.out) == (0, f"{file}\n")
+    assert "needs no pull" in done.err

@@ -29,7 +29,7 @@ def test_help(pentad, arguments: list[str]) -> None:
 
 
 def test_every_command_takes_json_and_says_what_it_does() -> None:
-    assert set(COMMANDS.commands) == {
+    assert {name for name, command in COMMANDS.commands.items() if not command.hidden} == {
         "chat", "complete", "score", "models", "pull", "rm", "show", "convert", "bench", "env",
     }  # fmt: skip
     for command in COMMANDS.commands.values():
@@ -136,7 +136,7 @@ def test_ctrl_c_is_130(pentad, monkeypatch) -> None:
 
     monkeypatch.setattr(registry, "known", interrupted)
     done = pentad("models")
-    assert (done.code, done.out, done.err) == (130, "", "")
+    assert (done.code, done.out, done.err) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("argument", ["models", "--help"])
@@ -149,7 +149,30 @@ def test_nobody_reads_the_output(argument: str) -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 1
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (["--temperature", "nan"], "--temperature is nan; expected a number from 0 to 100"),
+        (["--temperature", "hot"], "--temperature is hot; expected a number from 0 to 100"),
+        (["--top-k", "-1"], "--top-k is -1; expected a whole number from 0"),
+        (["--max-tokens", "1.5"], "--max-tokens is 1.5; expected a whole number from 1"),
+        (["--dtype", "int3"], "--dtype is int3; expected one of float32, bfloat16, float16"),
+        (["--device", "xyz"], "device is xyz; expected one of cpu, cuda, mps"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range(pentad, arguments: list[str], facts: str) -> None:
+    done = pentad("complete", "hi", *arguments)
+    assert done.code == 2
+    assert facts in done.error
+
+
+def test_names_that_users_of_other_tools_know(pentad) -> None:
+    assert pentad("list").out == pentad("models").out
+    assert pentad("run", "-h").out.splitlines()[1:] == pentad("chat", "--help").out.splitlines()[1:]
 
 
 def test_sizes() -> None:

@@ -245,3 +245,36 @@ def test_without_a_template() -> None:
     assert tokenizer.chat_template is None
     with pytest.raises(BadInput, match="no chat template"):
         tokenizer.chat([{"role": "user", "content": "x"}])
+
+
+NULLS = "{% for m in messages %}{{ m.role }} {{ m.content is none }} {{ m | tojson }} {{ 'content' in m }}{% endfor %}"
+
+CALL = {"type": "function", "function": {"name": "get", "arguments": {}}}
+TOOL_CALL = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+
+
+def test_null_fields_are_dropped_as_in_transformers(tmp_path: Path) -> None:
+    ours, theirs = both(tmp_path, PIPELINES["byte-level"], NULLS)
+    assert ours.chat(TOOL_CALL) == theirs.apply_chat_template(TOOL_CALL, add_generation_prompt=True)["input_ids"]
+
+
+def test_null_fields_stay_for_templates_that_need_them() -> None:
+    tokenizer = _in_memory("{% for m in messages %}{{ m.content | tojson }}{% endfor %}")
+    assert tokenizer.decode(tokenizer.chat(TOOL_CALL)) == '"hi"null'
+
+
+def test_text_parts_are_joined_for_templates_that_join_strings() -> None:
+    tokenizer = _in_memory(CHATML)
+    whole = tokenizer.chat([{"role": "user", "content": "one\ntwo"}])
+    for parts in (["one", "two"], [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]):
+        assert tokenizer.chat([{"role": "user", "content": parts}]) == whole
+
+
+@pytest.mark.parametrize(
+    ("part", "fact"),
+    [({"type": "image_url", "image_url": {"url": "a"}}, "'image_url'"), ({"text": "a"}, "malformed"), (7, "malformed")],
+)
+def test_other_parts_are_refused_by_name(part: Any, fact: str) -> None:
+    for template in (CHATML, TOOLS):
+        with pytest.raises(BadInput, match=rf"messages\[0\].*{fact}"):
+            _in_memory(template).chat([{"role": "user", "content": [part]}])

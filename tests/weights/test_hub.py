@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -262,6 +263,17 @@ def test_a_full_disk(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(huggingface_hub.file_download, "http_get", refuse)
     with pytest.raises(PentadError, match="no space left") as caught:
         locate("org/tiny")
+    assert "HF_HOME" in one_line(caught.value)
+
+
+def test_a_disk_without_space_is_noticed_first(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.add("org/tiny", CONFIG | WEIGHTS)
+    usage = shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(PentadError, match="10 are free") as caught:
+        locate("org/tiny")
+    assert f"{sum(map(len, (CONFIG | WEIGHTS).values())):,} bytes" in one_line(caught.value)
     assert "HF_HOME" in one_line(caught.value)
 
 
