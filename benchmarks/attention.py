@@ -1,10 +1,10 @@
-"""What a sliding window saves: the one attention function with a window and without, on random keys, turn by turn.
+"""Compare attention with and without a sliding window, on random keys.
 
     python benchmarks/attention.py                        # 16,384 tokens, window 4,096; decoding at window 1,024
     python benchmarks/attention.py --heads 32 --kv-heads 8 --head-dim 128 --dtypes bfloat16
 
-Prefill is stated as a ratio of medians within the run, with the chunk that serves each best; rows of it are checked in
-the same run, against their scores written out in float64. Decoding is one layer's cache and attention, not a model.
+Prefill is reported as a ratio of medians within one run, in which the cases take turns, each at its best chunk size.
+The same run checks rows against float64. Decoding measures one layer's cache and attention, not a model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def machine() -> str:
-    """What it was measured on."""
+    """The machine's CPU, and the versions of Python and torch."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
@@ -46,7 +46,7 @@ def random_rows(args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> In
 
 
 def prefill(rows: Inputs, chunk: int, window: int | None) -> Tensor:
-    """Attention over a prompt that comes in chunks, each over the keys so far, as a model's layer computes it."""
+    """Compute a prompt's attention in chunks, each over all keys so far, as a model's layer does."""
     q, k, v = rows
     out = []
     for start in range(0, len(q), chunk):
@@ -57,60 +57,60 @@ def prefill(rows: Inputs, chunk: int, window: int | None) -> Tensor:
 
 
 def exact(q_HD: Tensor, k_KGD: Tensor, v_KGD: Tensor) -> Tensor:
-    """float64 [H, D]: one query over all of these keys, as it is written down."""
+    """Compute one query's attention over all keys in float64: [H, D]."""
     q_GRD = q_HD.double().unflatten(0, (k_KGD.shape[1], -1))
     scores_GRK = torch.einsum("grd,kgd->grk", q_GRD, k_KGD.double()) * q_HD.shape[-1] ** -0.5
     return torch.einsum("grk,kgd->grd", scores_GRK.softmax(-1), v_KGD.double()).flatten(0, 1)
 
 
 def check(y_HD: Tensor, exact_HD: Tensor) -> None:
-    far = float((y_HD - exact_HD).abs().max())
-    assert far <= BOUNDS[y_HD.dtype], f"{far} from the exact values"
+    difference = float((y_HD - exact_HD).abs().max())
+    assert difference <= BOUNDS[y_HD.dtype], f"difference {difference}; expected at most {BOUNDS[y_HD.dtype]}"
 
 
 def compare_prefill(args: argparse.Namespace, dtype: torch.dtype) -> float:
-    """Print a table, and check it; returns how many times faster the window is."""
+    """Measure, check and print prefill; returns the speedup of the window."""
     rows, window = random_rows(args, args.tokens, dtype), args.window
     chunks = sorted({min(chunk, args.tokens) for chunk in args.chunks})
-    cases = [(chunk, reach) for chunk in chunks for reach in (None, window)]
+    cases = [(chunk, limit) for chunk in chunks for limit in (None, window)]
     times: dict[tuple[int, int | None], list[float]] = {case: [] for case in cases}
     for repeat in range(args.repeats + 1):
-        for chunk, reach in cases:
+        for chunk, limit in cases:
             started = time.perf_counter()
-            y = prefill(rows, chunk, reach)
+            y = prefill(rows, chunk, limit)
             if repeat:
-                times[chunk, reach].append(time.perf_counter() - started)
+                times[chunk, limit].append(time.perf_counter() - started)
                 continue
-            q, k, v = rows  # the first one warms, and is checked: rows at the window's edge, in the middle, at the end
+            q, k, v = rows  # the first repeat is a warm-up; check rows at the window's edge, in the middle, at the end
             for i in {0, 1, window - 1, window, len(q) // 2 + 1, len(q) - 1} & set(range(len(q))):
-                seen = slice(max(0, i + 1 - (reach or len(q))), i + 1)
-                check(y[i], exact(q[i], k[seen], v[seen]))
+                visible = slice(max(0, i + 1 - (limit or len(q))), i + 1)
+                check(y[i], exact(q[i], k[visible], v[visible]))
     print(f"\n| prefill of {args.tokens:,}, {name(dtype)}: seconds, median (best) | full | window {window:,} | ratio |")
     print("| --- | --- | --- | --- |")
     for chunk in chunks:
         print(f"| chunks of {chunk:,} {cells(times[chunk, None], times[chunk, window], 2)}")
-    full, cut = (min((times[chunk, reach] for chunk in chunks), key=statistics.median) for reach in (None, window))
-    print(f"| the chunk that serves each best {cells(full, cut, 2)}")
-    return statistics.median(full) / statistics.median(cut)
+    full, windowed = (min((times[chunk, limit] for chunk in chunks), key=statistics.median) for limit in (None, window))
+    print(f"| each at its best chunk size {cells(full, windowed, 2)}")
+    return statistics.median(full) / statistics.median(windowed)
 
 
-def cells(full: list[float], cut: list[float], digits: int) -> str:
-    texts = [f"{statistics.median(x):.{digits}f} ({min(x):.{digits}f})" for x in (full, cut)]
-    return f"| {texts[0]} | {texts[1]} | {statistics.median(full) / statistics.median(cut):.2f} |"
+def cells(full: list[float], windowed: list[float], digits: int) -> str:
+    texts = [f"{statistics.median(x):.{digits}f} ({min(x):.{digits}f})" for x in (full, windowed)]
+    return f"| {texts[0]} | {texts[1]} | {statistics.median(full) / statistics.median(windowed):.2f} |"
 
 
 class Decoder:
-    """One sequence in a cache of one layer, whose tokens are random."""
+    """One sequence of random tokens in a cache of one layer."""
 
     def __init__(self, args: argparse.Namespace, dtype: torch.dtype, window: int | None) -> None:
         self.window = window
         self.cache = PagedCache(1, args.kv_heads, args.head_dim, dtype=dtype, page_size=PAGE, window=window)
         self.sequence = self.cache.open()
         self.q, self.k, self.v = random_rows(args, NEW, dtype)
-        self.tokens: list[int] = []  # which rows of k and v they have
+        self.tokens: list[int] = []  # the row of k and v of each cached token
 
     def step(self, rows: range) -> Tensor:
-        """Go on by some tokens, of which the last looks back at all."""
+        """Append tokens, and compute the attention of the last one."""
         batch = self.cache.batch([(self.sequence, len(rows))])
         assert batch.kv is not None
         here = slice(rows.start, rows.stop)
@@ -126,18 +126,18 @@ class Decoder:
             self.step(range(count))
 
     def decode(self) -> float:
-        """Microseconds a token, for NEW tokens, each of which is reserved, written and attended; checks the last."""
+        """Reserve, write and attend to NEW tokens one by one, and check the last; returns microseconds a token."""
         started = time.perf_counter()
         for i in range(NEW):
             y = self.step(range(i, i + 1))
-        taken = time.perf_counter() - started
-        seen = self.tokens[-(self.window or 0) :]
-        check(y, exact(self.q[-1], self.k[seen], self.v[seen]))
-        return 1e6 * taken / NEW
+        seconds = time.perf_counter() - started
+        visible = self.tokens[-(self.window or 0) :]
+        check(y, exact(self.q[-1], self.k[visible], self.v[visible]))
+        return 1e6 * seconds / NEW
 
 
 def compare_decoding(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    """Print time and memory against the tokens that there are; each measurement goes on by NEW more."""
+    """Print time and memory by the number of cached tokens; each measurement adds NEW tokens."""
     window = args.decode_window
     print(
         f"\n| decoding, {name(dtype)}, pages of {PAGE}: tokens before | full: µs a token, median (best) | window"
@@ -150,10 +150,10 @@ def compare_decoding(args: argparse.Namespace, dtype: torch.dtype) -> None:
             decoder.fill(tokens)
         sizes = [decoder.cache.nbytes // 1024 for decoder in decoders]
         for repeat in range(args.decode_repeats + 1):
-            for decoder, taken in zip(decoders, times, strict=True):
+            for decoder, measured in zip(decoders, times, strict=True):
                 microseconds = decoder.decode()
-                if repeat:  # the first one warms
-                    taken.append(microseconds)
+                if repeat:  # the first repeat is a warm-up
+                    measured.append(microseconds)
         ratio = f"{sizes[0]:,} | {sizes[1]:,} | {sizes[0] / sizes[1]:.2f} |"
         print(f"| {tokens:,} {cells(*times, 0)} {ratio}")
 

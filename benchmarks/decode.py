@@ -1,11 +1,12 @@
-"""pentad, llama.cpp and transformers on one GGUF: the same prompts, context and threads, turn by turn.
+"""Benchmark pentad, llama.cpp and transformers on one GGUF, with equal prompts, context and threads.
 
     make bench                                      # SmolLM2, 2 threads
     python benchmarks/decode.py --threads 4 --repeats 9 --model FILE.gguf
     python benchmarks/decode.py --shape mistral --type q4_k    # random weights of that model's layer sizes
 
-Speed is stated as a ratio of medians within the run; the answers are checked in the same run, against float32 on the
-dequantized weights, by the bounds that docs/benchmarks.md states. "Q4_0" is the same model, requantized by llama.cpp.
+Speed is reported as a ratio of medians within one run, in which the engines take turns. The same run checks logits
+against float32 on the dequantized weights, within the bounds of docs/benchmarks.md. "Q4_0" is the same model,
+requantized by llama.cpp.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import engines
 import record
 from hardware import CALM, machine
-from processes import Remote, competitors, in_a_process, whole
+from processes import Remote, competitors, in_a_process, time_commands
 
 ENGINES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "pentad": (engines.Pentad, {}),
@@ -34,8 +35,8 @@ ENGINES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "llama.cpp Q4_0": (engines.LlamaCpp, {}),
     "transformers": (engines.Transformers, {}),
 }
-SHAPED = ["pentad", "pentad --fast", "llama.cpp"]  # of random weights
-# Of the logits' rms, of the worst greedy token, of the perplexity: see docs/benchmarks.md.
+SHAPED = ["pentad", "pentad --fast", "llama.cpp"]  # the engines that run random weights
+# Bounds of the logits' rms, of the worst greedy token's margin, of the perplexity: see docs/benchmarks.md.
 EXACT, STOCK = (0.02, 0.1, 0.001), (0.2, 0.75, 0.01)
 PROMPTS = [
     "The history of the Roman Empire begins with",
@@ -47,18 +48,25 @@ PROMPTS = [
     "Scientists have discovered that plants can respond to",
     "The capital of France is a city that",
 ]
-LENGTH = 8  # tokens of each of these prompts that are used
+LENGTH = 8  # tokens used of each prompt
 LONG = 2000  # tokens of the longest prompt
-NEW = 64  # tokens that are decoded
+NEW = 64  # decoded tokens
 Speeds = dict[str, dict[str, list[float]]]
-"""Row -> engine -> tokens a second, of each repeat."""
+"""Row -> engine -> tokens a second of each repeat."""
 Qualities = dict[str, dict[str, float]]
-"""Engine -> how far its logits are from float32's, in three measures."""
+"""Engine -> the three differences of its logits from float32's."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured: a call that gives the seconds that so many tokens take, of some engines or of all."""
+    """One measurement.
+
+    Attributes:
+        name: the row's title.
+        call: an engine's method and arguments; it returns seconds.
+        tokens: the number of tokens that the call processes.
+        only: the engines that are measured; None means all.
+    """
 
     name: str
     call: tuple[Any, ...]
@@ -76,26 +84,31 @@ class Files:
 
 
 def start(name: str, files: Files, context: int, threads: int, **more: Any) -> Remote:
-    kind, options = ENGINES[name]
-    return Remote(name, kind, str(files.of(name)), context, threads, **{**options, **more})
+    engine, options = ENGINES[name]
+    return Remote(name, engine, str(files.of(name)), context, threads, **{**options, **more})
 
 
-def measure(running: Sequence[Remote], rows: Sequence[Row], repeats: int, warm: int = 1) -> Speeds:
-    """Engines take turns in each row, and rows in each repeat."""
+def measure(running: Sequence[Remote], rows: Sequence[Row], repeats: int, warmups: int = 1) -> Speeds:
+    """Measure speeds: each repeat runs every row, and each row runs every engine."""
     speeds: Speeds = {row.name: {} for row in rows}
-    for repeat in range(warm + repeats):
+    for repeat in range(warmups + repeats):
         for row in rows:
             for engine in running:
                 if row.only is None or engine.name in row.only:
-                    time.sleep(CALM)  # the others' threads spin for a while after their work
+                    time.sleep(CALM)  # other engines' threads spin for a while after their work
                     seconds = engine(*row.call)
-                    if repeat >= warm:
+                    if repeat >= warmups:
                         speeds[row.name].setdefault(engine.name, []).append(row.tokens / seconds)
     return speeds
 
 
 def quality(engine: Remote, reference: Remote, texts: list[list[int]]) -> dict[str, float]:
-    """How far an engine's logits are from float32's: their rms, the worst greedy token, the perplexity."""
+    """Compare an engine's logits with float32's.
+
+    Returns:
+        "rms" of the differences; "margin", the largest gap between float32's best logit and float32's logit of the
+        engine's greedy token; "perplexity", the relative difference.
+    """
     import numpy
 
     squares, margins, ours, theirs = [], [], 0.0, 0.0
@@ -103,18 +116,18 @@ def quality(engine: Remote, reference: Remote, texts: list[list[int]]) -> dict[s
         logits, exact = engine("logits", ids), reference("logits", ids)
         squares.append(((logits - exact) ** 2).mean())
         margins.append((exact.max(-1) - exact[numpy.arange(len(ids)), logits.argmax(-1)]).max())
-        for values, total in ((logits, "ours"), (exact, "theirs")):
+        for values, side in ((logits, "ours"), (exact, "theirs")):
             top = values.max(-1, keepdims=True)
             chosen = values[numpy.arange(len(ids) - 1), ids[1:]]
             loss = float((numpy.log(numpy.exp(values - top).sum(-1)) + top[:, 0])[:-1].sum() - chosen.sum())
-            ours, theirs = (ours + loss, theirs) if total == "ours" else (ours, theirs + loss)
+            ours, theirs = (ours + loss, theirs) if side == "ours" else (ours, theirs + loss)
     count = sum(len(ids) - 1 for ids in texts)
     perplexity = 2.718281828 ** ((ours - theirs) / count) - 1
     return {"rms": float(numpy.mean(squares) ** 0.5), "margin": float(max(margins)), "perplexity": perplexity}
 
 
 def check(running: Sequence[Remote], files: Files, context: int, threads: int, texts: list[list[int]]) -> Qualities:
-    """Each engine's quality, against float32 on the file that it runs."""
+    """Compare each engine with float32 on the file that it runs."""
     found: Qualities = {}
     for path in dict.fromkeys(files.of(engine.name) for engine in running):
         exact = Remote("float32", engines.Pentad, str(path), context, threads, dtype="float32", quantize="none")
@@ -126,15 +139,15 @@ def check(running: Sequence[Remote], files: Files, context: int, threads: int, t
 def load(
     names: Sequence[str], files: Files, args: argparse.Namespace, prompt: list[int]
 ) -> dict[str, dict[str, list[float]]]:
-    """From file to ready, and memory after one short answer, in fresh processes with room for one sequence."""
+    """Measure load time, and memory after one short answer, in new processes with a context of one sequence."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for _ in range(args.repeats):
         for name in names:
             more = {"sequences": 1} if ENGINES[name][0] is engines.LlamaCpp else {}
             engine = start(name, files, args.context, args.threads, **more)
             engine("decode", [prompt], NEW)
-            for what, value in {"seconds": engine.load_seconds, **engine("memory")}.items():
-                found[name].setdefault(what, []).append(value)
+            for key, value in {"seconds": engine.load_seconds, **engine("memory")}.items():
+                found[name].setdefault(key, []).append(value)
             engine.close()
     return found
 
@@ -149,22 +162,27 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=2304)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--engines", help=f"which, of {', '.join(ENGINES)}; all by default")
-    parser.add_argument("--json", action="store_true", help="also print everything that was measured")
+    parser.add_argument("--json", action="store_true", help="also print all measurements as JSON")
     return parser.parse_args()
 
 
 @dataclass(frozen=True)
 class Ids:
-    """What the engines are given."""
+    """The engines' inputs.
+
+    Attributes:
+        long: the longest prompt.
+        prompts: the prompts of a batch.
+        texts: the texts on which logits are compared.
+    """
 
     long: list[int]
     prompts: list[list[int]]
     texts: list[list[int]]
-    """On which quality is judged."""
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> tuple[list[str], Files, Ids]:
-    """The engines' names, the files that they run (some are written first), and what they are given."""
+    """Write the files that don't exist yet; returns the engines' names, their files and their inputs."""
     import pentad.text
     import pentad.weights
     from pentad.weights.registry import locate
@@ -186,8 +204,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[list[str], Files, I
 
 
 def measure_all(names: list[str], files: Files, ids: Ids, args: argparse.Namespace) -> tuple[Speeds, Qualities]:
-    """With all threads; and if the weights aren't random, beside a busy process and with one thread."""
-    from pentad import kernels  # only here: the engines' processes import this file too, some without torch
+    """Measure with all threads and, unless weights are random, beside a busy process and with one thread."""
+    from pentad import kernels  # imported here: engines' processes import this file too, some without torch
 
     single = [Row(record.DECODE, ("decode", ids.prompts[:1], NEW), NEW)]
     if kernels.isas():
@@ -197,19 +215,20 @@ def measure_all(names: list[str], files: Files, ids: Ids, args: argparse.Namespa
         Row(record.BATCH, ("decode", ids.prompts, NEW), len(ids.prompts) * NEW),
         Row(record.AFTER, ("decode", [ids.long], NEW), NEW),
     ]
-    if not args.shape:  # of the last layer llama.cpp computes only the wanted rows, which of few layers is much
+    # In the last layer llama.cpp computes only the rows that need logits. With few layers, that would distort prefill.
+    if not args.shape:
         rows.insert(0, Row(record.PREFILL, ("prefill", ids.long[:512]), 512))
     running = [start(name, files, args.context, args.threads) for name in names]
     checked = check(running, files, args.context, args.threads, ids.texts)
     speeds = measure(running, rows, args.repeats)
     if not args.shape:
         with competitors(1):
-            row = Row(record.BESIDE, ("decode", ids.prompts[:1], NEW // 2), NEW // 2, only=quick(names))
-            speeds |= measure(running, [row], 3, warm=0)
+            row = Row(record.BESIDE, ("decode", ids.prompts[:1], NEW // 2), NEW // 2, only=without_slow(names))
+            speeds |= measure(running, [row], 3, warmups=0)
     for engine in running:
         engine.close()
     if not args.shape:
-        running = [start(name, files, args.context, 1) for name in quick(names) if name != "pentad --fast"]
+        running = [start(name, files, args.context, 1) for name in without_slow(names) if name != "pentad --fast"]
         alone = measure(running, single, args.repeats)
         speeds |= {name + record.ALONE: by_name for name, by_name in alone.items()}
         for engine in running:
@@ -217,8 +236,8 @@ def measure_all(names: list[str], files: Files, ids: Ids, args: argparse.Namespa
     return speeds, checked
 
 
-def quick(names: Sequence[str]) -> list[str]:
-    """Those that don't take minutes where little is to be learned from them."""
+def without_slow(names: Sequence[str]) -> list[str]:
+    """The engines without transformers, which takes minutes on measurements where it is of little interest."""
     return [name for name in names if name != "transformers"]
 
 
@@ -233,8 +252,8 @@ def main() -> None:
         speeds, checked = measure_all(names, files, ids, args)
         loads, processes = {}, {}
         if not args.shape:
-            loads = load(quick(names), files, args, ids.prompts[0])
-            processes = whole(files.given, args.threads, args.repeats)
+            loads = load(without_slow(names), files, args, ids.prompts[0])
+            processes = time_commands(files.given, args.threads, args.repeats)
     if args.json:
         print(json.dumps({"speeds": speeds, "quality": checked, "loads": loads, "processes": processes}))
     record.print_speeds(speeds, names)

@@ -1,7 +1,7 @@
-"""The engines that are compared: each loads the same GGUF and answers the same questions, greedily.
+"""The engines that are compared. Each loads the same GGUF and decodes the same prompts greedily.
 
-An engine lives in a process of its own (two OpenMP runtimes in one process fight), and measures itself from the inside,
-so that what is compared is the work, not the pipe to it.
+Each engine runs in its own process, because two OpenMP runtimes in one process compete for cores. An engine measures
+its own time, so that results don't include the communication with its process.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any, Protocol
 
 from hardware import memory, streaming
 
-SEQUENCES = 8  # at most, together
-CHUNK = 512  # tokens of a prompt that one step takes, in pentad and llama.cpp
+SEQUENCES = 8  # the largest batch
+CHUNK = 512  # prompt tokens of one step, in pentad and llama.cpp
 
 
 class Engine(Protocol):
-    """What is measured of each. Prompts are token ids; times are in seconds."""
+    """An engine's measurements. Prompts are token ids; times are in seconds."""
 
     load_seconds: float
 
     def prefill(self, ids: list[int]) -> float:
-        """From a prompt to its first token."""
+        """The time from a prompt to its first token."""
 
     def decode(self, prompts: list[list[int]], count: int) -> float:
-        """From the first to the last of `count` further tokens of prompts that are decoded together."""
+        """The time to decode `count` further tokens of each prompt, in one batch, after the first token."""
 
     def logits(self, ids: list[int]) -> Any:
         """float32 numpy [T, vocab]."""
@@ -35,14 +35,14 @@ class Engine(Protocol):
 
 
 class Pentad:
-    """pentad as a user calls it."""
+    """pentad, called through its public API."""
 
     def __init__(self, path: str, context: int, threads: int, **options: Any) -> None:
-        import torch  # noqa: F401 - what it takes to import is told apart
+        import torch  # noqa: F401 - imported first, so that load_seconds excludes the import
 
         import pentad
 
-        self.imported = memory()["peak"]
+        self.imported_peak = memory()["peak"]
         started = time.perf_counter()
         self.model = pentad.load(path, context=context, threads=threads, **options)
         self.load_seconds = time.perf_counter() - started
@@ -54,7 +54,7 @@ class Pentad:
         return text
 
     def prefill(self, ids: list[int]) -> float:
-        self.model.complete("#", max_tokens=1)  # so that no cached sequence begins as this prompt does
+        self.model.complete("#", max_tokens=1)  # replaces cached sequences that share a prefix with this prompt
         done = self.model.complete(self._text(ids), max_tokens=1, temperature=0)
         return done.seconds["prefill"]
 
@@ -67,15 +67,15 @@ class Pentad:
         return self.model.logits(ids).numpy()
 
     def memory(self) -> dict[str, int]:
-        """Also: at the peak once torch and pentad were imported, of the weights as they are held, and of the cache."""
-        from operations import held_bytes, operations
+        """Bytes of the process, of its peak after importing torch and pentad, of the weights, and of the cache."""
+        from operations import operations, weight_bytes
 
         step = self.model.step
-        held = held_bytes(operations(step))
-        return {**memory(), "imported": self.imported, "weights": held, "cache": step.cache.nbytes}
+        weights = weight_bytes(operations(step))
+        return {**memory(), "imported": self.imported_peak, "weights": weights, "cache": step.cache.nbytes}
 
     def stream(self) -> float:
-        """Reading as many bytes as the weights of one token have, by as many threads, and no more than that."""
+        """The time to read as many bytes as one token's weights, with the same number of threads."""
         from operations import operations, token_bytes
 
         if self._stream is None:
@@ -84,7 +84,7 @@ class Pentad:
 
 
 class LlamaCpp:
-    """llama.cpp by its own C functions, so that no Python stands between it and the clock."""
+    """llama.cpp, called through its C functions to exclude Python overhead."""
 
     def __init__(self, path: str, context: int, threads: int, sequences: int = SEQUENCES) -> None:
         import llama_cpp
@@ -108,7 +108,7 @@ class LlamaCpp:
         self.load_seconds = time.perf_counter() - started
 
     def _run(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
-        """Decode rows of (token, position, sequence, whether its logits are wanted)."""
+        """Decode rows of (token, position, sequence, wants_logits)."""
         batch = self.c.llama_batch_init(len(rows), 0, 1)
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, wanted) in enumerate(rows):
@@ -154,7 +154,7 @@ class LlamaCpp:
 
 
 class Transformers:
-    """transformers in bfloat16; it dequantizes the file."""
+    """transformers in bfloat16, which dequantizes the file."""
 
     def __init__(self, path: str, context: int, threads: int) -> None:
         import torch
@@ -171,7 +171,7 @@ class Transformers:
         self.torch = torch
 
     def _generate(self, prompts: list[list[int]], count: int) -> float:
-        ids = self.torch.tensor(prompts)  # of one length, so that nothing is padded
+        ids = self.torch.tensor(prompts)  # prompts have equal lengths, so there is no padding
         with self.torch.inference_mode():
             started = time.perf_counter()
             self.model.generate(
@@ -199,7 +199,7 @@ class Transformers:
 
 
 def requantize(source: str, target: str) -> None:
-    """Write a GGUF once more as Q4_0, by llama.cpp's own quantizer: for that type it has its fastest kernels."""
+    """Requantize a GGUF to Q4_0 with llama.cpp's quantizer: its Q4_0 kernels are its fastest."""
     import llama_cpp
 
     silence = llama_cpp.llama_log_callback(lambda *_: None)

@@ -1,7 +1,7 @@
-"""The machine that something is measured on: what it is, and what it gives at best, by torch's own operators.
+"""The machine's description, memory bandwidth and multiply-add throughput, measured with torch's operators.
 
-Both were held against loops of a few lines in C and assembly: `stream_seconds` reaches 93 to 100 % of one that only
-loads and prefetches, `products` of int8 all of one that only multiplies registers.
+Short loops in C and assembly confirm both: `stream_seconds` reaches 93 to 100 % of a loop that only loads and
+prefetches, and `products` in int8 reaches 100 % of a loop that only multiplies registers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-PASSES = 20  # over the memory, in one measurement
-CALM = 0.2  # seconds until OpenMP's threads, which go on spinning after their work, leave the cores to others
+PASSES = 20  # passes over the memory in one measurement
+CALM = 0.2  # seconds after which OpenMP's threads stop spinning
 FLAGS = ("avx2", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 def machine(*packages: str) -> str:
-    """What it is, with the versions of these packages."""
+    """The machine's CPU, and the versions of Python and of `packages`."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
@@ -42,7 +42,7 @@ def memory() -> dict[str, int]:
 
 
 def streaming(nbytes: int) -> Callable[[], float]:
-    """A function that reads so many bytes with all of torch's threads, and says how many seconds it took: a median."""
+    """Make a function that reads `nbytes` bytes with all of torch's threads and returns the median seconds."""
     import torch
 
     words = torch.zeros(nbytes // 4, dtype=torch.int32)
@@ -59,9 +59,12 @@ def streaming(nbytes: int) -> Callable[[], float]:
 
 
 def products(threads: int, dtype: str, instructions: str | None = None) -> float:
-    """Multiply-adds a second at best: those of oneDNN, in a process that may use `instructions` at most.
+    """oneDNN's best multiply-adds a second, int8 into int32 or float32, in a new process.
 
-    Of int8 into int32, or of float32.
+    Args:
+        threads: the number of threads.
+        dtype: int8 or float32.
+        instructions: the newest instruction set that oneDNN may use; None means all.
     """
     multiply = "torch._int_mm" if dtype == "int8" else "torch.mm"
     code = (

@@ -1,13 +1,12 @@
-"""What a mixture of experts costs beside a dense layer and beside transformers' Mixtral: one layer, turn by turn.
+"""Compare one mixture-of-experts layer with a dense layer and with transformers' Mixtral.
 
     python benchmarks/moe.py                                    # width 1,024, hidden 3,584, 8 experts, 2 of a token
     python benchmarks/moe.py --dtypes bfloat16 --repeats 9
 
-All is stated as ratios of medians within the run. In the same run rows of every forward pass are checked against each
-expert written out in float64, and gradients against transformers'. Tokens have a direction in common, so that experts
-are used unevenly, as they are in models, and each run has tokens of its own, so that an expert has never as many as
-before. Freed memory stays with the process (glibc): else a dense layer takes up to twice its time, by what was freed
-before.
+Results are ratios of medians within one run, in which the cases take turns. The same run checks rows of every forward
+pass against float64 experts, and gradients against transformers'. Tokens share a common direction, so that expert loads
+are uneven, as they are in models. Each repeat uses new tokens, so expert loads vary. glibc's malloc keeps freed memory:
+otherwise a dense layer takes up to twice as long, depending on what was freed before.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ from pentad.nn.moe.experts import SwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import Routing, mixtral_top_k
 
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest difference, relative to the largest number
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest difference, relative to the largest value
 PEERS = ("eager", "batched_mm", "grouped_mm")  # transformers' experts_implementation
-FACTORS = (1.0, 1.25, 2.0)  # of an even share
+FACTORS = (1.0, 1.25, 2.0)  # capacity factors
 Run = Callable[[Tensor], Tensor]
 
 
@@ -53,13 +52,13 @@ def mixture(args: argparse.Namespace, dtype: torch.dtype) -> MixtureOfExperts:
 
 
 def variant(layer: MixtureOfExperts, **changed: object) -> MixtureOfExperts:
-    """The same weights, with another route or capacity."""
+    """Make a layer with the same weights and another route or capacity."""
     settings = {"route": layer.route, "capacity": layer.capacity, **changed}
     return MixtureOfExperts(layer.router, layer.experts, top_k=layer.top_k, **settings).eval()  # type: ignore[arg-type]
 
 
 def peer(args: argparse.Namespace, layer: MixtureOfExperts, implementation: str) -> nn.Module:
-    """transformers' block with a mixture's weights."""
+    """Make transformers' block with a mixture's weights."""
     config = MixtralConfig(
         hidden_size=args.width,
         intermediate_size=args.hidden,
@@ -85,7 +84,7 @@ def tokens(args: argparse.Namespace, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def to_experts(first: Tensor) -> Callable[..., Routing]:
-    """A route that sends every token where it is told: int64 [N, K]."""
+    """Make a route that sends token n to the experts `first[n]`: int64 [N, K]."""
 
     def route(logits: Tensor, *_: object) -> Routing:
         return Routing(logits, first, torch.full(first.shape, 1 / first.shape[1]), torch.ones_like(first).bool())
@@ -94,34 +93,35 @@ def to_experts(first: Tensor) -> Callable[..., Routing]:
 
 
 def exact(layer: MixtureOfExperts, x_D: Tensor, experts: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
-    """float64 [D]: one token through its experts, as it is written down."""
+    """Compute one token's output in float64, expert by expert: [D]."""
     y_D = torch.zeros(len(x_D), dtype=torch.float64)
-    for e, weight, here in zip(experts.tolist(), weights.tolist(), kept.tolist(), strict=True):
+    for e, weight, is_kept in zip(experts.tolist(), weights.tolist(), kept.tolist(), strict=True):
         gate, up, down = (
             linear.weight[e].double()
             for linear in (layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj)
         )
-        y_D += here * weight * (down @ (F.silu(gate @ x_D.double()) * (up @ x_D.double())))
+        y_D += is_kept * weight * (down @ (F.silu(gate @ x_D.double()) * (up @ x_D.double())))
     return y_D
 
 
-def near(one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
-    far = float((one.double() - other.double()).abs().max() / other.double().abs().max())
-    assert far <= BOUNDS[dtype], f"{far} from what it should be"
+def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    difference = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+    assert difference <= BOUNDS[dtype], f"relative difference {difference}; expected at most {BOUNDS[dtype]}"
 
 
 def check(layer: MixtureOfExperts, x_ND: Tensor, batch: Batch) -> None:
-    """Rows of a forward pass: the first, the last and some between."""
+    """Check about eight evenly spaced rows of a forward pass."""
     y_ND, routing = layer(x_ND, batch)
     rows = range(0, len(x_ND), max(1, len(x_ND) // 7))
-    wanted = [exact(layer, x_ND[i], routing.experts[i], routing.weights[i], routing.kept[i]) for i in rows]
-    near(y_ND[list(rows)], torch.stack(wanted), x_ND.dtype)
+    expected = [exact(layer, x_ND[i], routing.experts[i], routing.weights[i], routing.kept[i]) for i in rows]
+    assert_near(y_ND[list(rows)], torch.stack(expected), x_ND.dtype)
 
 
 def measure(cases: dict[str, Run], draw: Callable[[], Tensor], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each, turn by turn; each runs twice and the second counts: memory is as the first left it.
+    """Milliseconds of each case; the cases take turns.
 
-    Tokens are drawn anew for each run: oneDNN compiles its products for a number of rows, and keeps them.
+    Each case runs twice in a row and only the second run counts, so that the first one sets the state of the heap.
+    Every run draws new tokens: oneDNN compiles a kernel for each number of rows and caches it.
     """
     times: dict[str, list[float]] = {case: [] for case in cases}
     for _ in range(repeats):
@@ -135,39 +135,38 @@ def measure(cases: dict[str, Run], draw: Callable[[], Tensor], repeats: int) -> 
 
 
 def keep_memory() -> None:
-    """Have glibc's malloc give nothing back: new pages cost as much as the products that are written to them."""
+    """Make glibc's malloc keep freed memory: page faults take as long as the matmuls that write to new pages."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-4, 0)  # M_MMAP_MAX
 
 
-def table(title: str, times: dict[str, list[float]], beside: str, notes: dict[str, str] | None = None) -> None:
-    """Print each one's time, and how many times `beside`'s it is."""
-    print(f"\n| {title} | ms, median (best) | / {beside} |{' |' if notes else ''}")
+def table(title: str, times: dict[str, list[float]], baseline: str, notes: dict[str, str] | None = None) -> None:
+    """Print each case's time, and its ratio to `baseline`'s."""
+    print(f"\n| {title} | ms, median (best) | / {baseline} |{' |' if notes else ''}")
     print(f"| --- | --- | --- |{' --- |' if notes else ''}")
-    base = statistics.median(times[beside])
-    for case, taken in times.items():
-        middle = statistics.median(taken)
+    base = statistics.median(times[baseline])
+    for case, milliseconds in times.items():
+        middle = statistics.median(milliseconds)
         note = f" {notes.get(case, '')} |" if notes else ""
-        print(f"| {case} | {middle:.2f} ({min(taken):.2f}) | {middle / base:.2f} |{note}")
+        print(f"| {case} | {middle:.2f} ({min(milliseconds):.2f}) | {middle / base:.2f} |{note}")
 
 
 @torch.inference_mode()
 def compare_forward(args: argparse.Namespace, layer: MixtureOfExperts, dtype: torch.dtype) -> dict[str, float]:
-    """Beside a dense layer of as many products a token; skewed beside even; capacities beside none."""
+    """Compare with a dense layer of equal multiply-adds a token, skewed with even routing, and capacities with none."""
     x_ND, batch = tokens(args, args.tokens, dtype), Batch.of(args.tokens)
     dense = SwiGLU(args.width, args.hidden * args.top_k).to(dtype)
     even = torch.arange(args.tokens * args.top_k).view(-1, args.top_k) % args.experts
     skewed = torch.arange(args.top_k).expand(args.tokens, -1)
     layers = {
         "dropless": layer,
-        "dropless, all experts alike": variant(layer, route=to_experts(even)),
+        "dropless, even": variant(layer, route=to_experts(even)),
         f"dropless, all to {args.top_k} experts": variant(layer, route=to_experts(skewed)),
     }
-    share = args.top_k  # an even share is as many times tokens / experts
-    for factor in FACTORS:
-        layers[f"capacity factor {factor}"] = variant(layer, capacity=Capacity(factor * share, args.experts))
+    for factor in FACTORS:  # an even load is top_k * tokens / experts
+        layers[f"capacity factor {factor}"] = variant(layer, capacity=Capacity(factor * args.top_k, args.experts))
     for each in layers.values():
         check(each, x_ND, batch)
     cases: dict[str, Run] = {"dense": lambda x_ND: dense(x_ND, batch)[0]}
@@ -177,16 +176,16 @@ def compare_forward(args: argparse.Namespace, layer: MixtureOfExperts, dtype: to
         case: f"{1 - float(each(x_ND, batch)[1].kept.float().mean()):.1%} dropped" for case, each in layers.items()
     }
     table(f"forward, {args.tokens:,} tokens, {name(dtype)}", times, "dense", notes)
-    middle = {case: statistics.median(taken) for case, taken in times.items()}
+    middle = {case: statistics.median(milliseconds) for case, milliseconds in times.items()}
     return {
         "dropless / dense": middle["dropless"] / middle["dense"],
-        "skewed / even": middle[f"dropless, all to {args.top_k} experts"] / middle["dropless, all experts alike"],
+        "skewed / even": middle[f"dropless, all to {args.top_k} experts"] / middle["dropless, even"],
     }
 
 
 @torch.inference_mode()
 def compare_decoding(args: argparse.Namespace, layer: MixtureOfExperts, dtype: torch.dtype) -> dict[str, float]:
-    """A step of as many sequences, beside transformers' three ways."""
+    """Compare a decode step of `args.decode` sequences with transformers' three implementations."""
     count = args.decode
     x_ND, batch = tokens(args, count, dtype), Batch(SequenceLayout.of([1] * count), torch.zeros(count).long())
     check(layer, x_ND, batch)
@@ -194,18 +193,18 @@ def compare_decoding(args: argparse.Namespace, layer: MixtureOfExperts, dtype: t
     cases: dict[str, Run] = {"pentad": lambda x_ND: layer(x_ND, batch)[0]}
     ours, routing = layer(x_ND, batch)
     for each, block in peers.items():
-        same = (block.gate(x_ND)[2] == routing.experts).all(1)  # a router in fewer bits may decide otherwise
-        near(block(x_ND[None])[0][same], ours[same], dtype)
+        same = (block.gate(x_ND)[2] == routing.experts).all(1)  # its bfloat16 router may choose other experts
+        assert_near(block(x_ND[None])[0][same], ours[same], dtype)
         cases[f"transformers, {each}"] = lambda x_ND, block=block: block(x_ND[None])
     times = measure(cases, lambda: tokens(args, count, dtype), 4 * args.repeats)
     table(f"decoding {count} tokens, {name(dtype)}", times, "pentad")
-    middle = {case: statistics.median(taken) for case, taken in times.items()}
+    middle = {case: statistics.median(milliseconds) for case, milliseconds in times.items()}
     best = min(middle[f"transformers, {each}"] for each in PEERS)
     return {"decoding: transformers' best / pentad": best / middle["pentad"]}
 
 
 def compare_training(args: argparse.Namespace, layer: MixtureOfExperts, dtype: torch.dtype) -> dict[str, float]:
-    """Forward and backward, beside transformers' three ways."""
+    """Compare forward and backward with transformers' implementations."""
     x_ND, batch = tokens(args, args.tokens, dtype), Batch.of(args.tokens)
     out_ND = torch.randn(args.tokens, args.width)
 
@@ -220,16 +219,16 @@ def compare_training(args: argparse.Namespace, layer: MixtureOfExperts, dtype: t
     ours, routing = cases["pentad"](x_ND), layer(x_ND, batch)[1]
     for each in PEERS:
         if each == "batched_mm":
-            continue  # which copies every pair's weights: at so many tokens more than memory holds
+            continue  # it copies every pair's weights, which exceeds memory at this number of tokens
         block = peer(args, layer, each)
         cases[f"transformers, {each}"] = lambda x_ND, block=block: step(block, lambda x_ND: block(x_ND[None])[0], x_ND)
-        # A router that computes in fewer bits sends some tokens elsewhere: those tell nothing.
+        # transformers' bfloat16 router chooses other experts for some tokens, which can't be compared.
         same = (block.gate(x_ND)[2] == routing.experts).all(1)
         assert same.float().mean() > 0.9
-        near(cases[f"transformers, {each}"](x_ND)[same], ours[same], dtype)
+        assert_near(cases[f"transformers, {each}"](x_ND)[same], ours[same], dtype)
     times = measure(cases, lambda: tokens(args, args.tokens, dtype), args.repeats)
     table(f"forward and backward, {args.tokens:,} tokens, {name(dtype)}", times, "pentad")
-    middle = {case: statistics.median(taken) for case, taken in times.items()}
+    middle = {case: statistics.median(milliseconds) for case, milliseconds in times.items()}
     return {"training: transformers' eager / pentad": middle["transformers, eager"] / middle["pentad"]}
 
 
@@ -241,7 +240,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--decode", type=int, default=32, help="tokens of a decoding step")
-    parser.add_argument("--common", type=float, default=0.3, help="how large what tokens have in common is")
+    parser.add_argument("--common", type=float, default=0.3, help="the size of the tokens' common direction")
     parser.add_argument("--dtypes", type=dtypes, default="float32,bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
@@ -259,8 +258,8 @@ def main() -> None:
     for dtype in args.dtypes:
         layer = mixture(args, dtype)
         for part in args.parts.split(","):
-            for what, ratio in parts[part](args, layer, dtype).items():
-                print(f"\n{name(dtype)}, {what}: {ratio:.2f}")
+            for label, ratio in parts[part](args, layer, dtype).items():
+                print(f"\n{name(dtype)}, {label}: {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ PRODUCTS = {
     (Buffer.NORMED, Buffer.SCORES): "router",
     (Buffer.NORMED, Buffer.LOGITS): "head",
 }
-"""What a product is, by the buffers that it goes from and to."""
+"""The name of a matmul, by its input and output buffers."""
 
 
 def name(op: COp) -> str:
@@ -40,7 +40,7 @@ def name(op: COp) -> str:
 
 
 def operations(step: Step) -> Sequence[COp]:
-    """Those of a model's plan; none where plain torch runs it."""
+    """The operations of a model's plan; empty if plain torch runs the model."""
     return step._plan.program._ops if isinstance(step, PlanStep) else []
 
 
@@ -49,20 +49,20 @@ def matrices(op: COp) -> list[CMatrix]:
 
 
 def matrix_bytes(matrix: CMatrix) -> int:
-    """Of one; of a stack, of one expert's."""
+    """Bytes of a matrix; for a stack of experts, of one expert's matrix."""
     if matrix.type in FLOAT_BYTES:
         return int(matrix.rows * matrix.columns * FLOAT_BYTES[matrix.type])
     return int(library().pentad_packed_bytes(matrix.type, matrix.rows, matrix.columns))
 
 
-def held_bytes(ops: Sequence[COp]) -> int:
-    """What all matrices take in memory, one that is used twice once."""
+def weight_bytes(ops: Sequence[COp]) -> int:
+    """Bytes of all matrices; a matrix that is used twice counts once."""
     sizes = {m.data: matrix_bytes(m) * (op.experts if op.flags & Flag.PAIRS else 1) for op in ops for m in matrices(op)}
     return sum(sizes.values())
 
 
 def token_bytes(ops: Sequence[COp]) -> int:
-    """Matrices that a step of one token reads: all but the embedding, and of experts those that it is routed to."""
+    """Bytes of the matrices that one token's step reads: not the embedding, and only the experts it is routed to."""
     total = experts = 0
     for op in ops:
         experts = op.count if op.kind == OpKind.ROUTE else experts
@@ -72,17 +72,17 @@ def token_bytes(ops: Sequence[COp]) -> int:
 
 
 def rows_of(op: COp, step: CStep) -> int:
-    """How many rows an operation has that has just run."""
+    """The number of rows of an operation that has just run."""
     if op.flags & Flag.PAIRS:
         return _pairs(op, step)[-1]
     return int(step.wanted if op.flags & Flag.WANTED else step.rows)
 
 
 def bytes_read(op: COp, step: CStep) -> int:
-    """By an operation that has just run, each byte once: weights, keys and values, and the rows that it goes from."""
+    """Bytes read by an operation that has just run: weights, keys and values, and input rows, each byte once."""
     rows = rows_of(op, step)
     if op.kind == OpKind.MERGE:
-        return 0  # what it reads is small
+        return 0  # its inputs are small
     if op.kind == OpKind.EMBED:
         return rows * matrix_bytes(op.w[0]) // op.w[0].rows
     busy = sum(last > first for first, last in pairwise([0, *_pairs(op, step)])) if op.flags & Flag.PAIRS else 1
@@ -95,7 +95,7 @@ def bytes_read(op: COp, step: CStep) -> int:
 
 
 def multiply_adds(op: COp, step: CStep) -> int:
-    """Of products and attention; the rest has few."""
+    """Multiply-adds of matmuls and attention; other operations have few."""
     if op.kind == OpKind.ATTEND:
         pairs = 0
         for (first, last), queries in zip(_seen(op, step), _queries(step), strict=True):
@@ -110,17 +110,17 @@ def _ints(address: int, count: int) -> list[int]:
 
 
 def _pairs(op: COp, step: CStep) -> list[int]:
-    """Where each expert's pairs of a row and an expert end."""
+    """The cumulative numbers of (row, expert) pairs, by expert."""
     return _ints(step.buffers[Buffer.ROUTES], op.experts)
 
 
 def _queries(step: CStep) -> list[int]:
-    """Of each sequence."""
+    """The number of queries of each sequence."""
     return [last - first for first, last in pairwise(_ints(step.cu_seqlens, step.sequences + 1))]
 
 
 def _seen(op: COp, step: CStep) -> list[tuple[int, int]]:
-    """The first and last keys that any of a sequence's queries sees, by position."""
+    """The range of key positions that the queries of each sequence attend to."""
     lengths = _ints(step.lengths, step.sequences)
     return [
         (max(0, length - queries + 1 - op.window) if op.window else 0, length)

@@ -1,4 +1,7 @@
-"""Engines in processes of their own, and whole processes: two OpenMP runtimes in one process fight."""
+"""Run engines in separate processes, and time whole processes.
+
+Two OpenMP runtimes in one process would compete for cores.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from typing import Any
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def serve(pipe: Connection, kind: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any]) -> None:
-    """An engine's process: answer calls until the pipe closes."""
-    engine = kind(*arguments, **options)
+def serve(pipe: Connection, make: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any]) -> None:
+    """Make an engine and answer calls until None arrives; runs in the engine's process."""
+    engine = make(*arguments, **options)
     pipe.send(engine.load_seconds)
     while (call := pipe.recv()) is not None:
         method, *arguments = call
@@ -25,12 +28,12 @@ def serve(pipe: Connection, kind: Callable[..., Any], arguments: Sequence[Any], 
 
 
 class Remote:
-    """An engine in a process of its own."""
+    """An engine in a separate process."""
 
-    def __init__(self, name: str, kind: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    def __init__(self, name: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         self.name = name
         self._pipe, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(target=serve, args=(theirs, kind, arguments, options), daemon=True)
+        self._process = SPAWN.Process(target=serve, args=(theirs, make, arguments, options), daemon=True)
         self._process.start()
         theirs.close()
         self.load_seconds: float = self._pipe.recv()
@@ -45,7 +48,11 @@ class Remote:
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call something whose libraries this process is not to hold. RuntimeError where it fails."""
+    """Call a function in a new process, so that this process doesn't load its libraries.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
     process = SPAWN.Process(target=function, args=arguments)
     process.start()
     process.join()
@@ -60,7 +67,7 @@ def _spin() -> None:
 
 @contextmanager
 def competitors(count: int) -> Iterator[None]:
-    """So many processes that each want a core for themselves."""
+    """Run `count` processes that each keep a core busy."""
     busy = [SPAWN.Process(target=_spin, daemon=True) for _ in range(count)]
     for process in busy:
         process.start()
@@ -75,8 +82,8 @@ CHAT = "pentad chat hi --max-tokens 1"
 IMPORT = 'python -c "import torch"'
 
 
-def whole(model: Path, threads: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of whole processes, in turn: one token of chat, and the import of torch that it can't do without."""
+def time_commands(model: Path, threads: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of whole processes, which take turns: one token of chat, and importing torch, which chat includes."""
     pentad = [sys.executable, "-m", "pentad", "chat", "hi", "--max-tokens", "1", "--temperature", "0"]
     commands = {
         CHAT: [*pentad, "--model", str(model), "--threads", str(threads)],
@@ -88,4 +95,4 @@ def whole(model: Path, threads: int, repeats: int) -> dict[str, list[float]]:
             started = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
             seconds[name].append(time.perf_counter() - started)
-    return {name: values[1:] for name, values in seconds.items()}  # the first warms the disk
+    return {name: values[1:] for name, values in seconds.items()}  # the first run fills the disk cache

@@ -1,4 +1,4 @@
-"""What benchmarks/decode.py prints of its numbers, with the ratios that were aimed for beside them."""
+"""Print the results of benchmarks/decode.py, with the target ratios."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ AIMS = [
     (AFTER, "pentad", "2.2 / 1.6", "1.5 / 1.1"),
     (BESIDE, "pentad", "1", "1"),
 ]
-"""What, by which of ours; how many times llama.cpp's speed on the file as it is / on Q4_0 was aimed for, on a Zen 5
-and on a Zen 4."""
+"""(row, engine, target on a Zen 5, target on a Zen 4). A target is a multiple of llama.cpp's speed on the given file /
+on Q4_0."""
 
 
 def print_speeds(speeds: Numbers, names: Sequence[str]) -> None:
@@ -46,18 +46,18 @@ def print_loads(loads: Numbers, processes: Mapping[str, Sequence[float]]) -> Non
     if loads:
         print("\nfrom file to ready, and memory after 64 tokens: now, at the peak")
     for name, values in loads.items():
-        now, peak = (f"{median(values[what]) / 1e6:.0f} MB" for what in ("now", "peak"))
+        now, peak = (f"{median(values[key]) / 1e6:.0f} MB" for key in ("now", "peak"))
         line = f"  {name:16} {median(values['seconds']):.3f} s ({min(values['seconds']):.3f}), {now}, {peak}"
         if "weights" in values:
             parts = ("imported", "weights", "cache")
-            line += ", of which " + ", ".join(f"{what} {median(values[what]) / 1e6:.0f}" for what in parts)
+            line += ", of which " + ", ".join(f"{key} {median(values[key]) / 1e6:.0f}" for key in parts)
         print(line)
     for name, seconds in processes.items():
         print(f"  {name:32} {median(seconds):.2f} s ({min(seconds):.2f})")
 
 
 def ratios(speeds: Numbers, row: str, engine: str) -> str:
-    """How many times the peers' medians ours is."""
+    """The median of `engine`, divided by each peer's."""
     by_name = speeds.get(row, {})
     if engine not in by_name:
         return ""
@@ -77,13 +77,13 @@ def print_record(speeds: Numbers, loads: Numbers, processes: Mapping[str, Sequen
         theirs = [median(loads[peer]["seconds"]) for peer in PEERS if peer in loads]
         ready = " / ".join(f"{median(ours['seconds']) / seconds:.2f}" for seconds in theirs)
         lines.append(("pentad: from file to ready", ready, "<= 2.5", "<= 2.5"))
-        peak, *parts = (median(ours[what]) / 1e6 for what in ("peak", "imported", "weights", "cache"))
+        peak, *parts = (median(ours[key]) / 1e6 for key in ("peak", "imported", "weights", "cache"))
         beyond = f"{peak - sum(parts):.0f} MB"
         lines.append(("pentad: memory beyond torch, weights, cache", beyond, "<= 80 MB", "<= 80 MB"))
     if processes:
         longer = f"{median(processes[CHAT]) - median(processes[IMPORT]):.2f} s"
         lines.append(("pentad chat: longer than importing torch", longer, "<= 0.5 s", "<= 0.5 s"))
     print(f"\n{'times llama.cpp on the file / on Q4_0':48}{'measured':>14}" + f"{'aim: Zen 5':>14}{'Zen 4':>14}" * aims)
-    for what, measured, zen5, zen4 in lines:
+    for label, measured, zen5, zen4 in lines:
         if measured:
-            print(f"{what:48}{measured:>14}" + f"{zen5:>14}{zen4:>14}" * aims)
+            print(f"{label:48}{measured:>14}" + f"{zen5:>14}{zen4:>14}" * aims)

@@ -35,7 +35,7 @@ OPERATIONS = 2  # per multiply-add
 
 @dataclass
 class Timed:
-    """Replaces the library while steps run, and records seconds."""
+    """A stand-in for the kernel library that times every call."""
 
     whole: list[float] = field(default_factory=list)
     empty: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Write docs/experts.png: what the routers of an upcycled SmolLM2 do with the README."""
+"""Write docs/experts.png: the expert load of an upcycled SmolLM2 on the README."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def draw(folder: str) -> None:
-    """What a reader would type; `folder` is where the model may lie meanwhile."""
+    """Run the documented commands; `folder` stores the upcycled model."""
     convert("smollm2", Path(folder, "upcycled-smollm2"), to="hf", upcycle=Upcycling(experts=8, top_k=2))
     (Path(folder) / "README.md").write_text((HERE.parent / "README.md").read_text())
     picture = str(HERE / "experts.png")

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the commands themselves; with ``--check``, fails where it is out of date."""
+"""Generate docs/cli.md from the commands; with ``--check``, fail if it is out of date."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ TARGET = Path(__file__).with_name("cli.md")
 INTRODUCTION = """\
 # The command line
 
-*`scripts/docs` writes this page from the commands; their `--help` says the same.*
+*`scripts/docs` generates this page from the commands; `--help` shows the same text.*
 
-Every command takes `--json`: one JSON object, or one a line, on standard output. Fields may be added,
-none is renamed. Logs, progress and errors go to standard error; progress only where that is a terminal.
+With `--json`, every command prints one JSON object, or one object a line, on standard output. New versions
+may add fields, but never rename one. Logs, progress and errors go to standard error; progress is shown only
+on a terminal.
 
 | exit code | |
 | --- | --- |
-| 0 | done |
-| 1 | it failed: a download, a disk, a device |
-| 2 | what was given is wrong: an option, a file, a text |
+| 0 | success |
+| 1 | failure: a download, a disk, a device |
+| 2 | invalid input: an option, a file, a text |
 | 130 | interrupted by Ctrl-C |
 
 An error is one line that says what is wrong and what to do. `--debug`, anywhere in a command, shows the
-traceback. `--verbose`, likewise, says what runs the model: pentad's kernels, or plain torch and why.
+traceback. `--verbose`, anywhere in a command, shows whether pentad's kernels or plain torch runs the model,
+and why.
 """
 
 
 def reference() -> str:
-    """The page."""
+    """The text of the page."""
     group: Any = typer.main.get_command(app)
     return INTRODUCTION + "".join("\n" + "\n".join(section(c)) + "\n" for c in group.commands.values() if not c.hidden)
 
 
 def section(command: Any) -> Iterator[str]:
-    """The lines on one command."""
+    """The lines of one command's section."""
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
     usage = [f"pentad {command.name}"]
@@ -64,12 +66,12 @@ def section(command: Any) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the page, or compare it."""
+    """Write the page, or with ``--check`` compare it with the file."""
     page = reference()
     if "--check" not in sys.argv[1:]:
         TARGET.write_text(page)
     elif not TARGET.is_file() or TARGET.read_text() != page:
-        sys.exit(f"{TARGET.name} is out of date: scripts/docs writes it")
+        sys.exit(f"{TARGET.name} is out of date; run scripts/docs")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write docs/chat.svg: what a terminal shows of a real chat with SmolLM2."""
+"""Write docs/chat.svg: a terminal's screen after a real chat with SmolLM2."""
 
 import os
 import pty
@@ -15,27 +15,27 @@ from pentad.weights.cache import cache_folder
 from pentad.weights.registry import locate
 
 COMMAND = "pentad chat --temperature 0"
-SAID = ["What is the capital of France?", "Name three things to see there.", "/quit"]
+INPUTS = ["What is the capital of France?", "Name three things to see there.", "/quit"]
 PROMPT = "\n> "
 
 
 def chat() -> str:
-    """The screen after `SAID` was typed, one line at each prompt."""
+    """Type one line of `INPUTS` at each prompt; returns the screen."""
     locate("smollm2")
     with tempfile.TemporaryDirectory() as cache:
-        # The model at hand, but not the user's history.
+        # Use the user's models, but not the user's chat history.
         (Path(cache) / "models").symlink_to(cache_folder() / "models")
-        terminal, side = pty.openpty()
+        terminal, child_side = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, "-m", *COMMAND.split()],
-            stdin=side,
-            stdout=side,
-            stderr=side,
+            stdin=child_side,
+            stdout=child_side,
+            stderr=child_side,
             env={**os.environ, "PENTAD_CACHE": cache, "TERM": "dumb"},
         )
-        os.close(side)
+        os.close(child_side)
         screen = ""
-        for line in SAID:
+        for line in INPUTS:
             while not screen.endswith(PROMPT):
                 screen += os.read(terminal, 4096).decode().replace("\r\n", "\n")
             os.write(terminal, f"{line}\n".encode())
@@ -46,7 +46,7 @@ def chat() -> str:
 
 
 def picture(screen: str) -> str:
-    """The screen as SVG, what was typed in bold, with no font from elsewhere."""
+    """Draw the screen as SVG, with typed lines in bold and without web fonts."""
     console = Console(record=True, width=84, file=open(os.devnull, "w"))  # noqa: SIM115
     text = Text(f"$ {COMMAND}\n{screen}".rstrip())
     text.highlight_regex(r"(?m)^[>$] .*", "bold green")

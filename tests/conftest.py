@@ -15,7 +15,7 @@ _hub_home = tempfile.TemporaryDirectory(prefix="pentad-tests-")
 # Libraries read these variables when they are imported, so they are set before any test file is imported.
 os.environ |= {
     "DO_NOT_TRACK": "1",
-    "HF_HOME": _hub_home.name,  # neither a user's models nor their token
+    "HF_HOME": _hub_home.name,  # tests must not read the user's models or token
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
     "TERM": "xterm",
@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("pentad")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(_hub_home.cleanup)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and scripts' background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and `&` make processes ignore SIGINT
     torch.set_num_threads(2)
 
 
@@ -48,7 +48,7 @@ def _seeds() -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct; if the user's cache lacks it, it is downloaded."""
+    """The GGUF of SmolLM2-135M-Instruct, downloaded if the user's cache lacks it."""
     from pentad.weights.registry import locate
 
     return locate("smollm2")

@@ -161,16 +161,16 @@ def test_qwen_there_and_back(tmp_path: Path) -> None:
         assert_equal_logits(logits_of(network_of(tmp_path / path), ids), peer_logits(tiny.peer, ids))
 
 
-@pytest.mark.parametrize("kind", GGUF_TYPES)
-def test_quantizing(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("type_name", GGUF_TYPES)
+def test_quantizing(type_name: str, tmp_path: Path) -> None:
     """ggml's own reader and dequantizer see what we see; embedding and head have 8 bits where others have fewer."""
     tiny = tiny_checkpoint(tmp_path / "a", **WIDE)
-    convert(tmp_path / "a", tmp_path / "m.gguf", to="gguf", quantize=kind)
+    convert(tmp_path / "a", tmp_path / "m.gguf", to="gguf", quantize=type_name)
     reader = GGUFReader(tmp_path / "m.gguf")
     types = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
-    few = kind.startswith(("q4", "q5"))
-    assert types["token_embd.weight"] == types["output.weight"] == ("q8_0" if few else kind)
-    assert types["blk.0.ffn_up.weight"] == types["blk.1.attn_q.weight"] == kind
+    few = type_name.startswith(("q4", "q5"))
+    assert types["token_embd.weight"] == types["output.weight"] == ("q8_0" if few else type_name)
+    assert types["blk.0.ffn_up.weight"] == types["blk.1.attn_q.weight"] == type_name
     assert types["blk.0.attn_norm.weight"] == "f32"
     for tensor in reader.tensors:
         if tensor.name == "blk.1.ffn_up.weight":
@@ -260,11 +260,11 @@ def test_experts_stored_one_by_one_are_read_once(tmp_path: Path, monkeypatch: py
 def test_routers_of_a_quantized_mixture_stay_whole(tmp_path: Path) -> None:
     """As llama.cpp keeps them."""
     tiny_checkpoint(tmp_path / "a", family="mixtral", num_local_experts=4, dtype=torch.bfloat16, **WIDE)
-    for kind in ("q8_0", "f16", None):
-        convert(tmp_path / "a", path := tmp_path / f"{kind}.gguf", to="gguf", quantize=kind)
+    for type_name in ("q8_0", "f16", None):
+        convert(tmp_path / "a", path := tmp_path / f"{type_name}.gguf", to="gguf", quantize=type_name)
         types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
         assert {types[f"blk.{layer}.ffn_gate_inp.weight"] for layer in range(2)} == {"F32"}
-        assert types["blk.1.ffn_up_exps.weight"] == (kind or "bf16").upper()
+        assert types["blk.1.ffn_up_exps.weight"] == (type_name or "bf16").upper()
 
 
 @pytest.mark.parametrize(

@@ -36,14 +36,14 @@ GGUF_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
+@pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
 @pytest.mark.parametrize("shape", GGUF_SHAPES)
-def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, shape: str, kind: str) -> None:
+def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, shape: str, type_name: str) -> None:
     file, peer = tmp_path / "m.gguf", tiny_peer(**GGUF_SHAPES[shape])
     before = peer.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
-    write_gguf(file, peer, kind)
+    write_gguf(file, peer, type_name)
     after = peer.state_dict()["model.layers.0.self_attn.q_proj.weight"]
-    assert torch.equal(before, after) == (kind == "F32")
+    assert torch.equal(before, after) == (type_name == "F32")
     torch.testing.assert_close(before, after, rtol=0.02, atol=0.15)
     ids = random_ids(40)
     assert_equal_logits(logits_of(network_of(file), ids), peer_logits(peer, ids))
@@ -61,12 +61,12 @@ def test_gguf_is_the_same_network_as_the_folder(tmp_path: Path, shape: str) -> N
     assert torch.equal(logits_of(folder, ids), logits_of(file, ids))
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1"])
 @pytest.mark.parametrize("shape", GGUF_SHAPES)
-def test_kept_quantized(tmp_path: Path, shape: str, kind: str) -> None:
+def test_kept_quantized(tmp_path: Path, shape: str, type_name: str) -> None:
     """As near to float32 on the dequantized weights as bfloat16 is on the same, and nearly so."""
     file, peer = tmp_path / "m.gguf", tiny_peer(**GGUF_SHAPES[shape])
-    write_gguf(file, peer, kind)
+    write_gguf(file, peer, type_name)
     kept = network_of(file, torch.bfloat16)
     plain = network_of(file, torch.bfloat16, quantized="none")
     quantized = [part for part in kept.modules() if isinstance(part, QuantizedLinear)]

@@ -98,7 +98,7 @@ def quantized_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     kind, width, others = MIXES[request.param]
     peer = tiny_peer(hidden_size=width, intermediate_size=2 * width, tie_word_embeddings=True)
     with torch.no_grad():
-        write_gguf(path, peer, kind, other_kinds=others)
+        write_gguf(path, peer, kind, other_types=others)
     return path
 
 

@@ -15,18 +15,18 @@ HALVES = {
     "q5_k": (0, 1),
     "q6_k": (104,),
 }
-"""Where each type's blocks have their float16 numbers."""
+"""The indices of the float16 scales and minimums in a block of each type, in units of 2 bytes."""
 
 
-def random_blocks(kind: str, rows: int, columns: int, seed: int = 0, scale: float = 0.02) -> QuantizedTensor:
-    """Random integers, with scales around `scale`."""
-    size, nbytes = BLOCKS[kind]
+def random_blocks(type_name: str, rows: int, columns: int, seed: int = 0, scale: float = 0.02) -> QuantizedTensor:
+    """Make random blocks with scales around `scale`."""
+    size, nbytes = BLOCKS[type_name]
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (rows * columns // size, nbytes), generator=generator).to(torch.uint8)
     halves = blocks.view(torch.float16)
-    for place in HALVES[kind]:
-        halves[:, place] = (scale * (0.5 + torch.rand(len(blocks), generator=generator))).half()
-    return QuantizedTensor(blocks.view(rows, -1), kind, (rows, columns))
+    for index in HALVES[type_name]:
+        halves[:, index] = (scale * (0.5 + torch.rand(len(blocks), generator=generator))).half()
+    return QuantizedTensor(blocks.view(rows, -1), type_name, (rows, columns))
 
 
 def dequantized(weight: QuantizedTensor) -> Tensor:

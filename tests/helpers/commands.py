@@ -1,4 +1,4 @@
-"""Commands, run in this process."""
+"""Commands that run in this process."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from pentad.cli import app
 
 
 def show(folder: Path, config: dict[str, Any], *options: str) -> Any:
-    """What ``pentad show --json`` says of a folder with nothing but a config."""
+    """Run ``pentad show --json`` on a folder that contains only a config; returns its JSON."""
     name = "config.json" if "model_type" in config else "params.json"
     (folder / name).write_text(json.dumps(config))
     done = CliRunner().invoke(app, ["show", str(folder), "--json", *options])

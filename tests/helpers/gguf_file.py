@@ -1,4 +1,4 @@
-"""Writes GGUF files of any architecture with ggml's own package."""
+"""GGUF files of any architecture, written with ggml's own package."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +10,11 @@ from gguf.quants import dequantize, quantize
 from torch import nn
 
 
-def stored(peer: nn.Module, kind: str) -> dict[str, np.ndarray]:
-    """A network's tensors as a file has them, matrices in `kind`; `peer` then holds what they mean.
+def stored(peer: nn.Module, type_name: str) -> dict[str, np.ndarray]:
+    """Quantize a network's matrices to `type_name`, and put the dequantized values into `peer`.
 
-    A tied weight is there once, under its first name.
+    Returns:
+        The arrays for the file, by name. A tied weight appears once, under its first name.
     """
     arrays: dict[str, np.ndarray] = {}
     for name, parameter in peer.named_parameters():
@@ -21,15 +22,19 @@ def stored(peer: nn.Module, kind: str) -> dict[str, np.ndarray]:
         if numbers.ndim == 1:
             arrays[name] = numbers
             continue
-        arrays[name] = quantize(numbers, GGMLQuantizationType[kind])
-        parameter.data.copy_(torch.from_numpy(np.array(dequantize(arrays[name], GGMLQuantizationType[kind]))))
+        arrays[name] = quantize(numbers, GGMLQuantizationType[type_name])
+        parameter.data.copy_(torch.from_numpy(np.array(dequantize(arrays[name], GGMLQuantizationType[type_name]))))
     return arrays
 
 
 def write_file(
-    path: Path, architecture: str, metadata: Mapping[str, int | float], tensors: Mapping[str, np.ndarray], kind: str
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, int | float],
+    tensors: Mapping[str, np.ndarray],
+    type_name: str,
 ) -> None:
-    """`metadata` without the architecture's name and the dot; matrices of `tensors` are blocks of `kind`."""
+    """Write a GGUF. Keys of `metadata` lack the architecture's prefix; matrices of `tensors` are `type_name` blocks."""
     writer = GGUFWriter(path, architecture)
     for key, value in metadata.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
@@ -38,7 +43,7 @@ def write_file(
         if array.ndim == 1:
             writer.add_tensor(name, array)
         else:
-            writer.add_tensor(name, array, raw_dtype=GGMLQuantizationType[kind])
+            writer.add_tensor(name, array, raw_dtype=GGMLQuantizationType[type_name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

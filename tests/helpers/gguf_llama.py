@@ -1,4 +1,4 @@
-"""Writes a Llama of transformers' as a GGUF file, as llama.cpp's converter does."""
+"""Write a transformers Llama as a GGUF file, as llama.cpp's converter does, and read one."""
 
 from pathlib import Path
 from typing import Any
@@ -29,35 +29,39 @@ NAMES = {
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a projection from half-split RoPE's order to the interleaved one, head by head."""
+    """Permute a projection's rows, head by head, from half-split RoPE's order to the interleaved one."""
     rows = weight.unflatten(0, (heads, 2, -1))  # [heads, half, D/2, ...]
     return rows.transpose(1, 2).reshape(weight.shape)
 
 
 def gguf_name(name: str) -> str:
-    module, _, kind = name.rpartition(".")
+    module, _, leaf = name.rpartition(".")
     if module.startswith("model.layers."):
         _, _, layer, part = module.split(".", 3)
-        return f"blk.{layer}.{NAMES[part]}.{kind}"
-    return f"{NAMES[module]}.{kind}"
+        return f"blk.{layer}.{NAMES[part]}.{leaf}"
+    return f"{NAMES[module]}.{leaf}"
 
 
 def write_gguf(
     path: Path,
     peer: LlamaForCausalLM,
-    kind: str = "F32",
+    type_name: str = "F32",
     *,
-    other_kinds: dict[str, str] | None = None,
+    other_types: dict[str, str] | None = None,
     skip: tuple[str, ...] = (),
     extra: dict[str, np.ndarray] | None = None,
     rope: dict[str, object] | None = None,
 ) -> None:
-    """Writes `peer`'s weights, matrices in `kind`, and puts into `peer` what the file then holds.
+    """Write `peer`'s weights to a GGUF, and put the dequantized values into `peer`.
 
-    `other_kinds`: those of some matrices, by a part of the file's name. In K kinds, which ggml's package doesn't write,
-    numbers are random ones.
-    `skip` leaves tensors out by the file's names, `extra` adds some; `rope`: what to say of its
-    scaling: {"type", "factor", "original_context_length"}.
+    Args:
+        path: the file.
+        peer: the model.
+        type_name: the ggml type of the matrices. ggml's package doesn't quantize to K types: their blocks are random.
+        other_types: the ggml types of some matrices, by a part of their names in the file.
+        skip: tensors to leave out, by their names in the file.
+        extra: tensors to add.
+        rope: the metadata of RoPE scaling: {"type", "factor", "original_context_length"}.
     """
     c = peer.config
     writer = GGUFWriter(path, "llama")
@@ -97,18 +101,18 @@ def write_gguf(
         if weight.ndim == 1:
             writer.add_tensor(gguf_name(name), numbers)
             continue
-        kinds = [other for part, other in (other_kinds or {}).items() if part in gguf_name(name)]
-        stored_as = GGMLQuantizationType[kinds[0] if kinds else kind]
+        others = [other for part, other in (other_types or {}).items() if part in gguf_name(name)]
+        stored_as = GGMLQuantizationType[others[0] if others else type_name]
         if stored_as.name.endswith("_K"):
             blocks = random_blocks(stored_as.name.lower(), *numbers.shape, scale=1e-4).blocks.numpy()
         else:
             blocks = quantize(numbers, stored_as)
         writer.add_tensor(gguf_name(name), blocks, raw_dtype=stored_as)
-        held = torch.from_numpy(np.array(dequantize(blocks, stored_as)))
-        if permuted:  # the same rows, put back
-            order = interleaved(torch.arange(len(held)), permuted[0])
-            held = held[order.argsort()]
-        weight.copy_(held)
+        dequantized = torch.from_numpy(np.array(dequantize(blocks, stored_as)))
+        if permuted:
+            order = interleaved(torch.arange(len(dequantized)), permuted[0])
+            dequantized = dequantized[order.argsort()]  # undo the permutation
+        weight.copy_(dequantized)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -118,9 +122,9 @@ def write_gguf(
 
 
 def read_gguf(path: Path) -> LlamaForCausalLM:
-    """transformers' network with the weights of a Llama's GGUF in float32, read by ggml's package.
+    """Read a Llama's GGUF into a float32 transformers model, with ggml's package.
 
-    (What transformers has for this wants accelerate, and takes ten times as long.)
+    transformers' own GGUF loader needs accelerate and is ten times slower.
     """
     reader = GGUFReader(path)
 
@@ -155,5 +159,5 @@ def read_gguf(path: Path) -> LlamaForCausalLM:
         state[name] = weight
     peer.load_state_dict(state, assign=True)
     peer.tie_weights()
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(config)  # it is on the meta device too
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(config)  # its buffers were on the meta device too
     return peer.eval()

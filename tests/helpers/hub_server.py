@@ -1,4 +1,4 @@
-"""A fake Hugging Face hub with the part of the HTTP interface that downloads need."""
+"""A fake Hugging Face hub with the HTTP endpoints that downloads need."""
 
 import hashlib
 import json
@@ -14,7 +14,10 @@ LARGE = (".safetensors", ".gguf", ".bin", ".pth", ".onnx")  # files that a hub k
 
 @dataclass
 class HubServer:
-    """Repositories by name, revision and path; files at `damaged` paths are served with wrong bytes."""
+    """Repositories by name, revision and path.
+
+    Files at `damaged` paths are served with wrong bytes; for `cut_off` paths the connection closes before the body.
+    """
 
     url: str = ""
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -116,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if cut:  # the connection goes away before the first byte
+        if cut:
             self.close_connection = True
         else:
             self.wfile.write(body)
@@ -132,7 +135,7 @@ def pointer(content: bytes) -> dict[str, object]:
 
 @contextmanager
 def serve() -> Iterator[HubServer]:
-    """An empty hub on a free port, until the block ends."""
+    """Serve an empty hub on a free port until the block ends."""
     hub = HubServer()
     with ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub})) as server:
         server.daemon_threads = True

@@ -1,4 +1,4 @@
-"""Attention as it is written down: loops, float64, one score at a time masked."""
+"""Reference attention: loops in float64 that mask one score at a time."""
 
 import math
 from itertools import pairwise
@@ -22,7 +22,7 @@ def plain_attention(
     scale: float | None = None,
     bias: Bias | None = None,
 ) -> Tensor:
-    """What `pentad.nn.attention.attention` promises, with its arguments."""
+    """Compute what `pentad.nn.attention.attention` should return for the same arguments."""
     heads, dim = q_NHD.shape[1:]
     out = []
     for b, (start, stop) in enumerate(pairwise(queries.cu_seqlens)):
@@ -41,14 +41,14 @@ def plain_attention(
             scores_HQK = scores_HQK + bias(q_QHD.transpose(0, 1)[None], at_Q, at_K).view(scores_HQK.shape).double()
         for i in range(len(q_QHD)):
             for j in range(len(k_KHD)):
-                ahead = past + i - j  # by how many positions the query is after the key
-                if (causal and ahead < 0) or (window is not None and ahead >= window):
+                distance = past + i - j  # query position minus key position
+                if (causal and distance < 0) or (window is not None and distance >= window):
                     scores_HQK[:, i, j] = -torch.inf
         out.append(torch.einsum("hqk,khd->qhd", scores_HQK.softmax(-1), v_KHD))
     return torch.cat(out).to(q_NHD.dtype)
 
 
 def read_pages(pool: Tensor, pages: PagedKV, sequence: int) -> Tensor:
-    """The rows of one sequence in a layer's pool, found one by one by its table."""
+    """Read one sequence's rows from a layer's pool, through its block table."""
     size, table = pages.page_size, pages.block_tables[sequence]
     return pool[[table[i // size] * size + i % size for i in range(pages.lengths[sequence])]]

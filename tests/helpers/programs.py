@@ -1,4 +1,4 @@
-"""Small programs for the kernels: one product, one attention, run by any instruction set and number of threads."""
+"""Small kernel programs, each of one matmul or one attention, for any instruction set and number of threads."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ NO_POOLS = CachePools([torch.zeros(16, 1, 16)], [torch.zeros(16, 1, 16)], 16)
 
 
 def program(threads: int = 2, **options: object) -> Program:
-    """One that doesn't use its cache."""
+    """Make a program that doesn't use its cache."""
     return Program(**{"head_dim": 16, "kv_heads": 1, "layers": 1, "threads": threads, **options})  # type: ignore[arg-type]
 
 
@@ -26,7 +26,7 @@ def packed(weight: QuantizedTensor, bias: Tensor | None = None) -> Weight:
 
 
 def run_rows(made: Program, ids: Sequence[int], wanted: Sequence[int] | None = None) -> Tensor:
-    """A step that looks up rows by their ids."""
+    """Run a step that looks up embedding rows by their ids."""
     work = [Tokens(ids, 0, 0, range(-(-len(ids) // 16)), torch.zeros(len(ids), 2, 8))]
     pages = max(1, -(-len(ids) // 16))
     pools = CachePools([torch.zeros(16 * pages, 1, 16)], [torch.zeros(16 * pages, 1, 16)], 16)
@@ -34,7 +34,7 @@ def run_rows(made: Program, ids: Sequence[int], wanted: Sequence[int] | None = N
 
 
 def product(x_NK: Tensor, *weights: Weight, rows: Sequence[int] | None = None, **options: object) -> Tensor:
-    """x times each weight, side by side: float32 [N, outputs]; `rows` of x, where not all."""
+    """Multiply x, or its `rows`, by each weight and concatenate the products: float32 [N, outputs]."""
     made = program(**options)  # type: ignore[arg-type]
     made.embed(Weight.floats(x_NK.contiguous()))
     if any(weight.is_quantized for weight in weights):
@@ -55,7 +55,7 @@ def attended(
     threads: int = 2,
     isa: str | None = None,
 ) -> Tensor:
-    """Attention of rows of queries, keys and values: float32 [N, heads * head_dim]. Their ids are the rows' numbers."""
+    """Attention over projected queries, keys and values: float32 [N, heads * head_dim]. A token's id is its row."""
     made = Program(head_dim=head_dim, kv_heads=kv_heads, layers=1, threads=threads, isa=isa)
     made.embed(Weight.floats(projected_NW.contiguous()), Buffer.PROJECTED)
     made.attention(0, heads, window=window)

@@ -1,4 +1,4 @@
-"""A `Progress` that records what it is told."""
+"""A `Progress` that records its calls."""
 
 
 class Watcher:

@@ -1,10 +1,10 @@
-"""Memory that mapped files take, on Linux."""
+"""Resident memory of mapped files, on Linux."""
 
 from pathlib import Path
 
 
 def resident(path: Path) -> int:
-    """Bytes of a file's mappings that are in this process's memory."""
+    """Resident bytes of this process's mappings of `path`."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split(" ", 1)[0]:

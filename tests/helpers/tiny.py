@@ -1,4 +1,4 @@
-"""Tiny random models, made by transformers, and how their logits are compared."""
+"""Tiny random models made by transformers, and functions that compare their logits."""
 
 import json
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pentad.build import build
 from pentad.errors import BadInput
 from pentad.nn.batch import pack
 
-disable_progress_bar()  # of saving, which would get into what is expected on standard error
+disable_progress_bar()  # save_pretrained's bar would appear in the standard error that tests compare
 
 SIZES = {
     "vocab_size": 96,
@@ -38,15 +38,17 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Tiny:
-    """A saved checkpoint, and the model that transformers saved it from."""
+    """A saved checkpoint, and the transformers model that was saved."""
 
     folder: Path
     peer: PreTrainedModel
 
 
 def tiny_peer(dtype: torch.dtype = torch.float32, family: str = "llama", **config: Any) -> PreTrainedModel:
-    """A random model of transformers' with eager attention. Every weight counts: attention is not
-    flat, and norms and biases are not what they are initialized to.
+    """Make a random transformers model with eager attention.
+
+    The scales let every weight change the logits: attention is not uniform, and norms and biases differ from their
+    initial values.
     """
     generator = torch.Generator().manual_seed(0)
     settings = AutoConfig.for_model(family, **{**SIZES, **config})
@@ -70,9 +72,7 @@ def tiny_checkpoint(
     edit: dict[str, Any] | None = None,
     **config: Any,
 ) -> Tiny:
-    """Lets transformers save a `tiny_peer`; `edit` then changes keys of config.json, or deletes
-    those that it gives as None.
-    """
+    """Save a `tiny_peer` with transformers; `edit` then changes keys of config.json, where None deletes a key."""
     peer = tiny_peer(dtype, family, **config)
     peer.save_pretrained(folder, max_shard_size=shard_size)
     if edit:
@@ -81,13 +81,13 @@ def tiny_checkpoint(
 
 
 def edit_json(file: Path, **values: Any) -> None:
-    """Changes keys of a JSON object; None deletes one."""
+    """Change keys of a JSON object; None deletes a key."""
     content = json.loads(file.read_text()) | values
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
 def add_tokenizer(folder: Path) -> None:
-    """A tokenizer of single bytes: ids 0 to 255, then `END`, which ends a reply; and a template."""
+    """Write a tokenizer of single bytes and a chat template: ids 0 to 255, then `END`, which ends a reply."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -102,38 +102,38 @@ def add_tokenizer(folder: Path) -> None:
 
 
 def talking_checkpoint(folder: Path, **config: Any) -> Tiny:
-    """A tiny checkpoint with `add_tokenizer`'s files beside it."""
+    """Save a tiny checkpoint with `add_tokenizer`'s files."""
     tiny = tiny_checkpoint(folder, **{"vocab_size": 264, **config})
-    (folder / "generation_config.json").unlink()  # which has an end token of another vocabulary
+    (folder / "generation_config.json").unlink()  # its end token is another vocabulary's
     add_tokenizer(folder)
     return tiny
 
 
 def network_of(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """The checkpoint's network, loaded."""
+    """Load the checkpoint's network."""
     return build(pentad.weights.open(folder), dtype=dtype, **options)
 
 
 @torch.inference_mode()
 def logits_of(network: nn.Module, ids: list[int]) -> Tensor:
-    """Float32 [tokens, vocab], of one sequence run whole and without a cache."""
+    """Run one sequence without a cache: float32 [tokens, vocab]."""
     hidden_ND = network(*pack(ids))
     return network.head(hidden_ND).float()
 
 
 @torch.inference_mode()
 def peer_logits(peer: nn.Module, ids: list[int]) -> Tensor:
-    """The same by transformers."""
+    """Run one sequence with transformers: float32 [tokens, vocab]."""
     return peer(torch.tensor([ids]), use_cache=False).logits[0].float()
 
 
 def random_ids(count: int, seed: int = 0, vocab: int = 96) -> list[int]:
-    """Token ids that repeat from run to run."""
+    """Draw token ids, the same in every run."""
     return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def assert_equal_logits(ours: Tensor, theirs: Tensor, bound: float = 1e-4) -> None:
-    """Within `bound`, relative to the largest logit where that exceeds 1."""
+    """Check that logits differ by at most `bound`, or by `bound` times the largest logit if it exceeds 1."""
     assert ours.shape == theirs.shape
     assert torch.isfinite(ours).all()
     assert torch.isfinite(theirs).all()
@@ -142,7 +142,7 @@ def assert_equal_logits(ours: Tensor, theirs: Tensor, bound: float = 1e-4) -> No
 
 
 def refused(source: Path) -> str:
-    """The one line of BadInput that loading fails with; it names the source."""
+    """Check that loading fails with a one-line BadInput that names the source; returns the message."""
     with pytest.raises(BadInput) as raised:
         network_of(source)
     message = str(raised.value)

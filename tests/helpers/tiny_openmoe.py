@@ -1,4 +1,4 @@
-"""Tiny folders of OpenMoE, for which transformers has no class."""
+"""Tiny checkpoints of OpenMoE, for which transformers has no class."""
 
 import json
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class TinyOpenMoe:
-    """A saved checkpoint, and what it holds."""
+    """A saved checkpoint, its config and its tensors."""
 
     folder: Path
     config: dict[str, Any]
@@ -85,41 +85,44 @@ class TinyOpenMoe:
 
 
 def shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The published tensors, written down from modeling_openmoe.py and colossalai/moe."""
+    """The names and shapes of the published tensors, from modeling_openmoe.py and colossalai/moe."""
     width, hidden, vocab, experts = c["hidden_size"], c["intermediate_size"], c["vocab_size"], c["num_experts"]
     queries, keys = (c[f"num_{of}_heads"] * c["head_dim"] for of in ("attention", "key_value"))
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
     if not c["tie_word_embeddings"]:
         out["lm_head.weight"] = (vocab, width)
     for layer in range(c["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
+        prefix = f"model.layers.{layer}"
         sparse = (layer + 1) % c["moe_layer_interval"] == 0
-        dense = f"{at}.extra_mlp" if sparse else f"{at}.mlp"
+        dense = f"{prefix}.extra_mlp" if sparse else f"{prefix}.mlp"
         out |= {
-            f"{at}.input_layernorm.weight": (width,),
-            f"{at}.self_attn.q_proj.weight": (queries, width),
-            f"{at}.self_attn.k_proj.weight": (keys, width),
-            f"{at}.self_attn.v_proj.weight": (keys, width),
-            f"{at}.self_attn.o_proj.weight": (width, queries),
-            f"{at}.post_attention_layernorm.weight": (width,),
+            f"{prefix}.input_layernorm.weight": (width,),
+            f"{prefix}.self_attn.q_proj.weight": (queries, width),
+            f"{prefix}.self_attn.k_proj.weight": (keys, width),
+            f"{prefix}.self_attn.v_proj.weight": (keys, width),
+            f"{prefix}.self_attn.o_proj.weight": (width, queries),
+            f"{prefix}.post_attention_layernorm.weight": (width,),
             f"{dense}.gate_proj.weight": (2 * hidden, width),
             f"{dense}.up_proj.weight": (hidden, width),
             f"{dense}.down_proj.weight": (width, hidden),
         }
         if sparse:
             out |= {
-                f"{at}.mlp.gate_weight": (experts, width),
-                f"{at}.mlp.experts.wi_gate": (experts, width, 2 * hidden),
-                f"{at}.mlp.experts.wi_up": (experts, width, hidden),
-                f"{at}.mlp.experts.wo": (experts, hidden, width),
-                f"{at}.pre_extra_mlp_layernorm.weight": (width,),
+                f"{prefix}.mlp.gate_weight": (experts, width),
+                f"{prefix}.mlp.experts.wi_gate": (experts, width, 2 * hidden),
+                f"{prefix}.mlp.experts.wi_up": (experts, width, hidden),
+                f"{prefix}.mlp.experts.wo": (experts, hidden, width),
+                f"{prefix}.pre_extra_mlp_layernorm.weight": (width,),
             }
     return out
 
 
 def openmoe_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32, **config: Any) -> TinyOpenMoe:
-    """A folder as OpenMoE was published. Every weight counts, and attention is neither flat nor sharp, although scores
-    aren't divided by sqrt(D)."""
+    """Save a checkpoint like the published OpenMoE.
+
+    The scales let every weight change the logits. Attention is neither uniform nor one-hot, although scores aren't
+    divided by sqrt(D).
+    """
     settings = {**PUBLISHED, **TINY, **config}
     generator = torch.Generator().manual_seed(0)
     tensors = {}

@@ -1,4 +1,4 @@
-"""Tiny folders of Qwen's first generation, for which transformers has no class, and its Qwen2 with the same weights."""
+"""Tiny checkpoints of the first Qwen, and transformers' Qwen2 with the same weights: it has no class for the first."""
 
 import json
 from pathlib import Path
@@ -21,30 +21,30 @@ NAMES = {
     "model.norm": "transformer.ln_f",
     "lm_head": "lm_head",
 }
-"""Qwen2's modules, within a layer those that are not joined -> Qwen's."""
+"""Qwen2's module names -> Qwen's, without q, k and v, which Qwen fuses."""
 
 
 def qwen_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a Qwen2 as Qwen's first generation names and joins them."""
+    """Rename a Qwen2's tensors to the first Qwen's names, with q, k and v fused."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        module, _, kind = name.rpartition(".")
+        module, _, leaf = name.rpartition(".")
         if not module.startswith("model.layers."):
-            out[f"{NAMES[module]}.{kind}"] = tensor
+            out[f"{NAMES[module]}.{leaf}"] = tensor
             continue
         layer, part = module.removeprefix("model.layers.").split(".", 1)
         if part == "self_attn.q_proj":
-            parts = [state[f"model.layers.{layer}.self_attn.{p}_proj.{kind}"] for p in "qkv"]
-            out[f"transformer.h.{layer}.attn.c_attn.{kind}"] = torch.cat(parts)
+            parts = [state[f"model.layers.{layer}.self_attn.{p}_proj.{leaf}"] for p in "qkv"]
+            out[f"transformer.h.{layer}.attn.c_attn.{leaf}"] = torch.cat(parts)
         elif part in NAMES:
-            out[f"transformer.h.{layer}.{NAMES[part]}.{kind}"] = tensor
+            out[f"transformer.h.{layer}.{NAMES[part]}.{leaf}"] = tensor
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
 def qwen_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32, **config: Any) -> Tiny:
-    """A folder as Qwen-7B was published; what `config` doesn't turn on of the extras is off.
+    """Save a checkpoint like Qwen-7B's, with dynamic NTK and log-n attention off unless `config` turns them on.
 
-    The peer is a Qwen2 with the same weights, which knows nothing of the extras.
+    The peer is a Qwen2 with the same weights, which supports neither.
     """
     peer = tiny_peer(dtype, "qwen2", num_key_value_heads=4)
     c = peer.config

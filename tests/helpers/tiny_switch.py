@@ -1,4 +1,4 @@
-"""Tiny random Switch Transformers, made by transformers, and a vocabulary of T5's kind."""
+"""Tiny random Switch Transformers made by transformers, and a vocabulary like T5's."""
 
 import io
 from dataclasses import replace
@@ -32,12 +32,14 @@ SIZES = {
     "decoder_start_token_id": 0,
 }
 DENSE = {"num_sparse_encoder_layers": 9, "num_sparse_decoder_layers": 9}
-"""More than there are layers: none is sparse."""
+"""More sparse layers than layers: transformers then makes none of them sparse."""
 
 
 def switch_peer(**config: Any) -> PreTrainedModel:
-    """A random model of transformers' with eager attention. Every weight counts: attention is not flat, biases by
-    distance and routers are not near zero.
+    """Make a random transformers model with eager attention.
+
+    The scales let every weight change the logits: attention is not uniform, and relative biases and routers are not
+    near zero.
     """
     generator = torch.Generator().manual_seed(0)
     settings = SwitchTransformersConfig(**{**SIZES, **config})
@@ -53,14 +55,14 @@ def switch_peer(**config: Any) -> PreTrainedModel:
 
 
 def switch_checkpoint(folder: Path, **config: Any) -> Tiny:
-    """Lets transformers save a `switch_peer`."""
+    """Save a `switch_peer` with transformers."""
     peer = switch_peer(**config)
     peer.save_pretrained(folder)
     return Tiny(folder, peer)
 
 
 def reading_checkpoint(folder: Path, **config: Any) -> Tiny:
-    """A tiny checkpoint with a vocabulary beside it."""
+    """Save a tiny checkpoint and a vocabulary."""
     tiny = switch_checkpoint(folder, **{"vocab_size": 512, **config})
     (folder / "spiece.model").write_bytes(unigram_model())
     return tiny
@@ -68,7 +70,7 @@ def reading_checkpoint(folder: Path, **config: Any) -> Tiny:
 
 @cache
 def unigram_model(rule: str = "nmt_nfkc") -> bytes:
-    """A Unigram vocabulary with T5's first ids: <pad>, </s>, <unk>."""
+    """Train a Unigram vocabulary whose first ids are T5's: <pad>, </s>, <unk>."""
     lines = [line for text in SHORT for line in text.splitlines() if line.isprintable()]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -89,13 +91,17 @@ def unigram_model(rule: str = "nmt_nfkc") -> bytes:
 
 
 def routings(aux: tuple[Routing | None, ...]) -> list[Routing]:
-    """Of the layers that have one."""
+    """The routings of the sparse layers."""
     return [routing for routing in aux if routing is not None]
 
 
 @torch.inference_mode()
 def run(network: nn.Module, *pairs: tuple[list[int], list[int]]) -> tuple[Tensor, Tensor, list[Routing], list[Routing]]:
-    """The encoder's output, the decoder's logits, and what the routers of both decided, without a cache."""
+    """Run (source, target) pairs without a cache.
+
+    Returns:
+        The encoder's output, the decoder's logits, and the routings of both.
+    """
     sources, texts = zip(*pairs, strict=True)
     read_MD, read = network.encode(*pack(*sources))
     ids, batch = pack(*texts)
@@ -105,7 +111,7 @@ def run(network: nn.Module, *pairs: tuple[list[int], list[int]]) -> tuple[Tensor
 
 
 def stepped(network: nn.Module, source: list[int], text: list[int], sizes: int = 1, **options: Any) -> Tensor:
-    """Logits by a cache, so many tokens a step."""
+    """Logits of `text`, run through a cache with `sizes` tokens a step."""
     step = EncoderDecoderStep(network, **options)
     sequence = step.cache.open_with(source)
     chunks = [text[i : i + sizes] for i in range(0, len(text), sizes)]

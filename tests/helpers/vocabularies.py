@@ -1,4 +1,4 @@
-"""Small vocabularies of every type, and folders of files that hold them."""
+"""Small vocabularies of every type, and checkpoints that contain them."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ PUBLISHED = {
 
 
 def words_by_rank(pattern: str, size: int = 700) -> list[bytes]:
-    """The words of a byte-level BPE by rank: the 256 bytes, then the merged words."""
+    """Train a byte-level BPE; returns its words by rank: the 256 bytes, then the merged words."""
     pipeline = Pipeline(models.BPE())
     pipeline.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,13 +52,13 @@ def words_by_rank(pattern: str, size: int = 700) -> list[bytes]:
 
 
 def to_bytes(word: str) -> bytes:
-    """Undo GPT-2's table: characters from U+0100 on stand for the bytes without a printable character, in order."""
+    """Map GPT-2's characters back to bytes: from U+0100 on they stand for the unprintable bytes, in order."""
     unprintable = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
     return bytes(unprintable[ord(c) - 256] if ord(c) > 255 else ord(c) for c in word)
 
 
 def tekken(**change: Any) -> dict[str, Any]:
-    """A tekken.json with 600 ids: 30 control tokens and 570 of its 700 words. `change` replaces fields."""
+    """Make a tekken.json with 600 ids: 30 control tokens and 570 of its 700 words. `change` replaces fields."""
     words = words_by_rank(TEKKEN)
     content = {
         "config": {
@@ -84,7 +84,7 @@ def qwen_tiktoken(words: list[bytes]) -> bytes:
 
 
 def sentencepiece_model(**options: Any) -> bytes:
-    """A small BPE by score, with bytes for rare characters, like Llama's."""
+    """Train a small SentencePiece BPE with byte fallback, like Llama's."""
     lines = [line for text in SHORT for line in text.splitlines() if line.isprintable()]
     model = io.BytesIO()
     options = {"model_type": "bpe", "vocab_size": 700, "normalization_rule_name": "identity", **options}
@@ -108,7 +108,7 @@ def published(version: str) -> bytes:
 def source(
     folder: Path, files: dict[str, Any], *, format: str = "hf", config: dict[str, Any] | None = None
 ) -> SimpleNamespace:
-    """Write `files` (name -> bytes, text or JSON) to `folder`; returns a checkpoint there."""
+    """Write `files` (name -> bytes, text or JSON) to `folder`; returns a stand-in for its checkpoint."""
     for name, content in files.items():
         if isinstance(content, str):
             content = content.encode()

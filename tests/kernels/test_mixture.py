@@ -22,27 +22,32 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stack(kind: str, rows: int, columns: int, seed: int) -> tuple[Weight, Tensor]:
+def stack(type_name: str, rows: int, columns: int, seed: int) -> tuple[Weight, Tensor]:
     """The experts' matrices for the kernels, and their numbers [experts, rows, columns] in float64."""
-    if kind == "float32":
+    if type_name == "float32":
         numbers = random(EXPERTS, rows, columns, seed=seed) * columns**-0.5
         return Weight.floats(numbers), numbers.double()
-    blocks = random_blocks(kind, EXPERTS * rows, columns, seed)
+    blocks = random_blocks(type_name, EXPERTS * rows, columns, seed)
     shape = EXPERTS, rows, columns
-    numbers = QuantizedTensor(blocks.blocks, kind, shape).dequantize().double()
-    return Weight.packed(blocks.blocks, kind, shape), numbers
+    numbers = QuantizedTensor(blocks.blocks, type_name, shape).dequantize().double()
+    return Weight.packed(blocks.blocks, type_name, shape), numbers
 
 
 class Mixture:
     """x + the sum of each row's experts, and the same in float64."""
 
     def __init__(
-        self, kind: str, top_k: int, normalized: bool = True, capacity: EvenCapacity | None = None, **options: object
+        self,
+        type_name: str,
+        top_k: int,
+        normalized: bool = True,
+        capacity: EvenCapacity | None = None,
+        **options: object,
     ) -> None:
         self.top_k, self.route, self.capacity = top_k, mixtral_top_k if normalized else softmax_top_k, capacity
         self.router = random(EXPERTS, WIDTH, seed=1) / 4
-        (gate, self.gate), (up, self.up) = (stack(kind, HIDDEN, WIDTH, seed) for seed in (2, 3))
-        down, self.down = stack(kind, WIDTH, HIDDEN, 4)
+        (gate, self.gate), (up, self.up) = (stack(type_name, HIDDEN, WIDTH, seed) for seed in (2, 3))
+        down, self.down = stack(type_name, WIDTH, HIDDEN, 4)
         self.x = random(90, WIDTH, seed=5)
         made = Program(head_dim=16, kv_heads=1, layers=1, **{"threads": 2, **options})  # type: ignore[arg-type]
         made.embed(Weight.floats(self.x))
@@ -83,10 +88,10 @@ class Mixture:
 
 
 @every_isa
-@pytest.mark.parametrize("kind", ["float32", "q4_0", "q8_0"])
-def test_near_float64(kind: str, isa: str) -> None:
+@pytest.mark.parametrize("type_name", ["float32", "q4_0", "q8_0"])
+def test_near_float64(type_name: str, isa: str) -> None:
     for top_k, normalized, rows in ((2, True, 1), (2, False, 40), (1, True, 7), (EXPERTS, False, 9)):
-        mixture = Mixture(kind, top_k, normalized, isa=isa)
+        mixture = Mixture(type_name, top_k, normalized, isa=isa)
         exact = mixture.exact(range(rows))
         assert (mixture.run(range(rows)).double() - exact).abs().max() <= 1e-3 * exact.abs().max()
 
@@ -101,11 +106,11 @@ def test_each_sequence_has_a_capacity(capacity: EvenCapacity) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize("kind", ["float32", "q4_0"])
-def test_a_row_is_the_same_bits_in_any_company(kind: str, isa: str) -> None:
-    whole = Mixture(kind, 2, isa=isa).run(range(90))
+@pytest.mark.parametrize("type_name", ["float32", "q4_0"])
+def test_a_row_is_the_same_bits_in_any_company(type_name: str, isa: str) -> None:
+    whole = Mixture(type_name, 2, isa=isa).run(range(90))
     for threads in (1, 3):
-        mixture = Mixture(kind, 2, isa=isa, threads=threads)
+        mixture = Mixture(type_name, 2, isa=isa, threads=threads)
         for rows in (range(1), range(89, 90), range(7, 60)):
             assert torch.equal(mixture.run(rows), whole[rows.start : rows.stop])
 

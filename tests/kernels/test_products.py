@@ -22,12 +22,12 @@ def random_x(rows: int, columns: int, seed: int = 1) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def weight_of(kind: str, rows: int, columns: int, seed: int = 0) -> tuple[Weight, Tensor]:
+def weight_of(type_name: str, rows: int, columns: int, seed: int = 0) -> tuple[Weight, Tensor]:
     """A weight for the kernels, and its numbers in float64."""
-    if kind in FLOATS:
-        numbers = random_x(rows, columns, seed).to(FLOATS[kind])
+    if type_name in FLOATS:
+        numbers = random_x(rows, columns, seed).to(FLOATS[type_name])
         return Weight.floats(numbers), numbers.double()
-    blocks = random_blocks(kind, rows, columns, seed)
+    blocks = random_blocks(type_name, rows, columns, seed)
     return packed(blocks), dequantized(blocks)
 
 
@@ -49,10 +49,10 @@ def assert_product(y: Tensor, x: Tensor, w: Tensor, fast: bool) -> None:
 
 @every_isa
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_near_float64(kind: str, fast: bool, isa: str) -> None:
+@pytest.mark.parametrize("type_name", KINDS)
+def test_near_float64(type_name: str, fast: bool, isa: str) -> None:
     for rows, columns, n in ((16, 256, 1), (37, 512, 7), (130, 256, 130), (1, 768, 3)):
-        weight, numbers = weight_of(kind, rows, columns)
+        weight, numbers = weight_of(type_name, rows, columns)
         x = random_x(n, columns)
         assert_product(product(x, weight, isa=isa, fast=fast), x, numbers, fast)
 
@@ -60,20 +60,20 @@ def test_near_float64(kind: str, fast: bool, isa: str) -> None:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(KINDS))
-    step = 1 if kind in FLOATS else 256 if kind.endswith("k") else 32
+    type_name = data.draw(st.sampled_from(KINDS))
+    step = 1 if type_name in FLOATS else 256 if type_name.endswith("k") else 32
     columns = step * data.draw(st.integers(1, 300 if step == 1 else 4))
     rows, n = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 130))
     fast, isa = data.draw(st.booleans()), data.draw(st.sampled_from(list(kernels.isas())))
-    weight, numbers = weight_of(kind, rows, columns, data.draw(st.integers(0, 99)))
+    weight, numbers = weight_of(type_name, rows, columns, data.draw(st.integers(0, 99)))
     x = random_x(n, columns) * 10.0 ** data.draw(st.integers(-6, 6))
     assert_product(product(x, weight, isa=isa, fast=fast), x, numbers, fast)
 
 
 @every_isa
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_the_same_bits_in_any_company(kind: str, isa: str) -> None:
-    weight, _ = weight_of(kind, 53, 512)
+@pytest.mark.parametrize("type_name", KINDS)
+def test_a_row_is_the_same_bits_in_any_company(type_name: str, isa: str) -> None:
+    weight, _ = weight_of(type_name, 53, 512)
     x = random_x(130, 512)
     for fast in (False, True):
         whole = product(x, weight, isa=isa, fast=fast)
@@ -85,9 +85,9 @@ def test_a_row_is_the_same_bits_in_any_company(kind: str, isa: str) -> None:
 
 @every_isa
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("kind", HALVES)
-def test_extreme_activations(kind: str, fast: bool, isa: str) -> None:
-    weight, numbers = weight_of(kind, 32, 256)
+@pytest.mark.parametrize("type_name", HALVES)
+def test_extreme_activations(type_name: str, fast: bool, isa: str) -> None:
+    weight, numbers = weight_of(type_name, 32, 256)
     for scale in (0.0, 1e-42, 1e-35, 1e-28, 1e28):
         x = random_x(4, 256) * scale
         assert_product(product(x, weight, isa=isa, fast=fast), x, numbers, fast)
@@ -98,10 +98,10 @@ def test_extreme_activations(kind: str, fast: bool, isa: str) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("type_name", KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_a_number_stays_in_its_row(kind: str, bad: float, isa: str) -> None:
-    weight, numbers = weight_of(kind, 20, 256)
+def test_what_is_not_a_number_stays_in_its_row(type_name: str, bad: float, isa: str) -> None:
+    weight, numbers = weight_of(type_name, 20, 256)
     x = random_x(5, 256)
     x[2, 40] = bad
     for fast in (False, True):
@@ -112,13 +112,13 @@ def test_what_is_not_a_number_stays_in_its_row(kind: str, bad: float, isa: str) 
 
 
 @every_isa
-@pytest.mark.parametrize("kind", HALVES)
-def test_a_damaged_scale_stays_in_its_column(kind: str, isa: str) -> None:
-    blocks = random_blocks(kind, 20, 256)
+@pytest.mark.parametrize("type_name", HALVES)
+def test_a_damaged_scale_stays_in_its_column(type_name: str, isa: str) -> None:
+    blocks = random_blocks(type_name, 20, 256)
     halves = blocks.blocks.view(
-        20, -1, blocks.blocks.shape[1] * 32 // 256 if kind[-1] != "k" else blocks.blocks.shape[1]
+        20, -1, blocks.blocks.shape[1] * 32 // 256 if type_name[-1] != "k" else blocks.blocks.shape[1]
     )
-    halves[3, 0].view(torch.float16)[HALVES[kind][0]] = math.nan
+    halves[3, 0].view(torch.float16)[HALVES[type_name][0]] = math.nan
     y = product(random_x(3, 256), packed(blocks), isa=isa)
     assert y[:, 3].isnan().all()
     assert torch.isfinite(y[:, [i for i in range(20) if i != 3]]).all()
@@ -127,14 +127,14 @@ def test_a_damaged_scale_stays_in_its_column(kind: str, isa: str) -> None:
 @every_isa
 def test_largest_integers_do_not_overflow(isa: str) -> None:
     """All weights and activations at the limits of their ranges."""
-    for kind in HALVES:
-        blocks = random_blocks(kind, 16, 256)
-        integers = torch.full_like(blocks.blocks, 255 if kind != "q8_0" else 127)
+    for type_name in HALVES:
+        blocks = random_blocks(type_name, 16, 256)
+        integers = torch.full_like(blocks.blocks, 255 if type_name != "q8_0" else 127)
         halves = blocks.blocks.view(torch.float16).view(16, -1)
         kept = halves.clone()
         blocks.blocks.copy_(integers)
-        size = halves.shape[1] if kind.endswith("k") else halves.shape[1] // 8
-        for place in HALVES[kind]:
+        size = halves.shape[1] if type_name.endswith("k") else halves.shape[1] // 8
+        for place in HALVES[type_name]:
             halves[:, place::size] = kept[:, place::size]
         numbers = dequantized(blocks)
         for sign in (1, -1):
@@ -156,9 +156,9 @@ def test_several_weights_side_by_side(isa: str) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize("kind", KINDS)
-def test_embedding(kind: str, isa: str) -> None:
-    weight, numbers = weight_of(kind, 50, 256)
+@pytest.mark.parametrize("type_name", KINDS)
+def test_embedding(type_name: str, isa: str) -> None:
+    weight, numbers = weight_of(type_name, 50, 256)
     made = program(isa=isa)
     made.embed(weight, Buffer.LOGITS)
     ids = [0, 49, 17, 17, 3, *range(50)]
@@ -181,11 +181,11 @@ def test_norm(width: int, isa: str) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize("kind", ["q4_1", "f32"])
-def test_gated_and_added(kind: str, isa: str) -> None:
+@pytest.mark.parametrize("type_name", ["q4_1", "f32"])
+def test_gated_and_added(type_name: str, isa: str) -> None:
     """x + down(silu(gate(x)) * up(x))."""
     (gate, g), (up, u), (down, d) = (
-        weight_of(kind, *shape, seed=i) for i, shape in enumerate([(96, 64), (96, 64), (64, 96)])
+        weight_of(type_name, *shape, seed=i) for i, shape in enumerate([(96, 64), (96, 64), (64, 96)])
     )
     x = random_x(19, 64)
     made = program(isa=isa)

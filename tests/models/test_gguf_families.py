@@ -36,10 +36,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 MORE_NAMES = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 
 
-def write_gguf(path: Path, peer: PreTrainedModel, kind: str = "F32", **metadata: int | float) -> None:
+def write_gguf(path: Path, peer: PreTrainedModel, type_name: str = "F32", **metadata: int | float) -> None:
     """As llama.cpp's converter does, rows of queries and keys as they are."""
     c, tensors, names = peer.config, {}, NAMES | MORE_NAMES
-    for name, array in stored(peer, kind).items():
+    for name, array in stored(peer, type_name).items():
         module, _, end = name.rpartition(".")
         if module.startswith("model.layers."):
             number, part = module.removeprefix("model.layers.").split(".", 1)
@@ -58,16 +58,16 @@ def write_gguf(path: Path, peer: PreTrainedModel, kind: str = "F32", **metadata:
     }
     if c.model_type == "qwen3":
         known |= {"attention.key_length": c.head_dim, "attention.value_length": c.head_dim}
-    write_file(path, c.model_type, {**known, **metadata}, tensors, kind)
+    write_file(path, c.model_type, {**known, **metadata}, tensors, type_name)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("type_name", ["F32", "F16", "Q8_0", "Q4_0", "Q5_1"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, shape: str, kind: str) -> None:
+def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, shape: str, type_name: str) -> None:
     file, peer = tmp_path / "m.gguf", tiny_peer(**WIDE, **SHAPES[shape])
     before = peer.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
-    write_gguf(file, peer, kind)
-    assert torch.equal(before, peer.state_dict()["model.layers.0.self_attn.q_proj.weight"]) == (kind == "F32")
+    write_gguf(file, peer, type_name)
+    assert torch.equal(before, peer.state_dict()["model.layers.0.self_attn.q_proj.weight"]) == (type_name == "F32")
     ids = random_ids(40)
     assert_equal_logits(logits_of(network_of(file), ids), peer_logits(peer, ids))
 

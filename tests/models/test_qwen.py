@@ -214,11 +214,11 @@ def test_without_extras_no_seq_length_is_needed(tmp_path: Path) -> None:
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_1"])
-def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("type_name", ["F32", "BF16", "Q8_0", "Q4_1"])
+def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, type_name: str) -> None:
     peer = tiny_peer(family="qwen2", num_key_value_heads=4, hidden_size=64, intermediate_size=96)
     c, tensors = peer.config, {}
-    for name, array in stored(peer, kind).items():
+    for name, array in stored(peer, type_name).items():
         module, _, end = name.rpartition(".")
         if module.startswith("model.layers."):
             number, part = module.removeprefix("model.layers.").split(".", 1)
@@ -239,7 +239,7 @@ def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, kind
         "attention.head_count": 4,
         "attention.layer_norm_rms_epsilon": 1e-5,
     }
-    write_file(tmp_path / "m.gguf", "qwen", metadata, tensors, kind)
+    write_file(tmp_path / "m.gguf", "qwen", metadata, tensors, type_name)
     ids = random_ids(60)
     assert_equal_logits(logits_of(network_of(tmp_path / "m.gguf"), ids), peer_logits(peer, ids))
 

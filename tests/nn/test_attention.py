@@ -1,4 +1,4 @@
-"""The one attention function against loops in float64, and the layer around it."""
+"""The attention function against float64 loops, and the attention layer."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ D = 8
 
 
 def slope(q_BHQD: Tensor, queries: range, keys: range) -> Tensor:
-    """A bias of positions and of q: as T5's and SAM's together."""
+    """A bias that depends on positions (as T5's does) and on q (as SAM's does)."""
     distance_QK = torch.tensor([[float(i - j) for j in keys] for i in queries])
     heads_H11 = torch.arange(1.0, 1 + q_BHQD.shape[1])[:, None, None]
     return -0.1 * heads_H11 * distance_QK + q_BHQD.mean(-1)[..., None] * distance_QK.cos()
@@ -67,7 +67,7 @@ LENGTHS = {
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_is_what_loops_give(
+def test_attention_matches_float64_loops(
     options: str, lengths: str, heads: int, groups: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pentad.nn.attention, "QUERY_BLOCK", block)
@@ -76,59 +76,62 @@ def test_is_what_loops_give(
 
 @pytest.mark.parametrize("options", ["whole", "scale"])
 def test_more_queries_than_keys(options: str) -> None:
-    """As an encoder-decoder's: another sequence's keys, all of them seen."""
+    """An encoder-decoder's cross-attention: every query sees all keys of another sequence."""
     check([9, 2, 1], [4, 4, 3], 4, 2, **{**OPTIONS[options], "causal": False})
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 8])
-def test_a_window_is_its_number_of_keys_the_querys_own_included(chunk: int) -> None:
-    """Scores are all equal, so that the values of the keys which are seen are averaged. transformers sees the same keys
-    (``kv > q - window``); Mistral's one_file_ref.py has one more in prefill, its cache has not."""
-    seen = torch.eye(8)[:, None]  # each key's value is the unit vector of its position
+def test_a_window_of_n_sees_n_keys_including_the_querys_own(chunk: int) -> None:
+    """All scores are equal, so the output averages the values of the visible keys.
+
+    transformers has the same window (``kv > q - window``). Mistral's one_file_ref.py sees one key more in prefill, but
+    not from its cache.
+    """
+    values = torch.eye(8)[:, None]  # each key's value is the unit vector of its position
     for start in range(0, 8, chunk):
         queries, keys = SequenceLayout.of([chunk]), SequenceLayout.of([start + chunk])
-        q, k, v = torch.zeros(chunk, 1, 8), torch.zeros(start + chunk, 1, 8), seen[: start + chunk]
+        q, k, v = torch.zeros(chunk, 1, 8), torch.zeros(start + chunk, 1, 8), values[: start + chunk]
         y = attention(q, k, v, queries, keys, causal=True, window=3)
         for i, weights in enumerate(y[:, 0], start):
             assert weights.nonzero().flatten().tolist() == list(range(max(0, i - 2), i + 1))
 
 
-class Largest(TorchDispatchMode):
-    """Records the most numbers that a tensor made in it has, and the operators that were called."""
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that operators return, and the operators' names."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers, self.operators = 0, set[str]()
+        self.numel, self.operators = 0, set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.operators.add(func.overloadpacket.__name__)
         for made in out if isinstance(out, Sequence) else [out]:
             if isinstance(made, Tensor):
-                self.numbers = max(self.numbers, made.numel())
+                self.numel = max(self.numel, made.numel())
         return out
 
 
-@torch.no_grad()  # inference_mode would show attention as one operator
+@torch.no_grad()  # in inference_mode the dispatch mode would see attention as one operator
 @pytest.mark.parametrize("past", [0, 1000])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("bias", [None, lambda q, at_q, at_k: q.new_zeros(q.shape[1], len(at_q), len(at_k))])
-def test_no_mask_of_a_whole_sequence_is_made(bias: Any, window: int | None, past: int) -> None:
-    """Nor its scores, as there would be where SDPA takes its slow road."""
+def test_no_mask_or_scores_of_a_whole_sequence_are_materialized(bias: Any, window: int | None, past: int) -> None:
+    """SDPA's math backend would materialize the scores."""
     length, heads = 4096, 2
     q, k, v = (torch.randn(n, h, D) for n, h in ((length - past, heads), (length, 1), (length, 1)))
     queries, keys = SequenceLayout.of([len(q)]), SequenceLayout.of([length])
-    with Largest() as largest:
+    with LargestTensor() as largest:
         attention(q, k, v, queries, keys, causal=True, window=window, bias=bias)
     block = pentad.nn.attention.QUERY_BLOCK
     masked = block * (length if window is None else window + block)
-    assert largest.numbers <= max(q.numel(), masked * (heads if bias else 1)) < length * length / 4
+    assert largest.numel <= max(q.numel(), masked * (heads if bias else 1)) < length * length / 4
     assert largest.operators & {"_scaled_dot_product_flash_attention_for_cpu"}
     assert not largest.operators & {"bmm", "_safe_softmax"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_kept(dtype: torch.dtype) -> None:
+def test_half_precision_stays_and_matches_float64_loops(dtype: torch.dtype) -> None:
     q, k, v = (random_rows([9, 4], heads, heads).to(dtype) for heads in (4, 2, 2))
     arguments = (q, k, v, SequenceLayout.of([9, 4]), SequenceLayout.of([9, 4]))
     for options in ({"causal": True}, {"causal": True, "window": 3}, {"causal": True, "bias": slope}):
@@ -139,7 +142,7 @@ def test_half_precision_is_kept(dtype: torch.dtype) -> None:
 
 
 def scattered(lengths: list[int], page_size: int, groups: int) -> tuple[Tensor, Tensor, PagedKV]:
-    """Keys and values whose pages lie in any order, among NaN where nobody may look."""
+    """Make keys and values in pages of random order; all other slots are NaN."""
     counts = [-(-length // page_size) for length in lengths]
     order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(0)).tolist()
     pools = torch.full((2, len(order) * page_size, groups, D), torch.nan)
@@ -156,7 +159,7 @@ def scattered(lengths: list[int], page_size: int, groups: int) -> tuple[Tensor, 
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 @pytest.mark.parametrize("options", ["causal", "window", "all"])
 @pytest.mark.parametrize("lengths", ["equal", "with a past", "decoding"])
-def test_pages_are_rows(lengths: str, options: str, page_size: int) -> None:
+def test_paged_keys_give_what_contiguous_keys_give(lengths: str, options: str, page_size: int) -> None:
     queries, keys = LENGTHS[lengths]
     k, v, pages = scattered(keys, page_size, groups=2)
     q = random_rows(queries, 4, 1)
@@ -168,7 +171,7 @@ def test_pages_are_rows(lengths: str, options: str, page_size: int) -> None:
     torch.testing.assert_close(rows, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_neighboring_pages_are_a_span() -> None:
+def test_adjacent_pages_are_read_as_one_span() -> None:
     slots = torch.zeros(0, dtype=torch.int64)
     pages = PagedKV([], [], 4, ((2, 3, 4), (4, 3), (5,)), (10, 7, 1), slots)
     first, second, third = pages.spans
@@ -195,8 +198,7 @@ def test_gradients_flow_to_queries_keys_and_values(window: int | None, monkeypat
 @torch.inference_mode()
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_layer(bias: bool, window: int | None) -> None:
-    """Projections, rotation and attention, by hand."""
+def test_the_layer_is_projections_rope_and_attention(bias: bool, window: int | None) -> None:
     rope = Rope(D)
     layer = Attention(
         24, heads=4, kv_heads=2, head_dim=D, rope=rope, layer=0, window=window, bias=bias,
@@ -221,9 +223,9 @@ def test_the_layer(bias: bool, window: int | None) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 @pytest.mark.parametrize("chunk", [4, 5])
-def test_a_rolling_buffer_filled_in_chunks_is_whole_prefill(chunk: int, page_size: int) -> None:
-    """Chunks as long as the window (Mistral 7B, arXiv:2310.06825, section 2), and of 5 tokens at a window of 4, as in
-    mistral-src's own test; then token by token. With two layers, a token feels more than one window."""
+def test_chunked_prefill_into_a_rolling_buffer_equals_whole_prefill(chunk: int, page_size: int) -> None:
+    """Prefill in chunks of the window's length (Mistral 7B, arXiv:2310.06825, section 2) or of 5 tokens at a window of
+    4 (mistral-src's own test), then decode. With two layers, a token depends on more than one window."""
     window, lengths = 4, (23, 30)
     layers = [
         Attention(16, heads=4, kv_heads=2, head_dim=D, rope=Rope(D), layer=i, window=window) for i in range(2)
@@ -251,10 +253,10 @@ def test_a_rolling_buffer_filled_in_chunks_is_whole_prefill(chunk: int, page_siz
 
 @pytest.mark.parametrize("bias", [None, slope])
 @pytest.mark.parametrize("context", [None, 3])
-def test_sequences_of_one_length_are_one_call(
+def test_sequences_of_equal_length_need_one_sdpa_call(
     monkeypatch: pytest.MonkeyPatch, bias: Bias | None, context: int | None
 ) -> None:
-    """25 windows of an image, with a bias too, attending to themselves or to a context of another length."""
+    """25 windows of an image, with and without a bias, in self-attention or over a context of another length."""
     calls, sdpa = [], F.scaled_dot_product_attention
 
     def counted(*arguments: Any, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The paged cache against a model of it that keeps plain lists."""
+"""The paged cache against a reference model that stores plain lists."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,19 +28,19 @@ def cache(page_size: int = 4, window: int | None = None, **options: Any) -> Page
 
 
 @dataclass
-class Kept:
-    """A sequence of the cache, and what it should hold."""
+class Expected:
+    """A sequence of the cache, and the tokens that it should contain."""
 
     sequence: CachedSequence
     tokens: list[float] = field(default_factory=list)
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Tokens are numbers of their own, written into both layers by `PagedKV.write`."""
+    """Random cache operations. Each token is a distinct number, written to both layers with `PagedKV.write`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[Kept] = []
+        self.expected: list[Expected] = []
         self.next_token = 0.0
 
     @initialize(page_size=st.integers(1, 5), window=st.none() | st.integers(1, 9))
@@ -48,40 +48,40 @@ class CacheMachine(RuleBasedStateMachine):
         self.window = window
         self.cache = cache(page_size, window)
 
-    def any_of(self, data: st.DataObject) -> Kept:
-        return data.draw(st.sampled_from(self.kept))
+    def any_of(self, data: st.DataObject) -> Expected:
+        return data.draw(st.sampled_from(self.expected))
 
     @rule()
     def open(self) -> None:
-        if len(self.kept) < 6:
-            self.kept.append(Kept(self.cache.open()))
+        if len(self.expected) < 6:
+            self.expected.append(Expected(self.cache.open()))
 
-    @precondition(lambda self: self.kept)
+    @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        if len(self.kept) < 6:
+        if len(self.expected) < 6:
             one = self.any_of(data)
-            self.kept.append(Kept(self.cache.fork(one.sequence), list(one.tokens)))
+            self.expected.append(Expected(self.cache.fork(one.sequence), list(one.tokens)))
 
-    @precondition(lambda self: self.kept)
+    @precondition(lambda self: self.expected)
     @rule(data=st.data(), tokens=st.integers(0, 20))
     def reserve(self, data: st.DataObject, tokens: int) -> None:
         self.cache.reserve(self.any_of(data).sequence, tokens)
 
-    @precondition(lambda self: self.kept)
+    @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def append(self, data: st.DataObject) -> None:
-        """A step of some sequences, of whose tokens the last may be rejected."""
-        chosen = data.draw(st.lists(st.sampled_from(self.kept), min_size=1, unique_by=id))
+        """Run a step of some sequences, and accept any number of its first tokens."""
+        chosen = data.draw(st.lists(st.sampled_from(self.expected), min_size=1, unique_by=id))
         counts = [data.draw(st.integers(1, 12)) for _ in chosen]
         work = [(one.sequence, n) for one, n in zip(chosen, counts, strict=True)]
         batch = self.cache.batch(work)
         pages = batch.kv
         assert pages is not None
         slots = pages.slot_mapping.tolist()
-        assert len(set(slots)) == len(slots), "two tokens of a step are written to one place"
-        holders = Counter(page for one in self.kept for page in one.sequence.pages)
-        assert {holders[slot // self.cache.page_size] for slot in slots} == {1}, "a shared page is written"
+        assert len(set(slots)) == len(slots), "a step writes two tokens to one slot"
+        references = Counter(page for one in self.expected for page in one.sequence.pages)
+        assert {references[slot // self.cache.page_size] for slot in slots} == {1}, "a step writes to a shared page"
         positions = [len(o.tokens) + i for o, n in zip(chosen, counts, strict=True) for i in range(n)]
         assert batch.positions.tolist() == positions
         assert batch.layout.lengths == tuple(counts)
@@ -99,7 +99,7 @@ class CacheMachine(RuleBasedStateMachine):
             at += n
 
     def check_read(self, pages: Any, b: int, tokens: list[float], dropped: int) -> None:
-        """What a query may look at is there, and is right."""
+        """Check that the cache contains the right keys and values, and all that a query may attend to."""
         last = [] if self.window is None else tokens[-self.window :]
         expected = tokens if self.window is None else tokens[dropped:]
         assert expected[len(expected) - len(last) :] == last
@@ -108,7 +108,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert keys[:, 0, 0].tolist() == [token + layer / 4 for token in expected]
             assert values[:, 0, 1].tolist() == [-token - layer / 4 for token in expected]
 
-    @precondition(lambda self: self.kept)
+    @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
         one = self.any_of(data)
@@ -121,27 +121,26 @@ class CacheMachine(RuleBasedStateMachine):
             with pytest.raises(PentadError):
                 self.cache.truncate(one.sequence, length)
 
-    @precondition(lambda self: self.kept)
+    @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
         one = self.any_of(data)
         self.cache.close(one.sequence)
-        self.kept.remove(one)
+        self.expected.remove(one)
 
     @invariant()
     def pages_hold_the_tokens(self) -> None:
         if not hasattr(self, "cache"):
             return
-        for one in self.kept:
+        for one in self.expected:
             sequence = one.sequence
             assert sequence.length == len(one.tokens)
             assert len(set(sequence.pages)) == len(sequence.pages)
-            room = len(sequence.pages) * self.cache.page_size
-            assert sequence.held <= room
+            assert sequence.held <= len(sequence.pages) * self.cache.page_size
         assert len({len(pool) for pool in (*self.cache.keys, *self.cache.values)}) == 1
 
     def teardown(self) -> None:
-        for one in self.kept:
+        for one in self.expected:
             self.cache.close(one.sequence)
         if hasattr(self, "cache"):
             size, sequence = self.cache.nbytes, self.cache.open()
@@ -154,7 +153,7 @@ def test_random_operations() -> None:
     run_state_machine_as_test(CacheMachine, settings=settings(max_examples=100, stateful_step_count=25))
 
 
-def test_a_step_allocates_nothing_that_was_reserved() -> None:
+def test_steps_within_the_reservation_allocate_nothing() -> None:
     c = cache()
     sequence = c.open()
     c.reserve(sequence, 30)
@@ -163,10 +162,10 @@ def test_a_step_allocates_nothing_that_was_reserved() -> None:
         c.batch([(sequence, 1)])
         c.advance(sequence, 1)
     assert [pool.data_ptr() for pool in (*c.keys, *c.values)] == pools
-    assert sequence.pages == list(range(8))  # neighbors: read as a view
+    assert sequence.pages == list(range(8))  # adjacent, so they are read as a view
 
 
-def test_pages_are_neighbors_where_they_can_be() -> None:
+def test_reserved_pages_are_adjacent_if_possible() -> None:
     c = cache(pages=12)
     first, second = c.open(), c.open()
     c.reserve(first, 12)
@@ -180,23 +179,23 @@ def test_pages_are_neighbors_where_they_can_be() -> None:
     assert c.nbytes == sum(pool.nbytes for pool in (*c.keys, *c.values))
 
 
-def test_memory_is_of_the_dtype_asked_for() -> None:
+def test_nbytes_counts_pools_in_their_dtype() -> None:
     c = PagedCache(3, 2, 8, dtype=torch.bfloat16, page_size=16, pages=4)
     assert c.nbytes == 3 * 2 * 4 * 16 * 2 * 8 * 2
 
 
-def test_going_back_too_far_names_the_place() -> None:
+def test_truncating_to_dropped_tokens_names_both_positions() -> None:
     c = cache(window=4)
     sequence = c.open()
     c.batch([(sequence, 20)])
     c.advance(sequence, 20)
     assert sequence.dropped == 16
-    with pytest.raises(PentadError, match="can't go back to token 5: tokens before 16"):
+    with pytest.raises(PentadError, match=r"token 5\b.* 16\b"):
         c.truncate(sequence, 5)
     assert sequence.length == 20
 
 
-def test_going_back_to_what_never_was() -> None:
+def test_truncating_beyond_the_end_is_refused() -> None:
     c = cache()
     sequence = c.open()
     c.batch([(sequence, 3)])
@@ -205,7 +204,7 @@ def test_going_back_to_what_never_was() -> None:
         c.truncate(sequence, 9)
 
 
-def test_the_copied_page_is_the_one_that_is_written() -> None:
+def test_only_the_written_page_of_a_fork_is_copied() -> None:
     c = cache()
     first = c.open()
     pages = c.batch([(first, 6)]).kv
@@ -222,7 +221,7 @@ def test_the_copied_page_is_the_one_that_is_written() -> None:
 
 
 def write_positions(c: PagedCache, work: list[tuple[CachedSequence, int]]) -> PagedKV:
-    """A step of some tokens of each sequence, whose keys are their positions."""
+    """Run a step; the keys that it writes are the tokens' positions."""
     batch = c.batch(work)
     assert batch.kv is not None
     numbers = batch.positions[:, None, None].expand(-1, 1, 2).float()
@@ -234,19 +233,21 @@ def write_positions(c: PagedCache, work: list[tuple[CachedSequence, int]]) -> Pa
 
 
 def positions_held(c: PagedCache, sequence: CachedSequence) -> list[int]:
-    """Of which tokens there is a key, in the order of the sequence's pages."""
+    """The positions of the tokens that the cache holds, in the order of the sequence's pages."""
     rows = [page * c.page_size + i for page in sequence.pages for i in range(c.page_size)]
     keys, values = c.keys[0][rows[: sequence.held], 0, 0], c.values[0][rows[: sequence.held], 0, 1]
     assert torch.equal(keys, -values)
     return keys.int().tolist()
 
 
-def test_the_published_example_of_a_rolling_buffer() -> None:
-    """mistral-src's cache.py: chunks of [5, 7, 2] tokens after [0, 1, 3] cached ones, at a window of 3, go to places
-    [2 0 1 | 5 3 4 | 6 7] of its ring: position modulo 3, and 3 places a sequence.
+def test_mistrals_example_of_a_rolling_buffer() -> None:
+    """mistral-src's cache.py gives each sequence a ring of `window` slots, and writes a token to position % window.
 
-    So the ring keeps the last 3 positions. One of them, window tokens before the next, is in the very place that the
-    next token overwrites before anybody looks; with pages of one token ours has given it back already.
+    Its example: at a window of 3, chunks of [5, 7, 2] tokens after [0, 1, 3] cached tokens go to the slots
+    [2 0 1 | 5 3 4 | 6 7].
+
+    The ring holds the last 3 positions, but the next token overwrites the oldest of them before any query reads it. The
+    paged cache, with pages of one token, has already released that page.
     """
     window, before, chunks = 3, [0, 1, 3], [5, 7, 2]
     c = cache(page_size=1, window=window)
@@ -254,34 +255,34 @@ def test_the_published_example_of_a_rolling_buffer() -> None:
     for counts in (before, chunks):
         write_positions(c, [(s, count) for s, count in zip(sequences, counts, strict=True) if count])
     ring: dict[int, int] = {}
-    places: list[list[int]] = []
+    slots: list[list[int]] = []
     for b, (start, count) in enumerate(zip(before, chunks, strict=True)):
         ring.update({position % window + b * window: position for position in range(start)})
         written = range(start + count - min(count, window), start + count)
-        places.append([position % window + b * window for position in written])
-        ring.update(zip(places[-1], written, strict=True))
-    assert places == [[2, 0, 1], [5, 3, 4], [6, 7]]
+        slots.append([position % window + b * window for position in written])
+        ring.update(zip(slots[-1], written, strict=True))
+    assert slots == [[2, 0, 1], [5, 3, 4], [6, 7]]
     assert [sorted(ring[b * window + i] for i in range(window)) for b in range(3)] == [[2, 3, 4], [5, 6, 7], [2, 3, 4]]
     for b, sequence in enumerate(sequences):
-        del ring[sequence.length % window + b * window]  # where the next token goes
-        kept = sorted(position for place, position in ring.items() if place // window == b)
+        del ring[sequence.length % window + b * window]  # the next token's slot
+        kept = sorted(position for slot, position in ring.items() if slot // window == b)
         assert positions_held(c, sequence) == kept == [sequence.length - 2, sequence.length - 1]
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 256])
 @pytest.mark.parametrize("chunk", [1, 100, 512])
-def test_memory_is_that_of_the_window(chunk: int, page_size: int) -> None:
-    """Of the pools themselves, in bytes, through a long prompt in chunks and decoding, at more than 3 windows."""
+def test_memory_is_bounded_by_the_window(chunk: int, page_size: int) -> None:
+    """Measures the pools' bytes while a prompt of 4 windows is prefilled in chunks and 2 windows are decoded."""
     window = 320
     c = cache(page_size, window)
     sequence = c.open()
-    token = 2 * 2 * 2 * 4  # bytes: keys and values, 2 layers, 2 numbers a head, float32
+    token_bytes = 2 * 2 * 2 * 4  # keys and values, 2 layers, head_dim 2, float32
     for count in [*[chunk] * (4 * window // chunk), *[1] * (2 * window)]:
         write_positions(c, [(sequence, count)])
         held = min(sequence.length, window + count + page_size)
         assert len(sequence.pages) * page_size < held + page_size
         largest = min(sequence.length, window + chunk + page_size) + page_size
-        assert c.nbytes <= 1.5 * largest * token + page_size * token  # pools grow by half
+        assert c.nbytes <= 1.5 * largest * token_bytes + page_size * token_bytes  # pools grow by half
         last = positions_held(c, sequence)[1 - window :]
         assert last == list(range(max(0, sequence.length - window + 1), sequence.length))
     assert sequence.length > 5 * window
@@ -290,11 +291,13 @@ def test_memory_is_that_of_the_window(chunk: int, page_size: int) -> None:
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("count", [1, 3])
-def test_pages_stay_neighbors(count: int, window: int | None, page_size: int) -> None:
-    """A rolling buffer comes to the end of its pool, one sequence grows up to another: they move. Alone, always; among
-    others, most of the time, as free pages may be enough and yet nowhere together."""
+def test_pages_are_moved_to_stay_adjacent(count: int, window: int | None, page_size: int) -> None:
+    """Pages move when a rolling buffer reaches the end of its pool or a sequence grows up to another one.
+
+    A single sequence is always adjacent. Several are most of the time: enough pages may be free, but not adjacent.
+    """
     c = cache(page_size, window)
-    c.reserve(c.open(), 2 * page_size)  # somebody else's
+    c.reserve(c.open(), 2 * page_size)  # another sequence's pages
     sequences = [c.open() for _ in range(count)]
     spans: list[bool] = []
     for _ in range(300):
@@ -316,5 +319,5 @@ def test_shared_pages_do_not_move() -> None:
     assert positions_held(c, first) == positions_held(c, second) == list(range(9))
     c.close(second)
     write_positions(c, [(first, 4)])
-    assert first.pages == list(range(first.pages[0], first.pages[0] + 4))  # they can, once they are one sequence's
+    assert first.pages == list(range(first.pages[0], first.pages[0] + 4))  # no longer shared, so they may move
     assert positions_held(c, first) == list(range(13))

@@ -1,4 +1,4 @@
-"""Norms, feed-forward layers, blocks, RoPE, Batch: against their formulas."""
+"""Norms, feed-forward layers, blocks, RoPE and Batch against their formulas."""
 
 import math
 from typing import Any
@@ -34,14 +34,14 @@ def test_rms_norm(dtype: torch.dtype) -> None:
     torch.testing.assert_close(norm(x).double(), expected, rtol=2 * ulp, atol=ulp)
 
 
-def test_rms_norm_of_large_halves_does_not_overflow() -> None:
+def test_rms_norm_of_large_float16_values_does_not_overflow() -> None:
     norm = RMSNorm(16, eps=1e-5).to(torch.float16)
     x = torch.full((2, 16), 3000.0, dtype=torch.float16)
     torch.testing.assert_close(norm(x), torch.ones(2, 16, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layer_norm_takes_float32_and_gives_the_dtype_of_its_weight(dtype: torch.dtype) -> None:
+def test_layer_norm_accepts_float32_and_returns_its_weights_dtype(dtype: torch.dtype) -> None:
     norm = LayerNorm(32, eps=0.01).to(dtype)
     norm.weight.data, norm.bias.data = torch.randn(32).to(dtype), torch.randn(32).to(dtype)
     x = 3 * torch.randn(5, 32) + 1000
@@ -51,7 +51,7 @@ def test_layer_norm_takes_float32_and_gives_the_dtype_of_its_weight(dtype: torch
     assert norm(x).dtype == dtype
     torch.testing.assert_close(norm(x).double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
     assert torch.equal(norm(x)[0], norm.bias)
-    assert norm(x.to(dtype)).dtype == dtype  # a head's numbers
+    assert norm(x.to(dtype)).dtype == dtype
 
 
 @torch.inference_mode()
@@ -87,7 +87,7 @@ def test_swiglu(bias: bool) -> None:
 
 
 class Times(torch.nn.Module):
-    """Stands for a dense part of a block."""
+    """A stand-in for a dense part of a block: multiplies by a factor."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Times(torch.nn.Module):
 
 
 class RoutedTimes(MixtureOfExperts):
-    """Stands for a mixture."""
+    """A stand-in for a mixture: multiplies by a factor."""
 
     def __init__(self, factor: float) -> None:
         torch.nn.Module.__init__(self)
@@ -108,21 +108,21 @@ class RoutedTimes(MixtureOfExperts):
         return x * self.factor, "routed"
 
 
-def test_a_parallel_block_adds_both_to_the_stream() -> None:
+def test_a_parallel_block_adds_attention_and_feedforward_to_the_residual() -> None:
     block = ParallelBlock(Times(2), Times(3), RoutedTimes(5))
     y, aux = block(torch.ones(1, 4), Batch.of(1))
     assert y.tolist() == [[1.0 + 6 + 10] * 4]
     assert aux == "routed"
 
 
-def test_a_pre_norm_block_adds_to_the_stream() -> None:
+def test_a_pre_norm_block_adds_to_the_residual() -> None:
     block = PreNormBlock(Times(2), Times(3), Times(5), RoutedTimes(7))
     y, aux = block(torch.ones(1, 4), Batch.of(1))
     assert y.tolist() == [[7.0 + 35 * 7.0] * 4]
     assert aux == "routed"
 
 
-def test_an_extra_feedforward_reads_what_the_first_one_wrote() -> None:
+def test_an_extra_feedforward_reads_the_first_ones_output() -> None:
     block = ExtraFeedforwardBlock(Times(2), Times(3), Times(5), RoutedTimes(7), Times(11), Times(13))
     y, aux = block(torch.ones(1, 4), Batch.of(1))
     before = 7.0 + 35 * 7.0
@@ -130,16 +130,16 @@ def test_an_extra_feedforward_reads_what_the_first_one_wrote() -> None:
     assert aux == "routed"
 
 
-def rotate(x: Tensor, position: int, frequencies: Tensor, magnitude: float = 1.0) -> Tensor:
-    """One head's numbers as complex ones, each turned by its angle: RoFormer, equation 34."""
+def rotate(x: Tensor, position: int, frequencies: Tensor, attention_factor: float = 1.0) -> Tensor:
+    """Rotate one head's pairs as complex numbers: RoFormer, equation 34."""
     half = len(x) // 2
     pairs = torch.complex(x[:half].double(), x[half:].double())
     turned = pairs * torch.polar(torch.ones(half).double(), position * frequencies.double())
-    return torch.cat((turned.real, turned.imag)) * magnitude
+    return torch.cat((turned.real, turned.imag)) * attention_factor
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
-def test_rope_turns_pairs(theta: float) -> None:
+def test_rope_rotates_pairs(theta: float) -> None:
     x, batch = torch.randn(7, 3, 16), Batch.of(4, 3)
     y = Rope(16, theta)(x, batch)
     frequencies = torch.tensor([theta ** (-2 * i / 16) for i in range(8)])
@@ -150,7 +150,7 @@ def test_rope_turns_pairs(theta: float) -> None:
     assert torch.equal(y[0], x[0])
 
 
-def test_a_partial_rope_leaves_the_rest_of_a_head_alone() -> None:
+def test_a_partial_rope_keeps_the_other_dimensions() -> None:
     x, batch = torch.randn(5, 3, 20), Batch.of(5)
     y = Rope(8)(x, batch)
     assert torch.equal(y[..., :8], Rope(8)(x[..., :8].contiguous(), batch))
@@ -158,14 +158,14 @@ def test_a_partial_rope_leaves_the_rest_of_a_head_alone() -> None:
     assert not torch.equal(y[1:, :, :8], x[1:, :, :8])
 
 
-def test_rope_has_a_magnitude_and_a_dtype() -> None:
+def test_rope_applies_the_attention_factor_and_keeps_the_dtype() -> None:
     parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     scaled = scaling(parameters)
     x, batch = torch.randn(3, 1, 16), Batch.of(3)
     y = Rope(16, scaling=scaled)(x, batch)
-    magnitude = 0.1 * math.log(4) + 1
+    attention_factor = 0.1 * math.log(4) + 1
     frequencies = scaled.frequencies(10000.0, 16, 3)
-    expected = rotate(x[2, 0], 2, frequencies, magnitude)
+    expected = rotate(x[2, 0], 2, frequencies, attention_factor)
     torch.testing.assert_close(y[2, 0].double(), expected, rtol=1e-5, atol=1e-5)
     assert Rope(16)(x.bfloat16(), batch).dtype == torch.bfloat16
 
@@ -183,24 +183,24 @@ def test_rope_is_computed_once_for_all_layers() -> None:
         for _ in range(4):
             rope(x, batch)
         assert cosines.count == 1
-        Rope(8, 77.0)(x, batch)  # another base has other cosines
+        Rope(8, 77.0)(x, batch)  # cosines depend on the base
         assert cosines.count == 2
         rope(x, Batch.of(5))
         assert cosines.count == 3
 
 
-def test_a_batch_from_a_tensor_is_one_from_lengths() -> None:
-    """Also where frequencies depend on each sequence's length."""
+def test_a_batch_from_cu_seqlens_equals_one_from_lengths() -> None:
+    """RoPE is equal too, even if its frequencies depend on each sequence's length."""
     packed, batch = Batch.packed(torch.tensor([0, 20, 20, 25])), Batch.of(20, 0, 5)
     assert torch.equal(packed.positions, batch.positions)
     assert packed.layout == batch.layout
     x = torch.randn(25, 2, 8)
-    for stretch in (DefaultRope(), Dynamic(2.0, 16), DynamicSteps(16)):
-        rope = Rope(8, scaling=stretch)
+    for rope_scaling in (DefaultRope(), Dynamic(2.0, 16), DynamicSteps(16)):
+        rope = Rope(8, scaling=rope_scaling)
         assert torch.equal(rope(x, packed), rope(x, batch))
 
 
-def test_sequences_of_one_batch_rotate_by_their_own_lengths() -> None:
+def test_each_sequence_of_a_batch_rotates_by_its_own_length() -> None:
     rope = Rope(8, scaling=Dynamic(2.0, 16))
     long, short = list(range(20)), list(range(5))
     x = torch.randn(25, 2, 8)
@@ -218,7 +218,7 @@ def test_frequencies_of_dynamic_ntk() -> None:
 
 
 def test_frequencies_of_dynamic_ntk_in_steps() -> None:
-    """Qwen's formula, for every length up to four times the trained one and a bit."""
+    """Qwen's formula, for every length up to slightly more than four times the trained one."""
     steps = DynamicSteps(32)
     for n in range(1, 140):
         alpha = max(1, 2 ** math.ceil(math.log2(n / 32) + 1) - 1)
@@ -228,12 +228,12 @@ def test_frequencies_of_dynamic_ntk_in_steps() -> None:
     assert [steps.scaling_key(n) for n in (0, 1, 32, 33, 64, 65, 128, 129)] == [1, 1, 1, 3, 3, 7, 7, 15]
 
 
-@pytest.mark.parametrize("stretched", [Dynamic(2.0, 16), DynamicSteps(16)])
-def test_a_single_pair_has_no_base_to_stretch(stretched: Dynamic | DynamicSteps) -> None:
-    assert stretched.frequencies(10000.0, 2, 100).tolist() == [1.0]
+@pytest.mark.parametrize("rope_scaling", [Dynamic(2.0, 16), DynamicSteps(16)])
+def test_dynamic_ntk_does_not_scale_a_single_pair(rope_scaling: Dynamic | DynamicSteps) -> None:
+    assert rope_scaling.frequencies(10000.0, 2, 100).tolist() == [1.0]
 
 
-def test_divisors_divide() -> None:
+def test_divisors_divide_frequencies() -> None:
     rope = scaling({"rope_type": "divisors", "divisors": [1.0, 2.0, 4.0, 8.0]})
     expected = inverse_frequencies(10000.0, 8) / torch.tensor([1.0, 2.0, 4.0, 8.0])
     torch.testing.assert_close(rope.frequencies(10000.0, 8, 1), expected)
@@ -254,20 +254,20 @@ def test_divisors_divide() -> None:
     ],
     ids=str,
 )
-def test_a_scaling_that_is_wrong(parameters: dict[str, object], message: str) -> None:
+def test_an_invalid_scaling_is_refused(parameters: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput) as raised:
         Rope(8, scaling=scaling(parameters))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_divisors_of_another_head() -> None:
+def test_divisors_of_another_head_dim_are_refused() -> None:
     divisors = scaling({"rope_type": "divisors", "divisors": [1.0, 2.0]})
     with pytest.raises(BadInput, match=r"2 divisors.* 8 frequencies"):
         Rope(16, scaling=divisors)
 
 
-def test_a_layout() -> None:
+def test_sequence_layout() -> None:
     layout = SequenceLayout.of([3, 1, 2])
     assert layout.cu_seqlens == (0, 3, 4, 6)
     assert layout.lengths == (3, 1, 2)
@@ -283,7 +283,7 @@ def test_a_layout() -> None:
     assert hash(layout) == hash(SequenceLayout(bounds))
 
 
-def test_a_batch_of_whole_sequences() -> None:
+def test_pack_whole_sequences() -> None:
     ids, batch = pack([5, 6, 7], [8])
     assert ids.tolist() == [5, 6, 7, 8]
     assert batch.positions.tolist() == [0, 1, 2, 0]

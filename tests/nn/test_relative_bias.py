@@ -1,4 +1,4 @@
-"""Biases by distance: buckets against transformers', and attention against loops."""
+"""Relative position bias: buckets against transformers', attention against loops."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def relative_bias(bidirectional: bool) -> RelativeBias:
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (4, 3), (8, 20), (10, 1000), (64, 65)])
-def test_buckets(buckets: int, farthest: int, bidirectional: bool) -> None:
+def test_buckets_are_those_of_transformers(buckets: int, farthest: int, bidirectional: bool) -> None:
     distances = torch.arange(-3000, 3001)
     theirs = T5Attention._relative_position_bucket(distances, bidirectional, buckets, farthest)
     assert torch.equal(bucket(distances, buckets, farthest, bidirectional), theirs)
@@ -33,7 +33,7 @@ def test_buckets(buckets: int, farthest: int, bidirectional: bool) -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_rows_of_a_bias_are_those_of_its_definition(bidirectional: bool) -> None:
+def test_any_block_of_the_bias_matches_its_definition(bidirectional: bool) -> None:
     made = relative_bias(bidirectional)
     bias = made(Batch.of(40, 7))
     for at_q, at_k in (
@@ -49,7 +49,7 @@ def test_rows_of_a_bias_are_those_of_its_definition(bidirectional: bool) -> None
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", [(1,), (30, 30), (5, 300, 1, 17)], ids=str)
-def test_attention_with_such_a_bias(causal: bool, lengths: tuple[int, ...]) -> None:
+def test_attention_with_a_relative_bias(causal: bool, lengths: tuple[int, ...]) -> None:
     batch = Batch.of(*lengths)
     q, k, v = torch.randn(3, sum(lengths), HEADS, DIM)
     options = {"causal": causal, "scale": 1.0, "bias": relative_bias(not causal)(batch)}
@@ -60,8 +60,8 @@ def test_attention_with_such_a_bias(causal: bool, lengths: tuple[int, ...]) -> N
 
 
 @torch.inference_mode()
-def test_a_cached_step_looks_up_distances_for_its_query_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row of the bias for each sequence, and one look-up of the buckets for all layers."""
+def test_a_cached_step_computes_the_bias_of_its_query_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step needs one row of the bias for each sequence, and looks up the buckets once for all layers."""
     bias = relative_bias(False)
     layers = [Attention(24, heads=HEADS, head_dim=DIM, position_bias=bias, layer=i) for i in range(3)]
     cache = PagedCache(3, HEADS, DIM, dtype=torch.float32, page_size=4)

@@ -1,4 +1,4 @@
-"""Dispatch against a plain loop over tokens and their experts, and against MegaBlocks' block-sparse products."""
+"""Dispatch against a loop over tokens and experts, and against MegaBlocks' block-sparse products."""
 
 from collections.abc import Callable
 
@@ -43,7 +43,7 @@ def swiglu(dim: int = DIM, hidden: int = HIDDEN, dtype: torch.dtype = torch.floa
 
 
 def by_loop(x_ND: Tensor, routing: Routing, experts: SwiGLUExperts) -> Tensor:
-    """One token after the other, one expert of it after the other, in float32."""
+    """Compute each token and expert separately, in float32."""
     gate, up, down = (p.weight.float() for p in (experts.gate_proj, experts.up_proj, experts.down_proj))
     rows = []
     for n, x in enumerate(x_ND.float()):
@@ -58,7 +58,7 @@ def by_loop(x_ND: Tensor, routing: Routing, experts: SwiGLUExperts) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [(16, 32), (15, 21)], ids=["aligned", "not aligned"])
 @pytest.mark.parametrize("case", CHOICES)
-def test_forward_and_backward(case: str, width: tuple[int, int], dtype: torch.dtype) -> None:
+def test_outputs_and_gradients_match_the_loop(case: str, width: tuple[int, int], dtype: torch.dtype) -> None:
     routing, experts = routing_of(CHOICES[case]), swiglu(*width, dtype=dtype)
     routing = routing._replace(weights=routing.weights.requires_grad_())
     x = random_rows(len(CHOICES[case]), width[0], dtype).requires_grad_()
@@ -77,8 +77,8 @@ def test_forward_and_backward(case: str, width: tuple[int, int], dtype: torch.dt
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.9])
-def test_what_is_not_kept_is_not_computed(share: float) -> None:
-    """And costs nothing: so many rows come to the experts as pairs are kept, and none is padding."""
+def test_dropped_pairs_are_not_computed(share: float) -> None:
+    """The experts get one row for each kept pair, and no padding."""
     kept = torch.rand(24, 2, generator=torch.Generator().manual_seed(4)) < share
     routing, experts, x = routing_of(CHOICES["even"], kept), swiglu(), random_rows(24)
     seen: list[tuple[int, list[int]]] = []
@@ -94,7 +94,7 @@ def test_what_is_not_kept_is_not_computed(share: float) -> None:
     assert not dispatch(x, routing, EXPERTS, experts)[dropped].any()
 
 
-def test_dropless_computes_each_pair_once_however_uneven() -> None:
+def test_without_drops_each_pair_is_computed_once() -> None:
     for case in ("even", "all to one", "empty experts"):
         routing, seen = routing_of(CHOICES[case]), []
 
@@ -110,8 +110,9 @@ def test_dropless_computes_each_pair_once_however_uneven() -> None:
 @pytest.mark.parametrize(
     "choices", [[[3, 0]] * 95 + [[1, 0]] * 3, [[1]] * 181, [[e, (e + 1) % 4] for e in range(4)] * 25], ids=len
 )
-def test_many_rows_of_16_bits_come_in_whole_blocks(choices: list[list[int]], kept: float | None) -> None:
-    """For what oneDNN compiles; an expert without rows gets none, and no spare row shows in outputs or gradients."""
+def test_many_16_bit_rows_are_padded_to_whole_blocks(choices: list[list[int]], kept: float | None) -> None:
+    """oneDNN compiles kernels for fewer sizes then. An expert without rows gets no padding, and padding changes neither
+    outputs nor gradients."""
     shape = len(choices), len(choices[0])
     mask = None if kept is None else torch.rand(shape, generator=torch.Generator().manual_seed(4)) < kept
     routing, experts = routing_of(choices, mask), swiglu(dtype=torch.bfloat16)
@@ -133,7 +134,7 @@ def test_many_rows_of_16_bits_come_in_whole_blocks(choices: list[list[int]], kep
         torch.testing.assert_close(ours.float() / theirs.abs().max(), theirs.float() / theirs.abs().max(), **bound)
 
 
-def test_rows_come_to_experts_sorted_and_in_the_order_of_positions() -> None:
+def test_rows_are_sorted_by_expert_then_by_position() -> None:
     x = torch.arange(5.0)[:, None]
     choices = [[1, 0], [0, 3], [1, 3], [0, 1], [3, 0]]
 
@@ -148,7 +149,7 @@ def test_rows_come_to_experts_sorted_and_in_the_order_of_positions() -> None:
     torch.testing.assert_close(out[:, 0], x[:, 0] * routing.weights.sum(1))
 
 
-def test_a_token_is_the_same_bits_in_any_company() -> None:
+def test_a_token_does_not_depend_on_the_batch() -> None:
     experts, x, routing = swiglu(), random_rows(24), routing_of(CHOICES["even"])
     whole = dispatch(x, routing, EXPERTS, experts)
     assert torch.equal(whole, dispatch(x, routing, EXPERTS, experts))
@@ -162,12 +163,12 @@ def test_a_token_is_the_same_bits_in_any_company() -> None:
 
 @pytest.mark.filterwarnings("ignore:Sparse BSR:UserWarning")
 @pytest.mark.parametrize("case", ["even", "empty experts", "one token", "all to one"])
-def test_grouped_products_are_block_sparse_ones(case: str) -> None:
+def test_grouped_products_equal_megablocks_block_sparse_products(case: str) -> None:
     """MegaBlocks (arXiv:2211.15841, section 4.1), with blocks of 4 instead of 128.
 
-    The experts' weights lie side by side in one matrix as wide as all of them. A token's row has numbers only in its
-    expert's columns. Rows are sorted by expert and padded so that each expert's are whole blocks; then the topology is
-    one of blocks: a block row of expert e has blocks in the H/4 block columns from e H/4.
+    The experts' weights are concatenated into one wide matrix. A token's row is nonzero only in its expert's columns.
+    Rows are sorted by expert, and each expert's rows are padded to whole blocks. The product is then block-sparse: a
+    block row of expert e has blocks in the H/4 block columns from e H/4.
     """
     block, x, routing = 4, random_rows(len(CHOICES[case])), routing_of(CHOICES[case])
     torch.manual_seed(3)
@@ -208,22 +209,25 @@ def test_grouped_products_are_block_sparse_ones(case: str) -> None:
 
 
 def kept_by_loop(routing: Routing, groups: SequenceLayout, capacity: Callable[[int], int]) -> list[list[bool]]:
-    """First choices of a group in the order of positions, then second ones; each takes a place, also in vain."""
+    """Assign each group's first choices in order of positions, then its second choices.
+
+    A choice uses a slot even if it was dropped before.
+    """
     kept = [[False] * routing.experts.shape[1] for _ in routing.experts]
     for start, count in groups.spans:
-        places = [capacity(count)] * EXPERTS
+        free = [capacity(count)] * EXPERTS
         for k in range(routing.experts.shape[1]):
             for n in range(start, start + count):
                 e = int(routing.experts[n, k])
-                kept[n][k] = places[e] > 0 and bool(routing.kept[n, k])
-                places[e] -= 1
+                kept[n][k] = free[e] > 0 and bool(routing.kept[n, k])
+                free[e] -= 1
     return kept
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 5, 24])
 @pytest.mark.parametrize("starts", [(0, 24), (0, 7, 8, 24), (0, 24, 24)], ids=str)
 @pytest.mark.parametrize("choices", [1, 2])
-def test_capacity_by_position(choices: int, starts: tuple[int, ...], capacity: int) -> None:
+def test_capacity_is_assigned_by_position(choices: int, starts: tuple[int, ...], capacity: int) -> None:
     generator = torch.Generator().manual_seed(5)
     experts = torch.stack([torch.randperm(EXPERTS, generator=generator)[:choices] for _ in range(24)])
     before = routing_of(experts.tolist(), torch.rand(24, choices, generator=generator) < 0.8)
@@ -242,12 +246,12 @@ def test_capacity_grows_with_the_group() -> None:
     assert kept.tolist() == [True] * 2 + [False] * 2 + [True] * 5 + [False] * 11
 
 
-def test_groups_of_so_many_tokens() -> None:
+def test_groups_of_a_fixed_size() -> None:
     assert groups_of(SequenceLayout((0, 3, 10)), 4) == SequenceLayout((0, 4, 8, 10))
     assert groups_of(SequenceLayout((0, 3, 8)), 4) == SequenceLayout((0, 4, 8))
     assert groups_of(SequenceLayout((0,)), 4) == SequenceLayout((0,))
 
 
-def test_no_capacity_at_all() -> None:
+def test_a_capacity_of_zero_is_refused() -> None:
     with pytest.raises(BadInput, match="capacity for 5 tokens is 0"):
         within_capacity(routing_of([[0]] * 5), EXPERTS, SequenceLayout((0, 5)), lambda tokens: 0)

@@ -1,4 +1,4 @@
-"""Products of a stack: what torch's operator refuses is done all the same; what isn't needed isn't read."""
+"""Grouped matmuls: inputs that torch's operator refuses use a loop, and unused experts' weights aren't read."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ def by_loop(x_SI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
 
 @pytest.fixture
 def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with each call of torch's operator."""
+    """One item for each call of torch's operator."""
     calls: list[int] = []
     operator = F.grouped_mm
 
@@ -38,14 +38,14 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def shifted(tensor: Tensor) -> Tensor:
-    """The same, where no number starts at a multiple of 16 bytes."""
+    """Copy a tensor to memory that is not aligned to 16 bytes."""
     return torch.cat((torch.zeros(1, dtype=tensor.dtype), tensor.flatten()))[1:].view(tensor.shape)
 
 
 @pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize("counts", [COUNTS, [0, 7, 0, 0, 0], [40, 0, 50, 1, 2]], ids=["few", "one expert", "many"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_by_the_operator(dtype: torch.dtype, counts: list[int], learning: bool, uses: list[int]) -> None:
+def test_the_operator_matches_the_loop(dtype: torch.dtype, counts: list[int], learning: bool, uses: list[int]) -> None:
     x, weight = torch.randn(sum(counts), 16).to(dtype), torch.randn(5, 24, 16).to(dtype).requires_grad_(learning)
     y = grouped_linear(x, weight, ends_of(counts)).detach()
     assert uses == [1]
@@ -56,15 +56,15 @@ def test_by_the_operator(dtype: torch.dtype, counts: list[int], learning: bool, 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_token_alone(rows: int, uses: list[int]) -> None:
-    """What one product gives lies as the next one takes it: of one row any stride is said to be contiguous."""
+def test_one_row_uses_the_operator_for_both_products(rows: int, uses: list[int]) -> None:
+    """The second product accepts the first one's strides: torch calls any strides of a single row contiguous."""
     experts, x = MLPExperts(5, 16, 24), torch.randn(rows, 16)
     y = experts(x, ends_of([0, 0, rows, 0, 0]))
     torch.testing.assert_close(y, (x @ experts.up_proj.weight[2].T).relu() @ experts.down_proj.weight[2].T)
     assert uses == [1, 1]
 
 
-def test_rows_that_lie_apart(uses: list[int]) -> None:
+def test_rows_that_are_not_contiguous(uses: list[int]) -> None:
     x, weight = torch.randn(8, 33)[:, ::2][:, :16], torch.randn(5, 24, 16)
     torch.testing.assert_close(grouped_linear(x, weight, ends_of(COUNTS)), by_loop(x, weight, COUNTS))
     assert uses == [1]
@@ -80,7 +80,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_operator_refuses_in_some_torch(case: str, uses: list[int]) -> None:
+def test_inputs_that_some_torch_versions_refuse(case: str, uses: list[int]) -> None:
     x, weight = REFUSED[case](torch.randn(8, 16), torch.randn(5, 24, 16))
     x.requires_grad_()
     weight.requires_grad_()
@@ -107,7 +107,7 @@ def test_no_rows(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_of_any_stride(transposed: bool, uses: list[int]) -> None:
-    """A sum's is one number that stands for all; a transposed one is what follows a transposition."""
+    """The gradient of a sum is expanded (stride 0); the gradient of a transposition is transposed."""
     x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(5, 24, 16, requires_grad=True)
     y, expected = grouped_linear(x, weight, ends_of(COUNTS)), by_loop(x, weight, COUNTS)
     other = torch.randn(24, 8)
@@ -120,8 +120,8 @@ def test_gradients_of_any_stride(transposed: bool, uses: list[int]) -> None:
     assert uses == [1]
 
 
-def test_transposed_weights_are_taken_as_they_lie(uses: list[int]) -> None:
-    """As Mixtral's stacked files have the way down."""
+def test_transposed_weights_are_used_without_a_copy(uses: list[int]) -> None:
+    """The down projections of Mixtral's stacked files are transposed."""
     x, weight = torch.randn(8, 16), torch.randn(5, 16, 24).transpose(1, 2)
     torch.testing.assert_close(grouped_linear(x, weight, ends_of(COUNTS)), by_loop(x, weight, COUNTS))
     assert uses == [1]
@@ -130,7 +130,7 @@ def test_transposed_weights_are_taken_as_they_lie(uses: list[int]) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("width", [512, 511], ids=["by the operator", "by the loop"])
 def test_weights_of_other_experts_are_not_read(tmp_path: Path, width: int) -> None:
-    """Of 16 MiB in a file, one expert's MiB is in memory after a step that chose that one."""
+    """After a step that chose one of 16 experts, one of the file's 16 MiB is resident."""
     path = tmp_path / "weight"
     with open(path, "wb") as file:
         file.truncate(16 * 512 * 512 * 4)
@@ -143,7 +143,7 @@ def test_weights_of_other_experts_are_not_read(tmp_path: Path, width: int) -> No
     assert 900 < int(match[1]) < 3000
 
 
-def test_modules() -> None:
+def test_swiglu_and_mlp_experts_match_the_loop() -> None:
     torch.manual_seed(0)
     x, ends = torch.randn(8, 16), ends_of(COUNTS)
     swiglu, mlp, gelu = SwiGLUExperts(5, 16, 24), MLPExperts(5, 16, 24), MLPExperts(5, 16, 24, F.gelu)
@@ -162,9 +162,9 @@ def test_modules() -> None:
     [[5, 0, 3, 0, 4], [0, 12, 0, 0, 0], [1, 1, 1, 1, 8], [4, 4, 4, 0, 0], [2, 2, 2, 2, 2], [0, 0, 0, 0, 9]],
     ids=str,
 )
-@pytest.mark.parametrize("kind", [SwiGLUExperts, MLPExperts])
-def test_a_few_experts_at_a_time(kind: type[Experts], counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    experts, x, ends = kind(5, 16, 24), torch.randn(sum(counts), 16), ends_of(counts)  # type: ignore[call-arg]
+@pytest.mark.parametrize("cls", [SwiGLUExperts, MLPExperts])
+def test_experts_run_in_slabs_of_rows(cls: type[Experts], counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, x, ends = cls(5, 16, 24), torch.randn(sum(counts), 16), ends_of(counts)  # type: ignore[call-arg]
     whole, seen, compute = experts(x, ends), [], experts.compute
 
     def seeing(x_SD: Tensor, ends_E: Tensor, which: slice) -> Tensor:
@@ -180,8 +180,9 @@ def test_a_few_experts_at_a_time(kind: type[Experts], counts: list[int], monkeyp
 
 
 @torch.inference_mode()
-def test_16_bits_come_in_slabs_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whole blocks, so that few products are compiled, and with W x^T, so that no weight is put in tiles."""
+def test_slabs_of_16_bit_rows_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs are whole blocks, so that oneDNN compiles few kernels. The product is W x^T, so that oneDNN doesn't reorder
+    the weights into tiles."""
     counts = [32 * count for count in (40, 0, 12, 3, 1)]
     experts, ends, sizes = MLPExperts(5, 16, 24).bfloat16(), ends_of(counts), []
     x, compute, operator = torch.randn(sum(counts), 16).bfloat16(), experts.compute, F.grouped_mm
@@ -205,7 +206,7 @@ def test_16_bits_come_in_slabs_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(y.float(), by_loop(hidden, down, counts), rtol=0.02, atol=0.02)
 
 
-def test_learning_takes_all_experts_at_once(monkeypatch: pytest.MonkeyPatch, uses: list[int]) -> None:
+def test_training_runs_all_experts_in_one_slab(monkeypatch: pytest.MonkeyPatch, uses: list[int]) -> None:
     monkeypatch.setattr("pentad.nn.moe.experts.SLAB_ROWS", 1)
     MLPExperts(5, 16, 24)(torch.randn(8, 16), ends_of(COUNTS)).sum().backward()
     assert uses == [1, 1]

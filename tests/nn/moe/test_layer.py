@@ -1,4 +1,4 @@
-"""The mixture as a layer: what is random when, what a capacity changes, and what is refused."""
+"""The mixture layer: randomness, capacity, gradients and invalid arguments."""
 
 import copy
 
@@ -46,7 +46,7 @@ ROUTES: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("name", ROUTES)
-def test_nothing_is_random_but_in_training_by_its_generator(name: str) -> None:
+def test_routing_is_random_only_in_training_with_a_generator(name: str) -> None:
     layer, x = mixture(**ROUTES[name]), rows()  # type: ignore[arg-type]
     random = name in ("noisy top-k", "GShard", "Switch")
     state = torch.get_rng_state()
@@ -65,27 +65,27 @@ def test_nothing_is_random_but_in_training_by_its_generator(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_jitter_is_of_the_router_only_and_bounded() -> None:
+def test_jitter_changes_router_logits_within_its_bound() -> None:
     layer, x = mixture(softmax_top_k, top_k=1, jitter=0.01).train(), rows()
     _, plain = layer(x, batch(24))
     layer.generator = torch.Generator().manual_seed(0)
     _, jittered = layer(x, batch(24))
     change = (jittered.logits - plain.logits).abs()
-    most = 0.01 * (x.abs() @ layer.router.weight.abs().T)
+    bound = 0.01 * (x.abs() @ layer.router.weight.abs().T)
     assert (change > 0).all()
-    assert (change <= most + 1e-6).all()
+    assert (change <= bound + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_router_decides_in_float32(dtype: torch.dtype) -> None:
+def test_the_router_computes_in_float32(dtype: torch.dtype) -> None:
     layer, x = mixture().to(dtype), rows().to(dtype)
     out, routing = layer(x, batch(24))
     assert out.dtype == routing.logits.dtype == routing.weights.dtype == torch.float32
     torch.testing.assert_close(routing.logits, x.float() @ layer.router.weight.float().T)
 
 
-def test_exactly_what_a_capacity_changes() -> None:
-    """Tokens whose experts all have room keep their bits; of the others, what overflowed is missing."""
+def test_a_capacity_changes_overflowing_tokens_only() -> None:
+    """A token whose experts all have capacity is unchanged; other tokens lack the outputs of the full experts."""
     x, sequences = rows(), batch(4, 20)
     full, bounded = mixture(), mixture(capacity=Capacity(0.5, EXPERTS))
     (whole, before), (part, after) = full(x, sequences), bounded(x, sequences)
@@ -118,7 +118,7 @@ def test_an_ample_capacity_changes_nothing() -> None:
     assert routing.kept.all()
 
 
-def test_groups_are_sequences_or_so_many_tokens() -> None:
+def test_groups_are_sequences_or_a_fixed_number_of_tokens() -> None:
     x = rows()
     by_sequence = mixture(capacity=lambda tokens: 2)
     _, routing = by_sequence(x, batch(12, 12))
@@ -131,7 +131,7 @@ def test_groups_are_sequences_or_so_many_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", ROUTES)
-def test_everything_learns(name: str) -> None:
+def test_every_parameter_gets_a_gradient(name: str) -> None:
     layer = mixture(**ROUTES[name]).train()  # type: ignore[arg-type]
     layer.generator = torch.Generator().manual_seed(0)
     out, _ = layer(rows(), batch(24))
@@ -142,8 +142,8 @@ def test_everything_learns(name: str) -> None:
         assert parameter.grad.any()
 
 
-def test_a_router_that_is_not_a_number_gives_none() -> None:
-    """Nothing breaks on the way to where it is told that the weights are damaged."""
+def test_a_nan_router_gives_nan() -> None:
+    """NaN reaches the logits, where generation reports damaged weights; nothing raises before."""
     layer = mixture(capacity=lambda tokens: 3)
     layer.router.weight.data.fill_(torch.nan)
     out, _ = layer(rows(2), batch(2))
@@ -157,17 +157,17 @@ def test_idle_parameters() -> None:
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_more_experts_than_there_are(top_k: int) -> None:
+def test_top_k_outside_1_to_experts_is_refused(top_k: int) -> None:
     with pytest.raises(ValueError, match=f"top_k is {top_k}; expected 1 to 4"):
         mixture(top_k=top_k)
 
 
-def test_no_capacity() -> None:
+def test_a_capacity_of_zero_is_refused() -> None:
     with pytest.raises(BadInput, match="capacity for 3 tokens is 0"):
         mixture(capacity=lambda tokens: 0)(rows(3), batch(3))
 
 
-def test_it_can_be_copied_and_printed() -> None:
+def test_a_layer_can_be_copied_and_printed() -> None:
     layer = mixture()
     other = copy.deepcopy(layer)
     assert torch.equal(layer(rows(), batch(24))[0], other(rows(), batch(24))[0])

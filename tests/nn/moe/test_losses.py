@@ -1,4 +1,4 @@
-"""Losses at the anchors that their papers give, against chance, and against transformers."""
+"""Losses at their papers' known values, against sampling, and against transformers."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ EXPERTS = 8
 
 
 def balanced(k: int, tokens: int = 64) -> Tensor:
-    """Logits by which every expert is as often chosen, and as probable, as every other."""
+    """Logits with which all experts are chosen equally often and equally probable."""
     chosen = torch.zeros(EXPERTS, EXPERTS)
     for e in range(EXPERTS):
         for i in range(k):
@@ -34,9 +34,9 @@ def balanced(k: int, tokens: int = 64) -> Tensor:
 
 
 def collapsed(k: int, tokens: int = 64) -> Tensor:
-    """Logits by which all tokens go to the same k experts, with all probability."""
+    """Logits with which all tokens choose the same k experts with probability 1."""
     logits = torch.full((tokens, EXPERTS), -1e4)
-    logits[:, :k] = torch.arange(k, 0, -1) / 1e3  # a first choice that all agree on
+    logits[:, :k] = torch.arange(k, 0, -1) / 1e3  # all tokens have the same first choice
     return logits
 
 
@@ -45,13 +45,13 @@ def random_logits(tokens: int = 40, experts: int = EXPERTS, seed: int = 0) -> Te
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_mixtral_is_between_k_and_e(k: int) -> None:
+def test_mixtral_is_k_if_balanced_and_e_if_collapsed(k: int) -> None:
     even = mixtral_balance_loss([mixtral_top_k(balanced(k), k)] * 2)
     assert float(even) == pytest.approx(k, abs=1e-4)
     assert float(mixtral_balance_loss([mixtral_top_k(collapsed(k), k)] * 2)) == pytest.approx(EXPERTS, abs=1e-4)
 
 
-def test_mixtral_is_what_transformers_computes() -> None:
+def test_mixtral_equals_transformers() -> None:
     layers = [random_logits(seed=seed) for seed in range(3)]
     ours = mixtral_balance_loss([mixtral_top_k(logits, 2) for logits in layers])
     theirs = load_balancing_loss_func(tuple(layers), EXPERTS, 2)
@@ -60,20 +60,20 @@ def test_mixtral_is_what_transformers_computes() -> None:
 
 
 def test_layers_are_pooled_not_averaged() -> None:
-    """Two layers, each collapsed onto other experts, are balanced together."""
+    """Two layers that are collapsed onto different experts are balanced when pooled."""
     one = collapsed(4)
     routings = [mixtral_top_k(one, 4), mixtral_top_k(one.flip(1), 4)]
     assert float(mixtral_balance_loss(routings)) == pytest.approx(4, abs=1e-4)
     assert float(mixtral_balance_loss(routings[:1])) == pytest.approx(EXPERTS, abs=1e-4)
 
 
-def test_switch_is_alpha_where_balanced() -> None:
+def test_switch_is_alpha_if_balanced() -> None:
     alpha = 0.01
     assert alpha * float(switch_balance_loss(softmax_top_k(balanced(1), 1))) == pytest.approx(alpha, abs=1e-6)
     assert float(switch_balance_loss(softmax_top_k(collapsed(1), 1))) == pytest.approx(EXPERTS, abs=1e-4)
 
 
-def test_switch_by_its_equations() -> None:
+def test_switch_matches_its_equations() -> None:
     logits = random_logits()
     probabilities = logits.softmax(-1)
     fractions = [float((probabilities.argmax(-1) == e).sum()) / 40 for e in range(EXPERTS)]
@@ -84,13 +84,13 @@ def test_switch_by_its_equations() -> None:
     assert float(switch_balance_loss(dropped)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_gshard_anchors() -> None:
+def test_gshard_balanced_and_collapsed() -> None:
     groups = SequenceLayout((0, 32, 64))
     assert float(gshard_balance_loss(gshard_top_2(balanced(2)), groups)) == pytest.approx(1 / EXPERTS**2, abs=1e-6)
     assert float(gshard_balance_loss(gshard_top_2(collapsed(1)), groups)) == pytest.approx(1 / EXPERTS, abs=1e-6)
 
 
-def test_gshard_by_algorithm_1_group_by_group() -> None:
+def test_gshard_matches_algorithm_1_for_each_group() -> None:
     logits, starts = random_logits(), (0, 9, 40)
     losses = []
     for start, stop in pairwise(starts):
@@ -102,7 +102,7 @@ def test_gshard_by_algorithm_1_group_by_group() -> None:
     assert float(ours) == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
-def test_importance_is_squared_variation() -> None:
+def test_importance_is_the_squared_coefficient_of_variation() -> None:
     logits = torch.cat((random_logits(), torch.zeros(40, EXPERTS)), -1)
     routing = noisy_top_k(logits, 2)
     importance = torch.zeros(EXPERTS, dtype=torch.float64)
@@ -118,8 +118,8 @@ def test_importance_is_squared_variation() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_load_is_the_chance_to_be_chosen_with_new_noise(k: int) -> None:
-    """By drawing one expert's noise 20,000 times while that of the others stays."""
+def test_load_is_the_probability_of_being_chosen_with_resampled_noise(k: int) -> None:
+    """Estimates it by resampling one expert's noise 20,000 times, with the other experts' noise fixed."""
     scores = torch.cat((random_logits(3), random_logits(3, seed=1)), -1)
     routing = noisy_top_k(scores, k, None, torch.Generator().manual_seed(2))
     assert routing.clean is not None
@@ -134,15 +134,15 @@ def test_load_is_the_chance_to_be_chosen_with_new_noise(k: int) -> None:
     torch.testing.assert_close(load(routing), expected, rtol=0, atol=0.02)
 
 
-def test_load_is_even_at_the_start() -> None:
-    """Both projections are zeros then, and of 4,000 tokens each expert expects its share."""
+def test_load_is_even_at_initialization() -> None:
+    """Both projections are zero, so each expert expects an even share of 4,000 tokens."""
     routing = noisy_top_k(torch.zeros(4000, 2 * EXPERTS), 2, None, torch.Generator().manual_seed(0))
     share = 4000 * 2 / EXPERTS
     torch.testing.assert_close(load(routing), torch.full((EXPERTS,), share), rtol=0.1, atol=0)
     assert float(load_loss(routing)) < 0.01
 
 
-def test_load_needs_noise_and_a_choice() -> None:
+def test_load_needs_noise_and_k_below_the_number_of_experts() -> None:
     with pytest.raises(ValueError, match="noisy_top_k"):
         load(mixtral_top_k(random_logits(), 2))
     with pytest.raises(ValueError, match="all 4 experts"):
@@ -172,8 +172,8 @@ def test_z_loss() -> None:
     ],
     ids=["mixtral", "switch", "gshard", "importance", "load", "z"],
 )
-def test_gradients_lead_downhill(loss: Callable[[Routing], Tensor]) -> None:
-    """A small step against the gradient makes each smaller, where the same noise is drawn."""
+def test_a_step_along_the_negative_gradient_decreases_the_loss(loss: Callable[[Routing], Tensor]) -> None:
+    """Both evaluations draw the same noise."""
     logits = torch.cat((random_logits(), random_logits(seed=1)), -1).requires_grad_()
 
     def value() -> Tensor:

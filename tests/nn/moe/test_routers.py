@@ -1,4 +1,4 @@
-"""Each router against its paper's formulas, one token after the other."""
+"""Each router against its paper's formulas, token by token."""
 
 import math
 from itertools import pairwise
@@ -30,7 +30,7 @@ def softmax(row: list[float]) -> list[float]:
 
 
 def assert_decides(routing: Routing, expected: list[dict[int, float]]) -> None:
-    """Each token's experts, first choice first, with their weights; none of them dropped."""
+    """Check each token's experts and weights, first choice first, and that none is dropped."""
     assert routing.all_kept
     assert routing.kept.all()
     for row, (experts, weights) in enumerate(zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)):
@@ -42,7 +42,7 @@ def assert_decides(routing: Routing, expected: list[dict[int, float]]) -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
 def test_mixtral(k: int) -> None:
-    """Softmax over all experts, the k largest of it, divided by their sum: as transformers has it."""
+    """The k largest values of the softmax over all experts, divided by their sum, as in transformers."""
     logits = random_logits()
     expected = []
     for row in logits.tolist():
@@ -65,7 +65,7 @@ def test_switch_and_openmoe_do_not_renormalize(k: int) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_noisy_without_noise(k: int) -> None:
+def test_noisy_top_k_without_noise(k: int) -> None:
     clean = random_logits()
     expected = []
     for row in clean.tolist():
@@ -76,8 +76,8 @@ def test_noisy_without_noise(k: int) -> None:
     assert torch.equal(routing.logits, clean)
 
 
-def test_the_width_of_the_noise_is_learned() -> None:
-    """Softplus of the second half: what is drawn has that standard deviation around the first."""
+def test_the_standard_deviation_of_the_noise_is_learned() -> None:
+    """It is softplus of the scores' second half; the noise is added to the first half."""
     raw = torch.tensor([-3.0, 0.0, 2.0, 5.0])
     scores = torch.cat((random_logits(1, 4).expand(20_000, 4), raw.expand(20_000, 4)), -1)
     routing = noisy_top_k(scores, 2, None, seeded())
@@ -93,7 +93,7 @@ def test_the_width_of_the_noise_is_learned() -> None:
 @pytest.mark.parametrize("capacity", [1, 3, 100])
 @pytest.mark.parametrize("training", [False, True])
 def test_gshard_is_algorithm_1(capacity: int, training: bool) -> None:
-    """Line by line, for one group."""
+    """Follows the paper's algorithm line by line, for one group."""
     logits, size, experts = random_logits(30, 4), 30, 4
     rnd = torch.rand(size, generator=seeded(7)).tolist() if training else [0.0] * size
     counts, combine = [0] * experts, [[0.0] * experts for _ in range(size)]
@@ -118,14 +118,14 @@ def test_gshard_is_algorithm_1(capacity: int, training: bool) -> None:
     assert bool(routing.kept.all()) is not training
 
 
-def test_gshard_knows_two_experts_only() -> None:
+def test_gshard_refuses_k_other_than_2() -> None:
     with pytest.raises(ValueError, match="k is 3"):
         gshard_top_2(random_logits(), 3)
 
 
 @pytest.mark.parametrize(("starts", "k"), [((0, 40), 2), ((0, 16, 17, 40), 2), ((0, 40), 1), ((0, 0, 40), 8)])
 def test_expert_choice(starts: tuple[int, ...], k: int) -> None:
-    """In each group an expert has its n k / E best tokens."""
+    """In each group of n tokens an expert takes its best n k / E tokens."""
     logits = random_logits()
     routing = expert_choice(logits, k, SequenceLayout(starts))
     gates = logits.softmax(-1)
@@ -140,7 +140,7 @@ def test_expert_choice(starts: tuple[int, ...], k: int) -> None:
     torch.testing.assert_close(routing.weights, gates)
 
 
-def test_expert_choice_of_a_whole_batch_is_of_one_group() -> None:
+def test_expert_choice_without_groups_treats_the_batch_as_one() -> None:
     logits = random_logits()
     assert torch.equal(expert_choice(logits, 2).kept, expert_choice(logits, 2, SequenceLayout((0, 40))).kept)
     counts = expert_choice(logits, 1).kept.sum(1)
@@ -149,8 +149,8 @@ def test_expert_choice_of_a_whole_batch_is_of_one_group() -> None:
 
 
 @pytest.mark.parametrize("route", [noisy_top_k, gshard_top_2, softmax_top_k, mixtral_top_k])
-def test_a_token_decides_alone(route: Route) -> None:
-    """Whatever other tokens there are: bits."""
+def test_a_tokens_routing_does_not_depend_on_the_batch(route: Route) -> None:
+    """Bit by bit."""
     logits = random_logits()
     whole = route(logits, 2)
     for row in (0, 17, 39):

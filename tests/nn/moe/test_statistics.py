@@ -1,4 +1,4 @@
-"""How experts are used, against counting one by one; and what is known of even and of collapsed routing."""
+"""Expert usage against counting, and its known values for even and for collapsed routing."""
 
 import math
 
@@ -23,7 +23,7 @@ def routed(k: int = 2, factor: float | None = None) -> Routing:
 
 
 @pytest.mark.parametrize("factor", [None, 1.0])
-def test_against_counting(factor: float | None) -> None:
+def test_usage_matches_counting(factor: float | None) -> None:
     routing = routed(factor=factor)
     seen = usage(routing)
     chosen, kept, entropy_sum = [0] * EXPERTS, [0] * EXPERTS, 0.0
@@ -41,7 +41,7 @@ def test_against_counting(factor: float | None) -> None:
     assert (seen.drop_rate > 0) is (factor is not None)
 
 
-def test_pieces_add_up() -> None:
+def test_usages_of_parts_add_up() -> None:
     routing = routed(factor=1.0)
     pieces = [Routing(*(x[part] for x in routing[:4])) for part in (slice(0, 15), slice(15, 40))]
     whole, summed = usage(routing), usage(pieces[0]) + usage(pieces[1])
@@ -50,7 +50,7 @@ def test_pieces_add_up() -> None:
     assert summed.router_entropy == pytest.approx(whole.router_entropy)
 
 
-def test_even_and_collapsed() -> None:
+def test_even_and_collapsed_routing() -> None:
     even = usage(mixtral_top_k(torch.eye(EXPERTS).repeat(3, 1), 1))
     assert even.evenness == pytest.approx(1)
     assert even.load.tolist() == [0.25] * 4
@@ -60,7 +60,7 @@ def test_even_and_collapsed() -> None:
     assert usage(mixtral_top_k(torch.zeros(6, EXPERTS), 2)).router_entropy == pytest.approx(math.log(EXPERTS))
 
 
-def test_one_expert_no_token_and_none_kept() -> None:
+def test_one_expert_no_tokens_and_all_dropped() -> None:
     assert usage(softmax_top_k(torch.zeros(3, 1), 1)).evenness == 1
     nothing = usage(mixtral_top_k(torch.zeros(0, EXPERTS), 2))
     assert (nothing.evenness, nothing.router_entropy, nothing.drop_rate) == (0, 0, 0)
@@ -70,9 +70,9 @@ def test_one_expert_no_token_and_none_kept() -> None:
 
 
 @pytest.mark.parametrize("factor", [None, 1.0])
-def test_tokens_by_expert(factor: float | None) -> None:
+def test_usage_by_token_matches_counting(factor: float | None) -> None:
     routing, ids = routed(factor=factor), torch.randint(5, (TOKENS,))
-    wanted = torch.tensor([3, 0, 17])  # which isn't there
+    wanted = torch.tensor([3, 0, 17])  # 17 doesn't occur
     counts = usage_by_token(routing, ids, wanted)
     for row, token in enumerate(wanted.tolist()):
         for expert in range(EXPERTS):
@@ -82,7 +82,7 @@ def test_tokens_by_expert(factor: float | None) -> None:
             assert counts[row, expert] == times
 
 
-def test_of_expert_choice_what_was_chosen_counts() -> None:
+def test_usage_of_expert_choice_counts_the_kept_pairs() -> None:
     seen = usage(expert_choice(torch.randn(TOKENS, EXPERTS), 2))
     assert seen.kept.tolist() == [TOKENS * 2 // EXPERTS] * EXPERTS
     assert seen.drop_rate == pytest.approx(0.5)
