@@ -171,7 +171,7 @@ def test_an_odd_value_is_a_config_or_bad_input(field: str, value: object) -> Non
         ({"head_dim": 7}, "4 heads of 7 dimensions"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
-        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "RoPE scaling 'spiral' is not known"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "unknown RoPE scaling 'spiral'"),
     ],
     ids=str,
 )

@@ -1,7 +1,7 @@
 """Attention: one function and one layer for every network.
 
-Legend: N rows of queries, M rows of keys, B sequences, H query heads, G key/value heads (H a multiple of G), D numbers
-a head; within one sequence Q queries and K keys.
+Legend: N rows of queries, M rows of keys, B sequences, H query heads, G key/value heads (H a multiple of G), D head
+dimension; within one sequence Q queries and K keys.
 """
 
 import math
@@ -19,14 +19,14 @@ from pentad.nn.relative_bias import RelativeBias
 from pentad.nn.rope import Rope
 
 Bias = Callable[[Tensor, range, range], Tensor]
-"""(q_BHQD, the queries' positions, the keys' positions) -> what is added to the scores, broadcastable to [B, H, Q, K].
-Positions are counted from the first key that the sequence still has."""
+"""(q_BHQD, the queries' positions, the keys' positions) -> the bias added to the scores, broadcastable to [B, H, Q, K].
+Positions are counted from the first key of the sequence that is still cached."""
 
 Keys = SequenceLayout | PagedKV
 
 QUERY_BLOCK = 256
-"""How many queries share a mask, so that no mask covers a whole sequence, and a window's queries meet few keys outside
-it. SDPA's CPU kernel was fastest at 256, of 64 to 1,024."""
+"""Queries per SDPA call with a mask. Blocks keep masks small, and skip most keys outside a sliding window. SDPA's CPU
+kernel was fastest at 256, of 64 to 1,024."""
 
 
 class _Scoring(NamedTuple):
@@ -55,11 +55,11 @@ def attention(
     Args:
         q_NHD: rows of queries of all sequences.
         k, v: rows of keys and values [M, G, D]; a layer's pools if `keys` is `PagedKV`.
-        queries, keys: which rows belong to which sequence.
-        causal: a query sees no later key; the last query and the last key stand at the same position.
-        window: a query sees the last `window` keys only, its own included (needs `causal`).
+        queries, keys: the assignment of rows to sequences.
+        causal: a query sees no later key; the last query and the last key are at the same position.
+        window: a query sees only the last `window` keys, its own included (needs `causal`).
         scale: the factor of the scores; 1 / sqrt(D) if None.
-        bias: gives what is added to the scores.
+        bias: computes the bias that is added to the scores.
 
     Returns:
         [N, H, D], of q's dtype.
@@ -73,7 +73,7 @@ def attention(
         bounds = queries.cu_seqlens_on(q_NHD.device), keys.cu_seqlens_on(q_NHD.device)
         compiled_NHD: Tensor = _compiled_attention(q_NHD, k, v, *bounds, causal, window, scale)
         return compiled_NHD
-    # `disable` is not a decorator here, since it would import the compiler with this module.
+    # `disable` is not used as a decorator, because that would import the compiler together with this module.
     run: Callable[..., Tensor] = _attention
     if torch.compiler.is_compiling():
         run = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
@@ -100,7 +100,7 @@ def _compiled_attention(
     window: int | None,
     scale: float | None,
 ) -> Tensor:
-    """`attention` as one operator for the compiler, which then doesn't specialize on the sequences' lengths."""
+    """`attention` as one operator, so that the compiler doesn't specialize on the sequences' lengths."""
     layouts = SequenceLayout(queries), SequenceLayout(keys)
     y_NHD: Tensor = _attention(q_NHD, k, v, *layouts, _Scoring(causal, window, scale, None))
     return y_NHD.contiguous()
@@ -123,8 +123,8 @@ def _compiled_attention_backward(
     window: int | None,
     scale: float | None,
 ) -> list[Tensor]:
-    """Gradients of q, k and v; attention is computed again."""
-    # An operator's implementation runs below autograd; this one needs it.
+    """Gradients of q, k and v; the forward pass is recomputed."""
+    # Custom operators run with autograd excluded from dispatch; this one needs autograd.
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         excluded = excluded.remove(key)
@@ -155,7 +155,7 @@ _compiled_attention.register_autograd(_backward, setup_context=_save_for_backwar
 
 
 def _sdpa(q_NHD: Tensor, k: Tensor, v: Tensor, queries: SequenceLayout, keys: Keys, scoring: _Scoring) -> Tensor:
-    """Sequences of equal lengths without a cache in one batch; else one sequence after the other."""
+    """Run SDPA once if the sequences have equal lengths and no cache, else once per sequence."""
     if isinstance(keys, SequenceLayout) and queries.is_uniform and keys.is_uniform:
         q_BHQD, k_BGKD, v_BGKD = (x.view(len(queries), -1, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k, v))
         return _one_length(q_BHQD, k_BGKD, v_BGKD, scoring).flatten(0, 1)
@@ -167,9 +167,7 @@ def _sdpa(q_NHD: Tensor, k: Tensor, v: Tensor, queries: SequenceLayout, keys: Ke
         if scoring.window is not None and scoring.bias is None:
             span = _last(span, scoring.window + count - 1)
         q_QHD, k_1GKD, v_1GKD = q_NHD.narrow(0, start, count), _rows(k, span), _rows(v, span)
-        if (
-            count == 1 and scoring.bias is None
-        ):  # the only query sees all of these keys: the heads of a group serve as rows
+        if count == 1 and scoring.bias is None:  # all heads of a group see the same keys: pass them as the queries
             q_1GRD = q_QHD.view(1, groups, heads // groups, -1)
             out.append(F.scaled_dot_product_attention(q_1GRD, k_1GKD, v_1GKD, scale=scoring.scale).view(1, heads, -1))
         else:
@@ -192,14 +190,14 @@ def _rows(x_MGD: Tensor, span: tuple[int, int] | Tensor) -> Tensor:
 
 
 def _one_length(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scoring: _Scoring) -> Tensor:
-    """Sequences of one length -> [B, Q, H, D]; by blocks of queries if a mask or a bias is needed, each over the keys
-    from the first to the last that one of its queries sees."""
+    """Attention over sequences of one length: [B, Q, H, D]. If a mask or a bias is needed, the queries run in blocks,
+    each over the range of keys that its queries see."""
     queries, keys = q_BHQD.shape[2], k_BGKD.shape[2]
     _, window, scale, bias = scoring
     causal = scoring.causal and queries > 1  # the last query sees all keys
     gqa = q_BHQD.shape[1] != k_BGKD.shape[1]
     past = keys - queries  # the first query's position, counted from the first key
-    if bias is None and window is None and not (causal and past):  # the masks that SDPA has built in
+    if bias is None and window is None and not (causal and past):  # SDPA's `is_causal` is enough
         y_BHQD = F.scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKD, is_causal=causal, scale=scale, enable_gqa=gqa)
         return y_BHQD.transpose(1, 2)
     mask_QK: Tensor | None = None
@@ -209,7 +207,7 @@ def _one_length(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scoring: _Scorin
         at_q = range(past + start, past + stop)
         at_k = range(max(0, at_q.start + 1 - (window or keys)), at_q.stop if causal else keys)
         q_BHqD, shape = q_BHQD[:, :, start:stop], (len(at_q), len(at_k))
-        if causal and (mask_QK is None or mask_QK.shape != shape):  # most blocks of a window share theirs
+        if causal and (mask_QK is None or mask_QK.shape != shape):  # with a window most blocks share a mask
             mask_QK = _mask(*shape, window, q_BHQD)
         added = mask_QK
         if bias is not None:
@@ -223,8 +221,8 @@ def _one_length(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scoring: _Scorin
 
 
 def _mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-    """[Q, K], what is added to the scores of queries of which the last stands at the last key: 0 where a query sees a
-    key, else -inf. It has the scores' dtype, since SDPA converts a bool mask to it in every call."""
+    """The mask [Q, K] that is added to the scores: 0 where a query sees a key, else -inf. The last query is at the last
+    key. The mask has the scores' dtype, because SDPA would convert a bool mask in every call."""
     past = keys - queries
     mask_QK = like.new_full((queries, keys), -torch.inf).triu_(past + 1)
     if window is not None:
@@ -233,7 +231,7 @@ def _mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
 
 
 def _varlen_form(q_NHD: Tensor, keys: Keys) -> str | None:
-    """How CUDA's kernel for ragged rows is called for these; None if it can't be, and SDPA is used."""
+    """The form in which CUDA's varlen kernel supports these tensors; None if it doesn't, so that SDPA is used."""
     page_size = keys.page_size if isinstance(keys, PagedKV) else 0
     if q_NHD.dtype not in (torch.bfloat16, torch.float16) or (page_size and q_NHD.requires_grad):
         return None
@@ -242,8 +240,8 @@ def _varlen_form(q_NHD: Tensor, keys: Keys) -> str | None:
 
 @cache
 def _probe_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> str | None:
-    """Try the kernel once. What it supports differs by torch, backend and device, and is documented nowhere: block
-    tables (with or without `cu_seq_k`), page sizes, grouped heads, windows."""
+    """Try the kernel once. Its support for block tables (with or without `cu_seq_k`), page sizes, grouped heads and
+    windows depends on torch's version, backend and device, and is not documented."""
     q_QHD = torch.randn(3, 2, head_dim, device=device, dtype=dtype)
     k, v = (torch.randn(3 * (page_size or 100), 1, head_dim, device=device, dtype=dtype) for _ in range(2))
     queries, length = SequenceLayout.of([3]), page_size + 5
@@ -265,7 +263,7 @@ def _probe_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, page_
 def _varlen(
     q_NHD: Tensor, k: Tensor, v: Tensor, queries: SequenceLayout, keys: Keys, scoring: _Scoring, form: str
 ) -> Tensor:
-    """CUDA's kernel for ragged rows, which reads pages in place."""
+    """CUDA's varlen kernel, which reads pages in place."""
     from torch.nn.attention.varlen import varlen_attn
 
     device, layout = q_NHD.device, keys.layout if isinstance(keys, PagedKV) else keys
@@ -282,10 +280,7 @@ def _varlen(
         max(queries.lengths),
         max(keys.lengths),
         scale=scoring.scale,
-        window_size=(
-            (scoring.window or 0) - 1,
-            0 if scoring.causal else -1,
-        ),  # keys to the left of a query's own, and to the right
+        window_size=((scoring.window or 0) - 1, 0 if scoring.causal else -1),  # keys before and after the query's own
         enable_gqa=q_NHD.shape[1] != k.shape[-2],
         **paged,
     )
@@ -299,18 +294,18 @@ class Attention(nn.Module):
     Args:
         dim: width of the residual stream.
         heads, kv_heads, head_dim: H, G and D (grouped-query attention, arXiv:2305.13245).
-        rope: rotates queries and keys; None if positions are known in another way.
-        layer: which of the cache's pools is this layer's.
+        rope: rotates queries and keys; None if positions are encoded in another way.
+        layer: the index of this layer's pools in the cache.
         causal: a row sees no later row of its sequence. Only causal self-attention writes to a cache.
-        context_dim: width of the rows that are attended to instead of the layer's own (cross-attention).
-        window: how many keys a query sees, its own included; None for all.
+        context_dim: width of the context rows; if given, the layer is cross-attention.
+        window: the number of keys that a query sees, its own included; None for all.
         bias: whether q, k, v have a bias; `output_bias`: whether o has.
         q_norm, k_norm: norms of each head's queries and keys, before RoPE (Qwen3).
         scale: the factor of the scores; 1 / sqrt(D) if None.
-        position_bias: is added to the scores (T5).
-        log_scale_after: a query beyond so many tokens is multiplied by the logarithm, to this base, of its place in
-            its sequence, which keeps attention from flattening over many keys (log-n scaling: arXiv:2202.12172; Qwen,
-            arXiv:2309.16609).
+        position_bias: relative position bias, added to the scores (T5).
+        log_scale_after: log-n scaling (arXiv:2202.12172; Qwen, arXiv:2309.16609): if n > log_scale_after, the n-th
+            query of a sequence is multiplied by log(n) / log(log_scale_after), which keeps attention from flattening
+            over many keys.
     """
 
     def __init__(
@@ -357,8 +352,8 @@ class Attention(nn.Module):
 
         Args:
             x_ND: [N, dim].
-            batch: says which rows are whose; keys and values of its rows are written to its pages, if it has any.
-            context_MD: for cross-attention without pages: rows [M, context_dim], laid out as ``batch.context`` says.
+            batch: the layout of the rows. If it has pages, the keys and values of the rows are written to them.
+            context_MD: for cross-attention without pages, rows [M, context_dim] in the layout ``batch.context``.
 
         Returns:
             [N, dim].
@@ -389,7 +384,7 @@ class Attention(nn.Module):
         elif batch.context is not None and context_MD is not None:
             k, v = self._heads(project(context_MD, self.k_proj, self.v_proj))
         else:
-            raise ValueError("the batch has no context; expected the rows of an encoder, or pages that hold them")
+            raise ValueError("the batch has no context; expected encoder rows, or pages with their keys and values")
         return self._attend(q_NHD, k, v, batch, batch.context, x_ND.dtype)
 
     def _attend(self, q_NHD: Tensor, k: Tensor, v: Tensor, batch: Batch, keys: Keys, dtype: torch.dtype) -> Tensor:
@@ -400,7 +395,7 @@ class Attention(nn.Module):
         return out_ND
 
     def write_context(self, context_MD: Tensor, kv: PagedKV) -> None:
-        """Cross-attention: store the keys and values of the rows that are attended to."""
+        """Cross-attention: store the keys and values of the context rows."""
         kv.write(self.layer, *self._heads(project(context_MD, self.k_proj, self.v_proj)))
 
     def _heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
@@ -408,7 +403,7 @@ class Attention(nn.Module):
 
 
 def _log_scale(batch: Batch, base: int) -> Tensor:
-    """float32 [N, 1, 1], the logarithm of each row's place in its sequence, counted from 1; 1 up to `base`."""
+    """float32 [N, 1, 1]: max(1, log(n) / log(base)) for the n-th row of a sequence."""
     return batch.memo(
         ("log scale", base), lambda: (batch.positions[:, None, None] + 1.0).clamp(min=base).log() / math.log(base)
     )

@@ -1,6 +1,6 @@
-"""What a network computes on: rows of any number of sequences laid end to end, not rectangles.
+"""Ragged batches: the rows of any number of sequences, concatenated without padding.
 
-Legend: N rows in the batch, B sequences in it, P pages of S tokens in a cache, G key/value heads, D numbers a head.
+Legend: N rows and B sequences in the batch, P pages of S tokens in the cache, G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class SequenceLayout:
-    """Which rows belong to which sequence: sequence b has rows ``cu_seqlens[b]:cu_seqlens[b+1]``.
+    """The assignment of rows to sequences: sequence b has rows ``cu_seqlens[b]:cu_seqlens[b+1]``.
 
-    A layout made from lengths keeps Python numbers, as decoding needs them. One made from a tensor keeps the tensor,
-    as training and `torch.compile` need it, and makes Python numbers of it when they are first asked for.
+    A layout made from lengths stores Python integers, for decoding. A layout made from a tensor stores the tensor, for
+    training and `torch.compile`, and converts the tensor to Python integers on first use.
 
     Args:
-        cu_seqlens: int32 or int64 [B + 1], from 0; as a tuple or a tensor.
+        cu_seqlens: cumulative lengths, starting with 0: a tuple of B + 1 integers, or an int32 or int64 tensor [B + 1].
     """
 
     def __init__(self, cu_seqlens: tuple[int, ...] | Tensor) -> None:
@@ -39,21 +39,21 @@ class SequenceLayout:
 
     @property
     def cu_seqlens(self) -> tuple[int, ...]:
-        """The B + 1 bounds as Python numbers."""
+        """The B + 1 cumulative lengths as Python integers."""
         if self._numbers is None:
             assert self._tensor is not None
             self._numbers = tuple(self._tensor.tolist())
         return self._numbers
 
     def cu_seqlens_on(self, device: torch.device) -> Tensor:
-        """The B + 1 bounds as a tensor on `device`: int32 if made from lengths."""
+        """The cumulative lengths as a tensor [B + 1] on `device`: int32 if made from lengths."""
         if self._tensor is None or self._tensor.device != device:
             self._tensor = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device)
         return self._tensor
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """How many rows each sequence has."""
+        """The number of rows of each sequence."""
         return tuple(stop - start for start, stop in pairwise(self.cu_seqlens))
 
     @cached_property
@@ -81,14 +81,14 @@ class SequenceLayout:
 
 @dataclass(frozen=True)
 class PagedKV:
-    """Where the keys and values of one batch are: a batch's view of a `PagedCache`.
+    """One batch's view of a `PagedCache`: the pools, and the rows that hold the batch's keys and values.
 
     Attributes:
-        keys, values: for each layer a pool [P * S, G, D].
+        keys, values: each layer's pool [P * S, G, D].
         page_size: S.
-        block_tables: for each sequence its pages, in logical order.
-        lengths: for each sequence the tokens that its pages hold, this step's included.
-        slot_mapping: int64 [N], the place of each of the batch's tokens in a pool.
+        block_tables: each sequence's page ids, in logical order.
+        lengths: the number of tokens in each sequence's pages, including this step's tokens.
+        slot_mapping: int64 [N], the pool row of each token in the batch.
     """
 
     keys: list[Tensor]
@@ -107,9 +107,9 @@ class PagedKV:
 
     @cached_property
     def spans(self) -> list[tuple[int, int] | Tensor]:
-        """Where each sequence's tokens are in a pool.
+        """The pool rows of each sequence's tokens.
 
-        For contiguous pages the first row and the number of rows, which are read without a copy; else int64 [tokens].
+        (first row, number of rows) if the pages are contiguous, so that no copy is needed; else int64 [tokens].
         """
         return [self._span(table, length) for table, length in zip(self.block_tables, self.lengths, strict=True)]
 
@@ -121,12 +121,12 @@ class PagedKV:
 
     @cached_property
     def layout(self) -> SequenceLayout:
-        """The layout of the cached tokens if they were laid end to end."""
+        """The layout of the cached tokens, as if concatenated."""
         return SequenceLayout.of(self.lengths)
 
     @cached_property
     def padded_block_tables(self) -> Tensor:
-        """int32 [B, most pages of a sequence] on the pools' device, as CUDA's kernels need it."""
+        """int32 [B, max pages per sequence] on the pools' device, as CUDA kernels need it."""
         width = max(len(table) for table in self.block_tables)
         rows = [[*table, *[0] * (width - len(table))] for table in self.block_tables]
         return torch.tensor(rows, dtype=torch.int32).to(self.slot_mapping.device)
@@ -139,21 +139,20 @@ class PagedKV:
 
 @dataclass(frozen=True)
 class Batch:
-    """N rows of any number of sequences, laid end to end; no padding, no batch axis, no mask.
+    """N rows of any number of sequences, concatenated; no padding, no batch axis, no mask.
 
-    Training on packed documents, scoring, prefill (whole or in chunks), decoding one sequence or many, and any mixture
-    of these are all such batches. The rows are tokens, patches or latents: the network takes them beside the batch.
-    Nothing that carries a gradient is kept here.
+    A batch can be packed training documents, texts to score, a prefill (whole or chunked), a decoding step, or any mix.
+    The rows themselves (tokens, patches or latents) are a separate argument of the network. A batch stores no tensor
+    that requires a gradient.
 
     Attributes:
-        layout: which of the N rows belong to which sequence.
+        layout: the assignment of the N rows to sequences.
         positions: int64 [N], each row's absolute position in its sequence.
-        kv: the sequences' keys and values in a paged cache; None if nothing is cached, and each sequence's rows attend
-            only to each other.
-        rope_lengths: [B], the length that each sequence's RoPE is scaled for; only scalings that depend on the length
-            read it. Empty: the sequence's own length.
-        context: for cross-attention: the layout of the rows that are attended to, or the pages that hold their keys and
-            values.
+        kv: the sequences' keys and values in a paged cache. Without a cache (None) a row attends only to rows of its
+            sequence in this batch.
+        rope_lengths: the length that each sequence's RoPE is scaled for; used only by scalings that depend on the
+            length. If empty, it is the sequence's length in this batch.
+        context: for cross-attention, the layout of the context rows, or the pages that hold their keys and values.
     """
 
     layout: SequenceLayout
@@ -171,9 +170,9 @@ class Batch:
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor) -> Batch:
-        """A batch of whole sequences without a cache, from their bounds int32 or int64 [B + 1], on their device.
+        """A batch of whole sequences without a cache, on the device of `cu_seqlens`, int32 or int64 [B + 1].
 
-        For training: no Python number is made of the tensor but the number of rows.
+        For training: only the number of rows is read back from the device.
         """
         starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
         rows = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
@@ -181,8 +180,8 @@ class Batch:
         return cls(SequenceLayout(cu_seqlens), positions)
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What all layers share, made by the first one. (Inside `torch.compile` each layer makes it, and the compiler
-        merges equal subexpressions.)"""
+        """Return a value that all layers share; the first layer makes it. (Inside `torch.compile` each layer makes it,
+        and the compiler merges equal subexpressions.)"""
         if torch.compiler.is_compiling():
             return make()
         if key not in self._memo:
@@ -191,6 +190,6 @@ class Batch:
 
 
 def pack(*sequences: Sequence[int], device: torch.device | str | None = None) -> tuple[Tensor, Batch]:
-    """Lay whole sequences of token ids end to end: int64 [N], and their batch, for ``network(*pack(ids))``."""
+    """Concatenate whole sequences of token ids: int64 [N], and their batch, for ``network(*pack(ids))``."""
     ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
     return ids.to(device), Batch.of(*map(len, sequences), device=device)

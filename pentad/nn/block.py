@@ -1,4 +1,4 @@
-"""The few shapes of residual block; a family's file chooses the parts.
+"""The residual blocks; each family's file supplies the parts.
 
 Legend: N rows, D width of the residual stream.
 """
@@ -24,17 +24,17 @@ def run_blocks(
     """Run a stack of blocks, ``block(x_ND, *arguments)``.
 
     Args:
-        blocks: dense ones give a tensor, mixtures a tensor and their router's decisions.
-        x_ND: the residual stream; it keeps its dtype.
-        arguments: the same for each block: a batch, and what cross-attention attends to.
-        checkpointing: "blocks" keeps only each block's input for backward and computes the rest again
-            (arXiv:1604.06174), with the same noise in its router; "none" keeps everything.
+        blocks: a dense block returns a tensor; a block with a mixture of experts also returns its routing.
+        x_ND: the residual stream; its dtype doesn't change.
+        arguments: passed to every block: the batch and, for cross-attention, the context rows.
+        checkpointing: "blocks" saves only each block's input for backward and recomputes the rest (arXiv:1604.06174),
+            with the same router noise; "none" saves all activations.
 
     Returns:
-        The residual stream, and for each block the decisions of its router (None for a dense one).
+        The residual stream, and each block's routing (None for a dense block).
 
     Raises:
-        ValueError: another `checkpointing`.
+        ValueError: unknown `checkpointing`.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing is {checkpointing!r}; expected one of {', '.join(CHECKPOINTING)}")
@@ -51,7 +51,7 @@ def run_blocks(
 def _checkpointed(block: nn.Module, *arguments: object) -> Tensor | tuple[Tensor, Routing]:
     generators = [part.generator for part in block.modules() if isinstance(part, MixtureOfExperts)]
     states = [(generator, generator.get_state()) for generator in generators if generator is not None]
-    # torch.compile doesn't accept contexts, so there are none without a generator.
+    # torch.compile doesn't accept context_fn, so it is passed only if there is a generator.
     contexts: dict[str, Any] = {"context_fn": lambda: (nullcontext(), _rewound(states))} if states else {}
     out: Tensor | tuple[Tensor, Routing] = checkpoint(block, *arguments, use_reentrant=False, **contexts)
     return out
@@ -59,7 +59,7 @@ def _checkpointed(block: nn.Module, *arguments: object) -> Tensor | tuple[Tensor
 
 @contextmanager
 def _rewound(states: Sequence[tuple[torch.Generator, Tensor]]) -> Iterator[None]:
-    """Generators draw from these states; afterwards they go on where they were."""
+    """Set generators to these states, and restore their current states afterwards."""
     current = [(generator, generator.get_state()) for generator, _ in states]
     try:
         for generator, state in states:
@@ -71,7 +71,7 @@ def _rewound(states: Sequence[tuple[torch.Generator, Tensor]]) -> Iterator[None]
 
 
 def _add_feedforward(x_ND: Tensor, part: nn.Module, y_ND: Tensor, batch: Batch) -> Tensor | tuple[Tensor, Routing]:
-    """x + part(y); beside it the router's decisions if the part is a mixture."""
+    """x + part(y), and the routing if the part is a mixture of experts."""
     if isinstance(part, MixtureOfExperts):
         out_ND, routing = part(y_ND, batch)
         return x_ND + out_ND, routing
@@ -92,7 +92,7 @@ class PreNormBlock(nn.Module):
         self.feedforward = feedforward
 
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor | tuple[Tensor, Routing]:
-        """[N, D] -> the same; a mixture gives its router's decisions beside it."""
+        """[N, D] -> [N, D], and the routing if the feed-forward layer is a mixture of experts."""
         x_ND = x_ND + self.attention(self.attention_norm(x_ND), batch)
         return _add_feedforward(x_ND, self.feedforward, self.feedforward_norm(x_ND), batch)
 
@@ -100,9 +100,9 @@ class PreNormBlock(nn.Module):
 class ExtraFeedforwardBlock(PreNormBlock):
     """`PreNormBlock`, then x + extra_feedforward(extra_norm(x)): OpenMoE's block with a mixture.
 
-    A token that every expert drops still passes through the extra layer. One layer comes after the other, each with its
-    norm, as in the checkpoints (ColossalAI's modeling_openmoe.py, `OpenMoeDecoderLayer`); the paper has both side by
-    side (arXiv:2402.01739, equation 4).
+    A token dropped by all its experts still passes through the extra layer. The two layers run one after the other,
+    each with its own norm, as in the published code (ColossalAI's modeling_openmoe.py, `OpenMoeDecoderLayer`); in the
+    paper they run in parallel (arXiv:2402.01739, equation 4).
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ExtraFeedforwardBlock(PreNormBlock):
         self.extra_feedforward = extra_feedforward
 
     def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
-        """[N, D] -> the same, and the router's decisions."""
+        """[N, D] -> [N, D], and the routing."""
         out = super().forward(x_ND, batch)
         assert isinstance(out, tuple), "the feed-forward layer is a mixture"
         return out[0] + self.extra_feedforward(self.extra_norm(out[0])), out[1]
@@ -135,14 +135,14 @@ class ParallelBlock(nn.Module):
         self.feedforward = feedforward
 
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor | tuple[Tensor, Routing]:
-        """[N, D] -> the same; a mixture gives its router's decisions beside it."""
+        """[N, D] -> [N, D], and the routing if the feed-forward layer is a mixture of experts."""
         y_ND = self.norm(x_ND)
         return _add_feedforward(x_ND + self.attention(y_ND, batch), self.feedforward, y_ND, batch)
 
 
 class CrossAttentionBlock(PreNormBlock):
-    """`PreNormBlock`, with x + cross_attention(cross_attention_norm(x)) between its two parts: the block of a
-    Transformer's decoder (arXiv:1706.03762, section 3.1), with T5's norms first."""
+    """`PreNormBlock` with x + cross_attention(cross_attention_norm(x)) between its two parts: the decoder block of the
+    Transformer (arXiv:1706.03762, section 3.1), pre-norm as in T5."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class CrossAttentionBlock(PreNormBlock):
         self.cross_attention = cross_attention
 
     def forward(self, x_ND: Tensor, batch: Batch, context_MD: Tensor | None = None) -> Tensor | tuple[Tensor, Routing]:
-        """[N, D] -> the same; `context_MD` as of `Attention`. A mixture gives its router's decisions beside it."""
+        """[N, D] -> [N, D], and the routing of a mixture of experts; for `context_MD` see `Attention`."""
         x_ND = x_ND + self.attention(self.attention_norm(x_ND), batch)
         x_ND = x_ND + self.cross_attention(self.cross_attention_norm(x_ND), batch, context_MD)
         return _add_feedforward(x_ND, self.feedforward, self.feedforward_norm(x_ND), batch)

@@ -2,10 +2,10 @@
 
 Each layer has one pool of keys and one of values. A sequence has a block table: its pages in logical order. Keys are
 stored after RoPE at their absolute positions, so a page can be shared by sequences with a common prefix, moved, and
-dropped once no window reaches it. That is the rolling buffer of Mistral 7B (arXiv:2310.06825, section 2) in units of
-pages: a sequence of T tokens stores at most min(T, window) keys, plus one page and the current chunk.
+dropped once no window reaches it. Dropping pages is Mistral 7B's rolling buffer (arXiv:2310.06825, section 2), page by
+page: a sequence of T tokens stores at most min(T, window) keys, plus one page and the current chunk.
 
-Legend: N tokens in the batch, P pages, S tokens a page, G key/value heads, D numbers a head.
+Legend: N tokens in the batch, P pages, S tokens per page, G key/value heads, D head dimension.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ class CachedSequence:
 
     Attributes:
         pages: ids of its pages, in logical order.
-        length: tokens it has so far, dropped ones included; also the next token's position.
-        dropped: tokens before ``pages[0]``, which are outside every window (a multiple of the page size).
-        rope_length: the length that its RoPE is scaled for, fixed when it is opened: cached keys are rotated already.
+        length: number of tokens so far, including dropped ones; also the next token's position.
+        dropped: number of tokens before ``pages[0]``, all outside every window; a multiple of the page size.
+        rope_length: the length that RoPE is scaled for, fixed when the sequence is opened: cached keys are rotated.
     """
 
     rope_length: int = 0
@@ -35,7 +35,7 @@ class CachedSequence:
 
     @property
     def held(self) -> int:
-        """How many tokens its pages hold."""
+        """The number of tokens in the sequence's pages."""
         return self.length - self.dropped
 
 
@@ -46,11 +46,11 @@ class PagedCache:
     ``advance`` keeps the new tokens (or fewer, if drafts were rejected).
 
     Args:
-        layers: number of layers, each with a pool of its own.
+        layers: number of layers, each with its own pools.
         kv_heads, head_dim: G and D.
         page_size: S.
         pages: the initial P; the pools grow, by copying, when more are needed.
-        window: the widest window of any layer, in tokens; None if a layer sees everything.
+        window: the widest window of any layer, in tokens; None if a layer has no window.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class PagedCache:
     ) -> None:
         self.page_size = page_size
         self.window = window
-        # On a CPU memory costs nothing until it is written: the system maps pages on first touch.
+        # On a CPU the pools take no memory until they are written: the system maps memory on first touch.
         self.keys = [
             torch.empty(pages * page_size, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(layers)
         ]
         self.values = [torch.empty_like(k) for k in self.keys]
-        self._counts = [0] * pages  # how many sequences hold each page
+        self._counts = [0] * pages  # reference count of each page
 
     @property
     def nbytes(self) -> int:
@@ -80,17 +80,17 @@ class PagedCache:
 
     @property
     def pages_in_use(self) -> int:
-        """How many pages some sequence holds."""
+        """The number of pages that at least one sequence holds."""
         return len(self._counts) - self._counts.count(0)
 
     def bytes_for(self, tokens: int) -> int:
-        """Memory that a sequence of so many tokens takes."""
+        """Bytes that a sequence of `tokens` tokens takes."""
         held = tokens if self.window is None else min(tokens, self.window + self.page_size)
         row = sum(pool[0].nbytes for pool in (*self.keys, *self.values))
         return self._pages_for(held) * self.page_size * row
 
     def clear(self) -> None:
-        """Free all pages, whoever holds them, in new pools: a thread that grew the old ones may not have finished."""
+        """Free all pages, even if held, and allocate new pools, because a thread may still be growing the old ones."""
         pages = len(self._counts)
         self.keys = [pool.new_empty(pages * self.page_size, *pool.shape[1:]) for pool in self.keys]
         self.values = [torch.empty_like(pool) for pool in self.keys]
@@ -116,7 +116,7 @@ class PagedCache:
         sequence.length = sequence.dropped = 0
 
     def can_truncate(self, sequence: CachedSequence, length: int) -> bool:
-        """Whether the pages of all tokens in a window that ends at `length` tokens are still held."""
+        """Whether the sequence still holds all pages of the window that ends at `length` tokens."""
         return not sequence.dropped or sequence.dropped <= length - (self.window or 0) + 1
 
     def truncate(self, sequence: CachedSequence, length: int) -> None:
@@ -133,7 +133,7 @@ class PagedCache:
         self._release(sequence, slice(self._pages_for(sequence.held), None))
 
     def reserve(self, sequence: CachedSequence, tokens: int) -> None:
-        """Make room for `tokens` more, the first of them in a page that no other sequence shares (copy on write)."""
+        """Reserve pages for `tokens` more tokens; copy the page of the first one if it is shared (copy on write)."""
         first = sequence.held // self.page_size  # index of the page that the next token goes to
         if first < len(sequence.pages) and self._counts[shared := sequence.pages[first]] > 1:
             copied = self._free(1)[0]
@@ -146,7 +146,7 @@ class PagedCache:
             self._extend(sequence, missing)
 
     def batch(self, work: Sequence[tuple[CachedSequence, int]]) -> Batch:
-        """Reserve room for so many next tokens of some sequences, and lay them end to end."""
+        """Reserve pages for the next `count` tokens of each (sequence, count), and return the batch of these tokens."""
         size = self.page_size
         slots: list[int] = []
         positions: list[int] = []
@@ -173,10 +173,10 @@ class PagedCache:
         )
 
     def advance(self, sequence: CachedSequence, tokens: int) -> None:
-        """Keep `tokens` more of the written tokens, and release pages that no window reaches any more."""
+        """Keep the next `tokens` of the written tokens, and release pages that no window reaches any more."""
         sequence.length += tokens
         if self.window is not None:
-            # The next query sees `window - 1` of the present tokens: its own key is part of its window.
+            # The next query sees `window - 1` of the cached tokens: its own key is part of its window.
             count = max(0, sequence.held - (self.window - 1)) // self.page_size
             self._release(sequence, slice(count))
             sequence.dropped += count * self.page_size
@@ -204,7 +204,7 @@ class PagedCache:
         sequence.pages = pages
 
     def _contiguous(self, held: list[int], count: int) -> range | None:
-        """Contiguous pages for `held` and `count` more, free or held: in place if possible, None if there are none."""
+        """A contiguous range for `held` and `count` more pages, in place if possible; None if there is none."""
         total = len(held) + count
         if held:
             here = range(held[0], held[0] + total)
@@ -232,7 +232,7 @@ class PagedCache:
         return [page for page, holders in enumerate(self._counts) if not holders]
 
     def _grow(self, count: int) -> None:
-        """Add at least `count` pages, and at least half of the present number, so that growing stays rare."""
+        """Add at least `count` pages, and at least half of the current number, so that the pools seldom grow."""
         more = max(count, len(self._counts) // 2)
         for pools in (self.keys, self.values):
             for i, pool in enumerate(pools):

@@ -1,7 +1,6 @@
-"""The frame of every language model; a family's file chooses the parts.
+"""The structure of every language model; each family's file supplies the parts.
 
-Legend: N tokens in the batch, M rows that are attended to or whose logits are wanted, D width of the residual stream,
-V vocabulary.
+Legend: N tokens in the batch, M context rows for cross-attention, D width of the residual stream, V vocabulary size.
 """
 
 from collections.abc import Iterable
@@ -25,13 +24,13 @@ class Config(Protocol):
 
 
 class Stack(nn.Module):
-    """An embedding, blocks and a last norm: ``network(ids, batch)`` gives hidden states.
+    """An embedding, blocks and a final norm: ``network(ids, batch)`` computes hidden states.
 
     Args:
-        embed: V rows of D numbers.
-        layers: blocks, as `run_blocks` takes them.
-        norm: the last one.
-        residual_dtype: of the residual stream, whatever the weights are.
+        embed: the token embedding [V, D].
+        layers: the blocks; see `run_blocks`.
+        norm: the final norm.
+        residual_dtype: dtype of the residual stream, independent of the weights' dtype.
     """
 
     def __init__(
@@ -55,19 +54,19 @@ class Stack(nn.Module):
 
         Args:
             ids_N: int64 [N], token ids.
-            batch: says which rows are whose.
-            context_MD: for blocks with cross-attention, the rows that they attend to; see `Attention`.
+            batch: the layout of the rows.
+            context_MD: the context rows of blocks with cross-attention; see `Attention`.
             checkpointing: activation checkpointing, "none" or "blocks"; see `run_blocks`.
 
         Returns:
-            [N, D], after the last norm.
+            [N, D], after the final norm.
         """
         return self.forward_with_routing(ids_N, batch, context_MD, checkpointing=checkpointing)[0]
 
     def forward_with_routing(
         self, ids_N: Tensor, batch: Batch, context_MD: Tensor | None = None, *, checkpointing: str = "none"
     ) -> tuple[Tensor, tuple[Routing | None, ...]]:
-        """`forward`, and for each layer its router's decisions (None for a dense one)."""
+        """Like `forward`; also return each layer's routing (None for a dense layer)."""
         x_ND = self.embed(ids_N).to(self.residual_dtype)
         arguments = (batch,) if context_MD is None else (batch, context_MD)
         x_ND, routings = run_blocks(self.layers, x_ND, *arguments, checkpointing=checkpointing)
@@ -75,7 +74,7 @@ class Stack(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights; batch and cache must be there."""
+        """The device of the weights; the batch and the cache must be on it."""
         return self.get_parameter("norm.weight").device
 
     @property
@@ -85,13 +84,13 @@ class Stack(nn.Module):
 
 
 class Decoder(Stack):
-    """A stack with a head: ``network.head(hidden)`` gives the logits of the rows that are wanted.
+    """A stack with a language model head: ``network.head(hidden)`` computes the logits of the given rows.
 
     Args:
-        embed, layers, norm, residual_dtype: as of `Stack`.
-        head: from D to V.
-        tied: whether the head's weight is the embedding's.
-        config: the family's.
+        embed, layers, norm, residual_dtype: see `Stack`.
+        head: a linear layer from D to V.
+        tied: share the embedding's weight with the head (tied embedding).
+        config: the family's config.
     """
 
     def __init__(

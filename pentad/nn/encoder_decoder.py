@@ -1,6 +1,6 @@
-"""The frame of an encoder-decoder language model: an encoder reads a source, and a decoder that attends to it writes.
+"""Encoder-decoder language models: the encoder reads a source; the decoder attends to it and generates text.
 
-Legend: N rows of a decoder's tokens, M rows of the encoder's, D width of the residual stream, V vocabulary.
+Legend: N rows of decoder tokens, M rows of encoder tokens, D width of the residual stream, V vocabulary size.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from pentad.nn.moe.routers import Routing
 
 
 class ScaledLinear(nn.Linear):
-    """A linear layer of `scale` times its input, without a bias: T5's head, whose weight is an embedding with numbers
+    """A linear layer without a bias that multiplies its input by `scale`: T5's head, for a tied embedding with values
     near 1."""
 
     def __init__(self, in_features: int, out_features: int, *, scale: float) -> None:
@@ -30,10 +30,10 @@ class EncoderDecoder(Decoder):
     """A decoder with cross-attention, and the encoder whose output it attends to.
 
     Args:
-        encoder: reads the sources; it may share the embedding.
-        embed, norm, head, tied, config: as of `Decoder`.
-        layers: the decoder's.
-        start_id: the token that the decoder begins with.
+        encoder: the encoder; it may share the embedding.
+        embed, norm, head, tied, config: see `Decoder`.
+        layers: the decoder's blocks.
+        start_id: the first token of the decoder.
     """
 
     def __init__(
@@ -63,16 +63,16 @@ class EncoderDecoder(Decoder):
     ) -> tuple[Tensor, tuple[Routing | None, ...]]:
         """Encode whole sources.
 
-        If the batch has pages, the keys and values of the decoder's cross-attention are written there: the pages then
-        serve as the ``context`` of any number of decoder batches.
+        If the batch has pages, the keys and values of the decoder's cross-attention are written to them. The pages can
+        then be the ``context`` of any number of decoder batches.
 
         Args:
             ids_M: int64 [M], token ids.
-            batch: says which rows are whose.
-            checkpointing: as of `forward`.
+            batch: the layout of the rows.
+            checkpointing: see `forward`.
 
         Returns:
-            Hidden states [M, D], the ``context_MD`` of `forward`, and for each layer its router's decisions.
+            Hidden states [M, D], which `forward` takes as ``context_MD``, and each layer's routing.
         """
         hidden_MD, routings = self.encoder.forward_with_routing(ids_M, batch, checkpointing=checkpointing)
         if batch.kv is not None:

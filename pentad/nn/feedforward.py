@@ -56,8 +56,8 @@ class ReluMLP(nn.Module):
 class GatedSwiGLU(nn.Module):
     """down(a * silu(b) * up(x)) with the halves a, b of gate(x): a SwiGLU (arXiv:2002.05202) that is itself a gate.
 
-    OpenMoE's layer: its gate's activation, called "swiglu", uses one half of the gate as a gate of the other
-    (ColossalAI's modeling_openmoe.py, `OpenMoeMLP` and `SwiGLU`).
+    OpenMoE's layer: the activation of its gate, called "swiglu", multiplies one half by SiLU of the other (ColossalAI's
+    modeling_openmoe.py, `OpenMoeMLP` and `SwiGLU`).
     """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:

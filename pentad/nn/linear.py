@@ -1,6 +1,6 @@
-"""Layers whose weight stays in its file's quantized blocks, and a head that torch reads as int8.
+"""Layers whose weights stay in the file's quantized blocks, and a head with an int8 copy of its weight.
 
-Legend: N rows, I and O features that go in and come out, D width.
+Legend: N rows, I input features, O output features, D width.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from pentad.weights.quantized import AFFINE4, QuantizedTensor
 
-FEW_ROWS = 128  # with more rows, one bfloat16 product with the dequantized weight is faster than torch's 4-bit operator
+FEW_ROWS = 128  # with more rows, a bfloat16 matmul with the dequantized weight is faster than torch's 4-bit operator
 
 
 class Derived:
-    """A cached value, computed from tensors and computed again once one of them is replaced or written to.
+    """A value computed from tensors and cached until one of them is replaced or written to.
 
-    Copies and pickles of it start empty.
+    Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -55,9 +55,9 @@ class _LinearMap(torch.autograd.Function):
 
 
 def linear_map(x: Tensor, multiply: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor]) -> Tensor:
-    """``multiply(x)``, a linear function of x, whose derivative is ``transposed(gradient)``.
+    """``multiply(x)``, a linear function; in backward the gradient of x is ``transposed(gradient)``.
 
-    Autograd keeps nothing between the two, so a dequantized weight is freed in forward and computed again in backward.
+    Autograd saves no tensor, so forward frees the dequantized weight and backward dequantizes it again.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         y: Tensor = _LinearMap.apply(x, multiply, transposed)  # type: ignore[no-untyped-call]
@@ -76,7 +76,7 @@ class QuantizedWeight(nn.Module):
 
     Attributes:
         blocks: uint8 [stored rows, bytes a row].
-        row_order: int64, the stored row of each row of the weight; None if both are in the same order.
+        row_order: int64, the index in `blocks` of each row of the weight; None if the order is the same.
         quantization: the blocks' type, a key of `pentad.weights.quantized.BLOCKS`.
         shape: the shape of the dequantized weight.
     """
@@ -103,7 +103,7 @@ class QuantizedWeight(nn.Module):
         return [buffer for buffer in self._buffers.values() if buffer is not None]
 
     def get_extra_state(self) -> Tensor:
-        """The type of the blocks: types with blocks of equal size must not be mistaken for each other."""
+        """The type of the blocks, because block types of equal size can't be told apart by shape."""
         return torch.tensor(list(self.quantization.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -131,14 +131,14 @@ class QuantizedWeight(nn.Module):
 
 
 class QuantizedLinear(QuantizedWeight):
-    """x W^T + b; for Q4_0, Q4_1 and Q4_K in bfloat16 on a CPU by torch's own 4-bit operator, if there are few rows.
+    """x W^T + b. On a CPU, a few bfloat16 rows use torch's own 4-bit operator if the weight is Q4_0, Q4_1 or Q4_K.
 
     Args:
         weight: [O, I].
         bias: [O] or None.
     """
 
-    bytes_per_weight = 0.625  # packed for the operator: half a byte, and two bfloat16 for 32 weights
+    bytes_per_weight = 0.625  # packed for the operator: half a byte, and two bfloat16 per 32 weights
 
     def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
         super().__init__(weight)
@@ -166,7 +166,7 @@ class QuantizedLinear(QuantizedWeight):
         return y_NO if self.bias is None else y_NO + self.bias
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight as numbers: the cached ones, or new ones."""
+        """The dequantized weight; cached in the dtype of the last `cache_dequantized`."""
         if dtype != self._cached_dtype:
             return self.weight.dequantize(dtype)
         numbers: Tensor = self._dequantized.get(self.sources(), lambda: self.weight.dequantize(dtype))
@@ -186,10 +186,10 @@ class QuantizedLinear(QuantizedWeight):
             self.weight.release()
 
     def fused_forward(self, x_NI: Tensor, linears: tuple[nn.Module, ...]) -> Sequence[Tensor] | None:
-        """The outputs of `linears`, of which this layer is the first, by one product.
+        """The outputs of `linears`, computed by one matmul; this layer is the first of them.
 
         Returns:
-            None if one of the layers is of another type, has a bias or hooks, or if torch has no operator for it.
+            None if a layer has another type, a bias or hooks, or if torch has no operator for it.
         """
         layers = []
         for linear in linears:
@@ -213,7 +213,7 @@ class QuantizedLinear(QuantizedWeight):
 
 
 def _multiply_packed(layers: Sequence[QuantizedLinear], x_NI: Tensor) -> Tensor:
-    """[N, the sum of all O]; the first layer caches the packed weights of all."""
+    """[N, sum of the layers' O]; the first layer caches the packed weights of all layers."""
     if torch.is_grad_enabled() and x_NI.requires_grad:
         return linear_map(x_NI, partial(_multiply_packed, layers), partial(_multiply_transposed, layers))
     sources = [buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None]
@@ -228,7 +228,7 @@ def _multiply_transposed(layers: Sequence[QuantizedLinear], y_NO: Tensor) -> Ten
 
 
 def _pack(layers: Sequence[QuantizedLinear]) -> tuple[Tensor, Tensor]:
-    """Weights in the operator's order of nibbles, with [I / 32, O, 2] of (scale, the value of nibble 8)."""
+    """Nibbles in the operator's order, and bfloat16 [I / 32, O, 2]: each block's scale, and the value of nibble 8."""
     parts = zip(*(layer.weight.affine4() for layer in layers), strict=True)
     nibbles, scale, minimum = (torch.cat(part) for part in parts)
     packed = torch._convert_weight_to_int4pack_for_cpu(nibbles, 1)
@@ -236,9 +236,9 @@ def _pack(layers: Sequence[QuantizedLinear]) -> tuple[Tensor, Tensor]:
 
 
 def project(x_NI: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
-    """``[linear(x) for linear in linears]``, by one product if all are quantized and rows are few.
+    """``[linear(x) for linear in linears]``, by one matmul if all layers are quantized and rows are few.
 
-    Then the first layer caches the packed weights of all.
+    In that case the first layer caches the packed weights of all layers.
     """
     first = linears[0]
     if type(first) is QuantizedLinear:
@@ -252,7 +252,7 @@ def cache_dequantized(network: nn.Module, dtype: torch.dtype, max_bytes: float) 
     """Dequantize weights once instead of in every step, if all of them together take at most `max_bytes`.
 
     Returns:
-        What was done, in words; empty if torch has an operator for all quantized weights.
+        A sentence for the user; empty if torch has an operator for all quantized weights.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, QuantizedLinear)]
     nbytes = sum(layer.dequantized_bytes(dtype) for layer in layers)
@@ -267,7 +267,7 @@ def cache_dequantized(network: nn.Module, dtype: torch.dtype, max_bytes: float) 
 
 
 class QuantizedEmbedding(QuantizedWeight):
-    """Rows of a quantized weight by their ids, as float32.
+    """An embedding with a quantized weight; its output is float32.
 
     Args:
         weight: [vocabulary, D].
@@ -280,17 +280,17 @@ class QuantizedEmbedding(QuantizedWeight):
 
 
 class RowwiseInt8Linear(nn.Module):
-    """A language model's head in bfloat16, which one or two rows read as int8 with one scale a row.
+    """A language model's bfloat16 head, with an int8 copy (one scale per row) for inputs of one or two rows.
 
-    Reading the head's weight takes most of a small model's step. This is for heads that are quantized in their file;
-    the second rounding raises the root mean square error of SmolLM2's logits from 0.11 to 0.13 (docs/benchmarks.md).
+    Reading the head's weight takes most of a small model's step. The copy is for heads that the file quantizes: its
+    rounding raises the root mean square error of SmolLM2's logits from 0.11 to 0.13 (docs/benchmarks.md).
 
     Args:
         weight: [O, I], usually the embedding's.
         bias: [O] or None.
     """
 
-    bytes_per_weight = 3.0  # both forms
+    bytes_per_weight = 3.0  # bfloat16 and int8
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -311,11 +311,11 @@ class RowwiseInt8Linear(nn.Module):
         return y_NO if self.bias is None else y_NO + self.bias
 
     def _int8_rows(self) -> tuple[Tensor, Tensor]:
-        """int8 [O, I] and bfloat16 [O], whose product is near the weight."""
+        """int8 [O, I] and their scales, bfloat16 [O]; the product approximates the weight."""
         scales, values = [], []
         for rows in self.weight.detach().split(4096):  # type: ignore[no-untyped-call]
             numbers = rows.float()
-            scale = torch.linalg.vector_norm(numbers, math.inf, 1) / 126.5  # no value passes 127
+            scale = torch.linalg.vector_norm(numbers, math.inf, 1) / 126.5  # no value exceeds 127
             scales.append(scale.clamp(min=1e-30).bfloat16())
             values.append((numbers / scales[-1].float()[:, None]).round_().to(torch.int8))
         return torch.cat(values), torch.cat(scales)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Root mean square layer normalization (arXiv:1910.07467): x / rms(x) * weight, in float32.
 
-    From the residual stream, which is float32, to the dtype of the weight.
+    The input is the float32 residual stream; the output has the weight's dtype.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """Layer normalization (arXiv:1607.06450): (x - mean(x)) / std(x) * weight + bias, in float32.
 
-    From the residual stream, which is float32, to the dtype of the weight.
+    The input is the float32 residual stream; the output has the weight's dtype.
     """
 
     def __init__(self, dim: int, eps: float) -> None:

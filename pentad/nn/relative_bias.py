@@ -1,6 +1,6 @@
-"""Position known by a learned number for each distance, as in T5 (arXiv:1910.10683, section 2.1).
+"""T5's relative position bias: a learned bias for each distance (arXiv:1910.10683, section 2.1).
 
-Legend: H heads, D numbers a head; within one sequence Q queries and K keys; L distances, the middle one 0.
+Legend: H heads, D head dimension; within one sequence Q queries and K keys; L distances, the middle one 0.
 """
 
 import math
@@ -13,14 +13,14 @@ from pentad.nn.batch import Batch
 
 
 class RelativeBias(nn.Module):
-    """A number for each head and each bucket of distances from query to key, added to the scores.
+    """A learned bias for each head and each bucket of query-key distances, added to the scores.
 
-    The layers of a stack share one.
+    All layers of a stack share one instance.
 
     Args:
         heads: H.
-        buckets: how many buckets there are, at least 4.
-        max_distance: all distances from here on share one bucket.
+        buckets: number of buckets, at least 4.
+        max_distance: this distance and all greater ones share one bucket.
         bidirectional: whether half of the buckets are for keys after the query.
     """
 
@@ -33,7 +33,7 @@ class RelativeBias(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, batch: Batch) -> Callable[[Tensor, range, range], Tensor]:
-        """The bias of any of a batch's sequences, as `attention` takes it: a function that gives [H, Q, K]."""
+        """The bias for the sequences of a batch, as `attention` takes it: a function that returns [H, Q, K]."""
         longest = max((batch.layout if batch.kv is None else batch.kv).lengths)
         bucket_L = batch.memo(self, lambda: self._buckets_by_distance(longest))
         bias_HL = self.weight[bucket_L].T
@@ -41,7 +41,7 @@ class RelativeBias(nn.Module):
         def bias(q_BHQD: Tensor, at_q: range, at_k: range) -> Tensor:
             first = at_k.start - (at_q.stop - 1) + longest - 1  # the distance from the last query to the first key
             rows_HR = bias_HL[:, first : first + len(at_q) + len(at_k) - 1]
-            return rows_HR.unfold(1, len(at_k), 1).flip(1)  # each query's row is the next one's, moved by one key
+            return rows_HR.unfold(1, len(at_k), 1).flip(1)  # a query's row is the next query's row, shifted by one key
 
         return bias
 
@@ -52,10 +52,10 @@ class RelativeBias(nn.Module):
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
-    """The bucket of a distance, the key's position less the query's: int64 of its shape.
+    """The buckets of distances (key position minus query position): int64 of the same shape.
 
-    Half of the buckets (of each direction's) are for single distances, the others for ranges that grow by a factor, up
-    to `max_distance`. Without `bidirectional` all keys after the query are in bucket 0.
+    In each direction half of the buckets hold one distance each. The others hold ranges of geometrically growing width,
+    up to `max_distance`. Without `bidirectional` all keys after the query are in bucket 0.
     """
     if bidirectional:
         buckets //= 2

@@ -1,6 +1,6 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864), in its half-split form.
 
-Files that store the interleaved form (Meta's consolidated files, llama-type GGUF) are permuted by their key table.
+Key tables permute files that store the interleaved form (Meta's consolidated files, llama-type GGUF).
 """
 
 import torch
@@ -11,16 +11,16 @@ from pentad.nn.rope_scaling import DefaultRope
 
 
 class Rope:
-    """Rotates pairs of numbers (i, i + D/2) of each head by position * frequency_i.
+    """Rotates each pair of dimensions (i, i + D/2) of a head by position * frequency_i.
 
-    Numbers of a head after the first D are not rotated (GPT-J's and phi's partial rotary embedding).
+    Dimensions after the first D are not rotated (GPT-J's and phi's partial rotary embedding).
 
-    It is not a module: it has no weights, and its frequencies stay on the CPU wherever the network is.
+    `Rope` is not a module: it has no weights, and its frequencies stay on the CPU, whatever the network's device.
 
     Args:
-        dim: D, how many numbers of a head rotate.
+        dim: D, the number of rotated dimensions of a head.
         theta: the base of the frequencies.
-        scaling: how they are stretched for long contexts.
+        scaling: the scaling of the frequencies for long contexts.
     """
 
     def __init__(self, dim: int, theta: float = 10000.0, scaling: DefaultRope | None = None) -> None:
@@ -31,7 +31,7 @@ class Rope:
         if not self.scaling.by_length:
             with torch.device("cpu"):  # also while the network is built on the meta device
                 frequencies = self.scaling.frequencies(theta, dim, 0)
-            # torch.compile(dynamic=True) takes the shapes of parameters alone for constants.
+            # A parameter, because torch.compile(dynamic=True) treats only the shapes of parameters as constants.
             self._frequencies = nn.Parameter(frequencies, requires_grad=False)
 
     def __call__(self, x_NHD: Tensor, batch: Batch) -> Tensor:
@@ -42,7 +42,7 @@ class Rope:
         return torch.addcmul(x_NHD * cos_N1D, x_NHD.roll(self.dim // 2, -1), sin_N1D)
 
     def _cos_sin(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines, and sines with the sign of rotate-half in them, both [N, 1, D]."""
+        """Cosines, and sines with the signs of rotate-half, both [N, 1, D]."""
         inv = self._frequencies  # [D/2], for all sequences
         if inv is None:
             lengths = batch.rope_lengths or batch.layout.lengths

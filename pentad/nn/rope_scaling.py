@@ -1,7 +1,7 @@
 """Scalings of RoPE's frequencies for contexts longer than a model was trained on.
 
-Each scaling has the name and the parameters of published configs (``rope_scaling``, since transformers 5
-``rope_parameters``). Legend: D the numbers of a head that rotate; frequencies are float32 [D / 2], radians a token.
+Names and parameters are those of published configs (``rope_scaling``, since transformers 5 ``rope_parameters``).
+Legend: D rotated dimensions of a head; frequencies are float32 [D / 2], in radians per token.
 """
 
 import math
@@ -23,7 +23,7 @@ def inverse_frequencies(theta: float, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DefaultRope:
-    """RoPE as it was published, and the interface of all scalings.
+    """RoPE without scaling, and the interface of all scalings.
 
     Attributes:
         by_length: whether frequencies depend on the sequence's length.
@@ -36,11 +36,11 @@ class DefaultRope:
         return inverse_frequencies(theta, dim)
 
     def scaling_key(self, length: int) -> int:
-        """A number that is equal for lengths with equal frequencies; their sequences may share cached keys."""
+        """A number that identifies the frequencies; sequences can share cached keys only if their numbers are equal."""
         return 0
 
     def attention_scaling(self) -> float:
-        """The factor of cosines and sines (published as ``attention_factor``)."""
+        """The factor applied to cosines and sines (published as ``attention_factor``)."""
         return 1.0
 
 
@@ -61,7 +61,7 @@ def _ntk_aware(theta: float, dim: int, stretch: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Dynamic(DefaultRope):
-    """Dynamic NTK: the base grows with the length beyond the one that the model was trained on."""
+    """Dynamic NTK: the base grows with the length once it exceeds the trained length."""
 
     by_length: ClassVar[bool] = True
     factor: float
@@ -100,7 +100,7 @@ class DynamicSteps(DefaultRope):
 
 @dataclass(frozen=True)
 class Llama3(DefaultRope):
-    """Llama 3.1: long wavelengths are interpolated, short ones kept, those between blended."""
+    """Llama 3.1: long wavelengths are interpolated, short ones are kept, and those in between are blended."""
 
     factor: float
     low_freq_factor: float
@@ -138,7 +138,7 @@ class Yarn(DefaultRope):
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
-        def dimension(turns: float) -> float:  # the one that turns so often within the original length
+        def dimension(turns: float) -> float:  # the dimension that rotates `turns` times within the original length
             return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
         low, high = dimension(self.beta_fast), dimension(self.beta_slow)
@@ -152,7 +152,7 @@ class Yarn(DefaultRope):
 
 @dataclass(frozen=True)
 class LongRope(DefaultRope):
-    """LongRoPE (arXiv:2402.13753): searched divisors, one set for short and one for long sequences."""
+    """LongRoPE (arXiv:2402.13753): divisors found by search, one set for short and one for long sequences."""
 
     by_length: ClassVar[bool] = True
     short_factor: tuple[float, ...]
@@ -214,5 +214,5 @@ def scaling(parameters: Mapping[str, Any], source: object = "config") -> Default
     """
     name = parameters.get("rope_type") or parameters.get("type") or "default"
     if not isinstance(name, str) or name not in SCALINGS:
-        raise BadInput(f"{source}: RoPE scaling {str(name)[:40]!r} is not known; known are {', '.join(SCALINGS)}")
+        raise BadInput(f"{source}: unknown RoPE scaling {str(name)[:40]!r}; known scalings: {', '.join(SCALINGS)}")
     return read_config(SCALINGS[name], parameters, f"{source}: RoPE scaling {name!r}")

@@ -242,7 +242,7 @@ def test_divisors_divide_frequencies() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"rope_type": "spiral"}, f"'spiral' is not known; known are {', '.join(SCALINGS)}"),
+        ({"rope_type": "spiral"}, f"'spiral'; known scalings: {', '.join(SCALINGS)}"),
         ({"type": "linear"}, "RoPE scaling 'linear': the config lacks factor"),
         ({"rope_type": "linear", "factor": "four"}, "factor is 'four', not of type float"),
         ({"rope_type": "linear", "factor": 0}, "factor is 0, which is not a possible size"),
@@ -250,7 +250,7 @@ def test_divisors_divide_frequencies() -> None:
         ({"rope_type": "linear", "factor": math.inf}, "factor is inf, which is not a possible size"),
         ({"rope_type": "linear", "factor": [2.0]}, "factor is '[2.0]', not of type float"),
         ({"rope_type": "linear", "factor": True}, "factor is 'True', not of type float"),
-        ({"rope_type": ["linear"]}, "is not known"),
+        ({"rope_type": ["linear"]}, "unknown RoPE scaling"),
     ],
     ids=str,
 )

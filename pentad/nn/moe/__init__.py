@@ -1,1 +1,1 @@
-"""Mixtures of experts: a router decides, a dispatch brings tokens to experts and back, the experts compute."""
+"""Mixtures of experts: a router chooses experts, and dispatch moves tokens to the experts and their outputs back."""

@@ -1,9 +1,9 @@
-"""Dispatch: tokens to their experts and back.
+"""Dispatch tokens to their experts, and combine the outputs.
 
-GShard and Switch give each expert a buffer of fixed capacity: tokens beyond it are dropped, and unfilled places are
-computed in vain. MegaBlocks (arXiv:2211.15841) drops nothing and pads at most to whole blocks of rows. It sorts tokens
-by expert, so that all experts' products become one product with a block-sparse matrix (section 4; a test builds that
-matrix); `torch.nn.functional.grouped_mm` computes it from the stacked weights and the end of each expert's rows. pentad
+GShard and Switch give each expert a buffer of fixed capacity: tokens beyond it are dropped, and empty slots waste
+computation. MegaBlocks (arXiv:2211.15841) drops nothing and pads at most to whole blocks of rows. It sorts tokens by
+expert, so that the matmuls of all experts become one matmul with a block-sparse matrix (section 4; a test builds that
+matrix). `torch.nn.functional.grouped_mm` computes it from the stacked weights and the end of each expert's rows. pentad
 always dispatches like MegaBlocks: a capacity only removes tokens before the sort.
 
 Legend: N tokens, K experts of a token, E experts, D width, S (token, expert) pairs that are computed.
@@ -24,7 +24,7 @@ from pentad.nn.moe.routers import Routing
 
 
 def dispatch(x_ND: Tensor, routing: Routing, experts: int, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Sum the outputs of each token's experts by the router's weights; a token without an expert gives zeros.
+    """Sum the outputs of each token's experts, weighted by the router; the sum is 0 for a token without an expert.
 
     Sort the pairs by expert, compute, and scatter the results back (MegaBlocks, section 5).
 
@@ -32,8 +32,8 @@ def dispatch(x_ND: Tensor, routing: Routing, experts: int, compute: Callable[[Te
         x_ND: the tokens.
         routing: the router's decisions.
         experts: E.
-        compute: from rows [S, D] sorted by expert, and int32 [E], the end of each expert's rows, to [S, D]. On a CPU
-            many rows of 16-bit numbers are padded to whole blocks, as in MegaBlocks.
+        compute: (rows [S, D] sorted by expert, int32 [E] with the end of each expert's rows) -> [S, D]. On a CPU many
+            16-bit rows are padded to whole blocks, as in MegaBlocks.
 
     Returns:
         float32 [N, D]. A token's sum doesn't depend on the other tokens.
@@ -41,7 +41,7 @@ def dispatch(x_ND: Tensor, routing: Routing, experts: int, compute: Callable[[Te
     tokens, choices = routing.experts.shape
     pairs_NK = routing.experts
     if not routing.all_kept:
-        pairs_NK = pairs_NK.masked_fill(~routing.kept, experts)  # sorted behind the last expert
+        pairs_NK = pairs_NK.masked_fill(~routing.kept, experts)  # dropped pairs are sorted after the last expert
     sorted_S, order_S = pairs_NK.flatten().sort(stable=True)
     every_E = torch.arange(experts, device=x_ND.device)
     ends_E = torch.searchsorted(sorted_S, every_E, right=True, out_int32=True)
@@ -51,7 +51,9 @@ def dispatch(x_ND: Tensor, routing: Routing, experts: int, compute: Callable[[Te
     if x_ND.device.type == "cpu" and x_ND.element_size() == 2 and len(order_S) > experts * BLOCK_ROWS:
         ends_E, spare_E = _in_blocks(ends_E)
         rows_S += spare_E.index_select(0, sorted_S[: len(rows_S)])
-        tokens_S = tokens_S.new_zeros(int(ends_E[-1])).index_copy(0, rows_S, tokens_S)  # padding: the first token
+        tokens_S = tokens_S.new_zeros(int(ends_E[-1])).index_copy(
+            0, rows_S, tokens_S
+        )  # padding rows repeat the first token
     y_SD = compute(x_ND.index_select(0, tokens_S), ends_E).contiguous()  # strided rows are slow to gather
     back_NK = order_S.new_full((tokens * choices,), len(y_SD)).index_copy(0, order_S, rows_S).view(tokens, choices)
     if not routing.all_kept:
@@ -63,7 +65,7 @@ def dispatch(x_ND: Tensor, routing: Routing, experts: int, compute: Callable[[Te
 
 
 def _in_blocks(ends_E: Tensor) -> tuple[Tensor, Tensor]:
-    """The end of each expert's rows when they are padded to whole blocks, and the padding before its first row."""
+    """The end of each expert's rows after padding to whole blocks, and the padding before its first row."""
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     spare_E = -counts_E % BLOCK_ROWS
     before_E = spare_E.cumsum(0, dtype=ends_E.dtype)
@@ -72,9 +74,9 @@ def _in_blocks(ends_E: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The most tokens of a group that an expert takes: tokens * factor / experts, rounded up.
+    """The maximum number of a group's tokens that an expert takes: tokens * factor / experts, rounded up.
 
-    The factor is 2 in GShard (arXiv:2006.16668, section 2.2), the number of a token's experts, and 1 to 2 in Switch
+    The factor is 2 in GShard (arXiv:2006.16668, section 2.2), the number of experts per token, and 1 to 2 in Switch
     (arXiv:2101.03961, equation 3).
     """
 
@@ -89,7 +91,7 @@ class Capacity:
 class EvenCapacity:
     """tokens * factor / experts, rounded down, then up to an even number, and at least `least`.
 
-    OpenMoE's capacity (ColossalAI's moe/routers.py, `get_capacity`). Its factor is 2, the number of a token's experts,
+    OpenMoE's capacity (ColossalAI's moe/routers.py, `get_capacity`). Its factor is 2, the number of experts per token,
     times 1.25 when training and times 2 otherwise; `least` is 4.
     """
 
@@ -105,14 +107,14 @@ class EvenCapacity:
 def within_capacity(routing: Routing, experts: int, groups: SequenceLayout, capacity: Callable[[int], int]) -> Routing:
     """Drop the pairs that exceed an expert's capacity in a group.
 
-    Places go to tokens in the order of their positions, and to all first choices before any second choice (GShard,
-    algorithm 1). A second choice that was dropped at random still uses a place (line 22 there).
+    Tokens fill an expert's capacity in the order of their positions, all first choices before any second choice
+    (GShard, algorithm 1). A second choice that was dropped at random still uses capacity (line 22 of the algorithm).
 
     Args:
         routing: the router's decisions.
         experts: E.
         groups: the rows of each group.
-        capacity: from a group's number of tokens to the number that an expert takes.
+        capacity: a group's number of tokens -> the maximum number that an expert takes.
 
     Raises:
         BadInput: a capacity is below 1.

@@ -1,4 +1,4 @@
-"""Experts: many feed-forward layers of one shape, their weights in a stack.
+"""Experts: many feed-forward layers of one shape, with stacked weights.
 
 Legend: E experts, S rows sorted by expert, I input features, O output features, D width, H hidden width.
 """
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from pentad.nn.linear import QuantizedWeight, linear_map
 from pentad.weights.quantized import QuantizedTensor
 
-FEW_ROWS = 64  # of each expert: up to here a product is bound by reading its weight
-SLAB_ROWS = 2048  # computed at a time, so that the hidden activations stay in a CPU's cache
-SLAB_ROWS_16_BIT = 352  # up to here W x^T is faster: x W^T first copies the weight into tiles
-BLOCK_ROWS = 32  # of 16-bit numbers: oneDNN compiles a product for each new number of rows, slower than computing it
+FEW_ROWS = 64  # per expert; with at most so many rows a matmul is bound by reading the weight
+SLAB_ROWS = 2048  # rows computed at a time, so that the hidden activations stay in a CPU's cache
+SLAB_ROWS_16_BIT = 352  # with at most so many rows W x^T is faster: x W^T first copies the weight into tiles
+BLOCK_ROWS = 32  # 16-bit rows are padded to a multiple: compiling oneDNN's matmul for a new row count is slow
 ALL = slice(None)
 
 
@@ -35,7 +35,7 @@ class GroupedLinear(nn.Module):
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
         bound = 1 / math.sqrt(in_features)
-        nn.init.uniform_(self.weight, -bound, bound)  # as nn.Linear's
+        nn.init.uniform_(self.weight, -bound, bound)  # like nn.Linear
 
     def forward(self, x_SI: Tensor, ends_E: Tensor, selected: slice = ALL) -> Tensor:
         """Multiply each expert's rows by its weight; weights of experts without rows are not read.
@@ -43,7 +43,7 @@ class GroupedLinear(nn.Module):
         Args:
             x_SI: rows sorted by expert.
             ends_E: int32, the end of each expert's rows.
-            selected: the experts that the rows and `ends_E` are of.
+            selected: the experts that `x_SI` and `ends_E` cover.
 
         Returns:
             [S, O].
@@ -66,27 +66,27 @@ class QuantizedGroupedLinear(QuantizedWeight):
         self.experts, self.out_features, self.in_features = weight.shape
 
     def forward(self, x_SI: Tensor, ends_E: Tensor, selected: slice = ALL) -> Tensor:
-        """As `GroupedLinear.forward`."""
+        """See `GroupedLinear.forward`."""
         experts, ends = range(self.experts)[selected], ends_E.tolist()
 
-        def products(rows: Tensor, width: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        def per_expert(rows: Tensor, width: int, matmul: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
             weight, parts, start = self.weight, [rows.new_empty(0, width)], 0
             for expert, end in zip(experts, ends, strict=True):
                 if end > start:
                     matrix = weight.rows(expert * self.out_features, (expert + 1) * self.out_features)
-                    parts.append(product(rows[start:end], matrix.dequantize(rows.dtype)))
+                    parts.append(matmul(rows[start:end], matrix.dequantize(rows.dtype)))
                 start = end
             return torch.cat(parts)
 
         return linear_map(
             x_SI,
-            lambda x: products(x, self.out_features, F.linear),
-            lambda gradient: products(gradient, self.in_features, torch.matmul),
+            lambda x: per_expert(x, self.out_features, F.linear),
+            lambda gradient: per_expert(gradient, self.in_features, torch.matmul),
         )
 
 
 class Experts(nn.Module):
-    """The experts of a mixture; a subclass says what they compute.
+    """The experts of a mixture; a subclass implements `compute`.
 
     Args:
         count: E, the first dimension of every parameter.
@@ -108,14 +108,14 @@ class Experts(nn.Module):
         return torch.cat(parts)
 
     def compute(self, x_SD: Tensor, ends_E: Tensor, selected: slice) -> Tensor:
-        """`forward` for the consecutive experts that are selected, and their rows only."""
+        """Like `forward`, for the selected consecutive experts and their rows only."""
         raise NotImplementedError
 
 
 def _slabs(ends: list[int], max_rows: int) -> Iterator[tuple[int, int, slice]]:
-    """Split rows into slabs of at most `max_rows`: their start, their end and their experts.
+    """Split rows into slabs of at most `max_rows`, and yield each slab's start, end and experts.
 
-    A slab has all rows of consecutive experts, or a part of one expert's rows; these parts are of about equal size.
+    A slab has all rows of consecutive experts, or a part of one expert's rows. One expert's parts have similar sizes.
     """
     start, first = 0, 0
     for expert, end in enumerate(ends):
@@ -125,8 +125,8 @@ def _slabs(ends: list[int], max_rows: int) -> Iterator[tuple[int, int, slice]]:
             for part in range(start, end, rows):
                 yield part, min(part + rows, end), slice(expert, expert + 1)
             start, first = end, expert + 1
-        following = ends[expert + 1] if expert + 1 < len(ends) else math.inf
-        if following - start > max_rows:
+        next_end = ends[expert + 1] if expert + 1 < len(ends) else math.inf
+        if next_end - start > max_rows:
             if end > start:
                 yield start, end, slice(first, expert + 1)
             start, first = end, expert + 1
@@ -144,7 +144,7 @@ class SwiGLUExperts(Experts):
     def compute(self, x_SD: Tensor, ends_E: Tensor, selected: slice) -> Tensor:
         gate_SH, up_SH = self.gate_proj(x_SD, ends_E, selected), self.up_proj(x_SD, ends_E, selected)
         learns = gate_SH.requires_grad or up_SH.requires_grad
-        # In place if no gradient needs the inputs: fresh memory costs as much as the product.
+        # In place if no gradient needs the inputs: allocating new memory takes as long as the matmul.
         h_SH = F.silu(gate_SH) * up_SH if learns else F.silu(gate_SH, inplace=True).mul_(up_SH)
         y_SD: Tensor = self.down_proj(h_SH, ends_E, selected)
         return y_SD
@@ -182,7 +182,7 @@ class MLPExperts(Experts):
 
 
 def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply each expert's rows by its weight: by `torch.nn.functional.grouped_mm`, or expert by expert if it can't.
+    """Multiply each expert's rows by its weight, with `grouped_mm` if it supports the tensors, else expert by expert.
 
     Args:
         x_SI: rows sorted by expert.
@@ -192,13 +192,13 @@ def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     Returns:
         [S, O] in the weight's dtype.
     """
-    if not _grouped_mm_takes(x_SI, weight_EOI):
+    if not _grouped_mm_supports(x_SI, weight_EOI):
         counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-        # The backward of `unbind` makes one gradient of the stack; that of weight[e] would make one for each expert.
+        # The backward of `unbind` allocates the gradient of the stack once, that of weight[e] once per expert.
         parts = zip(torch.split(x_SI, counts), weight_EOI.unbind(), strict=True)
         return torch.cat([F.linear(rows_SI, weight_OI) for rows_SI, weight_OI in parts])
     if _reads_rows_of_weights(x_SI, weight_EOI):
-        x_IS = x_SI.T if _aligned(x_SI.T) else _rows(x_SI).T  # outputs of this branch are aligned already
+        x_IS = x_SI.T if _aligned(x_SI.T) else _rows(x_SI).T  # already aligned if x_SI is this branch's output
         return F.grouped_mm(weight_EOI, x_IS, offs=ends_E).T
     x_SI = _rows(x_SI)
     y_SO = F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
@@ -207,10 +207,11 @@ def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return y_SO
 
 
-def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether torch 2.10 to 2.13 has `grouped_mm` for this: three dtypes, at least one row, rows aligned to 16 bytes.
+def _grouped_mm_supports(x_SI: Tensor, weight_EOI: Tensor) -> bool:
+    """Whether `grouped_mm` of torch 2.10 to 2.13 supports these tensors.
 
-    On CUDA devices without a kernel torch itself computes expert by expert.
+    It needs one of three dtypes, at least one row, and rows aligned to 16 bytes. On CUDA devices without a kernel torch
+    computes expert by expert.
     """
     return (
         len(x_SI) > 0
@@ -223,7 +224,7 @@ def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
 
 
 def _rows(x_SI: Tensor) -> Tensor:
-    """Contiguous rows, also of a single row, whose stride is arbitrary."""
+    """`x_SI` with contiguous strides, also for a single row, whose stride can be arbitrary."""
     return x_SI.flatten().view(x_SI.shape)
 
 
@@ -233,7 +234,7 @@ def _aligned(x_IS: Tensor) -> bool:
 
 
 def _reads_rows_of_weights(x_SI: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether W x^T is faster than x W^T: on a CPU, for a few rows of each expert. It is for inference only."""
+    """Whether W x^T is faster than x W^T: on a CPU, for a few rows of each expert. Inference only."""
     few = len(x_SI) <= FEW_ROWS * len(weight_EOI) or (x_SI.element_size() == 2 and len(x_SI) <= SLAB_ROWS_16_BIT)
     learns = torch.is_grad_enabled() and (x_SI.requires_grad or weight_EOI.requires_grad)
     return few and not learns and x_SI.device.type == "cpu" and weight_EOI.stride(-1) == 1

@@ -1,4 +1,4 @@
-"""The mixture: a feed-forward layer of many experts, of which each token uses a few."""
+"""The mixture of experts: a feed-forward layer with many experts; each token uses a few."""
 
 from collections.abc import Callable
 
@@ -13,8 +13,7 @@ from pentad.nn.moe.routers import Route, Routing
 
 
 class Router(nn.Linear):
-    """A token's score for each expert, always computed in float32: Switch's selective precision (arXiv:2101.03961,
-    section 2.4)."""
+    """Router logits, always computed in float32: Switch's selective precision (arXiv:2101.03961, section 2.4)."""
 
     def __init__(self, dim: int, scores: int) -> None:
         super().__init__(dim, scores, bias=False)
@@ -27,18 +26,18 @@ class MixtureOfExperts(nn.Module):
     """A router and its experts; without a capacity no token is dropped.
 
     Args:
-        router: from D to a score for each expert; for noisy top-k also to each score's noise.
+        router: computes a token's router logits; for noisy top-k also the scale of their noise.
         experts: E feed-forward layers.
         route: a function of `pentad.nn.moe.routers`.
-        top_k: how many experts a token uses.
-        capacity: from a group's number of tokens to the most that an expert takes; None: all.
+        top_k: number of experts per token.
+        capacity: a group's number of tokens -> the maximum number that an expert takes; None for no limit.
         training_capacity: replaces `capacity` when training, unless None.
-        group_size: tokens in a group; None: each sequence is a group.
+        group_size: tokens in a group; None if each sequence is a group.
         jitter: when training, the router's input is multiplied by random factors within 1 +- `jitter` (Switch,
             appendix C: 0.01).
 
     Attributes:
-        generator: the source of randomness when training, on the weights' device; None: nothing is random.
+        generator: the source of randomness when training, on the weights' device; None turns randomness off.
 
     Raises:
         ValueError: `top_k` is below 1 or above the number of experts.
@@ -70,7 +69,7 @@ class MixtureOfExperts(nn.Module):
         self.generator: torch.Generator | None = None
 
     def forward(self, x_ND: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
-        """[N, D] -> float32 [N, D], and the router's decisions; a token that every expert dropped gives zeros."""
+        """[N, D] -> float32 [N, D], and the routing. The output is 0 for a token dropped by all its experts."""
         generator = self.generator if self.training else None
         groups = batch.layout if self.group_size is None else groups_of(batch.layout, self.group_size)
         routing = self.route(self._logits(x_ND, generator), self.top_k, groups, generator)
@@ -88,7 +87,7 @@ class MixtureOfExperts(nn.Module):
 
     @property
     def idle_parameters(self) -> int:
-        """How many parameters a token doesn't use."""
+        """The number of parameters that a token doesn't use."""
         total = sum(parameter.numel() for parameter in self.experts.parameters())
         return total // self.experts.count * (self.experts.count - self.top_k)
 

@@ -1,7 +1,7 @@
-"""Losses that balance the load of a mixture's experts: functions of routing decisions, without their coefficients.
+"""Losses that balance the load of a mixture's experts, without their coefficients.
 
-Each takes the `Routing` of one layer (Mixtral's of all layers) and gives a float32 scalar with a gradient for the
-router. A batch has no padding, so nothing is masked.
+Each function takes the `Routing` of one layer (for Mixtral, of all layers) and returns a float32 scalar with a gradient
+for the router. A batch has no padding, so nothing is masked.
 
 Legend: N tokens, E experts, K experts of a token.
 """
@@ -19,7 +19,7 @@ def importance_loss(routing: Routing) -> Tensor:
     """CV(importance)^2; an expert's importance is the sum of its weights over the batch (arXiv:1701.06538, section 4,
     equations 6 and 7).
 
-    0 if all are equal; E - 1 if one expert has all. The paper's coefficient: 0.1.
+    0 if all experts are equal; E - 1 if one expert has all weights. The paper's coefficient: 0.1.
     """
     importance_E = routing.logits.new_zeros(routing.logits.shape[1])
     return _squared_variation(importance_E.index_add(0, routing.experts.flatten(), routing.weights.flatten()))
@@ -36,16 +36,16 @@ def load_loss(routing: Routing) -> Tensor:
 def load(routing: Routing) -> Tensor:
     """The expected number of tokens of each expert, a smooth function of noisy top-k's logits: float32 [E].
 
-    It sums the probabilities that a token would be routed to expert i if i's noise alone were resampled: that the clean
-    logit plus the noise exceeds the k-th largest of the other noisy logits (arXiv:1701.06538, appendix A, equations 8
+    For expert i this is the sum of each token's probability to be routed to i if only i's noise were resampled. The
+    noisy logit must then exceed the k-th largest of the other noisy logits (arXiv:1701.06538, appendix A, equations 8
     to 10).
 
     Raises:
-        ValueError: the routing isn't noisy top-k's, or every token goes to every expert.
+        ValueError: the routing isn't from `noisy_top_k`, or every token goes to every expert.
     """
     noisy_NE, k = routing.logits, routing.experts.shape[1]
     if routing.clean is None or routing.noise_std is None:
-        raise ValueError("the routing has no noise; expected one of noisy_top_k")
+        raise ValueError("the routing has no noise; expected a routing of noisy_top_k")
     if k == noisy_NE.shape[1]:
         raise ValueError(f"each token goes to all {k} experts, so there is no load to balance")
     top_NK = noisy_NE.topk(k + 1).values
@@ -57,10 +57,10 @@ def load(routing: Routing) -> Tensor:
 
 
 def gshard_balance_loss(routing: Routing, groups: SequenceLayout) -> Tensor:
-    """Mean over groups of 1/E sum_e c_e/S m_e: the fraction of tokens whose first choice is e times e's mean gate
-    (arXiv:2006.16668, algorithm 1, line 13).
+    """Mean over groups of 1/E sum_e c_e/S m_e (arXiv:2006.16668, algorithm 1, line 13).
 
-    1 / E^2 if both are even; 1 / E if one expert has all.
+    c_e/S is the fraction of tokens whose first choice is e, and m_e the mean gate of e. The loss is 1 / E^2 if both are
+    even; 1 / E if one expert has all tokens.
     """
     losses = []
     for start, count in groups.spans:
@@ -71,10 +71,10 @@ def gshard_balance_loss(routing: Routing, groups: SequenceLayout) -> Tensor:
 
 
 def switch_balance_loss(routing: Routing) -> Tensor:
-    """E sum_e f_e P_e: the fraction of tokens whose first choice is e, dropped or not, times the mean probability of e
-    (arXiv:2101.03961, section 2.2, equations 4 to 6).
+    """E sum_e f_e P_e (arXiv:2101.03961, section 2.2, equations 4 to 6).
 
-    1 if both are even; E if one expert has all. The paper's coefficient alpha: 0.01.
+    f_e is the fraction of tokens whose first choice is e, dropped or not, and P_e the mean probability of e. The loss
+    is 1 if both are even; E if one expert has all tokens. The paper's coefficient alpha: 0.01.
     """
     return mixtral_balance_loss([routing._replace(experts=routing.experts[:, :1])])
 
@@ -83,8 +83,8 @@ def mixtral_balance_loss(routings: Sequence[Routing]) -> Tensor:
     """E sum_e f_e P_e over the tokens of all layers, where f counts each of a token's K choices, as in transformers'
     Mixtral (`load_balancing_loss_func`).
 
-    K if both are even; E if the same K experts have all. (MegaBlocks divides it by K.) The coefficient of Mixtral's
-    release: 0.02.
+    K if both are even; E if the same K experts have all tokens. (MegaBlocks divides the loss by K.) The coefficient of
+    Mixtral's release: 0.02.
     """
     logits_NE = torch.cat([routing.logits for routing in routings])
     chosen = torch.cat([routing.experts for routing in routings]).flatten()

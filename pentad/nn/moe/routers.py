@@ -1,11 +1,11 @@
-"""Routers: from a token's scores to its experts and their weights.
+"""Routers: functions from router logits to each token's experts and their weights.
 
-All have one signature, ``route(logits, k, groups, generator)``, and use the arguments that they need:
+All routers have the signature ``route(logits, k, groups, generator)``; some arguments are used only by some routers:
 
-* logits: float32 [N, E], a token's score for each expert;
-* k: how many experts a token goes to;
+* logits: float32 [N, E], the router logits;
+* k: the number of experts per token;
 * groups: the rows of each group, for routers that compare tokens; by default all rows are one group;
-* generator: the source of randomness when training, on the logits' device; None: nothing is random.
+* generator: the source of randomness when training, on the logits' device; None turns randomness off.
 
 Legend: N tokens, E experts, K experts of a token.
 """
@@ -23,12 +23,12 @@ class Routing(NamedTuple):
     """A router's decisions for each token; losses and statistics are computed from them.
 
     Attributes:
-        logits: float32 [N, E], the scores that decided.
-        experts: int64 [N, K], the experts of a token, its first choice first.
-        weights: float32 [N, K], the factors of the experts' outputs in a token's sum.
-        kept: bool [N, K]; false if the pair was dropped.
-        all_kept: whether `kept` is known to be true everywhere, without a synchronization with the device.
-        clean, noise_std: float32 [N, E], of noisy top-k only: the logits without noise, and the deviation of the noise.
+        logits: float32 [N, E], the router logits, including noise.
+        experts: int64 [N, K], the experts of each token, first choice first.
+        weights: float32 [N, K], the weights of the experts' outputs.
+        kept: bool [N, K]; false if the (token, expert) pair was dropped.
+        all_kept: true only if every pair is kept, so that `kept` need not be read from the device.
+        clean, noise_std: float32 [N, E], only for noisy top-k: the logits without noise, and the noise's deviation.
     """
 
     logits: Tensor
@@ -41,7 +41,7 @@ class Routing(NamedTuple):
 
 
 class Route(Protocol):
-    """Any of the functions below."""
+    """The type of the routers below."""
 
     def __call__(
         self,
@@ -62,8 +62,8 @@ def noisy_top_k(
     are the softmax over the k largest.
 
     Args:
-        logits_N2E: float32 [N, 2 E], both projections: x W_g, then x W_noise. Both start as zeros (appendix A), so that
-            all experts have the same chance.
+        logits_N2E: float32 [N, 2 E], both projections: x W_g, then x W_noise. Both weights are initialized to zeros
+            (appendix A), so that all experts are equally likely.
     """
     clean_NE, raw_NE = logits_N2E.chunk(2, -1)
     noise_std_NE = F.softplus(raw_NE)
@@ -80,8 +80,8 @@ def gshard_top_2(
 ) -> Routing:
     """GShard (arXiv:2006.16668, section 2.2, algorithm 1): the two largest gates, normalized to a sum of 1.
 
-    When training, the second expert is kept with a probability of twice its gate; dropping it doesn't change the first
-    one's weight. `pentad.nn.moe.dispatch.within_capacity` does the rest of the algorithm.
+    When training, the second expert is kept with a probability of twice its weight; dropping it doesn't change the
+    first expert's weight. `pentad.nn.moe.dispatch.within_capacity` implements the rest of the algorithm.
 
     Raises:
         ValueError: k is not 2.
@@ -102,8 +102,8 @@ def softmax_top_k(
 ) -> Routing:
     """The k largest of the softmax over all experts, not normalized: their sum stays below 1.
 
-    k = 1 is Switch Transformer's router (arXiv:2101.03961, section 2.1, equations 1 and 2), whose training also jitters
-    its input (`pentad.nn.moe.layer.MixtureOfExperts`); k = 2 is OpenMoE's (arXiv:2402.01739).
+    k = 1 is Switch Transformer's router (arXiv:2101.03961, section 2.1, equations 1 and 2); training also jitters the
+    router's input (`pentad.nn.moe.layer.MixtureOfExperts`). k = 2 is OpenMoE's router (arXiv:2402.01739).
     """
     weights_NK, experts_NK = logits_NE.softmax(-1).topk(k)
     return _all_kept(logits_NE, experts_NK, weights_NK)
@@ -123,13 +123,13 @@ def mixtral_top_k(
 def expert_choice(
     logits_NE: Tensor, k: int, groups: SequenceLayout | None = None, generator: torch.Generator | None = None
 ) -> Routing:
-    """Expert choice (arXiv:2202.09368, section 3): each expert takes the tokens of a group that it scores highest.
+    """Expert choice (arXiv:2202.09368, section 3): each expert takes the tokens of a group with the highest gates.
 
     An expert takes n k / E of n tokens, rounded down but at least one, so a token has k experts on average and may have
-    none. A token's experts depend on later tokens of its group, unlike with all other routers.
+    none. Unlike with all other routers, a token's experts depend on later tokens of its group.
 
     Returns:
-        A routing with K = E: every expert of every token, kept where the expert chose it.
+        A routing with K = E: every expert of every token; `kept` is true where the expert chose the token.
     """
     gates_NE = logits_NE.softmax(-1)
     tokens, experts = gates_NE.shape

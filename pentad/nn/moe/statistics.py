@@ -1,4 +1,4 @@
-"""How a mixture's experts are used: sums over tokens of a router's decisions, so that a text may come in pieces.
+"""Statistics of a mixture's expert usage, as sums over tokens, so that a text can be processed in chunks.
 
 Legend: N tokens, E experts, K experts of a token, T token ids.
 """
@@ -16,12 +16,12 @@ from pentad.nn.moe.routers import Routing
 
 @dataclass(frozen=True)
 class Usage:
-    """The use of one layer's experts by some tokens; the usages of two pieces of a text can be added.
+    """The usage of one layer's experts by some tokens; the usages of two chunks of a text can be added.
 
     Attributes:
         tokens: N.
-        chosen: int64 [E], how many tokens chose each expert.
-        kept: int64 [E], those of them that were within the expert's capacity.
+        chosen: int64 [E], the number of tokens that chose each expert.
+        kept: int64 [E], the number of these tokens that were within the expert's capacity.
         entropy_sum: the entropy of a token's probabilities over all experts, in nats, summed over tokens.
     """
 
@@ -89,5 +89,5 @@ def usage_by_token(routing: Routing, ids_N: Tensor, wanted_T: Tensor) -> Tensor:
     """
     kept_NE = torch.zeros(routing.logits.shape, dtype=torch.float64)
     kept_NE.scatter_(1, routing.experts.cpu(), routing.kept.cpu().double())
-    is_TN = wanted_T.cpu()[:, None] == ids_N.cpu()
-    return (is_TN.double() @ kept_NE).long()
+    matches_TN = wanted_T.cpu()[:, None] == ids_N.cpu()
+    return (matches_TN.double() @ kept_NE).long()
