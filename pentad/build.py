@@ -4,6 +4,7 @@ The network is built on the meta device, which allocates no memory; then each te
 no change stay in the file's mapped memory.
 """
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from pentad.weights.cache import Progress, task
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
 from pentad.weights.keytable import Operation, Pairing, best_table
 from pentad.weights.quantized import QuantizedTensor
+
+_logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QuantizedPart = type[QuantizedLinear] | type[RowwiseInt8Linear]
@@ -285,6 +288,9 @@ def default_dtype(checkpoint: Checkpoint) -> torch.dtype:
         named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
         unnamed = torch.bfloat16 if checkpoint.format == "consolidated" else torch.float32
         return DTYPES.get(str(named), unnamed)
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if checkpoint.format == "hf" and named is not None and str(named) not in DTYPES:
+        _logger.warning("%s: torch_dtype %r is unknown and is ignored", checkpoint.path, str(named)[:40])
     dtype = sizes.most_common(1)[0][0]
     return dtype if dtype in DTYPES.values() else torch.float32
 

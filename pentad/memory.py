@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from pentad.build import held_bytes
 from pentad.nn.attention import Attention
 
 if TYPE_CHECKING:
-    import torch
-
     from pentad.nn.decoder import Decoder
     from pentad.weights.checkpoint import Checkpoint
 
@@ -71,6 +72,17 @@ def process_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that a device has free, or that the system can free; None if the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return physical_memory()
 
 
 def physical_memory() -> int | None:

@@ -12,14 +12,13 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from safetensors import safe_open
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pentad import text, weights
 from pentad.convert import GGUF_TYPES, convert
 from pentad.errors import BadInput
 from pentad.weights.checkpoint import TensorEntry
+from tests.helpers.conversions import LINEAR, LLAMA3, WIDE, YARN, assert_same_bits, tensors_of
 from tests.helpers.gguf_llama import write_gguf
 from tests.helpers.tiny import (
     assert_equal_logits,
@@ -36,18 +35,6 @@ from tests.helpers.tiny import (
 from tests.helpers.tiny_qwen import qwen_checkpoint
 from tests.helpers.vocabularies import sentencepiece_model
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-WIDE = {"hidden_size": 64, "intermediate_size": 96}  # rows of whole blocks
-
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, tied": {"tie_word_embeddings": True},
@@ -62,22 +49,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"family": "qwen3", "head_dim": 16},
     "phi": {"family": "phi", "num_key_value_heads": 4},
 }
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors files."""
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    return found
-
-
-def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype
-        assert torch.equal(tensor, other[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

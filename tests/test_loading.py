@@ -298,7 +298,7 @@ def test_a_dtype_by_name(tmp_path: Path, name: object) -> None:
         ({"dtype": "float8"}, "dtype is float8"),
         ({"cache_dtype": "int4"}, "dtype is int4"),
         ({"quantize": "q3"}, "quantize is 'q3'"),
-        ({"device": "abacus"}, "device abacus can't be used here"),
+        ({"device": "abacus"}, "device is abacus; expected one of cpu, cuda, mps"),
         ({"threads": 0}, "threads is 0"),
         ({"context": 0}, "context is 0;"),
         ({"context": 257}, "expected 1 to 256 tokens"),
@@ -357,3 +357,22 @@ def test_without_a_tokenizer_only_logits_work(tmp_path: Path) -> None:
     assert_equal_logits(model.logits(ids), peer_logits(tiny.peer, ids))
     with pytest.raises(BadInput, match=r"tokenizer has 257 ids.*embedding.* 96 rows"):
         model.complete("hi")
+
+
+def test_a_quantization_that_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quant_method 'gptq'" in refused(tmp_path)
+
+
+def test_a_size_is_a_whole_number(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path)
+    edit_json(tmp_path / "config.json", hidden_size=64.0)
+    assert "hidden_size is '64.0'" in refused(tmp_path)
+
+
+def test_an_unknown_dtype_in_the_config_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_checkpoint(tmp_path)
+    edit_json(tmp_path / "config.json", dtype="int3")
+    pentad.load(tmp_path)
+    assert "'int3'" in caplog.text

@@ -183,3 +183,13 @@ def test_gguf_metadata_that_is_odd(tmp_path: Path, key: str) -> None:
         except BadInput as error:
             message = str(error)
         assert "\n" not in message
+
+
+@pytest.mark.parametrize("dims", [0, 1, 7, 2**31 - 1])
+def test_a_rotation_of_another_size_is_refused_with_key_and_value(tmp_path: Path, dims: int) -> None:
+    file = tmp_path / "m.gguf"
+    write_gguf(file, tiny_peer())
+    checkpoint = pentad.weights.open(file)
+    config = {**checkpoint.config, "llama.rope.dimension_count": dims}
+    with pytest.raises(BadInput, match=rf"llama\.rope\.dimension_count is {dims}; expected"):
+        build(Checkpoint(file, "gguf", config, {}, checkpoint.tensors))

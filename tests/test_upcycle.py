@@ -13,6 +13,7 @@ from pentad.convert import convert
 from pentad.errors import BadInput
 from pentad.nn.batch import pack
 from pentad.upcycle import Upcycling
+from tests.helpers.conversions import LINEAR, LLAMA3, WIDE, YARN, assert_same_bits, tensors_of
 from tests.helpers.gguf_llama import write_gguf
 from tests.helpers.tiny import (
     assert_equal_logits,
@@ -24,7 +25,6 @@ from tests.helpers.tiny import (
     tiny_checkpoint,
     tiny_peer,
 )
-from tests.test_convert import LINEAR, LLAMA3, WIDE, YARN, assert_same_bits, tensors_of
 
 DENSE: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -96,6 +96,7 @@ def bench(
     longest = max(case.depth + case.tokens for case in cases)
     if longest > loaded.context_length:
         raise BadInput(f"{longest} tokens don't fit the context of {loaded.context_length}")
+    _check_memory(loaded, cases)
     if not as_json:
         output.write(_LINE.format("test", "batch", "depth", "tokens/s", "slowest to fastest") + "\n")
     for row in _measure(loaded, cases, repeat):
@@ -103,6 +104,19 @@ def bench(
             output.write_json(asdict(row))
         else:
             _write_row(row)
+
+
+def _check_memory(model: LanguageModel, cases: list[Case]) -> None:
+    """Raise BadInput if a case needs more memory than there is, for its KV cache and logits."""
+    from pentad.memory import available_memory
+
+    available = available_memory(model.network.device)
+    for case in cases:
+        logits = 4 * model.network.config.vocab_size
+        needed = case.batch * (model.step.cache.bytes_for(case.depth + case.tokens) + logits)
+        if available is not None and needed > available:
+            needs = f"{output.size(needed)} of KV cache and logits; {output.size(available)} of memory are available"
+            raise BadInput(f"{case.name} with --batch {case.batch} needs {needs}")
 
 
 def _numbers(option: str, text: str, *, least: int) -> list[int]:

@@ -53,7 +53,9 @@ class LanguageModel(Runner):
 
     def chat_ids(self, messages: Sequence[Message] | str) -> list[int]:
         """The prompt of `chat`: the conversation in the chat template, up to the beginning of the reply."""
-        return self.tokenizer.chat([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        self._check_size(*(message.get("content") for message in messages if isinstance(message, Mapping)))
+        return self.tokenizer.chat(messages)
 
     def score(self, text: str, *, stride: int | None = None) -> Score:
         """Compute the log-likelihood of a text, without BOS or other added tokens.
@@ -71,6 +73,8 @@ class LanguageModel(Runner):
                 is out of range.
             PentadError: the model's logits are not numbers.
         """
+        if stride is None:
+            self._check_size(text)
         ids, size = self.tokenizer.encode(text), self.context_length
         self._check_ids(ids)
         if len(ids) < 2:

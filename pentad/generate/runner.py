@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, NoReturn, Unpack, overload
 
@@ -19,7 +19,11 @@ from pentad.generate.engine import Engine, Evaluation, Generation, Request
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import Step
 from pentad.generate.transcript import Transcript
+from pentad.memory import available_memory
 from pentad.text import Detokenizer, Tokenizer
+
+MIN_CHECKED_SIZE = 1 << 16  # characters; shorter texts are tokenized at once
+SHRINKAGE = 8  # a normalizer makes a text at most so many times shorter
 
 
 class Stream(Iterator[str]):
@@ -225,11 +229,17 @@ class Runner:
         encoded = [self.prompt_ids(text, special=special) for text in prompts]
         for ids in encoded:
             self._check_room(ids)
+        self._check_memory(encoded)
         completions = self._run([self._begin(ids, self._detokenizer(), options) for ids in encoded])
         return completions[0] if isinstance(prompt, str) else completions
 
     def prompt_ids(self, text: str, *, special: bool = False) -> list[int]:
-        """The prompt of `complete`: the text's tokens, after BOS if the tokenizer's configuration adds it."""
+        """The prompt of `complete`: the text's tokens, after BOS if the tokenizer's configuration adds it.
+
+        Raises:
+            BadInput: the text is much too long for the context; it is then not even tokenized.
+        """
+        self._check_size(text)
         return self.tokenizer.encode(text, bos=self.tokenizer.adds_bos, special=special)
 
     def is_full(self, completion: Completion) -> bool:
@@ -238,6 +248,22 @@ class Runner:
 
     def _detokenizer(self) -> Detokenizer:
         return self.tokenizer.stream(continues=True)
+
+    def _check_size(self, *texts: object) -> None:
+        size = sum(len(text) for text in texts if isinstance(text, str))
+        if size > MIN_CHECKED_SIZE and size > SHRINKAGE * self.context_length * self.tokenizer.max_token_bytes:
+            raise BadInput(
+                f"the text has {size:,} characters, too many for the context of {self.context_length} tokens"
+            )
+
+    def _check_memory(self, prompts: Iterable[Sequence[int]]) -> None:
+        """Raise BadInput if the prompts that run together need more KV cache than there is memory."""
+        cache, available = self._engine.executor.cache, available_memory(self.network.device)
+        sizes = sorted(cache.bytes_for(len(ids)) for ids in prompts)
+        needed = sum(sizes[-self._engine.config.max_num_seqs :])
+        if available is not None and needed > available:
+            memory = f"{needed / 1e9:.1f} GB of KV cache, and {available / 1e9:.1f} GB of memory are available"
+            raise BadInput(f"the prompt needs {memory}: shorten it, or pass fewer at once")
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids:
@@ -268,6 +294,7 @@ class Runner:
 
     def _begin(self, ids: list[int], detokenizer: Detokenizer, options: Options) -> Stream:
         room = self._check_room(ids)
+        self._check_memory([ids])
         sampling = dict(options)
         limit, stop, seed, logprobs = (sampling.pop(name, None) for name in ("max_tokens", "stop", "seed", "logprobs"))
         for name, value, least in (("max_tokens", limit, 1), ("logprobs", logprobs, 0), ("seed", seed, 0)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -74,14 +75,31 @@ class Sampling:
     @classmethod
     def recommended(cls, generation: Mapping[str, Any]) -> Sampling:
         """The options that a checkpoint's ``generation_config.json`` recommends; the defaults if it recommends none."""
+        named = {field.name: _number(generation, field.name) for field in fields(cls)}
         if generation.get("do_sample") is False:
-            return cls(temperature=0)
-        named = {field.name: generation.get(field.name) for field in fields(cls)}
+            return cls(temperature=0).replace(repetition_penalty=named["repetition_penalty"])
         samples = any(named[name] is not None for name in ("temperature", "top_p", "top_k"))
         if not generation.get("do_sample") and not samples:
             return cls().replace(repetition_penalty=named["repetition_penalty"])
         # a recommendation is complete: filters that it doesn't name are off
         return cls(temperature=1.0, top_p=1.0).replace(**named)
+
+
+def _number(generation: Mapping[str, Any], name: str) -> Any:
+    """An option of generation_config.json: a number may be written as a string, and a top_k of -1 turns it off."""
+    value = generation.get(name)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    if name == "top_k" and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if name == "top_k" and value == -1:
+        value = 0
+    try:
+        Sampling().replace(**{name: value})
+    except BadInput as error:
+        raise BadInput(f"generation_config.json: {error}") from None
+    return value
 
 
 class Choice(NamedTuple):

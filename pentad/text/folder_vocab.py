@@ -62,7 +62,10 @@ def load(checkpoint: Source) -> Tokenizer | None:
     if file is None:
         return None
     config = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / _CONFIG)}
-    generation = _optional(folder / "generation_config.json")
+    settings = folder / "generation_config.json"
+    generation = _optional(settings)
+    if not settings.is_file() and checkpoint.format == "hf":  # as in transformers
+        settings, generation = folder / "config.json", dict(checkpoint.config)
     vocabulary = _read(file, config, generation, checkpoint)
     backend = vocabulary.backend
     special_tokens = {**vocabulary.special_tokens, **_special_tokens(config)}
@@ -72,7 +75,7 @@ def load(checkpoint: Source) -> Tokenizer | None:
     return Tokenizer(
         backend,
         bos_id=control.get(special_tokens.get("bos_token", ""), generation.get("bos_token_id")),
-        eos_ids=[*([] if eos is None else [eos]), *_as_ids(generation.get("eos_token_id"), folder)],
+        eos_ids=[*([] if eos is None else [eos]), *_as_ids(generation.get("eos_token_id"), settings)],
         adds_bos=vocabulary.adds_bos if add_bos is None else bool(add_bos),
         special_tokens=special_tokens,
         templates=_templates(folder, config, vocabulary.template),
@@ -179,10 +182,10 @@ def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _as_ids(value: Any, folder: Path) -> list[int]:
+def _as_ids(value: Any, file: Path) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) for i in ids):
-        raise BadInput(f"{folder / 'generation_config.json'}: eos_token_id is {value!r}; expected ids")
+        raise BadInput(f"{file}: eos_token_id is {value!r}; expected ids")
     return ids
 
 

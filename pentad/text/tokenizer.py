@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,6 +72,13 @@ class Tokenizer:
         ends = [self.control[string] for string in END_OF_TURN if string in self.control]
         self.eos_ids = tuple(dict.fromkeys([*eos_ids, *ends]))
         self.adds_bos = adds_bos and bos_id is not None
+
+    @cached_property
+    def max_token_bytes(self) -> float:
+        """The length of the longest token; infinite if a token can stand for any number of unknown characters."""
+        tokens = [self.backend.token_bytes(token) for token in range(self.vocab_size)]
+        single_bytes = {token for token in tokens if len(token) == 1}
+        return max(map(len, tokens)) if len(single_bytes) > 128 else math.inf  # else there are only ASCII characters
 
     @property
     def chat_template(self) -> str | None:

@@ -51,7 +51,7 @@ def _checked(value: Any, hint: Any, name: str, least: float | None = None) -> An
             enough = value > 0 if least is None else value >= least
             if not enough or not value < (MAX_SIZE if cls is int else 1e30):  # also refuses NaN
                 raise BadInput(f"{name} is {str(value)[:40]}, which is not a possible size")
-            if cls is float or int(value) == value:
+            if cls is float or isinstance(value, int):
                 return cls(value)
         plain = get_origin(cls) or cls
         if plain not in (int, float, tuple) and isinstance(value, plain):

@@ -53,3 +53,10 @@ def test_bench_outside_the_context(pentad, smollm2: Path) -> None:
     done = pentad("bench", smollm2, "--context", "100", "--depth", "60", "--generate", "41", "--prompt", "0", "--json")
     assert done.code == 2
     assert "101 tokens" in done.error
+
+
+def test_bench_refuses_what_memory_cannot_hold(pentad, smollm2: Path) -> None:
+    done = pentad("bench", smollm2, "--batch", "10000000", "--prompt", "0", "--generate", "1")
+    assert done.code == 2
+    assert "--batch 10000000" in done.error
+    assert done.error.count("GB") + done.error.count("TB") == 2

@@ -360,15 +360,15 @@ def test_a_failure_while_tokens_are_chosen_draws_no_number_twice(
 
     alone = pair()
     finish(Engine(step), *alone)
-    failing, logprobs, calls = pair(), pentad.generate.engine._logprobs, []
+    failing, make, calls = pair(), pentad.generate.engine.TokenLogprobs, []
 
     def failing_logprobs(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == fails + 1:
             raise RuntimeError("out of memory")
-        return logprobs(*arguments)
+        return make(*arguments)
 
-    monkeypatch.setattr(pentad.generate.engine, "_logprobs", failing_logprobs)
+    monkeypatch.setattr(pentad.generate.engine, "TokenLogprobs", failing_logprobs)
     engine = Engine(step)
     for one in failing:
         engine.submit(one)

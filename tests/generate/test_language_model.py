@@ -140,7 +140,7 @@ def test_a_stop_string_across_tokens(model: LanguageModel) -> None:
 
 
 def test_an_end_token_is_not_part_of_the_reply(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert model.tokenizer.eos_ids == (END_ID,)
+    assert model.tokenizer.eos_ids[0] == END_ID
     whole = model.complete(TEXT, temperature=0, max_tokens=12).token_ids
     monkeypatch.setattr(model.tokenizer, "eos_ids", (END_ID, whole[5]))
     ended = model.complete(TEXT, temperature=0, max_tokens=12)
@@ -345,3 +345,19 @@ def test_a_score_that_is_interrupted_gives_its_pages_back(
 def test_an_option_that_there_is_none_of(model: LanguageModel) -> None:
     with pytest.raises(BadInput, match=r"option 'max_token'.*max_tokens"):
         model.complete(TEXT, max_token=5)  # type: ignore[call-arg]
+
+
+def test_a_text_far_beyond_the_context_is_not_tokenized(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "ab" * 10_000_000
+    monkeypatch.setattr(model.tokenizer.backend, "encode", None)
+    for call in (model.complete, model.chat, model.score):
+        with pytest.raises(BadInput, match="20,000,000 characters"):
+            call(text)
+
+
+def test_prompts_that_memory_cannot_hold_are_refused_with_the_numbers(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pentad.generate.runner.available_memory", lambda device: 1000)
+    with pytest.raises(BadInput, match=r"GB of KV cache.* 0\.0 GB"):
+        model.complete(["a b c", "d e f"])

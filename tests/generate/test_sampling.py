@@ -244,3 +244,23 @@ def test_a_row_is_chosen_the_same_alone_and_among_others() -> None:
     assert together == [sample(logits_MV[row : row + 1], [choice(row)])[0][0] for row in range(40)]
     some = [3, 11, 30]
     assert [together[row] for row in some] == sample(logits_MV[some], [choice(row) for row in some])[0]
+
+
+def test_a_greedy_recommendation_keeps_its_repetition_penalty() -> None:
+    sampling = Sampling.recommended({"do_sample": False, "repetition_penalty": 1.5})
+    assert (sampling.temperature, sampling.repetition_penalty) == (0, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [({"top_k": -1}, {"top_k": 0}), ({"top_k": 50.0}, {"top_k": 50}), ({"temperature": "0.7"}, {"temperature": 0.7})],
+)
+def test_numbers_that_mean_the_same(written: dict[str, Any], read: dict[str, Any]) -> None:
+    assert Sampling.recommended({"do_sample": True, **written}) == Sampling.recommended({"do_sample": True, **read})
+
+
+@pytest.mark.parametrize("written", [{"top_k": 1.5}, {"top_k": -2}, {"temperature": "hot"}, {"top_p": True}])
+def test_other_values_are_refused_with_file_and_key(written: dict[str, Any]) -> None:
+    [key] = written
+    with pytest.raises(BadInput, match=rf"generation_config\.json: {key} is"):
+        Sampling.recommended(written)

@@ -209,6 +209,14 @@ def test_generation_config_adds_end_tokens(pipeline: Pipeline, tmp_path: Path) -
     assert load(source).eos_ids == (1, 9, 3)  # type: ignore[union-attr]
 
 
+def test_config_names_end_tokens_if_there_is_no_generation_config(pipeline: Pipeline, tmp_path: Path) -> None:
+    write_folder(tmp_path, pipeline)
+    source = SimpleNamespace(path=tmp_path, format="hf", config={"eos_token_id": 9})
+    assert load(source).eos_ids == (1, 9, 3)  # type: ignore[union-attr]
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert load(source).eos_ids == (1, 3)  # type: ignore[union-attr]
+
+
 def test_no_tokenizer_files_means_no_tokenizer(tmp_path: Path) -> None:
     assert load(SimpleNamespace(path=tmp_path, format="hf", config={})) is None
     assert load(SimpleNamespace(path=None, format="gguf", config={})) is None

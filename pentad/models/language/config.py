@@ -5,6 +5,7 @@ pentad uses the field names of Hugging Face's ``config.json``. GGUF metadata
 into these names, and back.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,6 +20,8 @@ from pentad.models.language.decoder_only import DecoderConfig
 from pentad.nn.rope_scaling import FrequencyFactors, Linear, Llama3, Yarn, inverse_frequencies
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.config import MAX_SIZE, read_config
+
+_logger = logging.getLogger(__name__)
 
 GGUF_FIELDS = {
     "hidden_size": "embedding_length",
@@ -65,12 +68,27 @@ def read_family_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
     cls = family.config
     match checkpoint.format:
         case "gguf":
+            _check_rotary_dim(family, checkpoint)
             values = _from_gguf(checkpoint)
         case "consolidated":
             values = _from_params(checkpoint)
         case _:
             values = _from_hf(checkpoint, {**cls.HF_NAMES, **cls.OLD_HF_NAMES})
     return read_config(cls, values, checkpoint.path).resolve(checkpoint)
+
+
+def _check_rotary_dim(family: Family, checkpoint: Checkpoint) -> None:
+    """Raise BadInput if a GGUF rotates another number of dimensions than the family's heads have."""
+    metadata, arch = checkpoint.config, checkpoint.config["general.architecture"]
+    key, heads = f"{arch}.rope.dimension_count", metadata.get(f"{arch}.attention.head_count")
+    width, dims = metadata.get(f"{arch}.embedding_length"), metadata.get(key)
+    if dims is None or hasattr(family.config, "partial_rotary_factor") or not isinstance(width, int):
+        return
+    head_dim = metadata.get(f"{arch}.attention.key_length") or (
+        width // heads if isinstance(heads, int) and heads else 0
+    )
+    if dims != head_dim:
+        raise BadInput(f"{checkpoint.path}: {key} is {str(dims)[:40]}; expected {head_dim}, the size of a head")
 
 
 def write_family_config(family: Family, config: ModelConfig, format: str) -> dict[str, Any]:
@@ -123,6 +141,15 @@ def corrected_by_tensors(config: ModelConfig, checkpoint: Checkpoint) -> ModelCo
 
 def _from_hf(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]:
     config = dict(checkpoint.config)
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise BadInput(
+            f"{checkpoint.path}: quantization_config has the quant_method {str(method)[:40]!r}, which is not supported;"
+            " use the model's unquantized weights or a GGUF file"
+        )
+    if "auto_map" in config:
+        _logger.info("%s: the code that auto_map names is not run; pentad has its own", checkpoint.path)
     config |= {field: config[name] for name, field in names.items() if config.get(name) is not None}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = dict(rope) if isinstance(rope, Mapping) else {"rope_type": rope}  # an unknown name, which is an error
