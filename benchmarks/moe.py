@@ -169,7 +169,7 @@ def compare_forward(args: argparse.Namespace, layer: MixtureOfExperts, dtype: to
         layers[f"capacity factor {factor}"] = variant(layer, capacity=Capacity(factor * args.top_k, args.experts))
     for each in layers.values():
         check(each, x_ND, batch)
-    cases: dict[str, Run] = {"dense": lambda x_ND: dense(x_ND, batch)[0]}
+    cases: dict[str, Run] = {"dense": lambda x_ND: dense(x_ND)}
     cases |= {case: (lambda x_ND, each=each: each(x_ND, batch)[0]) for case, each in layers.items()}
     times = measure(cases, lambda: tokens(args, args.tokens, dtype), args.repeats)
     notes = {

@@ -1,4 +1,4 @@
-"""Networks with weights in place: trainable from files, initialised from a seed; configs read from headers alone."""
+"""`build`: networks initialized from a seed or loaded from a checkpoint, and configs read without tensor data."""
 
 import copy
 from collections.abc import Callable
@@ -68,14 +68,14 @@ def test_initial_weights_are_distributed_as_transformers_draws_them(tmp_path: Pa
         expected = theirs.get_parameter(name)
         if parameter.dim() < 2:
             assert torch.equal(parameter, expected), name
-        else:  # of n normal numbers the standard deviation varies by 1 / sqrt(2 n)
+        else:  # the standard deviation of n normal samples has a relative error of 1 / sqrt(2 n)
             tolerance = 6 * parameter.numel() ** -0.5
             assert parameter.std().item() == pytest.approx(expected.std().item(), rel=tolerance), name
             assert abs(parameter.mean().item()) < 6 * expected.std().item() * parameter.numel() ** -0.5, name
 
 
-def test_published_rules_that_transformers_does_not_have() -> None:
-    """Qwen's residual projections shrink with depth; OpenMoE's experts have a rule of their own."""
+def test_published_initializations_that_transformers_lacks() -> None:
+    """Qwen scales residual projections down with depth; OpenMoE initializes experts by their input width."""
     qwen = build(QwenConfig(**WIDE, seq_length=64), seed=0)
     down, up = qwen.get_parameter("layers.1.feedforward.down_proj.weight"), qwen.get_parameter("embed.weight")
     assert (down.std() / up.std()).item() == pytest.approx(0.5, rel=0.05)  # 1 / sqrt(2 * 2 layers)
@@ -133,7 +133,7 @@ def test_a_trainable_network_of_a_quantized_file_is_dequantized(tmp_path: Path) 
 
 
 def unreadable(checkpoint: Checkpoint) -> Checkpoint:
-    """The same headers; reading any tensor fails."""
+    """Copy a checkpoint so that reading any tensor fails."""
 
     def fail() -> torch.Tensor:
         raise AssertionError("tensor data was read")
@@ -147,7 +147,7 @@ def gguf_checkpoint(folder: Path) -> object:
 
 
 MAKERS: dict[str, Callable[[Path], object]] = {
-    "llama, said to be tied": lambda folder: tiny_checkpoint(folder, edit={"tie_word_embeddings": True}),
+    "llama, tied in the config only": lambda folder: tiny_checkpoint(folder, edit={"tie_word_embeddings": True}),
     **{
         name: lambda folder, name=name: tiny_checkpoint(folder, family=name)  # type: ignore[misc]
         for name in ("mistral", "qwen2", "qwen3", "mixtral", "phi")

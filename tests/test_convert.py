@@ -1,4 +1,4 @@
-"""What is written is read back, by pentad, transformers and ggml's own reader; the way back gives the same bits."""
+"""Converted files are read by pentad, transformers and ggml's reader; converting back gives the same bits."""
 
 import json
 import math
@@ -53,7 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_hf_to_hf_is_the_same_tensors_and_config(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_hf_to_hf_keeps_tensors_and_config(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tiny = tiny_checkpoint(tmp_path / "a", dtype=dtype, edit={"a_field_of_its_own": [1, {"b": None}]}, **CONFIGS[name])
     result = convert(tiny.folder, tmp_path / "b", to="hf", shard_bytes=20_000)
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
@@ -64,8 +64,8 @@ def test_hf_to_hf_is_the_same_tensors_and_config(name: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("to", ["hf", "gguf", "mistral"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_there_and_back(name: str, to: str, tmp_path: Path) -> None:
-    """The same logits here; and after the way back, the same bits and what transformers computes with them."""
+def test_converting_there_and_back(name: str, to: str, tmp_path: Path) -> None:
+    """The converted file gives transformers' logits; converting back to hf restores the tensors bit by bit."""
     tiny = tiny_checkpoint(tmp_path / "a", **CONFIGS[name])
     family, known = name.split(",")[0], {"llama", "mistral"}
     there = tmp_path / ("there.gguf" if to == "gguf" else "there")
@@ -88,41 +88,43 @@ def test_there_and_back(name: str, to: str, tmp_path: Path) -> None:
     assert_equal_logits(peer_logits(peer, ids)[: len(expected)], expected)
 
 
-def test_a_window_that_gguf_cannot_say_is_told(tmp_path: Path) -> None:
+def test_a_note_says_that_gguf_drops_the_window(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a", family="mistral", sliding_window=12)
     (note,) = convert(tmp_path / "a", tmp_path / "m.gguf", to="gguf").notes
-    assert note == "gguf files can't store the sliding window: it is dropped"
+    assert "gguf" in note
+    assert "sliding window" in note
     assert not convert(tmp_path / "a", tmp_path / "b", to="mistral").notes
     assert json.loads((tmp_path / "b/params.json").read_text())["sliding_window"] == 12
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_space_that_llama_cpp_puts_after_control_tokens_is_told(legacy: bool, tmp_path: Path) -> None:
+def test_a_note_says_that_llama_cpp_adds_a_space_after_control_tokens(legacy: bool, tmp_path: Path) -> None:
     """Orca 2's tokenizer_config.json has `"legacy": false`."""
     tiny = tiny_checkpoint(tmp_path / "a", vocab_size=700)
     (tiny.folder / "tokenizer.model").write_bytes(sentencepiece_model())
     (tiny.folder / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
     notes = convert(tiny.folder, tmp_path / "b.gguf", to="gguf").notes
-    assert [note for note in notes if "without a space after a control token" in note] == ([] if legacy else notes)
-    assert bool(notes) != legacy
+    assert len(notes) == (0 if legacy else 1)
+    assert all("space" in note and "control token" in note for note in notes)
 
 
-def test_a_scaling_for_long_texts_that_gguf_cannot_say_is_told(tmp_path: Path) -> None:
+def test_a_note_says_that_gguf_drops_dynamic_scaling(tmp_path: Path) -> None:
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     tiny = tiny_checkpoint(tmp_path / "a", rope_parameters=dynamic)
     (note,) = convert(tiny.folder, tmp_path / "m.gguf", to="gguf").notes
-    assert note == "gguf files can't store RoPE's scaling for long texts: it is dropped"
+    assert "gguf" in note
+    assert "RoPE" in note
     ids = random_ids(60)
     assert_equal_logits(logits_of(network_of(tmp_path / "m.gguf"), ids), peer_logits(tiny.peer, ids))
     qwen_checkpoint(tmp_path / "qwen", seq_length=24, use_dynamic_ntk=True, use_logn_attn=True)
     notes = convert(tmp_path / "qwen", tmp_path / "q.gguf", to="gguf").notes
     assert [("RoPE" in note, "attention" in note) for note in notes] == [(True, False), (False, True)]
     short = random_ids(20)
-    whole, cut = network_of(tmp_path / "qwen"), network_of(tmp_path / "q.gguf")
-    assert_equal_logits(logits_of(cut, short), logits_of(whole, short))
+    before, after = network_of(tmp_path / "qwen"), network_of(tmp_path / "q.gguf")
+    assert_equal_logits(logits_of(after, short), logits_of(before, short))
 
 
-def test_qwen_there_and_back(tmp_path: Path) -> None:
+def test_converting_qwen_there_and_back(tmp_path: Path) -> None:
     tiny = qwen_checkpoint(tmp_path / "a")
     convert(tiny.folder, tmp_path / "m.gguf", to="gguf")
     convert(tmp_path / "m.gguf", tmp_path / "b", to="hf")
@@ -134,13 +136,13 @@ def test_qwen_there_and_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("type_name", GGUF_TYPES)
 def test_quantizing(type_name: str, tmp_path: Path) -> None:
-    """ggml's own reader and dequantizer see what we see; embedding and head have 8 bits where others have fewer."""
+    """ggml's reader and dequantizer agree with pentad's; embedding and head get 8 bits if other matrices get fewer."""
     tiny = tiny_checkpoint(tmp_path / "a", **WIDE)
     convert(tmp_path / "a", tmp_path / "m.gguf", to="gguf", quantize=type_name)
     reader = GGUFReader(tmp_path / "m.gguf")
     types = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
-    few = type_name.startswith(("q4", "q5"))
-    assert types["token_embd.weight"] == types["output.weight"] == ("q8_0" if few else type_name)
+    under_8_bits = type_name.startswith(("q4", "q5"))
+    assert types["token_embd.weight"] == types["output.weight"] == ("q8_0" if under_8_bits else type_name)
     assert types["blk.0.ffn_up.weight"] == types["blk.1.attn_q.weight"] == type_name
     assert types["blk.0.attn_norm.weight"] == "f32"
     for tensor in reader.tensors:
@@ -149,11 +151,11 @@ def test_quantizing(type_name: str, tmp_path: Path) -> None:
             assert torch.equal(network_of(tmp_path / "m.gguf").layers[1].feedforward.up_proj.weight, theirs)
     ids = random_ids(30)
     expected = peer_logits(tiny.peer, ids)
-    off = rms(logits_of(network_of(tmp_path / "m.gguf"), ids) - expected) / rms(expected)
-    assert off < (0.5 if few else 0.05)
+    error = rms(logits_of(network_of(tmp_path / "m.gguf"), ids) - expected) / rms(expected)
+    assert error < (0.5 if under_8_bits else 0.05)
 
 
-def test_blocks_pass_unchanged(tmp_path: Path) -> None:
+def test_quantized_blocks_are_copied_unchanged(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", tiny_peer(**WIDE), "Q4_1")
     convert(tmp_path / "a.gguf", tmp_path / "b.gguf", to="gguf")
     ours, theirs = (
@@ -163,7 +165,7 @@ def test_blocks_pass_unchanged(tmp_path: Path) -> None:
     assert ours == theirs
 
 
-def test_a_quantized_file_becomes_a_folder_of_a_dtype(tmp_path: Path) -> None:
+def test_a_quantized_file_is_dequantized_to_hf(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", peer := tiny_peer(**WIDE), "Q4_1")
     convert(tmp_path / "a.gguf", tmp_path / "half", to="hf")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "half").values()} == {torch.bfloat16}
@@ -174,7 +176,7 @@ def test_a_quantized_file_becomes_a_folder_of_a_dtype(tmp_path: Path) -> None:
     assert_equal_logits(peer_logits(read, ids), peer_logits(peer, ids))
 
 
-def test_gguf_in_parts(tmp_path: Path) -> None:
+def test_a_split_gguf(tmp_path: Path) -> None:
     tiny = tiny_checkpoint(tmp_path / "a")
     result = convert(tmp_path / "a", tmp_path / "m.gguf", to="gguf", shard_bytes=20_000)
     assert len(result.files) > 1
@@ -182,7 +184,7 @@ def test_gguf_in_parts(tmp_path: Path) -> None:
     assert_equal_logits(logits_of(network_of(result.path), ids), peer_logits(tiny.peer, ids))
 
 
-def test_the_tokenizer_and_what_is_recommended_go_along(tmp_path: Path) -> None:
+def test_the_tokenizer_and_generation_config_are_converted_too(tmp_path: Path) -> None:
     from pentad import load
 
     talking_checkpoint(tmp_path / "a")
@@ -209,7 +211,7 @@ def test_the_same_conversion_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_experts_stored_one_by_one_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one such layout into another, a rule's tensors are put together once, not once for each of them."""
+    """Converting between two layouts that store experts one by one reads each tensor once."""
     tiny_checkpoint(tmp_path / "a", family="mixtral", num_local_experts=4)
     checkpoint = weights.open(tmp_path / "a")
     reads = Counter[str]()
@@ -228,8 +230,8 @@ def test_experts_stored_one_by_one_are_read_once(tmp_path: Path, monkeypatch: py
     assert set(reads.values()) == {1}
 
 
-def test_routers_of_a_quantized_mixture_stay_whole(tmp_path: Path) -> None:
-    """As llama.cpp keeps them."""
+def test_routers_of_a_quantized_mixture_are_float32(tmp_path: Path) -> None:
+    """llama.cpp doesn't quantize them either."""
     tiny_checkpoint(tmp_path / "a", family="mixtral", num_local_experts=4, dtype=torch.bfloat16, **WIDE)
     for type_name in ("q8_0", "f16", None):
         convert(tmp_path / "a", path := tmp_path / f"{type_name}.gguf", to="gguf", quantize=type_name)
@@ -256,7 +258,7 @@ def test_routers_of_a_quantized_mixture_stay_whole(tmp_path: Path) -> None:
         ("b", {"to": "hf", "dtype": "int8"}, "dtype is int8"),
     ],
 )
-def test_refusals(destination: str, options: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(destination: str, options: dict[str, str], message: str, tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("kept")
@@ -273,7 +275,7 @@ def test_refusals(destination: str, options: dict[str, str], message: str, tmp_p
 @pytest.mark.parametrize(
     ("to", "rope"), [("gguf", {**YARN, "attention_factor": 0.5}), ("mistral", LINEAR), ("mistral", LLAMA3)], ids=str
 )
-def test_a_scaling_that_a_format_has_no_place_for(to: str, rope: dict[str, Any], tmp_path: Path) -> None:
+def test_a_scaling_that_a_format_cannot_store_is_refused(to: str, rope: dict[str, Any], tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a", rope_parameters={"rope_theta": 10000.0, **rope})
     there = tmp_path / ("b.gguf" if to == "gguf" else "b")
     with pytest.raises(BadInput, match="can't store rope_parameters"):
@@ -281,7 +283,7 @@ def test_a_scaling_that_a_format_has_no_place_for(to: str, rope: dict[str, Any],
     assert not there.exists()
 
 
-def test_a_model_without_a_tokenizer_has_none_anywhere(tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_stays_without(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a")
     (tmp_path / "a/generation_config.json").unlink()
     for source, name, to in (("a", "b.gguf", "gguf"), ("b.gguf", "c.gguf", "gguf"), ("c.gguf", "d", "hf")):
@@ -291,7 +293,7 @@ def test_a_model_without_a_tokenizer_has_none_anywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["hf", "mistral", "gguf"])
-def test_a_tokenizer_that_does_not_fit(to: str, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_embedding_is_refused(to: str, tmp_path: Path) -> None:
     talking_checkpoint(tmp_path / "a", vocab_size=200)
     there = tmp_path / ("b.gguf" if to == "gguf" else "b")
     with pytest.raises(BadInput, match=r"257 ids.* 200 rows"):
@@ -299,7 +301,7 @@ def test_a_tokenizer_that_does_not_fit(to: str, tmp_path: Path) -> None:
     assert not (there).exists()
 
 
-def test_a_head_that_the_config_wrongly_calls_tied(tmp_path: Path) -> None:
+def test_an_untied_head_is_kept_if_the_config_says_tied(tmp_path: Path) -> None:
     tiny = tiny_checkpoint(tmp_path / "a", edit={"tie_word_embeddings": True})
     assert_same_bits(tensors_of(convert(tiny.folder, tmp_path / "b", to="hf").path), tensors_of(tiny.folder))
     file = convert(tiny.folder, tmp_path / "b.gguf", to="gguf").path
@@ -307,27 +309,27 @@ def test_a_head_that_the_config_wrongly_calls_tied(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_with_a_bias_is_written_to_gguf(tmp_path: Path) -> None:
-    """llama.cpp reads no phi2 without one."""
+    """llama.cpp can't read a phi2 file without the head."""
     tiny = tiny_checkpoint(tmp_path / "a", family="phi", num_key_value_heads=4, tie_word_embeddings=True)
     file = convert(tiny.folder, tmp_path / "b.gguf", to="gguf").path
     assert {"output.weight", "output.bias"} <= {tensor.name for tensor in GGUFReader(file).tensors}
     assert_equal_logits(logits_of(network_of(file), random_ids(9)), peer_logits(tiny.peer, random_ids(9)))
 
 
-def test_a_bias_that_llama_cpp_has_no_place_for(tmp_path: Path) -> None:
+def test_a_bias_that_gguf_lacks_is_refused(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a", family="qwen3", attention_bias=True)
-    with pytest.raises(BadInput, match="gguf files of such a qwen3 model don't exist"):
+    with pytest.raises(BadInput, match=r"gguf.* qwen3"):
         convert(tmp_path / "a", tmp_path / "b.gguf", to="gguf")
 
 
-def test_a_config_without_weights(tmp_path: Path) -> None:
+def test_a_config_without_weights_is_refused(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a")
     (tmp_path / "a/model.safetensors").unlink()
-    with pytest.raises(BadInput, match="no weights beside the config"):
+    with pytest.raises(BadInput, match="no weights"):
         convert(tmp_path / "a", tmp_path / "b", to="hf")
 
 
-def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
+def test_values_outside_the_dtypes_range_are_refused(tmp_path: Path) -> None:
     tiny = tiny_checkpoint(tmp_path / "a")
     tiny.peer.model.norm.weight.data[0] = 1e30
     tiny.peer.save_pretrained(tiny.folder)

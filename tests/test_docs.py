@@ -1,8 +1,8 @@
-"""Docs can't rot: every example runs, every command exists, every link leads somewhere.
+"""The docs' examples run, their commands exist, and their links have targets.
 
-A document's blocks run from top to bottom in one empty folder: ``python`` blocks share their names,
-and ``console`` blocks give the lines that start with ``$ `` to bash. Commands that would install or
-build are not run; that what they name exists is checked.
+A document's blocks run from top to bottom in one empty folder. ``python`` blocks share their namespace; bash runs the
+lines of ``console`` blocks that start with ``$ ``. Commands that install or build are not run: the tests only check
+that the scripts and make targets exist.
 """
 
 import os
@@ -34,19 +34,19 @@ class Block:
 
 
 def blocks(document: Path) -> list[Block]:
-    """The fenced blocks of a document, with the line that each one's text starts on."""
+    """The fenced blocks of a document, with the line number of each block's first line."""
     text = document.read_text()
     return [Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1) for match in BLOCK.finditer(text)]
 
 
 def commands(block: Block) -> list[str]:
-    """The commands of a console block: the lines after ``$ ``, joined where they go on."""
+    """The commands of a console block: lines after ``$ ``, with continuation lines joined."""
     joined = block.text.replace("\\\n", " ")
     return [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
 
 
-def exists(command: str) -> bool:
-    """Whether a command is one that is only looked up, because running it installs or builds."""
+def is_only_checked(command: str) -> bool:
+    """Return True for a command that installs or builds, after checking that its script or make target exists."""
     words = shlex.split(command, comments=True)
     match words:
         case ["make", *targets]:
@@ -59,12 +59,12 @@ def exists(command: str) -> bool:
             unknown = set() if (ROOT / path).is_file() else {path}
         case _:
             return False
-    assert not unknown, f"{command}: there is no {', '.join(sorted(unknown))}"
+    assert not unknown, f"{command}: {', '.join(sorted(unknown))} doesn't exist"
     return True
 
 
 def run_command(command: str, folder: Path) -> None:
-    """Run a command as a reader of the docs would, with this environment's pentad first."""
+    """Run a command with this environment's pentad first on the PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
@@ -78,17 +78,17 @@ def run_command(command: str, folder: Path) -> None:
 
 
 def run_document(document: Path, folder: Path) -> int:
-    """Run a document's blocks in order and say how many ran."""
+    """Run a document's blocks in order; returns how many ran."""
     names: dict[str, Any] = {"__name__": "__main__"}
     ran = 0
     for block in blocks(document):
         if block.language == "python":
-            # Blank lines before the block make a traceback name the document's own lines.
+            # Blank lines before the block give tracebacks the document's line numbers.
             source = "\n" * (block.line - 1) + block.text
             exec(compile(source, str(document), "exec"), names)
             ran += 1
         for command in commands(block) if block.language == "console" else []:
-            if not exists(command):
+            if not is_only_checked(command):
                 run_command(command, folder)
                 ran += 1
     return ran
@@ -107,19 +107,19 @@ def test_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("document", EVERY_DOCUMENT, ids=name_of)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_have_targets(document: Path) -> None:
     targets = [a or b for a, b in LINK.findall(BLOCK.sub("", document.read_text()))]
     local = [target.split("#")[0] for target in targets if "://" not in target]
     assert not [target for target in local if not (document.parent / target).exists()]
 
 
 @pytest.mark.parametrize("document", EVERY_DOCUMENT, ids=name_of)
-def test_blocks_say_what_they_are(document: Path) -> None:
+def test_blocks_name_a_known_language(document: Path) -> None:
     known = {"python", "console", "text", "toml", "json"}
     assert {block.language for block in blocks(document)} <= known
 
 
-def test_harness_sees_what_is_wrong(tmp_path: Path) -> None:
+def test_the_harness_finds_errors(tmp_path: Path) -> None:
     document = tmp_path / "rotten.md"
     for block in ("python\nassert False", "console\n$ false", "console\n$ make nonsense"):
         document.write_text(f"```{block}\n```\n")

@@ -1,4 +1,4 @@
-"""What holds on a CUDA device: `make gpu` runs it, with the Python and the packages at hand."""
+"""Tests on a CUDA device: `make gpu` runs them with the installed packages."""
 
 from pathlib import Path
 
@@ -28,14 +28,14 @@ def load(folder: Path, dtype: str, device: str = DEVICE) -> pentad.LanguageModel
 
 
 def in_chunks(model: pentad.LanguageModel, page_size: int) -> Tensor:
-    """All logits of `IDS`, run through the cache as a prefill of two chunks, then token by token."""
+    """Compute the logits of `IDS` through the cache: prefill in two chunks, then decode token by token."""
     run = PlainStep(model.network, page_size=page_size)
     sequence = run.cache.open(len(IDS))
     chunks = [IDS[:64], IDS[64:180], *([token] for token in IDS[180:])]
     return torch.cat([run([(sequence, chunk)], range(len(chunk))) for chunk in chunks]).cpu()
 
 
-def test_float32_is_the_cpus(folder: Path) -> None:
+def test_float32_logits_equal_the_cpus(folder: Path) -> None:
     model = load(folder, "float32")
     exact = load(folder, "float32", "cpu").logits(IDS)
     assert_equal_logits(model.logits(IDS).cpu(), exact)
@@ -43,7 +43,7 @@ def test_float32_is_the_cpus(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_as_near_as_the_cpus(folder: Path, dtype: str) -> None:
+def test_half_precision_is_as_accurate_as_on_the_cpu(folder: Path, dtype: str) -> None:
     model = load(folder, dtype)
     exact = load(folder, "float32", "cpu").logits(IDS)
     bound = 1.2 * rms(load(folder, dtype, "cpu").logits(IDS) - exact)
@@ -51,30 +51,30 @@ def test_half_precision_is_as_near_as_the_cpus(folder: Path, dtype: str) -> None
     assert 0 < rms(in_chunks(model, 256) - exact) <= bound
 
 
-def test_text_is_the_same_in_any_batch(folder: Path) -> None:
+def test_a_batch_gives_the_same_tokens_as_single_prompts(folder: Path) -> None:
     model = load(folder, "float32")
     prompts = ["Hello", "How are you", "?"]
-    together = model.complete(prompts, max_tokens=16, temperature=0)
-    alone = [model.complete(prompt, max_tokens=16, temperature=0) for prompt in prompts]
-    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
-    assert all(c.completion_tokens for c in alone)
+    batched = model.complete(prompts, max_tokens=16, temperature=0)
+    single = [model.complete(prompt, max_tokens=16, temperature=0) for prompt in prompts]
+    assert [c.token_ids for c in batched] == [c.token_ids for c in single]
+    assert all(c.completion_tokens for c in single)
 
 
 @pytest.mark.parametrize("window", [None, 1, 37, 300])
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_ragged_attention_is_the_plain_roads(dtype: torch.dtype, paged: bool, window: int | None) -> None:
-    """Several sequences of other lengths, on pages that are scattered and not full."""
+def test_ragged_attention_matches_float32(dtype: torch.dtype, paged: bool, window: int | None) -> None:
+    """Several sequences of different lengths, on pages that are scattered and partly full."""
     lengths, new = (300, 5, 530), (1, 5, 40)
     q = torch.randn(sum(new), 4, 64, device=DEVICE, dtype=dtype)
     queries, keys = SequenceLayout.of(new), SequenceLayout.of(lengths)
     k, v = (torch.randn(7 * 256 if paged else sum(lengths), 2, 64, device=DEVICE, dtype=dtype) for _ in range(2))
-    where: SequenceLayout | PagedKV = keys
+    layout: SequenceLayout | PagedKV = keys
     if paged:
         slots = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-        where = PagedKV([k], [v], 256, ((6, 0), (3,), (5, 1, 2)), lengths, slots)
-    y = attention(q, k, v, queries, where, causal=True, window=window)
-    exact = attention(q.float(), k.float(), v.float(), queries, where, causal=True, window=window)
+        layout = PagedKV([k], [v], 256, ((6, 0), (3,), (5, 1, 2)), lengths, slots)
+    y = attention(q, k, v, queries, layout, causal=True, window=window)
+    exact = attention(q.float(), k.float(), v.float(), queries, layout, causal=True, window=window)
     assert rms(y.float() - exact) <= 0.01 * rms(exact)
 
 

@@ -1,7 +1,8 @@
-"""From files to networks: Hugging Face folders and GGUF, whole and broken."""
+"""Loading Hugging Face folders and GGUF files, valid and invalid."""
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # whole blo
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Saves the folder's tensors anew, after `edit` has changed the dict of them."""
+    """Apply `edit` to the dict of the folder's tensors, and save it."""
     file = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     edit(tensors)
@@ -65,25 +66,25 @@ def test_missing_unused_and_misshapen_tensors_are_named_in_one_line(tmp_path: Pa
         "2 missing: model.norm.weight, lm_head.weight" in message
     )
     assert "2 of the wrong shape" in message
-    assert f"{q} is [32, 31], the config asks for [32, 32]" in message
-    assert f"{up} is [32, 48], the config asks for [48, 32]" in message
+    assert re.search(rf"{q} is \[32, 31\].* \[32, 32\]", message)
+    assert re.search(rf"{up} is \[32, 48\].* \[48, 32\]", message)
     assert "1 not used: model.layers.0.self_attn.q_norm.weight" in message
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"num_hidden_layers": 3}, "9 missing: model.layers.2.input_layernorm.weight"),
-        ({"num_hidden_layers": 1}, "9 not used: model.layers.1."),
-        ({"vocab_size": 97}, "model.embed_tokens.weight is [96, 32], the config asks for [97, 32]"),
-        ({"attention_bias": True}, "8 missing: model.layers.0.self_attn.q_proj.bias"),
-        ({"num_key_value_heads": 4}, "k_proj.weight is [16, 32], the config asks for [32, 32]"),
+        ({"num_hidden_layers": 3}, r"9 missing: model\.layers\.2\.input_layernorm\.weight"),
+        ({"num_hidden_layers": 1}, r"9 not used: model\.layers\.1\."),
+        ({"vocab_size": 97}, r"model\.embed_tokens\.weight is \[96, 32\].* \[97, 32\]"),
+        ({"attention_bias": True}, r"8 missing: model\.layers\.0\.self_attn\.q_proj\.bias"),
+        ({"num_key_value_heads": 4}, r"k_proj\.weight is \[16, 32\].* \[32, 32\]"),
     ],
     ids=str,
 )
 def test_a_config_that_does_not_fit_its_weights(tmp_path: Path, edit: dict[str, Any], message: str) -> None:
     tiny_checkpoint(tmp_path, edit=edit)
-    assert message in refused(tmp_path)
+    assert re.search(message, refused(tmp_path))
 
 
 def test_biases_that_the_config_does_not_mention_are_not_dropped(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_biases_that_the_config_does_not_mention_are_not_dropped(tmp_path: Path)
     assert "8 not used: model.layers.0.self_attn." in refused(tmp_path)
 
 
-def test_what_is_computed_and_what_is_tied_may_lie_in_the_file_too(tmp_path: Path) -> None:
+def test_a_file_may_contain_inv_freq_and_a_tied_head(tmp_path: Path) -> None:
     tiny = tiny_checkpoint(tmp_path, tie_word_embeddings=True)
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
@@ -119,15 +120,15 @@ def config(**values: Any) -> Checkpoint:
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "gemma2", "mistral3", "phi3"])
-def test_a_network_that_differs_is_refused_though_its_name_is_similar(name: str) -> None:
+def test_an_architecture_with_a_similar_name_is_refused(name: str) -> None:
     with pytest.raises(BadInput) as raised:
         family_of(config(model_type=name))
     message = str(raised.value)
-    assert message.startswith(f"somewhere: architecture '{name}' is not supported; supported: ")
+    assert message.startswith(f"somewhere: architecture '{name}' ")
     assert all(family.names.family in message for family in families())
 
 
-def test_an_unknown_architecture_names_those_that_are_known() -> None:
+def test_the_error_for_an_unknown_architecture_lists_the_known_ones() -> None:
     with pytest.raises(BadInput, match=r"'whisper' is not supported; supported: .*llama"):
         family_of(config(model_type="whisper"))
     with pytest.raises(BadInput, match="no 'model_type'"):
@@ -142,8 +143,8 @@ ODD = [0, -1, 1.5, True, "x", [1], {}, {"a": 1}, {"rope_type": [1]}, math.nan, m
 
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("value", ODD, ids=lambda value: str(value)[:20])
-def test_an_odd_value_is_a_config_or_bad_input(field: str, value: object) -> None:
-    """Never another error. (JSON as Python reads it has NaN and numbers of any length.)"""
+def test_an_odd_value_is_accepted_or_bad_input(field: str, value: object) -> None:
+    """Reading the config never raises another error. Python's JSON allows NaN and numbers of any length."""
     checkpoint = config(**{field: value})
     family = family_of(checkpoint)
     message = "somewhere: "
@@ -175,7 +176,7 @@ def test_an_odd_value_is_a_config_or_bad_input(field: str, value: object) -> Non
     ],
     ids=str,
 )
-def test_a_config_that_is_wrong(values: dict[str, Any], message: str) -> None:
+def test_an_invalid_config_is_refused(values: dict[str, Any], message: str) -> None:
     checkpoint = config(**values)
     family = family_of(checkpoint)
     with pytest.raises(BadInput) as raised:
@@ -185,7 +186,7 @@ def test_a_config_that_is_wrong(values: dict[str, Any], message: str) -> None:
 
 
 def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A config may claim more layers than could ever be built; the weights say otherwise."""
+    """A config may claim far more layers than the weights have."""
     tiny_checkpoint(tmp_path, edit={"num_hidden_layers": 10**8})
     built = 0
     register = nn.Module.__init__
@@ -193,22 +194,22 @@ def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path: Path, monke
     def count(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         nonlocal built
         built += 1
-        assert built < 1000, "building what the file's weights can't fill"
+        assert built < 1000, "builds layers for which the file has no weights"
         register(self, *args, **kwargs)
 
     monkeypatch.setattr(nn.Module, "__init__", count)
     refused(tmp_path)
 
 
-def test_sizes_whose_product_overflows(tmp_path: Path) -> None:
+def test_sizes_whose_product_overflows_are_refused(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, edit={"hidden_size": 2**31 - 2, "intermediate_size": 2**31 - 2})
     refused(tmp_path)
     edit_json(tmp_path / "config.json", vocab_size=2**31 - 1, head_dim=2**31 - 2)
     refused(tmp_path)
 
 
-def test_an_older_config_of_yarn_is_stretched_from_its_own_length(tmp_path: Path) -> None:
-    """Without an original length, transformers takes max_position_embeddings for it."""
+def test_an_older_yarn_config_scales_from_max_position_embeddings(tmp_path: Path) -> None:
+    """Without an original length, transformers uses max_position_embeddings."""
     rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
     tiny = tiny_checkpoint(tmp_path, rope_parameters=rope)
     old = {"type": "yarn", "factor": 4.0}
@@ -220,14 +221,14 @@ def test_an_older_config_of_yarn_is_stretched_from_its_own_length(tmp_path: Path
 # --- what is loaded -------------------------------------------------------------------------------
 
 
-def test_weights_are_used_where_they_lie(tmp_path: Path) -> None:
-    """In the mapping of the file, and in both homes of a tied one."""
+def test_weights_are_views_of_the_mapped_file(tmp_path: Path) -> None:
+    """A tied weight is one parameter."""
     tiny_checkpoint(tmp_path, tie_word_embeddings=True)
     checkpoint = pentad.weights.open(tmp_path)
     network = build(checkpoint)
     mapped = mapped_ranges(tmp_path / "model.safetensors")
     for name, parameter in network.named_parameters():
-        assert any(parameter.data_ptr() in place for place in mapped), name
+        assert any(parameter.data_ptr() in addresses for addresses in mapped), name
         assert not parameter.requires_grad
     assert network.head.weight is network.embed.weight
     assert not network.training
@@ -238,19 +239,19 @@ def mapped_ranges(file: Path) -> list[range]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("the system has no /proc/self/maps")
-    places = [line.split() for line in maps.read_text().splitlines()]
-    spans = [line[0].split("-") for line in places if line[-1] == str(file.resolve())]
+    mappings = [line.split() for line in maps.read_text().splitlines()]
+    spans = [line[0].split("-") for line in mappings if line[-1] == str(file.resolve())]
     return [range(int(start, 16), int(stop, 16)) for start, stop in spans]
 
 
-def test_gguf_weights_are_used_where_they_lie(tmp_path: Path) -> None:
+def test_gguf_weights_are_views_of_the_mapped_file_unless_permuted(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     write_gguf(file, tiny_peer(), "F32")
     network = network_of(file)
     mapped = mapped_ranges(file)
     permuted = ("q_proj", "k_proj")
     for name, parameter in network.named_parameters():
-        inside = any(parameter.data_ptr() in place for place in mapped)
+        inside = any(parameter.data_ptr() in addresses for addresses in mapped)
         assert inside != any(part in name for part in permuted), name
 
 
@@ -266,7 +267,7 @@ def test_loading_twice_gives_the_same_bits(tmp_path: Path, source: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_dtype_of_a_folder_is_its_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_the_default_dtype_of_a_folder_is_its_weights_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     tiny_checkpoint(tmp_path, dtype=dtype)
     assert default_dtype(pentad.weights.open(tmp_path)) == dtype
     model = pentad.load(tmp_path)
@@ -275,17 +276,17 @@ def test_the_dtype_of_a_folder_is_its_weights(tmp_path: Path, dtype: torch.dtype
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
+    ("type_name", "dtype"),
     [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
-    + [(kind, torch.bfloat16) for kind in ("Q8_0", "Q4_0", "Q4_1")],
+    + [(name, torch.bfloat16) for name in ("Q8_0", "Q4_0", "Q4_1")],
 )
-def test_the_dtype_of_a_gguf(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
-    write_gguf(tmp_path / "m.gguf", tiny_peer(**WIDE), kind)
+def test_the_default_dtype_of_a_gguf(tmp_path: Path, type_name: str, dtype: torch.dtype) -> None:
+    write_gguf(tmp_path / "m.gguf", tiny_peer(**WIDE), type_name)
     assert default_dtype(pentad.weights.open(tmp_path / "m.gguf")) == dtype
 
 
 @pytest.mark.parametrize("name", ["float16", "torch.float16", torch.float16])
-def test_a_dtype_by_name(tmp_path: Path, name: object) -> None:
+def test_a_dtype_may_be_a_name(tmp_path: Path, name: object) -> None:
     tiny_checkpoint(tmp_path)
     model = pentad.load(tmp_path, dtype=name, cache_dtype="float32")
     assert model.network.norm.weight.dtype == torch.float16
@@ -305,7 +306,7 @@ def test_a_dtype_by_name(tmp_path: Path, name: object) -> None:
     ],
     ids=str,
 )
-def test_an_option_that_is_wrong(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_an_invalid_option_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     tiny_checkpoint(tmp_path)
     with pytest.raises(BadInput) as raised:
         pentad.load(tmp_path, **options)
@@ -313,7 +314,7 @@ def test_an_option_that_is_wrong(tmp_path: Path, options: dict[str, Any], messag
     assert "\n" not in str(raised.value)
 
 
-def test_generation_config_is_what_is_recommended(tmp_path: Path) -> None:
+def test_sampling_defaults_come_from_generation_config(tmp_path: Path) -> None:
     talking_checkpoint(tmp_path)
     recommended = {"do_sample": True, "temperature": 0.4, "top_k": 7}
     (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
@@ -326,7 +327,7 @@ def test_generation_config_is_what_is_recommended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
-def test_weights_that_are_not_numbers(tmp_path: Path, name: str, value: float) -> None:
+def test_nan_or_infinite_weights_are_reported_when_generating(tmp_path: Path, name: str, value: float) -> None:
     talking_checkpoint(tmp_path)
     edit_tensors(tmp_path, lambda tensors: tensors[name][..., 3].fill_(value))
     model = pentad.load(tmp_path)
@@ -337,7 +338,7 @@ def test_weights_that_are_not_numbers(tmp_path: Path, name: str, value: float) -
         lambda: list(model.stream("hello")),
         lambda: model.score("hello"),
     ):
-        with pytest.raises(PentadError, match=r"not numbers .*: its weights are damaged"):
+        with pytest.raises(PentadError, match=r"not numbers .*damaged"):
             use()
 
 

@@ -1,6 +1,7 @@
-"""From GGUF files, as ggml's package writes them, to networks: whole, quantized and broken."""
+"""Loading GGUF files that ggml's package writes: plain, quantized and invalid."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ GGUF_SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
 @pytest.mark.parametrize("shape", GGUF_SHAPES)
-def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, shape: str, type_name: str) -> None:
+def test_gguf_logits_match_transformers(tmp_path: Path, shape: str, type_name: str) -> None:
     file, peer = tmp_path / "m.gguf", tiny_peer(**GGUF_SHAPES[shape])
     before = peer.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
     write_gguf(file, peer, type_name)
@@ -50,8 +51,7 @@ def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, shap
 
 
 @pytest.mark.parametrize("shape", ["gqa", "mha, tied"])
-def test_gguf_is_the_same_network_as_the_folder(tmp_path: Path, shape: str) -> None:
-    """Bit by bit, in float32."""
+def test_a_float32_gguf_gives_the_same_bits_as_the_folder(tmp_path: Path, shape: str) -> None:
     tiny = tiny_checkpoint(tmp_path / "hf", **GGUF_SHAPES[shape])
     write_gguf(tmp_path / "m.gguf", tiny.peer, "F32")
     folder, file = network_of(tmp_path / "hf"), network_of(tmp_path / "m.gguf")
@@ -63,8 +63,8 @@ def test_gguf_is_the_same_network_as_the_folder(tmp_path: Path, shape: str) -> N
 
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1"])
 @pytest.mark.parametrize("shape", GGUF_SHAPES)
-def test_kept_quantized(tmp_path: Path, shape: str, type_name: str) -> None:
-    """As near to float32 on the dequantized weights as bfloat16 is on the same, and nearly so."""
+def test_quantized_weights_are_about_as_accurate_as_bfloat16(tmp_path: Path, shape: str, type_name: str) -> None:
+    """Both run the dequantized weights, compared with float32."""
     file, peer = tmp_path / "m.gguf", tiny_peer(**GGUF_SHAPES[shape])
     write_gguf(file, peer, type_name)
     kept = network_of(file, torch.bfloat16)
@@ -79,7 +79,7 @@ def test_kept_quantized(tmp_path: Path, shape: str, type_name: str) -> None:
 
 
 def test_an_untied_quantized_head_runs_on_no_rows(tmp_path: Path) -> None:
-    """As it does while a long prompt is run in chunks."""
+    """The head gets no rows while a long prompt is prefilled in chunks."""
     file = tmp_path / "m.gguf"
     write_gguf(file, tiny_peer(**WIDE), "Q4_0")
     network = network_of(file, torch.bfloat16)
@@ -88,7 +88,7 @@ def test_an_untied_quantized_head_runs_on_no_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "same"),
+    ("gguf_rope", "hf_rope"),
     [
         ({"type": "none"}, {"rope_type": "default"}),
         ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
@@ -99,15 +99,15 @@ def test_an_untied_quantized_head_runs_on_no_rows(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_gguf_rope_scaling(tmp_path: Path, said: dict[str, Any], same: dict[str, Any]) -> None:
-    peer = tiny_peer(rope_parameters={"rope_theta": 10000.0, **same})
-    write_gguf(tmp_path / "m.gguf", peer, rope=said)
+def test_gguf_rope_scaling(tmp_path: Path, gguf_rope: dict[str, Any], hf_rope: dict[str, Any]) -> None:
+    peer = tiny_peer(rope_parameters={"rope_theta": 10000.0, **hf_rope})
+    write_gguf(tmp_path / "m.gguf", peer, rope=gguf_rope)
     ids = random_ids(60)
     assert_equal_logits(logits_of(network_of(tmp_path / "m.gguf"), ids), peer_logits(peer, ids))
 
 
 def test_gguf_rope_freqs(tmp_path: Path) -> None:
-    """Llama 3's scaling as the converter writes it: a divisor for each frequency."""
+    """llama.cpp's converter writes Llama 3's scaling as one divisor for each frequency."""
     rope = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -137,7 +137,7 @@ def test_gguf_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert "1 not used: blk.0.attn_q_norm.weight" in message
 
 
-def test_a_gguf_of_another_architecture(tmp_path: Path) -> None:
+def test_a_gguf_of_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     from gguf import GGUFWriter
 
     writer = GGUFWriter(tmp_path / "m.gguf", "gemma")
@@ -146,12 +146,12 @@ def test_a_gguf_of_another_architecture(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     message = refused(tmp_path / "m.gguf")
-    assert "architecture 'gemma' is not supported; supported: llama" in message
+    assert re.search(r"architecture 'gemma' .*supported: llama", message)
 
 
-def test_a_mixture_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+def test_a_mixture_other_than_mixtral_is_refused(tmp_path: Path) -> None:
     mixture = {"general.architecture": "qwen2", "qwen2.expert_count": 8}
-    with pytest.raises(BadInput, match="of mixtures of experts only Mixtral"):
+    with pytest.raises(BadInput, match=r"mixture.*Mixtral"):
         build(Checkpoint(tmp_path / "m.gguf", "gguf", mixture, {}, {}))
 
 
@@ -170,8 +170,8 @@ def test_a_mixture_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
         "llama.expert_count",
     ],
 )
-def test_gguf_metadata_that_is_odd(tmp_path: Path, key: str) -> None:
-    """A value of the wrong type or size is a network or bad input, never another error."""
+def test_odd_gguf_metadata_is_accepted_or_bad_input(tmp_path: Path, key: str) -> None:
+    """A value of the wrong type or size never raises another error."""
     file = tmp_path / "m.gguf"
     write_gguf(file, tiny_peer())
     checkpoint = pentad.weights.open(file)

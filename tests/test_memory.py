@@ -1,4 +1,4 @@
-"""What a process that chats takes, beyond what importing torch does."""
+"""Memory of a process that chats, beyond importing torch."""
 
 import json
 import subprocess
@@ -14,24 +14,25 @@ CHAT = """
 import json, re, sys
 import torch
 
-def taken(name):
+def status_bytes(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 torch.set_num_threads(2)
-before = taken("VmHWM")
+before = status_bytes("VmHWM")
 import pentad
 model = pentad.load(sys.argv[1], context=2048)
 model.chat("What is the capital of France?", temperature=0, max_tokens=64)
-print(json.dumps({"peak": taken("VmHWM") - before, "now": taken("VmRSS") - before, "cache": model.step.cache.nbytes}))
+peak, now = status_bytes("VmHWM") - before, status_bytes("VmRSS") - before
+print(json.dumps({"peak": peak, "now": now, "cache": model.step.cache.nbytes}))
 """
 
 
 @needs_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_chat_takes_weights_cache_and_80_mb(smollm2: Path) -> None:
-    """Blocks lie in memory once: the file's pages go when the kernels have packed them, tensor by tensor."""
+def test_a_chat_needs_at_most_weights_cache_and_80_mb(smollm2: Path) -> None:
+    """Blocks are in memory once: the kernels pack one tensor at a time and then release the file's pages."""
     run = subprocess.run([sys.executable, "-c", CHAT, smollm2], capture_output=True, text=True, check=True)
-    taken = json.loads(run.stdout)
+    memory = json.loads(run.stdout)
     weights = [entry.nbytes for entry in pentad.weights.open(smollm2).tensors.values()]
-    assert taken["now"] <= sum(weights) + taken["cache"] + 80e6
-    assert taken["peak"] <= sum(weights) + taken["cache"] + 80e6 + max(weights)
+    assert memory["now"] <= sum(weights) + memory["cache"] + 80e6
+    assert memory["peak"] <= sum(weights) + memory["cache"] + 80e6 + max(weights)

@@ -1,4 +1,4 @@
-"""Promises that belong to no room: what an import costs, and what the repository holds."""
+"""The cost of imports, the public names, and the repository's files."""
 
 import os
 import re
@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def modules_after(code: str) -> set[str]:
-    """The modules that a fresh interpreter holds after running ``code``."""
+    """The modules that a new interpreter has imported after running ``code``."""
     report = f"{code}\nimport sys; print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True, cwd=ROOT)
     return set(done.stderr.split())
 
 
 def tracked_files() -> list[Path]:
-    """What git tracks or would track."""
+    """The files that git tracks or would add."""
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
@@ -35,14 +35,14 @@ def tracked_files() -> list[Path]:
 HEAVY = {"gguf", "huggingface_hub", "jinja2", "numpy", "sentencepiece", "tokenizers", "torch"}
 
 
-def test_import_is_light() -> None:
+def test_importing_pentad_imports_no_heavy_package() -> None:
     modules = modules_after("import pentad")
     assert "pentad.errors" in modules
     assert not modules & (HEAVY | {"rich", "typer"})
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["chat", "--help"]])
-def test_help_is_light(arguments: list[str]) -> None:
+def test_help_imports_no_heavy_package(arguments: list[str]) -> None:
     modules = modules_after(
         "import sys\n"
         "from pentad.cli import main\n"
@@ -54,8 +54,8 @@ def test_help_is_light(arguments: list[str]) -> None:
     assert not modules & HEAVY
 
 
-def test_a_first_answer_needs_no_compiler(smollm2: Path) -> None:
-    """torch imports its compiler where it is first needed, which costs more than all that a short answer takes."""
+def test_a_first_answer_does_not_import_torchs_compiler(smollm2: Path) -> None:
+    """Importing the compiler takes longer than a short answer."""
     chat = f"import pentad\npentad.load({str(smollm2)!r}).chat('hi', max_tokens=2)"
     modules = modules_after(chat)
     assert "torch" in modules

@@ -1,4 +1,4 @@
-"""A dense model upcycled to a Mixtral computes what it did, and can learn to compute something else."""
+"""A dense model upcycled to a Mixtral gives the same logits, and its experts and routers can be trained."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ DENSE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_the_dense_logits_here_and_in_transformers(name: str, tmp_path: Path) -> None:
+def test_logits_equal_the_dense_models_in_pentad_and_transformers(name: str, tmp_path: Path) -> None:
     tiny, ids = tiny_checkpoint(tmp_path / "a", **DENSE[name]), random_ids(80)
     result = convert(tiny.folder, tmp_path / "b", to="hf", upcycle=Upcycling(experts=4, top_k=3))
     assert (result.family, result.notes) == ("mixtral", [])
@@ -56,7 +56,7 @@ def test_the_dense_logits_here_and_in_transformers(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("to", ["mistral", "gguf"])
-def test_from_other_kinds_of_file_and_into_them(to: str, tmp_path: Path) -> None:
+def test_upcycling_from_other_formats_and_converting_back(to: str, tmp_path: Path) -> None:
     tiny, ids = tiny_checkpoint(tmp_path / "a"), random_ids(40)
     names = [tmp_path / f"{name}{'.gguf' if to == 'gguf' else ''}" for name in ("there", "mixture")]
     convert(tiny.folder, names[0], to=to)
@@ -66,7 +66,7 @@ def test_from_other_kinds_of_file_and_into_them(to: str, tmp_path: Path) -> None
         assert_equal_logits(logits_of(network_of(path), ids), peer_logits(tiny.peer, ids))
 
 
-def test_of_quantized_weights(tmp_path: Path) -> None:
+def test_upcycling_quantized_weights(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", peer := tiny_peer(**WIDE), "Q4_1")
     convert(tmp_path / "a.gguf", tmp_path / "b", to="hf", dtype="float32", upcycle=Upcycling())
     ids = random_ids(40)
@@ -75,8 +75,8 @@ def test_of_quantized_weights(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "half").values()} == {torch.bfloat16}
 
 
-def test_numbers_stay_as_they_are(tmp_path: Path) -> None:
-    """Each expert has the dense layer's bits, and what is no expert and no router is untouched."""
+def test_tensors_keep_their_bits(tmp_path: Path) -> None:
+    """Each expert is a copy of the dense layer; all other tensors except routers are unchanged."""
     tiny_checkpoint(tmp_path / "a", dtype=torch.bfloat16)
     convert(tmp_path / "a", tmp_path / "b", to="hf", upcycle=Upcycling(experts=3, top_k=1), shard_bytes=9_000)
     before, after = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
@@ -108,8 +108,9 @@ def test_equal_seeds_give_equal_bytes(tmp_path: Path) -> None:
     assert_same_bits(one, other)
 
 
-def test_it_can_learn(tmp_path: Path) -> None:
-    """Every expert has tokens of its own, so they grow apart; then the router, blind at first, sees a difference."""
+def test_experts_diverge_and_routers_get_gradients(tmp_path: Path) -> None:
+    """Experts process different tokens, so they diverge after one step. The router's gradient is zero while the experts
+    are equal, and nonzero after that."""
     tiny_checkpoint(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b", to="hf", upcycle=Upcycling(experts=4, top_k=2))
     network, ids = network_of(tmp_path / "b").requires_grad_(), random_ids(200)
@@ -132,7 +133,7 @@ def test_it_can_learn(tmp_path: Path) -> None:
         assert all(not torch.equal(stack[0], other) for other in stack[1:])
 
 
-def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
+def test_the_tokenizer_is_kept(tmp_path: Path) -> None:
     from pentad import load
 
     talking_checkpoint(tmp_path / "a")
@@ -156,7 +157,9 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_refusals(config: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(
+    config: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     tiny_checkpoint(tmp_path / "a", **config)
     with pytest.raises(BadInput) as raised:
         convert(tmp_path / "a", tmp_path / "b", **{"to": "hf", "upcycle": Upcycling(), **options})
@@ -165,8 +168,8 @@ def test_refusals(config: dict[str, Any], options: dict[str, Any], message: str,
     assert not (tmp_path / "b").exists()
 
 
-def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
-    """The real one, whose head is tied."""
+def test_upcycling_smollm2(smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2's head is tied."""
     import pentad
 
     convert(smollm2, tmp_path / "b", to="hf", dtype="float32", upcycle=Upcycling(experts=2, top_k=2))
@@ -176,4 +179,4 @@ def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
     ids = dense.tokenizer.encode("The capital of France is")
     assert mixture.tokenizer.encode("The capital of France is") == ids
     assert_equal_logits(mixture.logits(ids), dense.logits(ids))
-    shutil.rmtree(tmp_path / "b")  # which is large, and pytest keeps folders
+    shutil.rmtree(tmp_path / "b")  # it is large, and pytest keeps temporary folders

@@ -1,4 +1,4 @@
-"""The command line, run in this process: torch is imported already, so that a test takes no seconds."""
+"""Runs the command line in this process, where torch is already imported, so that tests are fast."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from pentad.cli import main
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a command."""
+    """A command's exit code and output."""
 
     code: int
     out: str
@@ -27,7 +27,7 @@ class Done:
 
     @property
     def error(self) -> str:
-        """The one line on standard error of a command that wrote no result."""
+        """The single line on standard error of a command that wrote no result."""
         assert self.out == ""
         line, end = self.err[:-1], self.err[-1:]
         assert end == "\n"
@@ -41,7 +41,7 @@ Pentad = Callable[..., Done]
 
 @pytest.fixture
 def pentad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Pentad:
-    """Runs `pentad ARGUMENTS…`, with standard input that is no terminal."""
+    """A function that runs `pentad ARGUMENTS…`; standard input is not a terminal unless `terminal` is True."""
 
     def run(*arguments: object, stdin: bytes = b"", terminal: bool = False) -> Done:
         monkeypatch.setattr(sys, "argv", ["pentad", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""Conversations that outgrow their context, on a stand-in for a model that counts characters."""
+"""Conversations that exceed their context, with a stand-in model that counts characters as tokens."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,8 @@ def conversation(limit: int, **options: Any) -> Conversation:
     return Conversation(model, {}, **options)
 
 
-def talk(c: Conversation, *said: str) -> None:
-    for i, text in enumerate(said):
+def talk(c: Conversation, *turns: str) -> None:
+    for i, text in enumerate(turns):
         c.add("assistant" if i % 2 else "user", text)
 
 
@@ -27,7 +27,7 @@ def contents(c: Conversation) -> list[str]:
     return [message["content"] for message in c.messages]
 
 
-def test_what_fits_is_left_alone() -> None:
+def test_a_conversation_that_fits_is_unchanged() -> None:
     c = conversation(10, system="s")
     talk(c, "aaa", "bbb", "cc")
     assert c.fit() == []
@@ -35,7 +35,7 @@ def test_what_fits_is_left_alone() -> None:
     assert c.tokens() == 9
 
 
-def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
+def test_the_error_names_tokens_and_context() -> None:
     c = conversation(10)
     talk(c, "aaaa", "bbb", "ccc")
     with pytest.raises(BadInput, match=r"10 tokens.* of 10 .*/set truncate yes"):
@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
         c.fit()
 
 
-def test_the_oldest_turns_are_dropped_and_named() -> None:
+def test_the_oldest_turns_are_dropped_and_returned() -> None:
     c = conversation(20, system="s", truncate=True)
     talk(c, "one", "1111", "two", "2222", "three")
     assert c.fit() == ["one", "two"]
@@ -60,9 +60,9 @@ def test_the_oldest_turns_are_dropped_and_named() -> None:
     assert contents(c) == ["s", "two", "2222", "three"]
 
 
-def test_room_is_made_for_a_reply() -> None:
+def test_turns_are_dropped_until_a_reply_fits() -> None:
     c = conversation(40, truncate=True)
-    talk(c, "one", "1" * 25, "three")  # 33 of 40: a quarter is not free
+    talk(c, "one", "1" * 25, "three")  # 33 of 40 tokens: less than a quarter is free
     assert c.fit() == ["one"]
     c = conversation(40, truncate=True)
     c.options["max_tokens"] = 7
@@ -76,7 +76,7 @@ def test_the_last_turn_is_never_dropped() -> None:
     with pytest.raises(BadInput, match=r"31 tokens.*shorten it"):
         c.fit()
     c = conversation(20, truncate=True)
-    c.add("user", "x" * 18)  # more than half of the context, and it fits
+    c.add("user", "x" * 18)  # more than half of the context, but it fits
     assert c.fit() == []
 
 
@@ -101,7 +101,7 @@ def test_undo() -> None:
     assert contents(c) == ["s", "a", "b"]
 
 
-def test_saved_and_loaded(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     file = tmp_path / "talk.jsonl"
     c = conversation(10, system="s")
     talk(c, "ä\n", "b")
@@ -116,7 +116,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "no json", "[]", '{"messages": 1}', '{"messages": [{"role": "user"}]}', "\udcff"])
-def test_file_without_a_conversation(tmp_path: Path, text: str) -> None:
+def test_a_file_without_a_conversation_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "talk.jsonl"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     c = conversation(10)
@@ -126,7 +126,7 @@ def test_file_without_a_conversation(tmp_path: Path, text: str) -> None:
     assert contents(c) == ["a"]
 
 
-def test_files_that_can_not_be(tmp_path: Path) -> None:
+def test_absent_files_are_named(tmp_path: Path) -> None:
     c = conversation(10)
     with pytest.raises(BadInput, match="absent"):
         c.load(tmp_path / "absent")

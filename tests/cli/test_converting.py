@@ -12,7 +12,7 @@ def source(tmp_path: Path) -> Path:
     return talking_checkpoint(tmp_path / "source").folder
 
 
-def test_what_was_written(pentad, source: Path, tmp_path: Path) -> None:
+def test_the_result_names_the_written_files(pentad, source: Path, tmp_path: Path) -> None:
     done = pentad("convert", source, tmp_path / "there", "--to", "mistral", "--json")
     assert done.code == 0
     facts = done.json
@@ -31,7 +31,8 @@ def test_a_note_goes_to_standard_error(pentad, tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "a", family="mistral", sliding_window=16)
     done = pentad("convert", tmp_path / "a", tmp_path / "m.gguf", "--to", "gguf")
     assert done.code == 0
-    assert done.err.startswith("pentad: gguf files can't store the sliding window")
+    assert done.err.startswith("pentad: ")
+    assert "sliding window" in done.err
     assert done.out == f"{tmp_path / 'm.gguf'}: llama, {(tmp_path / 'm.gguf').stat().st_size / 1000:.1f} kB\n"
 
 
@@ -44,7 +45,7 @@ def test_a_note_goes_to_standard_error(pentad, tmp_path: Path) -> None:
         (["--to", "hf", "--shard-size", "0"], "--shard-size is '0'"),
         (["--to", "hf", "--shard-size", "9" * 400], "--shard-size is '999"),
         (["--to", "hf", "--quantize", "q4_0"], "is only for gguf"),
-        (["--upcycle", "8"], "--upcycle is '8'; expected whole numbers for experts, top_k, seed"),
+        (["--upcycle", "8"], "--upcycle is '8'; expected "),
         (["--upcycle", "experts=8,top=2"], "--upcycle is 'experts=8,top=2'"),
         (["--upcycle", "experts=8,experts=4"], "--upcycle is 'experts=8,experts=4'"),
         (["--upcycle", "top_k=-1"], "--upcycle is 'top_k=-1'"),
@@ -53,14 +54,14 @@ def test_a_note_goes_to_standard_error(pentad, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_refusals(pentad, source: Path, tmp_path: Path, options: list[str], message: str) -> None:
+def test_invalid_arguments_are_refused(pentad, source: Path, tmp_path: Path, options: list[str], message: str) -> None:
     done = pentad("convert", source, tmp_path / "there", *options)
     assert done.code == 2
     assert message in done.error
     assert not (tmp_path / "there").exists()
 
 
-def test_onto_itself(pentad, source: Path) -> None:
+def test_the_source_is_not_overwritten(pentad, source: Path) -> None:
     before = sorted(path.name for path in source.iterdir())
     for destination in (source, source / "..", source / "model.safetensors"):
         assert pentad("convert", source, destination, "--to", "hf").code == 2
@@ -77,11 +78,11 @@ def test_upcycling(pentad, source: Path, tmp_path: Path) -> None:
     done = pentad("convert", source, tmp_path / "there", "--upcycle", "experts=4, top_k=1,seed=7", "--json")
     assert (done.json["family"], done.json["format"]) == ("mixtral", "hf")
     facts = pentad("show", tmp_path / "there", "--json").json
-    one = 3 * 32 * 48  # an expert's numbers
+    expert = 3 * 32 * 48
     router = 4 * 32
     dense = pentad("show", source, "--json").json["parameters"]
     assert facts["active_parameters"] == dense + 2 * router
-    assert facts["parameters"] == dense + 2 * (router + 3 * one)
+    assert facts["parameters"] == dense + 2 * (router + 3 * expert)
 
 
 def test_the_name_tells_the_format(pentad, tmp_path: Path) -> None:

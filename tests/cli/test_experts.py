@@ -21,7 +21,7 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
-def test_the_numbers(pentad, model: Path, text: Path) -> None:
+def test_json_output(pentad, model: Path, text: Path) -> None:
     facts = pentad("show", model, "--experts", text, "--json").json
     assert facts["tokens"] == len(TEXT.encode())
     assert [layer["layer"] for layer in facts["layers"]] == [0, 1]
@@ -36,7 +36,7 @@ def test_the_numbers(pentad, model: Path, text: Path) -> None:
     assert {"'\\\\xc3'", "'\\n'", "' '"} <= {token["token"] for token in facts["frequent"]}
 
 
-def test_the_table(pentad, model: Path) -> None:
+def test_table_output(pentad, model: Path) -> None:
     done = pentad("show", model, "--experts", "-", stdin=TEXT.encode())
     lines = done.out.splitlines()
     assert lines[0].split() == ["layer", "evenness", "busiest", "idlest", "router", "entropy", "dropped"]
@@ -46,7 +46,7 @@ def test_the_table(pentad, model: Path) -> None:
     assert lines[7].split()[:2] == ["'a'", "120"]
 
 
-def test_sequences_are_of_context_tokens(pentad, model: Path, text: Path) -> None:
+def test_the_text_is_split_into_sequences_of_context_tokens(pentad, model: Path, text: Path) -> None:
     short, long, default = (
         pentad("show", model, "--experts", text, *options, "--json").json["layers"]
         for options in (["--context", 20], ["--context", 256], [])
@@ -54,7 +54,7 @@ def test_sequences_are_of_context_tokens(pentad, model: Path, text: Path) -> Non
     assert short != long == default
 
 
-def test_the_picture(pentad, model: Path, text: Path, tmp_path: Path) -> None:
+def test_the_picture_is_written(pentad, model: Path, text: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     out = tmp_path / "use.png"
@@ -94,11 +94,13 @@ def test_pictures_of_all_sizes(layers: int, experts: int, tokens: int, tmp_path:
         assert image.height < 3000
 
 
-def test_refusals(pentad, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_arguments_are_refused(
+    pentad, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense = talking_checkpoint(tmp_path / "dense").folder
     (tmp_path / "empty.txt").write_text("")
     for arguments, message in (
-        ((dense, "--experts", text), f"{dense} is a dense model: it has no experts"),
+        ((dense, "--experts", text), f"{dense} is a dense model"),
         ((model, "--experts", tmp_path / "empty.txt"), "the text is empty"),
         ((model, "--experts", tmp_path / "none.txt"), "none.txt: no such file"),
         ((model, "--out", "a.png"), "--out needs --experts"),
@@ -115,8 +117,8 @@ def test_refusals(pentad, model: Path, text: Path, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "a.png").exists()
 
 
-def test_a_folder_that_cannot_be_written(pentad, model: Path, text: Path, tmp_path: Path) -> None:
+def test_an_output_path_that_is_a_folder_is_refused(pentad, model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
     done = pentad("show", model, "--experts", text, "--out", tmp_path / "a.png")
     assert done.code == 1
-    assert done.error == f"pentad: {tmp_path / 'a.png'}: is a directory"
+    assert f"{tmp_path / 'a.png'}: is a directory" in done.error

@@ -1,4 +1,4 @@
-"""Interactive chat: its commands in this process, and a real conversation on a pseudo-terminal."""
+"""Interactive chat: its commands in this process, and a conversation on a pseudo-terminal."""
 
 import builtins
 import os
@@ -38,7 +38,7 @@ def conversation(model: package.LanguageModel) -> Conversation:
 def chat(
     conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Chat:
-    """Types lines, then Ctrl-D; gives what was noted on standard error."""
+    """A function that types lines and then Ctrl-D, and returns standard error."""
     monkeypatch.setenv("PENTAD_CACHE", str(tmp_path))
 
     def run(*lines: str | type[BaseException]) -> str:
@@ -57,19 +57,19 @@ def chat(
     return run
 
 
-def said(conversation: Conversation) -> list[str]:
+def user_messages(conversation: Conversation) -> list[str]:
     return [m["content"] for m in conversation.messages if m["role"] == "user"]
 
 
-def test_messages_of_several_lines(chat: Chat, conversation: Conversation) -> None:
+def test_multiline_messages(chat: Chat, conversation: Conversation) -> None:
     chat("a\\", "b", '"""', "c", "", 'd"""', '"""e"""', "", "  ", " /f")
-    assert said(conversation) == ["a\nb", "c\n\nd", "e", " /f"]
+    assert user_messages(conversation) == ["a\nb", "c\n\nd", "e", " /f"]
     assert len(conversation.messages) == 8
 
 
 def test_undo_retry_reset(chat: Chat, conversation: Conversation) -> None:
     chat("one", "two", "/undo")
-    assert said(conversation) == ["one"]
+    assert user_messages(conversation) == ["one"]
     before = list(conversation.messages)
     chat("/retry")
     assert conversation.messages == before
@@ -105,14 +105,14 @@ def test_settings(chat: Chat, conversation: Conversation) -> None:
         ("/load no-such-file", "no-such-file"),
     ],
 )
-def test_what_commands_refuse(chat: Chat, conversation: Conversation, line: str, named: str) -> None:
+def test_invalid_commands_are_refused(chat: Chat, conversation: Conversation, line: str, named: str) -> None:
     options = dict(conversation.options)
     (error,) = [text for text in chat(line).splitlines() if text.startswith("pentad: ")]
     assert named in error
     assert conversation.options == options
 
 
-def test_saved_and_loaded(chat: Chat, conversation: Conversation, tmp_path: Path) -> None:
+def test_save_and_load(chat: Chat, conversation: Conversation, tmp_path: Path) -> None:
     file = tmp_path / "my talk.jsonl"
     chat("one", f"/save {file}")
     before = list(conversation.messages)
@@ -129,29 +129,29 @@ def test_settings_out_of_range_are_refused_at_once(chat: Chat, conversation: Con
     assert conversation.options == before
 
 
-def test_outgrown_context(chat: Chat, conversation: Conversation) -> None:
+def test_a_message_beyond_the_context_is_refused_or_truncates(chat: Chat, conversation: Conversation) -> None:
     chat("Hi. " * 40, "Ho. " * 40)
-    assert "256" in chat("Hu. " * 40)  # refused, and the chat goes on
-    assert [text[:2] for text in said(conversation)] == ["Hi", "Ho"]
+    assert "256" in chat("Hu. " * 40)  # refused, and the chat continues
+    assert [text[:2] for text in user_messages(conversation)] == ["Hi", "Ho"]
     notes = chat("/set truncate yes", "Hu. " * 40, "/tokens")
     assert '2 oldest turns, beginning with "Hi. Hi.' in notes
-    assert [text[:2] for text in said(conversation)] == ["Hu"]
+    assert [text[:2] for text in user_messages(conversation)] == ["Hu"]
     assert "of 256 tokens" in notes
 
 
-def test_reply_that_fills_the_context(chat: Chat, conversation: Conversation) -> None:
-    conversation.options = {"temperature": 50, "top_p": 1, "seed": 0}  # so hot that it never ends by itself
+def test_a_reply_that_fills_the_context(chat: Chat, conversation: Conversation) -> None:
+    conversation.options = {"temperature": 50, "top_p": 1, "seed": 0}  # a reply never ends by itself
     assert "the context is full" in chat("Hi. " * 100)
 
 
-def test_leaving(chat: Chat) -> None:
+def test_leaving_the_chat(chat: Chat) -> None:
     chat("/quit", AssertionError)
     chat(KeyboardInterrupt, "/tokens", KeyboardInterrupt, EOFError)
     with pytest.raises(KeyboardInterrupt):
         chat(KeyboardInterrupt, KeyboardInterrupt)
 
 
-def test_typed_bytes_that_are_no_text(chat: Chat, conversation: Conversation) -> None:
+def test_typed_bytes_that_are_not_utf_8(chat: Chat, conversation: Conversation) -> None:
     class Broken(UnicodeDecodeError):
         def __init__(self) -> None:
             super().__init__("utf-8", b"\xff", 0, 1, "invalid start byte")
@@ -161,14 +161,14 @@ def test_typed_bytes_that_are_no_text(chat: Chat, conversation: Conversation) ->
         True,
         True,
     ]
-    assert said(conversation) == ["b"]
+    assert user_messages(conversation) == ["b"]
 
 
 def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step_number: int, times: int) -> None:
-    """Ctrl-C in the middle of a step, which is a bad moment to stop at."""
+    """Press Ctrl-C during a step, the most difficult moment to stop."""
     steps: list[int] = []
-    for kind in (PlainStep, PlanStep):
-        run = kind.__call__
+    for step_class in (PlainStep, PlanStep):
+        run = step_class.__call__
 
         def step(self: Step, work: Work, wanted: Sequence[int], run: Callable[..., Tensor] = run) -> Tensor:
             steps.append(1)
@@ -177,7 +177,7 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step_number: int, times: int) 
                     signal.raise_signal(signal.SIGINT)
             return run(self, work, wanted)
 
-        monkeypatch.setattr(kind, "__call__", step)
+        monkeypatch.setattr(step_class, "__call__", step)
 
 
 def test_ctrl_c_stops_a_reply(chat: Chat, conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,55 +190,55 @@ def test_ctrl_c_stops_a_reply(chat: Chat, conversation: Conversation, monkeypatc
     assert len(other) > len(reply)
 
 
-def test_ctrl_c_again_takes_the_message_back(
+def test_a_second_ctrl_c_removes_the_message(
     chat: Chat, conversation: Conversation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pentad.cli.interrupts.ECHO", 0)
     press_ctrl_c(monkeypatch, step_number=1, times=2)
     assert "Ctrl-C again" in chat("one", "two")
-    assert said(conversation) == ["two"]
+    assert user_messages(conversation) == ["two"]
 
 
 class Terminal:
-    """A pseudo-terminal with a process in it."""
+    """A process on a pseudo-terminal."""
 
     def __init__(self, *command: str, **environment: str) -> None:
         self.screen = ""
-        self._mine, theirs = pty.openpty()
+        self._terminal, child_side = pty.openpty()
         self.process = subprocess.Popen(
             command,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
+            stdin=child_side,
+            stdout=child_side,
+            stderr=child_side,
             cwd=ROOT,
             env={**os.environ, "TERM": "dumb", "PYTHONUTF8": "1", **environment},
             start_new_session=True,
         )
-        os.close(theirs)
+        os.close(child_side)
 
     def type(self, text: str) -> None:
-        os.write(self._mine, text.encode())
+        os.write(self._terminal, text.encode())
 
     def wait_for(self, text: str, *, times: int = 1) -> str:
-        """What came on the screen until `text` did, from where the last call ended."""
-        for _ in range(1200):  # two minutes at most, on however busy a machine
+        """Wait until `text` is on the screen; returns the output since the last call."""
+        for _ in range(1200):  # at most two minutes
             if self.screen.count(text) >= times:
                 at = -1
                 for _ in range(times):
                     at = self.screen.index(text, at + 1)
                 seen, self.screen = self.screen[:at], self.screen[at + len(text) :]
                 return seen
-            if select.select([self._mine], [], [], 0.1)[0]:
+            if select.select([self._terminal], [], [], 0.1)[0]:
                 try:
-                    self.screen += os.read(self._mine, 4096).decode(errors="replace")
-                except OSError:  # Linux, when the other end is closed
+                    self.screen += os.read(self._terminal, 4096).decode(errors="replace")
+                except OSError:  # Linux raises it when the process has closed its side
                     break
-        raise AssertionError(f"{text!r} never came: {self.screen!r}")
+        raise AssertionError(f"{text!r} was not written: {self.screen!r}")
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        os.close(self._mine)
+        os.close(self._terminal)
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_a_conversation_at_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
     assert int(terminal.wait_for(" of 8192 tokens").rpartition("(")[2]) > 10 < before
 
     terminal.wait_for("> ")
-    time.sleep(0.5)  # a signal between the prompt and the waiting for a key is heard with the next key
+    time.sleep(0.5)  # a signal before input() waits for a key is handled only at the next key
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for("to leave)")
     terminal.wait_for("> ")

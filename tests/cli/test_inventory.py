@@ -1,6 +1,7 @@
 """`pentad models`, `pull`, `rm` and `show`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ LLAMA = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
-# embedding; attention; feed-forward; two norms a layer and the last
+# embedding; attention, feed-forward and two norms in each layer; the final norm
 PARAMETERS = 100 * 16 + 3 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24 + 2 * 16) + 16
 
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with a file that goes for smollm2's."""
+    """A cache with an empty file of smollm2's size."""
     monkeypatch.setenv("PENTAD_CACHE", str(tmp_path))
     path = KNOWN["smollm2"].path
     path.parent.mkdir(parents=True)
@@ -36,7 +37,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_models_before_and_after(pentad, cached: Path) -> None:
+def test_models_lists_pulled_and_unpulled(pentad, cached: Path) -> None:
     row = pentad("models", "--json").json
     assert (row["name"], row["path"]) == ("smollm2", str(cached))
     assert row["nbytes"] == 98_362_432
@@ -47,7 +48,7 @@ def test_models_before_and_after(pentad, cached: Path) -> None:
     assert pentad("models", "--json").json["path"] is None
 
 
-def test_pull_says_where(pentad, cached: Path) -> None:
+def test_pull_prints_the_path(pentad, cached: Path) -> None:
     assert pentad("pull", "smollm2").out == f"{cached}\n"
     assert pentad("pull", "smollm2", "--json").json == {"name": "smollm2", "path": str(cached)}
 
@@ -64,9 +65,10 @@ def test_rm(pentad, cached: Path) -> None:
 
 
 @pytest.mark.parametrize(("reply", "stays"), [(b"n\n", True), (b"\n", True), (b"", True), (b"y\n", False)])
-def test_rm_asks(pentad, cached: Path, reply: bytes, stays: bool) -> None:
+def test_rm_asks_for_confirmation(pentad, cached: Path, reply: bytes, stays: bool) -> None:
     done = pentad("rm", "smollm2", stdin=reply, terminal=True)
-    assert done.err.startswith("Remove smollm2 from the cache? [y/N] ")
+    assert "smollm2" in done.err
+    assert "[y/N]" in done.err
     assert cached.exists() == stays
     assert done.code == (1 if stays else 0)
 
@@ -78,7 +80,7 @@ def show(pentad, folder: Path, config: dict[str, Any], *options: object) -> Any:
     return done.json
 
 
-def test_show_of_a_config_alone(pentad, tmp_path: Path) -> None:
+def test_show_a_config(pentad, tmp_path: Path) -> None:
     shown = show(pentad, tmp_path, LLAMA)
     assert shown["family"] == "llama"
     assert shown["parameters"] == shown["active_parameters"] == PARAMETERS
@@ -90,7 +92,7 @@ def test_show_of_a_config_alone(pentad, tmp_path: Path) -> None:
     assert shown["chat_template"] is None
 
 
-def test_show_at_other_sizes(pentad, tmp_path: Path) -> None:
+def test_show_with_context_and_dtype(pentad, tmp_path: Path) -> None:
     shown = show(pentad, tmp_path, LLAMA, "--context", "10", "--dtype", "float32")
     assert shown["kv_cache_bytes"] == 3 * 2 * 2 * 4 * 10 * 4
     assert shown["weight_bytes"] == PARAMETERS * 4
@@ -99,24 +101,25 @@ def test_show_at_other_sizes(pentad, tmp_path: Path) -> None:
     assert untied["parameters"] == PARAMETERS + 100 * 16
 
 
-def test_show_for_people(pentad, tmp_path: Path) -> None:
+def test_show_as_text(pentad, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     text = pentad("show", tmp_path / "config.json", "--context", "100").out
     assert "llama, 3 layers" in text
     assert f"{PARAMETERS:,}" in text
-    assert "100 tokens in bfloat16, more than the model's 64" in text
+    assert re.search(r"100 tokens in bfloat16.* 64\b", text)
     assert "no tokenizer" in text
 
 
-def test_show_of_the_real_model(pentad, smollm2: Path) -> None:
+def test_show_smollm2(pentad, smollm2: Path) -> None:
     shown = pentad("show", smollm2, "--json", "--context", "2048").json
     assert (shown["family"], shown["quantization"]) == ("llama", "q4_1")
     assert shown["parameters"] == 134_515_008
     assert shown["kv_cache_bytes"] == 30 * 2 * 3 * 64 * 2048 * 2
-    assert shown["runs"].startswith("by the kernels" if kernels.isas() else "as plain torch: there are no kernels: ")
+    assert shown["runs"].startswith("by the kernels") if kernels.isas() else kernels.reason() in shown["runs"]
     assert "<|im_start|>" in shown["chat_template"]
     dequantized = pentad("show", smollm2, "--json", "--quantize", "none").json
-    assert dequantized["runs"] == "as plain torch: dequantizing was asked for"
+    assert "plain torch" in dequantized["runs"]
+    assert "dequantiz" in dequantized["runs"]
     assert dequantized["weight_bytes"] == 2 * 134_515_008 > shown["weight_bytes"] > 96_000_000
     assert shown["chat_template"].splitlines()[0] in pentad("show", smollm2).out
 
@@ -129,14 +132,14 @@ def test_show_of_the_real_model(pentad, smollm2: Path) -> None:
         ({**LLAMA, "hidden_size": -1}, "hidden_size"),
     ],
 )
-def test_show_of_a_broken_config(pentad, tmp_path: Path, config: dict[str, Any], named: str) -> None:
+def test_show_an_invalid_config(pentad, tmp_path: Path, config: dict[str, Any], named: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = pentad("show", tmp_path)
     assert done.code == 2
     assert named in done.error
 
 
-def test_show_says_whether_there_is_a_tokenizer(pentad, smollm2: Path, tmp_path: Path) -> None:
+def test_show_reports_the_tokenizer(pentad, smollm2: Path, tmp_path: Path) -> None:
     assert pentad("show", smollm2, "--json").json["tokenizer"] is True
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert pentad("show", tmp_path, "--json").json["tokenizer"] is False

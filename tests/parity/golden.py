@@ -1,4 +1,4 @@
-"""What llama.cpp says of SmolLM2, kept in tests/golden so that `make test` needn't compile it."""
+"""Write llama.cpp's tokens and logits of SmolLM2 to tests/golden, so that `make test` needn't compile llama.cpp."""
 
 import hashlib
 import json
@@ -16,15 +16,16 @@ LOGITS_OF = [
     "Water boils at 100 degrees Celsius at sea level. On a high mountain the air is thinner, so",
     "Q: Anna has three boxes with 12 apples each and gives away 7 apples. How many are left?\nA: Anna",
 ]
-_LISTED = 2000  # longer answers are kept as their number and hash
+_LISTED = 2000  # longer lists of ids are stored as their length and hash
 
 
 def tokens(path: Path) -> dict[str, Any]:
-    """llama.cpp's ids of the texts of tests/text/corpus.json, by the vocabulary of the GGUF `path`.
+    """Tokenize the texts of tests/text/corpus.json with llama.cpp and the vocabulary of the GGUF `path`.
 
-    `{"cases": [{"text", "times", "ids"}]}`: `text` is repeated `times` times; nothing is added in
-    front, control strings stay text. Past 2,000 ids there are `count` and `sha256` of the ids,
-    written in decimal with spaces between, instead of `ids`.
+    Returns:
+        `{"cases": [{"text", "times", "ids"}]}`. `text` is repeated `times` times; no BOS is added, and control strings
+        are treated as text. More than 2,000 ids are replaced by their `count` and the `sha256` of the ids in decimal,
+        joined with spaces.
     """
     import llama_cpp
 
@@ -37,11 +38,11 @@ def tokens(path: Path) -> dict[str, Any]:
 
 
 def logits(path: Path) -> dict[str, Any]:
-    """How far llama.cpp's logits are from float32's on the same weights, while it runs the GGUF
-    `path` on its blocks.
+    """Compare the logits of llama.cpp, which runs the quantized GGUF `path`, with float32's on the same weights.
 
-    `{"cases": [{"ids", "positions", "rms"}]}`: `ids` are a text, `positions` those of its last
-    tokens, `rms` the root mean square of the differences of their logits.
+    Returns:
+        `{"cases": [{"ids", "positions", "rms"}]}`: the ids of a text, the positions of its last tokens, and the root
+        mean square of the differences of their logits.
     """
     import torch
 
@@ -56,7 +57,7 @@ def logits(path: Path) -> dict[str, Any]:
 
 
 def answers(path: Path) -> list[tuple[list[int], list[int], Any]]:
-    """The ids of each text of LOGITS_OF, its last positions, and llama.cpp's logits of those."""
+    """For each text of LOGITS_OF: its ids, its last positions, and llama.cpp's logits there."""
     import llama_cpp
 
     model = llama_cpp.Llama(model_path=str(path), n_ctx=256, logits_all=True, verbose=False)
@@ -71,13 +72,13 @@ def answers(path: Path) -> list[tuple[list[int], list[int], Any]]:
 
 
 def apart(ask: Callable[[Path], Any], path: Path) -> Any:
-    """`ask(path)` in a process of its own: in one with torch, two OpenMP runtimes fight."""
+    """Call `ask(path)` in a new process: llama.cpp's and torch's OpenMP runtimes would compete for cores in one."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(ask, path).result()
 
 
 def summary(ids: list[int]) -> dict[str, Any]:
-    """`ids` themselves, or what they can be recognized by where they are many."""
+    """Return the ids, or their count and hash if there are many."""
     if len(ids) <= _LISTED:
         return {"ids": ids}
     digest = hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
@@ -85,13 +86,13 @@ def summary(ids: list[int]) -> dict[str, Any]:
 
 
 def write(name: str, content: dict[str, Any]) -> None:
-    """Writes tests/golden/`name`, one case a line."""
+    """Write tests/golden/`name`, one case a line."""
     lines = ",\n".join(json.dumps(case) for case in content["cases"])
     (_TESTS / "golden" / name).write_text(f'{{"cases": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def main() -> None:
-    """Writes both files anew, for SmolLM2 as pentad pulls it."""
+    """Write both files, for the SmolLM2 that pentad pulls."""
     from pentad.weights.registry import locate
 
     path = locate("smollm2")

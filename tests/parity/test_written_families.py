@@ -1,6 +1,6 @@
-"""llama.cpp reads the GGUF file that pentad writes of each family, and computes what transformers computes.
+"""llama.cpp on the GGUF files that pentad writes gives transformers' logits, for each family.
 
-Tiny random models without a tokenizer; llama.cpp keeps keys and values in float16.
+The models are tiny and random, without a tokenizer. llama.cpp stores keys and values in float16.
 """
 
 from functools import partial
@@ -57,7 +57,7 @@ def scores(ids: list[int], path: Path) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "qwen"])
-def test_llama_cpp_reads_it_and_agrees(name: str, tmp_path: Path) -> None:
+def test_llama_cpp_logits_match_transformers(name: str, tmp_path: Path) -> None:
     tiny = qwen_checkpoint(tmp_path / "a") if name == "qwen" else tiny_checkpoint(tmp_path / "a", **CONFIGS[name])
     file = convert(tiny.folder, tmp_path / "b.gguf", to="gguf").path
     theirs = torch.from_numpy(apart(partial(scores, IDS), file))
