@@ -23,6 +23,7 @@ from pentad.nn.cache import CachedSequence
 
 NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite): its weights are damaged"
 MAX_EVALUATED_TOKENS = 256  # per evaluation and step: the logits of all these tokens are in memory at once
+MIN_SHRUNK_BYTES = 1 << 27  # a smaller cache keeps its memory
 _logger = logging.getLogger(__name__)
 
 
@@ -323,7 +324,17 @@ class Engine:
             self._kept = (request.pending(0)[: sequence.length], sequence)
         elif sequence is not None:
             self.executor.cache.close(sequence)
+        if not self._running and not self._waiting:
+            self._shrink_cache()
         return Event(request, token, reason)
+
+    def _shrink_cache(self) -> None:
+        """Return the memory of a burst of requests to the system, unless somebody else uses pages."""
+        cache = self.executor.cache
+        kept = [] if self._kept is None else [self._kept[1]]
+        pages = sum(len(sequence.pages) for sequence in kept)
+        if cache.nbytes > MIN_SHRUNK_BYTES and cache.pages_in_use == pages < cache.pages / 4:
+            cache.compact(*kept)
 
     def _bytes(self, request: Request) -> int:
         """The KV cache that a request needs at most."""

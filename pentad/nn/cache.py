@@ -79,6 +79,11 @@ class PagedCache:
         return sum(pool.nbytes for pool in (*self.keys, *self.values))
 
     @property
+    def pages(self) -> int:
+        """The number of pages."""
+        return len(self._counts)
+
+    @property
     def pages_in_use(self) -> int:
         """The number of pages that at least one sequence holds."""
         return len(self._counts) - self._counts.count(0)
@@ -95,6 +100,17 @@ class PagedCache:
         self.keys = [pool.new_empty(pages * self.page_size, *pool.shape[1:]) for pool in self.keys]
         self.values = [torch.empty_like(pool) for pool in self.keys]
         self._counts = [0] * pages
+
+    def compact(self, *sequences: CachedSequence) -> None:
+        """Free all memory but that of some sequences, which share no pages; the others must be closed."""
+        pages = [page for sequence in sequences for page in sequence.pages]
+        for pools in (self.keys, self.values):
+            for i, pool in enumerate(pools):
+                pools[i] = pool.unflatten(0, (-1, self.page_size))[pages].flatten(0, 1)  # type: ignore[no-untyped-call]
+        self._counts = [1] * len(pages)
+        numbers = iter(range(len(pages)))
+        for sequence in sequences:
+            sequence.pages = [next(numbers) for _ in sequence.pages]
 
     def open(self, rope_length: int = 0) -> CachedSequence:
         """A new, empty sequence."""

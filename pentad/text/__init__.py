@@ -30,9 +30,11 @@ def load(checkpoint: Source, vocab_size: int | None = None) -> Tokenizer | None:
             from pentad.text import folder_vocab
 
             tokenizer = folder_vocab.load(checkpoint)
-    if tokenizer is not None and vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise BadInput(
-            f"{checkpoint.path}: its tokenizer has {tokenizer.vocab_size} ids, but its embedding {vocab_size} rows; "
-            "use the tokenizer and the weights of one model"
-        )
+    if tokenizer is not None and vocab_size is not None:
+        unused = sum(i >= vocab_size for i in tokenizer.control.values())  # such as a pad token
+        if tokenizer.vocab_size - unused > vocab_size:
+            raise BadInput(
+                f"{checkpoint.path}: its tokenizer has {tokenizer.vocab_size} ids, but its embedding {vocab_size} rows;"
+                " use the tokenizer and the weights of one model"
+            )
     return tokenizer

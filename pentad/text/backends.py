@@ -83,8 +83,9 @@ class TokenizersBackend:
         steps = _steps(pipeline.decoder, "decoders")
         types = {step["type"] for step in steps}
         self.byte_level = "ByteLevel" in types
-        if not types & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            named = ", ".join(sorted(types)) or "missing"
+        self._separates = not types  # without a decoder, the library puts spaces between tokens
+        if types and not types & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            named = ", ".join(sorted(types))
             raise BadInput(f"tokenizer.json: its decoder is {named}; expected ByteLevel, ByteFallback or Metaspace")
         self._strips_first = any(
             (step["type"] == "Strip" and step.get("start", 0) > 0)
@@ -122,6 +123,8 @@ class TokenizersBackend:
 
     def token_bytes(self, token: int) -> bytes:
         """See `Backend`."""
+        if self._separates and (piece := self.pipeline.id_to_token(token)) is not None:
+            return b" " + piece.encode()
         if token in self._added:
             return self._added[token].encode()
         piece = self.pipeline.id_to_token(token)
@@ -137,6 +140,8 @@ class TokenizersBackend:
     def first_bytes(self, token: int) -> bytes:
         """See `Backend`."""
         data = self.token_bytes(token)
+        if self._separates:
+            return data[1:]
         return data[1:] if self._strips_first and token not in self._added and data[:1] == b" " else data
 
     def _spelled(self, token: int) -> list[int]:

@@ -90,7 +90,7 @@ def _read(file: Path, config: Mapping[str, Any], generation: Mapping[str, Any], 
     """
     bare = not file.with_name(_CONFIG).is_file()
     if file.name == "tokenizer.json":
-        return _pipeline(file)
+        return _pipeline(file, config)
     if file.name == "tekken.json":
         backend, version = tekken.load(file)
         roles = {role: string for role, string in _TEKKEN_ROLES.items() if string in backend.control.ids}
@@ -108,13 +108,32 @@ def _optional(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _pipeline(file: Path) -> _Vocabulary:
+def _pipeline(file: Path, config: Mapping[str, Any]) -> _Vocabulary:
     from tokenizers import Tokenizer as Pipeline
 
     with refusing(f"{file}: not a tokenizer.json"):
         pipeline = Pipeline.from_file(str(file))
+    with refusing(f"{file.with_name(_CONFIG)}: not a map of ids and added tokens, or a list of special tokens"):
+        _add_tokens(pipeline, config)
     adds_bos = pipeline.encode("a").ids[:1] != pipeline.encode("a", add_special_tokens=False).ids[:1]
     return _Vocabulary(TokenizersBackend(pipeline), adds_bos, {})
+
+
+def _add_tokens(pipeline: Any, config: Mapping[str, Any]) -> None:
+    """Add the tokens that only tokenizer_config.json names, with the ids that transformers gives them."""
+    from tokenizers import AddedToken
+
+    decoder = config.get("added_tokens_decoder") or {}
+    for _, token in sorted((int(i), token) for i, token in decoder.items()):
+        flags = {name: token[name] for name in ("lstrip", "rstrip", "normalized", "single_word") if name in token}
+        (pipeline.add_special_tokens if token.get("special") else pipeline.add_tokens)(
+            [AddedToken(token["content"], special=bool(token.get("special")), **flags)]
+        )
+    lists = [config.get(name) or [] for name in ("additional_special_tokens", "extra_special_tokens")]
+    named = [token for tokens in lists for token in (tokens.values() if isinstance(tokens, dict) else tokens)]
+    special = [*_special_tokens(config).values(), *map(_content, named)]
+    present = {token.content for token in pipeline.get_added_tokens_decoder().values()}
+    pipeline.add_special_tokens([AddedToken(content) for content in special if content not in present])
 
 
 def _sentencepiece(file: Path, config: Mapping[str, Any]) -> SentencePieceBackend:

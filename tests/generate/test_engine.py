@@ -380,3 +380,27 @@ def test_a_failure_while_tokens_are_chosen_draws_no_number_twice(
     for one, expected in zip(failing, alone, strict=True):
         assert one.generated == expected.generated
         assert [report.token_id for report in one.token_logprobs] == one.generated
+
+
+def test_the_memory_of_many_requests_is_returned(step: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pentad.generate.engine.MIN_SHRUNK_BYTES", 0)
+    engine, prompt = Engine(step), random_ids(40)
+    before, after = request(prompt), request(prompt)
+    finish(engine, before)
+    at_rest = step.cache.nbytes
+    finish(engine, *(request(random_ids(40, seed=i)) for i in range(30)))
+    assert step.cache.nbytes <= 4 * at_rest
+    assert step.cache.pages_in_use <= 4
+    finish(engine, after)
+    assert after.generated == before.generated
+
+
+def test_kept_pages_survive_when_memory_is_returned(step: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pentad.generate.engine.MIN_SHRUNK_BYTES", 0)
+    engine, prompt = Engine(step), random_ids(40)
+    finish(engine, *(request(random_ids(40, seed=i), max_tokens=2) for i in range(30)), last := request(prompt))
+    continued = request([*prompt, *last.generated, 5])
+    step.ran.clear()
+    finish(engine, continued)
+    assert step.ran[0] == [2]  # the token that was generated last, and the new one
+    assert continued.generated == greedy(step.network, list(continued.prompt), 12)
