@@ -46,13 +46,13 @@ def build(
     """Build a checkpoint's network with its weights, or a config's network with initial weights.
 
     Args:
-        source: a checkpoint, or a config. Initial weights are as the config's family publishes them.
+        source: a checkpoint, or a config. Initial weights follow the published initialization of the config's family.
         device: device of the weights.
         dtype: dtype of the weights that are not quantized.
         trainable: put the network in training mode. Parameters get gradients and are copied from the file's mapped
             memory; quantized weights are dequantized.
-        quantized: which quantized matrices stay quantized: "operators", those for which torch has a fast operator;
-            "all", as the kernels need them; "none".
+        quantized: the quantized matrices that stay quantized: "operators" (those for which torch has a fast operator),
+            "all" (for the kernels) or "none".
         seed: seed of the initial weights; equal seeds give equal weights.
         progress: reports the bytes read.
 
@@ -95,7 +95,7 @@ def _network(family: Family, config: ModelConfig, device: torch.device | str) ->
 
 
 class _NoInitialization(TorchFunctionMode):
-    """Skips `torch.nn.init`, which on the meta device only imports the compiler."""
+    """Skips `torch.nn.init`, which on the meta device would do nothing but import the compiler."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -136,7 +136,7 @@ def fill(
         BadInput: tensors are missing, not used or of the wrong shape.
     """
     if not checkpoint.tensors:
-        raise BadInput(f"{checkpoint.path}: there are no weights beside the config")
+        raise BadInput(f"{checkpoint.path}: there are no weights next to the config")
     device = torch.device(device)
     placements = _placements(checkpoint, network, dtype, device, quantized)
     progress = progress or Progress()
@@ -148,15 +148,15 @@ def fill(
 
 
 def held_bytes(checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, *, quantized: str = "operators") -> int:
-    """The memory that a checkpoint's weights take on a CPU, also if the checkpoint is only a config.
+    """Bytes that a checkpoint's weights take on a CPU; the checkpoint can be a config without weights.
 
     Args:
-        checkpoint: a checkpoint, of which only headers are read.
+        checkpoint: the checkpoint; only its headers are read.
         network: its network, on the meta device.
         dtype, quantized: see `build`.
 
     Raises:
-        BadInput: as `fill`.
+        BadInput: see `fill`.
     """
     if not checkpoint.tensors:
         return sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
@@ -176,8 +176,8 @@ class _Placement(NamedTuple):
     Attributes:
         entries: the file's tensors.
         operation: converts them.
-        parameter_names: for each result its names in the network; tied parameters have several.
-        parts: for each result the quantized part that replaces a linear layer or an embedding; None for a parameter.
+        parameter_names: the names of each result in the network; tied parameters have several.
+        parts: for each result, the quantized part that replaces a linear layer or an embedding; None for a parameter.
     """
 
     entries: tuple[TensorEntry, ...]
@@ -218,7 +218,7 @@ def _placements(
 
 
 def parameter_names(network: nn.Module) -> dict[str, list[str]]:
-    """First name of each parameter -> all its names; tied parameters have several."""
+    """Map each parameter's first name to all its names; tied parameters have several."""
     names: dict[str, list[str]] = {}
     first_names: dict[nn.Parameter, str] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
@@ -236,7 +236,7 @@ def pairings(checkpoint: Checkpoint, network: Decoder) -> list[Pairing]:
     family = family_of(checkpoint)
     tables = family.layouts(network.config, checkpoint.format)
     if not tables:
-        raise BadInput(f"{checkpoint.path}: no {checkpoint.format} files of such a {family.names.family} are known")
+        raise BadInput(f"{checkpoint.path}: {checkpoint.format} files of this {family.names.family} are unsupported")
     pairs = best_table(tables, checkpoint.tensors, shapes).pair(checkpoint.tensors, shapes, checkpoint.path)
     for entry in (entry for pair in pairs for entry in pair.entries):
         if entry.dtype is not None and not entry.dtype.is_floating_point:
@@ -286,8 +286,8 @@ def default_dtype(checkpoint: Checkpoint) -> torch.dtype:
         sizes[entry.dtype or torch.bfloat16] += entry.nbytes
     if not sizes:
         named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-        unnamed = torch.bfloat16 if checkpoint.format == "consolidated" else torch.float32
-        return DTYPES.get(str(named), unnamed)
+        default = torch.bfloat16 if checkpoint.format == "consolidated" else torch.float32
+        return DTYPES.get(str(named), default)
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if checkpoint.format == "hf" and named is not None and str(named) not in DTYPES:
         _logger.warning("%s: torch_dtype %r is unknown and is ignored", checkpoint.path, str(named)[:40])

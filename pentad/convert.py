@@ -1,7 +1,7 @@
 """Convert a checkpoint to another format, one tensor at a time.
 
-A family's key table reads the source's tensors, and another one, in reverse, writes the new files. Between them is the
-network on the meta device, which has only shapes.
+One key table of the family converts the source's tensors to the network's parameters; another one, in reverse, converts
+the parameters to the new files' tensors. The network itself is on the meta device and has only shapes.
 """
 
 import json
@@ -128,7 +128,7 @@ def convert(
         raise BadInput(f"--upcycle writes hf; convert the result to {to} afterwards")
     destination = Path(destination)
     if to != "gguf" and destination.suffix == ".gguf":
-        raise BadInput(f"{destination}: {to} is a folder; expected a name that doesn't end in .gguf")
+        raise BadInput(f"{destination}: --to {to} writes a folder; expected a name that doesn't end in .gguf")
     if shard_bytes < 1:
         raise BadInput(f"shard_bytes is {shard_bytes}; expected at least 1")
     checkpoint = weights.open(registry.locate(source, progress=progress))
@@ -141,20 +141,20 @@ def convert(
 
 
 class _Converter:
-    """A checkpoint's tensors by the network's names, and their layout in the target format.
+    """A checkpoint's tensors by parameter name, and the key table that writes them in the target format.
 
     Attributes:
         checkpoint: the source.
         format: the target's `Checkpoint.format`.
-        family, network, config: of the new files.
-        entries: parameter name -> the source's tensors that it is made of.
-        values: parameter name -> reads its value.
+        family, network, config: the family, network and config of the new files.
+        entries: parameter name -> the source's tensors that are converted to the parameter.
+        values: parameter name -> a function that reads the parameter's value.
         table: the key table of the new files.
     """
 
     def __init__(self, checkpoint: Checkpoint, format: str, upcycle: Upcycling | None) -> None:
         if not checkpoint.tensors:
-            raise BadInput(f"{checkpoint.path}: there are no weights beside the config")
+            raise BadInput(f"{checkpoint.path}: there are no weights next to the config")
         self.checkpoint, self.format = checkpoint, format
         self.family = family_of(checkpoint)
         self.network = meta_network(checkpoint)
@@ -172,7 +172,7 @@ class _Converter:
         tables = self.family.layouts(self.config, format)
         if not tables:
             name = self.family.names.family
-            raise BadInput(f"{checkpoint.path}: {format} files of such a {name} model don't exist")
+            raise BadInput(f"{checkpoint.path}: {format} files can't store this {name} model")
         self.table: KeyTable = tables[0]
         # Consolidated files always have a head. In GGUF a head with a bias is never tied.
         has_head = format == "consolidated" or (format == "gguf" and "head.bias" in self.values)
@@ -261,7 +261,7 @@ def _to_gguf(
     converter: _Converter, path: Path, quantize: str | None, shard_bytes: int, progress: Progress | None
 ) -> Conversion:
     if path.suffix != ".gguf":
-        raise BadInput(f"{path}: gguf is one file; expected a name that ends in .gguf")
+        raise BadInput(f"{path}: --to gguf writes a file; expected a name that ends in .gguf")
     if _PART.fullmatch(path.name):
         raise BadInput(f"{path} is the name of a part of a split GGUF; leave out the numbers and use --shard-size")
 
@@ -290,7 +290,7 @@ def _to_gguf(
 
 
 def _read_back(converter: _Converter, config: Mapping[str, Any], tensors: list[PendingTensor]) -> tuple[str, list[str]]:
-    """Read the new files before they are written: their family, and notes on properties that the format can't store.
+    """Read the new files before they are written; return their family, and notes on what the format can't store.
 
     Raises:
         BadInput: the network would be different.
@@ -304,7 +304,7 @@ def _read_back(converter: _Converter, config: Mapping[str, Any], tensors: list[P
     network = meta_network(written)
     old_rope, new_rope = _rope(converter.network), _rope(network)
     lost = {f.name for f in fields(before) if getattr(network.config, f.name, f.default) != getattr(before, f.name)}
-    lost -= {"rope_theta", "rope_parameters", "partial_rotary_factor"}  # have several spellings: compare the rotations
+    lost -= {"rope_theta", "rope_parameters", "partial_rotary_factor"}  # the rotations are compared instead
     if not _same_rotation(old_rope, new_rope, 1):
         lost.add("rope_parameters")
     if changed := sorted(lost - OPTIONAL_FIELDS):

@@ -51,14 +51,14 @@ def load(
     fast: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel | EncoderDecoderModel:
-    """Load a model as it was published.
+    """Load a published model.
 
     Args:
         name_or_path: a known name (``smollm2``), a file or folder, or a repository ``org/name[@revision][:Q4_K_M]``.
         device: ``cpu``, ``cuda`` or ``mps``; by default CUDA if available, else the CPU.
         dtype: float32, bfloat16 or float16: compute in this dtype in plain torch, without the CPU kernels. By default
-            the kernels run on a CPU, near float32, with the file's weights unchanged. If the kernels don't support the
-            network, torch computes in the dtype of the file's weights (bfloat16 if they are quantized).
+            the kernels run on a CPU, close to float32, with the file's weights unchanged. If the kernels don't support
+            the network, torch computes in the dtype of the file's weights (bfloat16 if they are quantized).
         quantize: by default quantized weights stay as in the file. (Without the kernels some are dequantized, and a
             quantized head is rounded to int8 rows for steps of one or two tokens.) "none" dequantizes all weights and
             turns the CPU kernels off.
@@ -95,13 +95,13 @@ def load(
         raise BadInput(f"cache_dtype is int8, which needs the kernels; plain torch runs {name_or_path}: {why_torch}")
     quantized = "all" if why_torch is None else "none" if quantize == "none" else "operators"
     if why_torch is None and any(entry.quantization for entry in checkpoint.tensors.values()):
-        torch_dtype = torch.float32  # of norms and biases
+        torch_dtype = torch.float32  # the dtype of norms and biases
     build.fill(network, checkpoint, device=target, dtype=torch_dtype, quantized=quantized, progress=progress)
     tokenizer: text.Tokenizer | BadInput | None
     try:
         tokenizer = text.load(checkpoint, vocab_size=network.config.vocab_size)
     except BadInput as error:
-        tokenizer = error  # raised when it is needed: `logits` works without a tokenizer
+        tokenizer = error  # raised when the tokenizer is needed: `logits` works without one
     step: Step
     if isinstance(network, EncoderDecoder):
         step = EncoderDecoderStep(network, cache_dtype=kv_dtype)
@@ -124,15 +124,15 @@ def kernels_decline(
     """The reason why `load` runs a checkpoint in plain torch; None if the kernels run it.
 
     Args:
-        checkpoint: a checkpoint, of which only headers are read.
-        network: its network; the weights may be on the meta device.
+        checkpoint: the checkpoint; only its headers are read.
+        network: the checkpoint's network; the weights may be on the meta device.
         device: the device to run on.
         dtype, quantize: see `load`.
     """
     if device.type != "cpu":
-        return f"it is on {device}"
+        return f"the device is {device}"
     if dtype is not None or quantize is not None:
-        return f"{'a dtype' if quantize is None else 'dequantizing'} was asked for"
+        return f"{'a dtype' if quantize is None else 'dequantizing'} was requested"
     if not kernels.isas():
         return f"there are no kernels: {kernels.reason()}"
     types = {(entry.quantization, entry.shape[-1]) for entry in checkpoint.tensors.values() if entry.quantization}

@@ -1,4 +1,4 @@
-"""Memory: how much there is, and how much a network takes to run."""
+"""The machine's memory, and an estimate of the memory that a network takes to run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MemoryEstimate(NamedTuple):
     """Bytes that running a network takes.
 
     Attributes:
-        weights: the network's.
+        weights: the network's weights.
         kv_cache: keys and values of one sequence.
         process: Python, torch and pentad, without a network.
     """
@@ -32,31 +32,31 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(self)
 
 
 def estimate(
     checkpoint: Checkpoint, network: Decoder, *, tokens: int, dtype: torch.dtype, quantized: str
 ) -> MemoryEstimate:
-    """The memory that a checkpoint takes to run on a CPU.
+    """Estimate the memory that a checkpoint takes to run on a CPU.
 
     Args:
-        checkpoint: its headers are read.
-        network: the checkpoint's, on the meta device.
-        tokens: of the sequence in the KV cache.
-        dtype: of the KV cache, and of weights that aren't quantized.
-        quantized: as of `pentad.build.build`.
+        checkpoint: the checkpoint; only its headers are read.
+        network: the checkpoint's network, on the meta device.
+        tokens: number of tokens in the KV cache.
+        dtype: dtype of the KV cache, and of weights that aren't quantized.
+        quantized: see `pentad.build.build`.
 
     Raises:
-        BadInput: as `pentad.build.fill`.
+        BadInput: see `pentad.build.fill`.
     """
     weights = held_bytes(checkpoint, network, dtype, quantized=quantized)
     return MemoryEstimate(weights, kv_cache_bytes(network, tokens, dtype), process_bytes())
 
 
 def kv_cache_bytes(network: Decoder, tokens: int, dtype: torch.dtype) -> int:
-    """Keys and values of one sequence; of an encoder-decoder also those of a source of the same length."""
+    """Bytes of one sequence's keys and values; for an encoder-decoder, also those of a source of the same length."""
     return sum(
         2 * part.kv_heads * part.head_dim * min(tokens, part.window or tokens) * dtype.itemsize
         for part in network.modules()
@@ -65,7 +65,7 @@ def kv_cache_bytes(network: Decoder, tokens: int, dtype: torch.dtype) -> int:
 
 
 def process_bytes() -> int:
-    """The most that this process has taken so far; 0 on Windows."""
+    """The peak memory of this process so far; 0 on Windows."""
     try:
         import resource
     except ImportError:
@@ -86,7 +86,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def physical_memory() -> int | None:
-    """Bytes that the machine has; None if the system doesn't say."""
+    """The machine's memory in bytes; None if the system doesn't report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

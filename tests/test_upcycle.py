@@ -149,7 +149,7 @@ def test_the_tokenizer_is_kept(tmp_path: Path) -> None:
         ({"family": "mixtral"}, {}, "a mixtral model can't be upcycled"),
         ({"attention_bias": True}, {}, "has biases (attention_bias); Mixtral supports none"),
         ({"mlp_bias": True}, {}, "has biases (mlp_bias)"),
-        ({}, {"upcycle": Upcycling(experts=2, top_k=3)}, "top_k is 3 of 2 experts"),
+        ({}, {"upcycle": Upcycling(experts=2, top_k=3)}, "top_k is 3 with 2 experts"),
         ({}, {"upcycle": Upcycling(experts=0)}, "num_local_experts is 0"),
         ({}, {"upcycle": Upcycling(top_k=0)}, "num_experts_per_tok is 0"),
         ({}, {"upcycle": Upcycling(experts=10**9)}, "num_local_experts is 1000000000"),

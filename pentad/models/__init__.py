@@ -48,7 +48,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     for family in families():
         if family.matches(checkpoint):
             if checkpoint.format not in family.key_tables:
-                raise BadInput(f"{checkpoint.path}: no {checkpoint.format} files of {family.names.family} are known")
+                raise BadInput(f"{checkpoint.path}: {checkpoint.format} files of {family.names.family} are unsupported")
             return family
     key = NAME_KEYS.get(checkpoint.format)
     if key is None:

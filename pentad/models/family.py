@@ -61,11 +61,11 @@ class Family:
 
     Attributes:
         config: the config's class.
-        network: makes the network of a config, without initializing weights.
+        network: builds the network of a config, without initializing weights.
         key_tables: checkpoint format -> function from a config to the key tables of such files. The first table is used
             for writing. If a format is absent or has no table, it can't store the network.
         names: the family's names.
-        recognizes: whether a checkpoint's format and config belong to the family; by `names` if None.
+        recognizes: whether a checkpoint's format and config belong to the family. If None, `names` decides.
         init_std: standard deviation of an initial weight matrix, from the config and the tensor's name; the config's
             ``initializer_range`` if None.
     """
@@ -86,5 +86,5 @@ class Family:
         return checkpoint.config.get("model_type") in (self.names.family, *self.names.aliases)
 
     def layouts(self, config: Any, format: str) -> list[KeyTable]:
-        """The key tables for a config and a format; none if the format can't store such a network."""
+        """The key tables for a config and a format; empty if the format can't store the network."""
         return self.key_tables[format](config) if format in self.key_tables else []

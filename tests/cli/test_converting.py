@@ -49,7 +49,7 @@ def test_a_note_goes_to_standard_error(pentad, tmp_path: Path) -> None:
         (["--upcycle", "experts=8,top=2"], "--upcycle is 'experts=8,top=2'"),
         (["--upcycle", "experts=8,experts=4"], "--upcycle is 'experts=8,experts=4'"),
         (["--upcycle", "top_k=-1"], "--upcycle is 'top_k=-1'"),
-        (["--upcycle", "experts=2,top_k=3"], "top_k is 3 of 2 experts"),
+        (["--upcycle", "experts=2,top_k=3"], "top_k is 3 with 2 experts"),
         (["--upcycle", "experts=2", "--to", "gguf"], "--upcycle writes hf"),
     ],
     ids=str,

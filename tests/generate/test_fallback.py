@@ -65,7 +65,7 @@ def test_numbers_that_memory_has_no_room_for_are_made_anew(tmp_path: Path, monke
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [({"dtype": "float32"}, "a dtype was asked for"), ({"quantize": "none"}, "dequantizing was asked for")],
+    [({"dtype": "float32"}, "a dtype was requested"), ({"quantize": "none"}, "dequantizing was requested")],
 )
 def test_what_was_asked_for_is_the_reason(tmp_path: Path, options: dict[str, str], why: str) -> None:
     assert pentad.load(write(tmp_path), **options).step.backend == f"as plain torch: {why}"

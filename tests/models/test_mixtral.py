@@ -375,7 +375,7 @@ def test_a_token_uses_a_quarter_of_the_experts(tmp_path: Path, config: dict[str,
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"num_experts_per_tok": 5}, "top_k is 5 of 4 experts"),
+        ({"num_experts_per_tok": 5}, "top_k is 5 with 4 experts"),
         ({"num_local_experts": 3}, "not used: model.layers.0.block_sparse_moe.experts.3.w1.weight"),
         ({"num_local_experts": 5}, "missing: model.layers.0.block_sparse_moe.experts.4.w1.weight"),
         ({"num_local_experts": 10**7}, "10000000 experts of"),
@@ -395,7 +395,7 @@ def test_configs_that_are_wrong(tmp_path: Path, edit: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
-        ({"num_experts": 4, "num_experts_per_tok": 6}, "top_k is 6 of 4 experts"),
+        ({"num_experts": 4, "num_experts_per_tok": 6}, "top_k is 6 with 4 experts"),
         (["num_experts", 4], "params.json: moe is \"['num_experts', 4]\""),
         ({"num_experts": "4"}, "num_local_experts is '4', not of type int"),
     ],
@@ -442,7 +442,7 @@ def test_other_mixtures_in_gguf_are_refused(tmp_path: Path) -> None:
         {"token_embd.weight": peer.get_input_embeddings().weight.detach().numpy()},
         "F32",
     )
-    assert "of mixtures of experts only Mixtral (llama) is supported, not qwen2" in refused(tmp_path / "m.gguf")
+    assert "mixtures in qwen2 files are not supported; expected llama (Mixtral)" in refused(tmp_path / "m.gguf")
 
 
 def test_a_router_that_is_not_a_number_is_told(tmp_path: Path) -> None:

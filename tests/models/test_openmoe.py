@@ -356,7 +356,7 @@ def test_stacks_are_used_where_they_lie_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["gguf", "mistral"])
 def test_there_are_no_other_files(tmp_path: Path, to: str) -> None:
     openmoe_checkpoint(tmp_path / "a")
-    with pytest.raises(BadInput, match=r"files of such a openmoe model don't exist"):
+    with pytest.raises(BadInput, match=r"files can't store this openmoe model"):
         convert(tmp_path / "a", tmp_path / ("m.gguf" if to == "gguf" else "b"), to=to)
 
 
@@ -409,7 +409,7 @@ def test_parameters(tmp_path: Path, config: dict[str, Any], parameters: int, act
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"router_topk": 9}, "top_k is 9 of 8 experts"),
+        ({"router_topk": 9}, "top_k is 9 with 8 experts"),
         ({"num_experts": 7}, "model.layers.1.mlp.gate_weight is [8, 32], the config asks for [7, 32]"),
         ({"num_experts": None}, "the config lacks num_experts"),
         ({"num_experts": 0}, "num_experts is 0, which is not a possible size"),

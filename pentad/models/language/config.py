@@ -115,13 +115,13 @@ def write_family_config(family: Family, config: ModelConfig, format: str) -> dic
 
 
 def corrected_by_tensors(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Correct a config by two facts that only tensor data shows.
+    """Correct a config by two facts that are known only from tensor data.
 
     An HF head that differs from the embedding is not tied, whatever ``config.json`` says (as in transformers). GGUF
     files store RoPE's frequency factors in ``rope_freqs.weight``.
 
     Raises:
-        BadInput: the number of frequency factors is not that of RoPE's frequencies.
+        BadInput: the number of frequency factors differs from the number of RoPE's frequencies.
     """
     tensors = checkpoint.tensors
     if not isinstance(config, DecoderConfig):
@@ -152,7 +152,7 @@ def _from_hf(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]
         _logger.info("%s: the code that auto_map names is not run; pentad has its own", checkpoint.path)
     config |= {field: config[name] for name, field in names.items() if config.get(name) is not None}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = dict(rope) if isinstance(rope, Mapping) else {"rope_type": rope}  # an unknown name, which is an error
+    rope = dict(rope) if isinstance(rope, Mapping) else {"rope_type": rope}  # not a mapping: `scaling` reports it
     length = config.get("max_position_embeddings", 2048)
     trained = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or length
     return {
@@ -167,7 +167,7 @@ def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
     tensors, arch = checkpoint.tensors, checkpoint.config["general.architecture"]
     metadata = {key.removeprefix(f"{arch}."): value for key, value in checkpoint.config.items()}
     if metadata.get("expert_count") and arch != "llama":
-        raise BadInput(f"{checkpoint.path}: of mixtures of experts only Mixtral (llama) is supported, not {arch}")
+        raise BadInput(f"{checkpoint.path}: mixtures in {arch} files are not supported; expected llama (Mixtral)")
     if metadata.get("rope.scaling.attn_factor", 1.0) != 1.0:
         raise BadInput(f"{checkpoint.path}: {arch}.rope.scaling.attn_factor is not supported; expected 1")
     rope: dict[str, Any] = {}  # see `corrected_by_tensors` for rope_freqs.weight
@@ -191,7 +191,7 @@ def _from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _from_params(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Fields from Meta's or Mistral's params.json. Only Mistral's has the feed-forward width as a number."""
+    """Fields from Meta's or Mistral's params.json. Only Mistral's stores the feed-forward width itself."""
     params, path = checkpoint.config, checkpoint.path
     if unsupported := [name for name in UNSUPPORTED_PARAMS if params.get(name)]:
         raise BadInput(f"{path}: params.json has {', '.join(unsupported)}, which is not supported")
@@ -208,7 +208,7 @@ def _from_params(checkpoint: Checkpoint) -> dict[str, Any]:
     if not isinstance(moe, Mapping):
         raise BadInput(f"{path}: params.json: moe is {str(moe)[:40]!r}; expected an object with num_experts")
     values |= {"num_local_experts": moe.get("num_experts"), "num_experts_per_tok": moe.get("num_experts_per_tok")}
-    if "hidden_dim" not in params and params.get("vocab_size", -1) == -1:  # -1 stands for the tokenizer's size
+    if "hidden_dim" not in params and params.get("vocab_size", -1) == -1:  # -1 means the tokenizer's size
         embedding = checkpoint.tensors.get("tok_embeddings.weight")
         # Without weights: Llama 1 and 2 have -1. Code Llama has no vocab_size, and two different vocabularies.
         values["vocab_size"] = embedding.shape[0] if embedding else 32000 if "vocab_size" in params else None
@@ -245,7 +245,7 @@ def _meta_width(params: Mapping[str, Any], path: object) -> int:
 
 
 def _gguf_rope(config: DecoderConfig) -> dict[str, Any]:
-    """The metadata of a RoPE scaling. Other scalings are stored as tensors: see `frequency_factors`."""
+    """The metadata of a linear or YaRN scaling. Other scalings are stored as a tensor: see `frequency_factors`."""
     scaling = config.rope_scaling
     if not isinstance(scaling, Linear | Yarn):
         return {}

@@ -1,4 +1,4 @@
-"""Shared by all decoder-only families: config fields, the network around the blocks, and attention from the config.
+"""Shared code of decoder-only families: config fields, the network around the blocks, and attention from the config.
 
 A family's file adds the config fields, parts and key tables that its paper changed.
 """
@@ -67,7 +67,7 @@ class DecoderConfig(ModelConfig):
         if heads % kv_heads or head_dim % 2 or heads * head_dim > MAX_SIZE:
             raise BadInput(
                 f"{path}: {heads} heads of {head_dim} dimensions and {kv_heads} key/value heads are not possible;"
-                " expected a multiple of the key/value heads, and an even dimension"
+                " expected heads to be a multiple of key/value heads, and an even head dimension"
             )
         config = replace(self, num_key_value_heads=kv_heads, head_dim=head_dim)
         if not 0 < config.rotary_dim <= head_dim or config.rotary_dim % 2:
@@ -103,9 +103,9 @@ def _hf_rope_scaling(config: DecoderConfig, rope: Mapping[str, Any]) -> dict[str
 def check_experts(config: DecoderConfig, experts: int, top_k: int, path: object) -> None:
     """Raise BadInput if a mixture can't have `experts` experts, or a token can't use `top_k` of them."""
     if experts > MAX_EXPERTS or experts * config.hidden_size * config.intermediate_size > MAX_SIZE**2:
-        raise BadInput(f"{path}: {experts} experts of {config.intermediate_size} dimensions are not possible")
+        raise BadInput(f"{path}: {experts} experts of {config.intermediate_size} dimensions are too many")
     if top_k > experts:
-        raise BadInput(f"{path}: top_k is {top_k} of {experts} experts; expected at most {experts}")
+        raise BadInput(f"{path}: top_k is {top_k} with {experts} experts; expected at most {experts}")
 
 
 class DecoderOnly(Decoder):

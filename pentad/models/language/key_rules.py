@@ -34,7 +34,7 @@ def hf_table(config: DecoderConfig, *rules: Rule) -> KeyTable:
 
 
 def hf_ignored(config: DecoderConfig) -> list[str]:
-    """Tensors that are computed, and the copy of a tied head."""
+    """Tensors that the network computes, and the copy of a tied head."""
     return [r".*\.rotary_emb\.inv_freq", *([r"lm_head\.weight"] if config.tie_word_embeddings else [])]
 
 
@@ -52,7 +52,7 @@ def gguf_table(config: DecoderConfig, *rules: Rule, interleaved: bool = False) -
         Rule("norm", "output_norm"),
         Rule("head", "output"),
     ]
-    return KeyTable([*shared, *rules], [r"rope_freqs\.weight"])  # which is read with the config
+    return KeyTable([*shared, *rules], [r"rope_freqs\.weight"])  # read with the config
 
 
 def consolidated_table(config: DecoderConfig, *rules: Rule) -> KeyTable:

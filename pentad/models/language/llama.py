@@ -1,6 +1,6 @@
 """Llama (arXiv:2302.13971, 2307.09288, 2407.21783), and models with its architecture: TinyLlama, SmolLM2, Orca 2.
 
-A pre-norm transformer: RMSNorm, grouped-query attention with rotary positions, SwiGLU, no biases as published.
+A pre-norm transformer: RMSNorm, grouped-query attention with RoPE, SwiGLU, and no biases in the published models.
 """
 
 from collections.abc import Mapping

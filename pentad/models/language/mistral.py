@@ -39,7 +39,7 @@ class Mistral(PreNormDecoder):
 
 
 def recognizes(format: str, config: Mapping[str, Any]) -> bool:
-    """Of dense models only Mistral's params.json has hidden_dim. Mistral's GGUF files are read as "llama"."""
+    """Among dense models only Mistral's params.json has hidden_dim. Mistral's GGUF files are read as "llama"."""
     if format == "consolidated":
         return "hidden_dim" in config and not config.get("moe") and "num_experts" not in config
     return format == "hf" and config.get("model_type") == "mistral"

@@ -1,4 +1,4 @@
-"""Mixtral 8x7B (arXiv:2401.04088): Mistral with eight feed-forward layers as experts, of which each token uses two.
+"""Mixtral 8x7B (arXiv:2401.04088): Mistral with eight feed-forward layers as experts; each token uses two.
 
 The parts of the mixture are in `pentad.nn.moe`.
 """

@@ -5,10 +5,10 @@ are explicit parts or arguments: scores not divided by sqrt(D) (`Attention.scale
 (`GatedSwiGLU`), a dense layer after each mixture (`ExtraFeedforwardBlock`), unnormalized router probabilities
 (`softmax_top_k`), capacities (`EvenCapacity`).
 
-Three differences from the published code remain. It rotates a query that is decoded alone as if it stood one position
-later; flaxformer, which trained the checkpoints, does not. It computes capacities from a padded batch, pentad from a
-sequence in a step. It lets queries attend to position 0 even if the mask excludes it, which matters only with padding.
-The configs on the Hugging Face hub are not verified.
+Three differences from the published code remain. In decoding steps of one token the published code rotates the query as
+if it were one position later; flaxformer, which trained the checkpoints, does not. It computes capacities from a padded
+batch; pentad computes them from one sequence's tokens in a step. It lets queries attend to position 0 even if the mask
+excludes it, which matters only with padding. The configs on the Hugging Face hub are not verified.
 """
 
 import math
@@ -82,14 +82,14 @@ def _blocks(c: OpenMoeConfig) -> Iterator[PreNormBlock]:
 
 def _mixture(c: OpenMoeConfig) -> MixtureOfExperts:
     factors = c.router_capacity_factor_train, c.router_capacity_factor_eval
-    train, run = (EvenCapacity(c.router_topk * f, c.num_experts, c.router_min_capacity) for f in factors)
+    training, inference = (EvenCapacity(c.router_topk * f, c.num_experts, c.router_min_capacity) for f in factors)
     return MixtureOfExperts(
         Router(c.hidden_size, c.num_experts),
         GatedSwiGLUExperts(c.num_experts, c.hidden_size, c.intermediate_size),
         softmax_top_k,
         top_k=c.router_topk,
-        capacity=run if c.router_drop_tks else None,
-        training_capacity=train,
+        capacity=inference if c.router_drop_tks else None,
+        training_capacity=training,
     )
 
 

@@ -114,7 +114,7 @@ def _gguf(config: PhiConfig) -> list[KeyTable]:
 
 
 def _table_of_2023(config: PhiConfig, embed: str, layers: list[str], head: str) -> KeyTable:
-    """Files of Microsoft's code. The oldest number the embedding and the head as layers."""
+    """Files of Microsoft's code. In the oldest files the embedding and the head are numbered as layers."""
     rules = [Rule("embed", f"{embed}.wte"), Rule("norm", f"{head}.ln"), Rule("head", f"{head}.linear")]
     for i, layer in enumerate(layers):
         rules += [

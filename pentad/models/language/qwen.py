@@ -63,7 +63,7 @@ class QwenConfig(PreNormConfig):
 
     def resolve(self, checkpoint: Checkpoint) -> Self:
         config = super().resolve(checkpoint)
-        if checkpoint.format == "gguf":  # can't store the extras
+        if checkpoint.format == "gguf":  # GGUF can't store the extras
             return replace(config, use_dynamic_ntk=False, use_logn_attn=False)
         if (self.use_dynamic_ntk or self.use_logn_attn) and (self.seq_length or 0) < 2:
             raise BadInput(f"{checkpoint.path}: use_dynamic_ntk and use_logn_attn need a seq_length of at least 2")

@@ -64,9 +64,9 @@ class SwitchConfig(ModelConfig):
         path, layers = checkpoint.path, (self.num_layers, self.num_decoder_layers or self.num_layers)
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if max(layers) > MAX_LAYERS:
-            raise BadInput(f"{path}: {layers[0]} and {layers[1]} layers are not possible depths")
+            raise BadInput(f"{path}: {layers[0]} and {layers[1]} layers are too many; expected at most {MAX_LAYERS}")
         if self.num_experts > MAX_EXPERTS or self.num_heads * self.d_kv > MAX_SIZE:
-            raise BadInput(f"{path}: {self.num_experts} experts or {self.num_heads} heads are not possible numbers")
+            raise BadInput(f"{path}: {self.num_experts} experts or {self.num_heads} heads of {self.d_kv} are too many")
         if buckets < 4 or buckets % 2 or distance <= buckets // 2:
             raise BadInput(f"{path}: {buckets} buckets can't cover distances up to {distance}")
         if self.dense_act_fn != "relu" or checkpoint.config.get("is_gated_act"):
@@ -80,12 +80,12 @@ class SwitchConfig(ModelConfig):
 
 
 def sparse_layers(layers: int, sparse: int) -> list[bool]:
-    """Which blocks of a stack have a mixture, as transformers builds them: not always `sparse` blocks.
+    """For each block, true if transformers builds it with a mixture. The number of mixtures can differ from `sparse`.
 
-    If `sparse` is 0 only the second block has one; if it exceeds `layers` no block has one.
+    If `sparse` is 0, only the second block has a mixture; if it exceeds `layers`, no block has one.
     """
-    every = layers // sparse if sparse else layers
-    return [every == 1 or (every > 1 and i % every == 1) for i in range(layers)]
+    interval = layers // sparse if sparse else layers
+    return [interval == 1 or (interval > 1 and i % interval == 1) for i in range(layers)]
 
 
 class SwitchTransformers(EncoderDecoder):
