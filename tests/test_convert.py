@@ -246,7 +246,7 @@ def test_routers_of_a_quantized_mixture_are_float32(tmp_path: Path) -> None:
         ("a", {"to": "hf"}, "is the source itself"),
         ("full", {"to": "hf"}, "exists already"),
         ("m.bin", {"to": "gguf"}, "ends in .gguf"),
-        ("m.gguf", {"to": "hf"}, "hf is a folder"),
+        ("m.gguf", {"to": "hf"}, "hf writes a folder"),
         ("m-00001-of-00002.gguf", {"to": "gguf"}, "a part of a split GGUF"),
         ("there.gguf/b", {"to": "hf"}, "there.gguf is a file"),
         ("there.gguf/b.gguf", {"to": "gguf"}, "there.gguf is a file"),

@@ -86,7 +86,7 @@ def test_weights_that_are_not_quantized(tmp_path: Path, dtype: torch.dtype) -> N
 def test_a_cache_of_bytes_takes_the_kernels(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "folder")
     assert pentad.load(tmp_path / "folder", cache_dtype="int8").step.cache.keys[0].dtype == torch.int8
-    with pytest.raises(BadInput, match=r"int8.*needs the kernels.*: a dtype was asked"):
+    with pytest.raises(BadInput, match=r"int8.*needs the kernels.*: a dtype was requested"):
         pentad.load(tmp_path / "folder", cache_dtype="int8", dtype="float32")
 
 
