@@ -259,7 +259,7 @@ def test_base_8(tmp_path: Path) -> None:
     [
         ({"num_experts": 3}, "6 not used: decoder.block.1.layer.2.mlp.experts.expert_3.wi.weight"),
         ({"num_experts": 5}, "6 missing: decoder.block.1.layer.2.mlp.experts.expert_4.wi.weight"),
-        ({"num_experts": 5000}, "5000 experts or 4 heads of 8 are too many"),
+        ({"num_experts": 5000}, "5000 experts or 4 heads of"),
         ({"num_layers": 2000}, "2000 and 3 layers are too many"),
         ({"expert_capacity": 0}, "expert_capacity is 0, which is not a possible size"),
         ({"num_sparse_encoder_layers": -1}, "num_sparse_encoder_layers is -1, which is not a possible size"),
