@@ -102,7 +102,7 @@ class PagedCache:
         self._counts = [0] * pages
 
     def compact(self, *sequences: CachedSequence) -> None:
-        """Free all memory but that of some sequences, which share no pages; the others must be closed."""
+        """Shrink the pools to the pages of `sequences`, which must share no pages; all others must be closed."""
         pages = [page for sequence in sequences for page in sequence.pages]
         for pools in (self.keys, self.values):
             for i, pool in enumerate(pools):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pentad.nn.linear import QuantizedWeight, linear_map
 from pentad.weights.quantized import QuantizedTensor
 
-FEW_ROWS = 64  # per expert; with at most so many rows a matmul is bound by reading the weight
+FEW_ROWS = 64  # per expert; up to this many rows a matmul is bound by reading the weight
 SLAB_ROWS = 2048  # rows computed at a time, so that the hidden activations stay in a CPU's cache
-SLAB_ROWS_16_BIT = 352  # with at most so many rows W x^T is faster: x W^T first copies the weight into tiles
+SLAB_ROWS_16_BIT = 352  # up to this many rows W x^T is faster: x W^T first copies the weight into tiles
 BLOCK_ROWS = 32  # 16-bit rows are padded to a multiple: compiling oneDNN's matmul for a new row count is slow
 ALL = slice(None)
 
