@@ -1,4 +1,4 @@
-"""The engine: which tokens it runs, which it reports, and what it gives back."""
+"""The engine: scheduling, events, prefix reuse, cancellation and failures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ GREEDY = Sampling(temperature=0)
 
 
 class Counting(PlainStep):
-    """A step that remembers the tokens it ran."""
+    """A step that records how many tokens of each sequence it ran."""
 
     def __init__(self, network: nn.Module, **options: Any) -> None:
         super().__init__(network, **options)
@@ -30,7 +30,7 @@ class Counting(PlainStep):
         self.ran.append([len(ids) for _, ids in work])
         return super().__call__(work, wanted)
 
-    def held(self) -> int:
+    def pages_in_use(self) -> int:
         return self.cache.pages_in_use
 
 
@@ -51,24 +51,24 @@ def request(prompt: list[int], max_tokens: int = 12, seed: int = 0, **options: A
 
 
 def finish(engine: Engine, *requests: Generation) -> None:
-    """Submit, and run to the end."""
+    """Submit requests, and run the engine until all are finished."""
     for one in requests:
         engine.submit(one)
     for _ in range(200):
         if any(one.finish_reason is None for one in requests):
             engine.step()
-    assert all(one.finish_reason for one in requests), "the engine has stopped short of the end"
+    assert all(one.finish_reason for one in requests), "a request is unfinished after 200 steps"
 
 
 def greedy(network: nn.Module, prompt: list[int], count: int) -> list[int]:
-    """By whole runs without a cache."""
+    """Decode greedily without a cache."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(logits_of(network, ids)[-1].argmax()))
     return ids[len(prompt) :]
 
 
-def test_greedy_text_is_that_of_whole_runs(network: nn.Module, step: Counting) -> None:
+def test_greedy_tokens_equal_uncached_decoding(network: nn.Module, step: Counting) -> None:
     one, two = request(random_ids(9)), request(random_ids(40, seed=1), max_tokens=5)
     finish(Engine(step), one, two)
     assert one.generated == greedy(network, random_ids(9), 12)
@@ -76,7 +76,7 @@ def test_greedy_text_is_that_of_whole_runs(network: nn.Module, step: Counting) -
     assert one.finish_reason == two.finish_reason == "length"
 
 
-def test_any_of_several_end_ids_ends_it(network: nn.Module, step: Counting) -> None:
+def test_any_end_id_ends_a_request(network: nn.Module, step: Counting) -> None:
     text = greedy(network, random_ids(9), 12)
     end = next(token for token in text[3:] if token not in text[:3])
     one = request(random_ids(9), end_ids=frozenset({1000, end}))
@@ -85,7 +85,7 @@ def test_any_of_several_end_ids_ends_it(network: nn.Module, step: Counting) -> N
     assert one.generated == text[: text.index(end)]
 
 
-def test_logprobs_are_the_models_own(network: nn.Module, step: Counting) -> None:
+def test_logprobs_are_computed_before_sampling_options(network: nn.Module, step: Counting) -> None:
     hot = Sampling(temperature=3.0, top_k=5, presence_penalty=1.0)
     one = request(random_ids(9), sampling=hot, logprobs=4)
     finish(Engine(step), one)
@@ -95,19 +95,19 @@ def test_logprobs_are_the_models_own(network: nn.Module, step: Counting) -> None
     for report, token, row_V in zip(one.token_logprobs, one.generated, expected_TV, strict=True):
         assert report.token_id == token
         assert report.logprob == pytest.approx(float(row_V[token]), abs=1e-4)
-        values, likeliest = row_V.topk(4)
-        assert [i for i, _ in report.top] == likeliest.tolist()
+        values, ids = row_V.topk(4)
+        assert [i for i, _ in report.top] == ids.tolist()
         assert [value for _, value in report.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_more_logprobs_than_there_are_tokens(step: Counting) -> None:
+def test_logprobs_are_limited_by_the_vocabulary(step: Counting) -> None:
     one = request(random_ids(9), max_tokens=1, logprobs=10**6)
     finish(Engine(step), one)
     assert len(one.token_logprobs[0].top) == 96
     assert request([1]).token_logprobs == []
 
 
-def test_long_prompts_run_in_chunks_beside_those_that_decode(network: nn.Module, step: Counting) -> None:
+def test_chunked_prefill_shares_steps_with_decoding(network: nn.Module, step: Counting) -> None:
     engine = Engine(step, EngineConfig(max_batched_tokens=32))
     short, long = request(random_ids(4)), request(random_ids(100, seed=2))
     engine.submit(short)
@@ -122,7 +122,7 @@ def test_long_prompts_run_in_chunks_beside_those_that_decode(network: nn.Module,
     assert long.generated == greedy(network, random_ids(100, seed=2), 12)
 
 
-def test_no_more_than_a_batch_is_decoded_together(network: nn.Module, step: Counting) -> None:
+def test_a_step_has_at_most_max_num_seqs_sequences(network: nn.Module, step: Counting) -> None:
     requests = [request(random_ids(5, seed=i), max_tokens=4) for i in range(8)]
     finish(Engine(step, EngineConfig(max_num_seqs=3)), *requests)
     assert max(len(ran) for ran in step.ran) == 3
@@ -130,7 +130,7 @@ def test_no_more_than_a_batch_is_decoded_together(network: nn.Module, step: Coun
         assert one.generated == greedy(network, random_ids(5, seed=i), 4)
 
 
-def test_the_next_turn_prefills_only_what_is_new(network: nn.Module, step: Counting) -> None:
+def test_the_next_turn_prefills_only_new_tokens(network: nn.Module, step: Counting) -> None:
     engine = Engine(step)
     first = request(random_ids(30), max_tokens=10)
     finish(engine, first)
@@ -138,13 +138,12 @@ def test_the_next_turn_prefills_only_what_is_new(network: nn.Module, step: Count
     step.ran.clear()
     second = request(turn, max_tokens=10)
     finish(engine, second)
-    # the last token of a reply was chosen, and never run
+    # 7 new tokens and the last token of the reply, which was chosen but not yet run
     assert step.ran == [[7 + 1], *[[1]] * 9]
     assert second.generated == greedy(network, turn, 10)
 
 
-def test_a_turn_that_is_said_anew(network: nn.Module, step: Counting) -> None:
-    """What both begin with is kept, the rest is forgotten."""
+def test_an_edited_turn_reuses_the_common_prefix(network: nn.Module, step: Counting) -> None:
     engine = Engine(step)
     finish(engine, request(random_ids(30), max_tokens=10))
     other = [*random_ids(30)[:21], 5, 6, 7]
@@ -167,7 +166,7 @@ def test_the_same_prompt_again_runs_one_token(network: nn.Module, step: Counting
     assert sum(map(sum, step.ran)) == (length + 11) + 2 * 12
 
 
-def test_a_conversation_that_has_nothing_in_common(network: nn.Module, step: Counting) -> None:
+def test_a_prompt_without_a_common_prefix(network: nn.Module, step: Counting) -> None:
     engine = Engine(step)
     finish(engine, request([1, 2, 3]))
     one = request([9, 1, 2, 3])
@@ -175,7 +174,7 @@ def test_a_conversation_that_has_nothing_in_common(network: nn.Module, step: Cou
     assert one.generated == greedy(network, [9, 1, 2, 3], 12)
 
 
-def test_a_prefix_is_not_shared_where_rope_goes_by_length(tmp_path: Path) -> None:
+def test_a_prefix_is_not_reused_if_rope_depends_on_the_length(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     shape = {"rope_parameters": rope, "max_position_embeddings": 32}
     network = network_of(tiny_checkpoint(tmp_path, **shape).folder)
@@ -191,8 +190,8 @@ def test_a_prefix_is_not_shared_where_rope_goes_by_length(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 6])
-def test_cancelling_gives_the_pages_back(network: nn.Module, step: Counting, steps: int) -> None:
-    """While it waits, in the middle of its prefill, and while it decodes."""
+def test_cancelling_frees_the_pages(network: nn.Module, step: Counting, steps: int) -> None:
+    """The request is cancelled while it waits, during its prefill, and while it decodes."""
     engine = Engine(step, EngineConfig(max_batched_tokens=16))
     one, other = request(random_ids(40)), request(random_ids(5, seed=3), max_tokens=20)
     engine.submit(other)
@@ -207,13 +206,13 @@ def test_cancelling_gives_the_pages_back(network: nn.Module, step: Counting, ste
     assert one.generated == generated
     assert other.generated == greedy(network, random_ids(5, seed=3), 20)
     assert engine.step() == []
-    assert step.held() == 2, "only the last one's pages are kept: 24 tokens"
+    assert step.pages_in_use() == 2, "only the pages of the last request should be kept: 24 tokens"
     again = request(random_ids(40))
     finish(engine, again)
     assert again.generated == greedy(network, random_ids(40), 12)
 
 
-def test_many_requests_do_not_let_the_cache_grow(step: Counting) -> None:
+def test_the_cache_stops_growing(step: Counting) -> None:
     engine = Engine(step)
     sizes = []
     for i in range(12):
@@ -222,7 +221,7 @@ def test_many_requests_do_not_let_the_cache_grow(step: Counting) -> None:
     assert sizes[4:] == [sizes[3]] * 8
 
 
-def poisoned(tmp_path: Path, token: int) -> nn.Module:
+def with_nan_embedding(tmp_path: Path, token: int) -> nn.Module:
     network = network_of(tiny_checkpoint(tmp_path).folder)
     weight = network.get_parameter("embed.weight").clone()
     weight[token] = torch.nan
@@ -230,8 +229,8 @@ def poisoned(tmp_path: Path, token: int) -> nn.Module:
     return network
 
 
-def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
-    engine = Engine(PlainStep(poisoned(tmp_path, 7)))
+def test_nan_logits_end_a_request_with_an_error(tmp_path: Path) -> None:
+    engine = Engine(PlainStep(with_nan_embedding(tmp_path, 7)))
     one = request([1, 7, 2])
     engine.submit(one)
     assert engine.step() == [Event(one, None, "error")]
@@ -241,9 +240,8 @@ def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad_first", [True, False])
-def test_the_company_of_damaged_logits_goes_on(tmp_path: Path, bad_first: bool) -> None:
-    """One request's error is not another's: no token of it is lost, and it comes to its end."""
-    network = poisoned(tmp_path, 95)
+def test_other_requests_continue_after_nan_logits(tmp_path: Path, bad_first: bool) -> None:
+    network = with_nan_embedding(tmp_path, 95)
     engine = Engine(PlainStep(network))
     bad, good = request([1, 95, 2]), request([4, 5, 6], max_tokens=4)
     for one in (bad, good) if bad_first else (good, bad):
@@ -261,7 +259,7 @@ def test_the_company_of_damaged_logits_goes_on(tmp_path: Path, bad_first: bool) 
 # --- events, evaluations, limits --------------------------------------------------------------------
 
 
-def test_events_tell_each_token_and_the_end(network: nn.Module, step: Counting) -> None:
+def test_events_report_each_token_and_the_finish_reason(network: nn.Module, step: Counting) -> None:
     engine, one = Engine(step), request(random_ids(9), max_tokens=3)
     engine.submit(one)
     events = [event for _ in range(4) for event in engine.step()]
@@ -273,8 +271,8 @@ def test_events_tell_each_token_and_the_end(network: nn.Module, step: Counting) 
 def test_evaluations_run_beside_generations(network: nn.Module, step: Counting, batched: int) -> None:
     engine = Engine(step, EngineConfig(max_batched_tokens=batched))
     ids = random_ids(40, seed=5)
-    text, whole, part, likely = request(random_ids(9)), Evaluation(ids), Evaluation(ids[:20]), Evaluation(ids, first=4)
-    for one in (text, whole, part, likely):
+    text, whole, part, scored = request(random_ids(9)), Evaluation(ids), Evaluation(ids[:20]), Evaluation(ids, first=4)
+    for one in (text, whole, part, scored):
         engine.submit(one)
     while engine.requests:
         engine.step()
@@ -282,14 +280,14 @@ def test_evaluations_run_beside_generations(network: nn.Module, step: Counting, 
     torch.testing.assert_close(torch.cat(whole.logits), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat(part.logits), expected[:20], rtol=1e-4, atol=1e-4)
     logprobs = expected.log_softmax(-1)[3:-1].gather(1, torch.tensor(ids[4:])[:, None])
-    assert likely.log_likelihood == pytest.approx(float(logprobs.sum()), rel=1e-5)
-    assert not likely.logits
+    assert scored.log_likelihood == pytest.approx(float(logprobs.sum()), rel=1e-5)
+    assert not scored.logits
     assert text.generated == greedy(network, random_ids(9), 12)
 
 
 @pytest.mark.parametrize("fails", [0, 1, 4])
-def test_a_step_that_fails_loses_nothing(network: nn.Module, fails: int) -> None:
-    """Whether it fails before or after the tokens have run."""
+def test_requests_continue_after_a_failed_step(network: nn.Module, fails: int) -> None:
+    """One step fails before its tokens have run, one after."""
 
     class Failing(Counting):
         steps = 0
@@ -305,20 +303,20 @@ def test_a_step_that_fails_loses_nothing(network: nn.Module, fails: int) -> None
 
     step = Failing(network, page_size=16)
     engine, ids = Engine(step, EngineConfig(max_batched_tokens=20)), random_ids(30, seed=1)
-    text, likely, alone = request(random_ids(9)), Evaluation(ids, first=1), Evaluation(ids, first=1)
+    text, scored, repeated = request(random_ids(9)), Evaluation(ids, first=1), Evaluation(ids, first=1)
     engine.submit(text)
-    engine.submit(likely)
+    engine.submit(scored)
     while engine.requests:
         try:
             engine.step()
         except (RuntimeError, KeyboardInterrupt):
             continue
     assert text.generated == greedy(network, random_ids(9), 12)
-    engine.submit(alone)
+    engine.submit(repeated)
     while engine.requests:
         engine.step()
-    assert likely.log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-6)
-    assert step.held() == 2
+    assert scored.log_likelihood == pytest.approx(repeated.log_likelihood, rel=1e-6)
+    assert step.pages_in_use() == 2
 
 
 def test_memory_for_the_cache_is_bounded(network: nn.Module, step: Counting) -> None:
@@ -339,27 +337,27 @@ def test_kept_pages_count_against_the_memory_limit(network: nn.Module, step: Cou
     step.ran.clear()
     again = request(random_ids(40), max_tokens=8)
     finish(engine, again)
-    assert step.ran[0] == [1], "the kept pages fit beside nothing, and are continued"
+    assert step.ran[0] == [1], "the kept pages should be reused"
     other = request(random_ids(40, seed=1), max_tokens=8)
     engine.submit(other)
     while engine.requests:
         engine.step()
-        assert step.held() <= 4
+        assert step.pages_in_use() <= 4
     assert other.generated == greedy(network, random_ids(40, seed=1), 8)
 
 
 @pytest.mark.parametrize("fails", range(4))
-def test_a_failure_while_tokens_are_chosen_draws_no_number_twice(
+def test_a_failure_while_tokens_are_added_repeats_no_random_number(
     step: Counting, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
-    """Two requests: the failure strikes before the first has its token, between the two, or in a later step."""
+    """Two requests; adding a token fails for the first, for the second, or in a later step."""
     hot = Sampling(temperature=2.0)
 
     def pair() -> list[Generation]:
         return [request(random_ids(9, seed=i), seed=i, sampling=hot, logprobs=1) for i in range(2)]
 
-    alone = pair()
-    finish(Engine(step), *alone)
+    undisturbed = pair()
+    finish(Engine(step), *undisturbed)
     failing, make, calls = pair(), pentad.generate.engine.TokenLogprobs, []
 
     def failing_logprobs(*arguments: Any) -> Any:
@@ -377,7 +375,8 @@ def test_a_failure_while_tokens_are_chosen_draws_no_number_twice(
             engine.step()
         except RuntimeError:
             continue
-    for one, expected in zip(failing, alone, strict=True):
+    assert len(calls) > fails
+    for one, expected in zip(failing, undisturbed, strict=True):
         assert one.generated == expected.generated
         assert [report.token_id for report in one.token_logprobs] == one.generated
 

@@ -1,4 +1,4 @@
-"""A text's way through a mixture's experts, against one sequence after the other."""
+"""Expert use of a text, against running one sequence after the other."""
 
 from collections import Counter
 from pathlib import Path
@@ -18,7 +18,7 @@ def mixture(folder: Path) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def test_pieces_are_sequences_of_their_own(tmp_path: Path) -> None:
+def test_windows_of_a_text_are_separate_sequences(tmp_path: Path) -> None:
     network, ids = mixture(tmp_path), random_ids(50)
     use = expert_use(network, ids, window=20, frequent=5)
     assert (use.tokens, list(use.layers)) == (50, [0, 1])
@@ -36,7 +36,7 @@ def test_pieces_are_sequences_of_their_own(tmp_path: Path) -> None:
         assert use.by_token[layer].tolist() == by_token[layer].tolist()
 
 
-def test_an_encoder_reads(tmp_path: Path) -> None:
+def test_an_encoder_decoder_counts_the_encoders_experts(tmp_path: Path) -> None:
     from tests.helpers.tiny_switch import switch_checkpoint
 
     switch_checkpoint(tmp_path)
@@ -46,13 +46,13 @@ def test_an_encoder_reads(tmp_path: Path) -> None:
     assert all(usage.tokens == 30 for usage in use.layers.values())
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_errors(tmp_path: Path) -> None:
     network = mixture(tmp_path / "a")
     with pytest.raises(BadInput, match="the text is empty"):
         expert_use(network, [])
     network.layers[1].feedforward.router.weight.data[0, 0] = float("nan")
-    with pytest.raises(PentadError, match="router logits of layer 1 are not numbers: the weights are damaged"):
+    with pytest.raises(PentadError, match=r"layer 1 .*not numbers.*damaged"):
         expert_use(network, [1, 2, 3])
     tiny_checkpoint(tmp_path / "b")
-    with pytest.raises(BadInput, match="it has no experts"):
+    with pytest.raises(BadInput, match="no experts"):
         expert_use(network_of(tmp_path / "b"), [1, 2, 3])

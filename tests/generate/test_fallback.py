@@ -1,4 +1,4 @@
-"""What executes a network is known, and why; what falls back to plain torch later isn't slow."""
+"""The backend of a network and its reason; falling back to plain torch, which dequantizes weights once."""
 
 import logging
 from dataclasses import replace
@@ -19,15 +19,15 @@ from tests.helpers.programs import needs_kernels
 from tests.helpers.tiny import assert_equal_logits, logits_of, network_of, random_ids, tiny_checkpoint, tiny_peer
 
 
-def write(folder: Path, kind: str = "Q8_0") -> Path:
-    """A Llama, all matrices in blocks of a type."""
+def write(folder: Path, type_name: str = "Q8_0") -> Path:
+    """Write a tiny Llama whose matrices are quantized to `type_name`."""
     with torch.no_grad():
-        write_gguf(folder / "m.gguf", tiny_peer(hidden_size=64, intermediate_size=96, num_hidden_layers=1), kind)
+        write_gguf(folder / "m.gguf", tiny_peer(hidden_size=64, intermediate_size=96, num_hidden_layers=1), type_name)
     return folder / "m.gguf"
 
 
 @needs_kernels
-def test_a_hook_is_named_and_weights_are_dequantized_once(
+def test_the_backend_names_a_hook_and_weights_are_dequantized_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file, ids = write(tmp_path), random_ids(20)
@@ -39,10 +39,10 @@ def test_a_hook_is_named_and_weights_are_dequantized_once(
     model.network.layers[0].attention.register_forward_hook(lambda *_: calls.append(1))
     assert_equal_logits(model.logits(ids), logits_of(network_of(file, quantized="none"), ids))
     assert calls
-    numbers = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96 + 96 * 64)
+    nbytes = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96 + 96 * 64)
     backend = model.step.backend
     assert backend.startswith("as plain torch: a part has a hook (")
-    assert f"kept dequantized, which takes {numbers / 1e6:.0f} MB" in backend
+    assert f"kept dequantized, which takes {nbytes / 1e6:.0f} MB" in backend
     assert caplog.messages[1:] == [f"the network has changed: it runs {backend}"]
     dequantized = []
     once = QuantizedTensor.dequantize
@@ -54,7 +54,9 @@ def test_a_hook_is_named_and_weights_are_dequantized_once(
 
 
 @needs_kernels
-def test_numbers_that_memory_has_no_room_for_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_dequantized_in_every_step_if_memory_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, ids = write(tmp_path), random_ids(20)
     monkeypatch.setattr("pentad.generate.plan_step.physical_memory", lambda: 100_000)
     model = pentad.load(file)
@@ -73,8 +75,7 @@ def test_what_was_asked_for_is_the_reason(tmp_path: Path, options: dict[str, str
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_that_are_not_quantized(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Read where they lie, in the file's dtype."""
+def test_the_kernels_read_unquantized_weights_in_the_files_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     tiny_checkpoint(tmp_path / "folder", dtype=dtype)
     model = pentad.load(tmp_path / "folder")
     assert model.step.backend.startswith("by the kernels (")
@@ -83,14 +84,14 @@ def test_weights_that_are_not_quantized(tmp_path: Path, dtype: torch.dtype) -> N
 
 
 @needs_kernels
-def test_a_cache_of_bytes_takes_the_kernels(tmp_path: Path) -> None:
+def test_an_int8_cache_needs_the_kernels(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "folder")
     assert pentad.load(tmp_path / "folder", cache_dtype="int8").step.cache.keys[0].dtype == torch.int8
     with pytest.raises(BadInput, match=r"int8.*needs the kernels.*: a dtype was requested"):
         pentad.load(tmp_path / "folder", cache_dtype="int8", dtype="float32")
 
 
-def test_without_kernels_the_reason_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kernels_the_backend_names_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pentad.kernels.isas", dict)
     monkeypatch.setattr("pentad.kernels.reason", lambda: "nobody built them")
     model = pentad.load(write(tmp_path))
@@ -98,8 +99,8 @@ def test_without_kernels_the_reason_says_so(tmp_path: Path, monkeypatch: pytest.
     assert step_for(model.network).backend == model.step.backend
 
 
-def test_only_matrices_stay_in_blocks(tmp_path: Path) -> None:
-    """Whatever a file has quantized, a norm's weight is numbers."""
+def test_only_matrices_stay_quantized(tmp_path: Path) -> None:
+    """A norm's weight is dequantized even if the file has it quantized."""
     checkpoint = pentad.weights.open(write(tmp_path))
     name = "output_norm.weight"
     blocks = random_blocks("q8_0", 1, 64)

@@ -1,4 +1,4 @@
-"""The runner's verbs, on a tiny model whose tokens are bytes."""
+"""`LanguageModel`'s methods, on a tiny model whose tokens are bytes."""
 
 import gc
 import math
@@ -31,8 +31,8 @@ def model(folder: Path) -> LanguageModel:
     return pentad.load(folder)
 
 
-def held(model: LanguageModel) -> int:
-    """Pages of requests that are not done."""
+def pages_of_requests(model: LanguageModel) -> int:
+    """The number of pages that unfinished requests use."""
     model.clear_cache()
     return model.step.cache.pages_in_use
 
@@ -52,18 +52,18 @@ def test_complete(model: LanguageModel) -> None:
     assert done.token_ids == expected.tolist()
 
 
-def test_many_prompts_are_each_as_alone(folder: Path) -> None:
+def test_batched_prompts_give_the_same_tokens_as_single_ones(folder: Path) -> None:
     prompts = ["a", TEXT, "Hello", "a", 20 * "xyz "]
     for options in ({"temperature": 0}, {"seed": 11, "temperature": 1.0, "top_p": 1.0}):
-        together = pentad.load(folder).complete(prompts, max_tokens=15, **options)
-        alone = [pentad.load(folder).complete(p, max_tokens=15, **options) for p in prompts]
-        assert [c.token_ids for c in together] == [c.token_ids for c in alone]
-        assert [c.prompt_token_ids for c in together] == [list(p.encode()) for p in prompts]
-        assert [c.text for c in together] == [c.text for c in alone]
+        batched = pentad.load(folder).complete(prompts, max_tokens=15, **options)
+        single = [pentad.load(folder).complete(p, max_tokens=15, **options) for p in prompts]
+        assert [c.token_ids for c in batched] == [c.token_ids for c in single]
+        assert [c.prompt_token_ids for c in batched] == [list(p.encode()) for p in prompts]
+        assert [c.text for c in batched] == [c.text for c in single]
     assert pentad.load(folder).complete([]) == []
 
 
-def test_a_seed_repeats_and_none_does_not(model: LanguageModel) -> None:
+def test_only_equal_seeds_give_equal_tokens(model: LanguageModel) -> None:
     def ids(**options: Any) -> list[int]:
         return model.complete("a", max_tokens=20, temperature=1.5, top_p=1.0, **options).token_ids
 
@@ -71,7 +71,7 @@ def test_a_seed_repeats_and_none_does_not(model: LanguageModel) -> None:
     assert len({tuple(ids()) for _ in range(3)}) == 3
 
 
-def test_a_stream_is_the_completion_in_pieces(model: LanguageModel) -> None:
+def test_a_stream_yields_the_completions_text(model: LanguageModel) -> None:
     done = model.complete(TEXT, temperature=0, max_tokens=20)
     stream = model.stream(TEXT, temperature=0, max_tokens=20)
     assert "".join(stream) == done.text == stream.completion.text
@@ -80,20 +80,20 @@ def test_a_stream_is_the_completion_in_pieces(model: LanguageModel) -> None:
     assert list(stream) == []
 
 
-def test_a_stream_that_is_left_gives_back_what_it_holds(model: LanguageModel) -> None:
+def test_leaving_a_stream_frees_its_pages(model: LanguageModel) -> None:
     with model.stream(TEXT, temperature=0, max_tokens=50) as stream:
         first = next(stream)
     completion = stream.completion
     assert completion.finish_reason == "interrupted"
     assert completion.text.startswith(first)
     assert 0 < completion.completion_tokens < 50
-    assert held(model) == 0
+    assert pages_of_requests(model) == 0
     assert list(stream) == []
     assert model.open_requests == 0
 
 
-def test_an_interrupt_leaves_nothing_behind(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C, in the middle of many."""
+def test_an_interrupt_frees_all_requests(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while several prompts are running."""
     step, steps = Engine.step, 0
 
     def interrupted(engine: Engine) -> Any:
@@ -107,26 +107,26 @@ def test_an_interrupt_leaves_nothing_behind(model: LanguageModel, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         model.complete([TEXT, "a", "b"], max_tokens=30, temperature=0)
     monkeypatch.undo()
-    assert held(model) == 0
+    assert pages_of_requests(model) == 0
     assert model.open_requests == 0
     assert model.complete(TEXT, temperature=0, max_tokens=3).token_ids
 
 
-def test_streams_advance_together(model: LanguageModel, folder: Path) -> None:
-    alone = [pentad.load(folder).complete(p, temperature=0, max_tokens=9).text for p in ("a", "b")]
+def test_interleaved_streams(model: LanguageModel, folder: Path) -> None:
+    single = [pentad.load(folder).complete(p, temperature=0, max_tokens=9).text for p in ("a", "b")]
     one, two = (model.stream(p, temperature=0, max_tokens=9) for p in ("a", "b"))
     texts = ["", ""]
     texts[0] += next(one)
     texts[1] += "".join(two)
     texts[0] += "".join(one)
-    assert texts == alone
-    assert held(model) == 0
+    assert texts == single
+    assert pages_of_requests(model) == 0
 
 
 def test_a_stop_string_across_tokens(model: LanguageModel) -> None:
     whole = model.complete(TEXT, temperature=0, max_tokens=30)
     pairs = [i for i in range(3, 25) if whole.text[i : i + 2].isascii()]
-    stop = whole.text[pairs[0] : pairs[0] + 2]  # two tokens, since a token is a byte
+    stop = whole.text[pairs[0] : pairs[0] + 2]  # two tokens: a token is a byte
     at = whole.text.find(stop)
     stopped = model.complete(TEXT, temperature=0, max_tokens=30, stop=["never", stop])
     assert stopped.text == whole.text[:at]
@@ -160,26 +160,26 @@ def test_chat_renders_the_template(model: LanguageModel) -> None:
     stream.close()
 
 
-def test_control_strings_are_text_unless_they_are_asked_for(model: LanguageModel) -> None:
+def test_control_strings_are_text_unless_special(model: LanguageModel) -> None:
     text = f"a{END}"
     plain = model.complete(text, max_tokens=1).prompt_token_ids
     assert plain == list(text.encode())
     assert model.complete(text, special=True, max_tokens=1).prompt_token_ids == [97, END_ID]
 
 
-def test_the_context_bounds_what_is_generated(folder: Path) -> None:
+def test_the_context_bounds_prompt_and_reply(folder: Path) -> None:
     model = pentad.load(folder, context=50)
     assert model.context_length == 50
     done = model.complete(TEXT[:40], temperature=1.0, seed=1)
     assert done.prompt_tokens + done.completion_tokens == 50 or done.finish_reason == "stop"
-    with pytest.raises(BadInput, match="has 50 tokens and leaves no room in the context of 50"):
+    with pytest.raises(BadInput, match=r"50 tokens.* context of 50"):
         model.complete(50 * "a")
-    with pytest.raises(BadInput, match="51 tokens don't fit the context of 50"):
+    with pytest.raises(BadInput, match=r"51 tokens.* context of 50"):
         model.logits([1] * 51)
     assert model.logits([1] * 50).shape == (50, 264)
 
 
-def test_logits_are_transformers(tmp_path: Path) -> None:
+def test_logits_equal_transformers(tmp_path: Path) -> None:
     tiny = talking_checkpoint(tmp_path)
     model, ids = pentad.load(tmp_path), random_ids(30)
     assert_equal_logits(model.logits(ids), peer_logits(tiny.peer, ids))
@@ -200,12 +200,12 @@ def test_score(model: LanguageModel, chunk: int, monkeypatch: pytest.MonkeyPatch
     assert score.tokens == len(TEXT)
     assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(-expected / (len(TEXT) - 1)), rel=1e-4)
-    assert held(model) == 0
+    assert pages_of_requests(model) == 0
 
 
 @pytest.mark.parametrize("stride", [1, 5, 11])
 def test_a_sliding_window_scores_each_token_once(folder: Path, stride: int) -> None:
-    """With the context that its window has: the first window's tokens less, the others' more."""
+    """A token's context is the tokens before it in its window: at least size - stride, except in the first window."""
     model, ids, size = pentad.load(folder, context=12), list(TEXT.encode()), 12
     expected, done = 0.0, 1
     for start in range(0, len(ids), stride):
@@ -248,7 +248,7 @@ def test_bad_input(model: LanguageModel, use: Any, message: str) -> None:
         use(model)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert held(model) == 0
+    assert pages_of_requests(model) == 0
     assert model.open_requests == 0
     assert model.complete("a", max_tokens=2, temperature=0).completion_tokens <= 2
 
@@ -259,22 +259,22 @@ def test_options_of_many_prompts_are_checked_before_any_runs(model: LanguageMode
     assert model.open_requests == 0
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
-def test_a_cache_of_another_dtype(folder: Path, kind: str) -> None:
-    model = pentad.load(folder, cache_dtype=kind)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cache_dtype(folder: Path, dtype: str) -> None:
+    model = pentad.load(folder, cache_dtype=dtype)
     text = pentad.load(folder).complete(TEXT, temperature=0, max_tokens=4).text
     assert model.complete(TEXT, temperature=0, max_tokens=4).text[:1] == text[:1]
-    assert model.step.cache.keys[0].dtype == getattr(torch, kind)
+    assert model.step.cache.keys[0].dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("stop", [5, [5], b"a", ["a", None]])
-def test_a_stop_that_is_no_string(model: LanguageModel, stop: Any) -> None:
+def test_a_stop_that_is_not_a_string_is_refused(model: LanguageModel, stop: Any) -> None:
     with pytest.raises(BadInput, match="stop is"):
         model.complete(TEXT, stop=stop)
     assert model.complete(TEXT, temperature=0, max_tokens=2).completion_tokens == 2
 
 
-def test_a_stream_that_nobody_holds_ends(model: LanguageModel) -> None:
+def test_an_unreferenced_stream_is_cancelled(model: LanguageModel) -> None:
     stream = model.stream(TEXT, max_tokens=100, temperature=0)
     next(stream)
     del stream
@@ -282,39 +282,39 @@ def test_a_stream_that_nobody_holds_ends(model: LanguageModel) -> None:
     assert model.open_requests == 1
     model.complete("a", max_tokens=8, temperature=0)
     assert model.open_requests == 0
-    assert held(model) == 0
+    assert pages_of_requests(model) == 0
 
 
 @pytest.mark.parametrize("ids", [[1.5], [True], [[1, 2]], ["1"], torch.tensor([[1, 2]]), torch.tensor([1.5])], ids=str)
-def test_ids_that_are_none(model: LanguageModel, ids: Any) -> None:
+def test_ids_that_are_not_whole_numbers_are_refused(model: LanguageModel, ids: Any) -> None:
     with pytest.raises(BadInput, match="whole numbers"):
         model.logits(ids)
 
 
 @pytest.mark.parametrize("text", [None, 5, b"abc", ["a", None]])
-def test_a_text_that_is_none(model: LanguageModel, text: Any) -> None:
+def test_a_prompt_that_is_not_a_string_is_refused(model: LanguageModel, text: Any) -> None:
     with pytest.raises(BadInput, match="a string"):
         model.complete(text)
 
 
-def test_a_vocabulary_larger_than_the_embedding(model: LanguageModel) -> None:
+def test_ids_outside_the_embedding_are_refused(model: LanguageModel) -> None:
     model.network.config = replace(model.network.config, vocab_size=50)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="outside the vocabulary of 50"):
         model.score(TEXT)
 
 
-def test_a_perplexity_beyond_numbers(model: LanguageModel) -> None:
+def test_a_perplexity_that_overflows_is_an_error(model: LanguageModel) -> None:
     model.network.head.weight = nn.Parameter(model.network.head.weight * 1e6, requires_grad=False)
-    with pytest.raises(PentadError, match="more than a number can hold"):
+    with pytest.raises(PentadError, match="perplexity"):
         model.score(TEXT)
 
 
-def test_a_temperature_next_to_nothing_is_greedy(model: LanguageModel) -> None:
+def test_the_smallest_temperature_is_greedy(model: LanguageModel) -> None:
     greedy = model.complete(TEXT, temperature=0, max_tokens=8)
     assert model.complete(TEXT, temperature=5e-324, max_tokens=8).token_ids == greedy.token_ids
 
 
-def test_a_broken_tokenizer_leaves_the_network(tmp_path: Path) -> None:
+def test_a_broken_tokenizer_does_not_prevent_logits(tmp_path: Path) -> None:
     folder = talking_checkpoint(tmp_path).folder
     for broken in ("{", '{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}'):
         (folder / "tokenizer.json").write_text(broken)
@@ -324,25 +324,23 @@ def test_a_broken_tokenizer_leaves_the_network(tmp_path: Path) -> None:
             model.complete("a")
 
 
-def test_the_last_token_that_is_allowed_completes_a_stop(model: LanguageModel) -> None:
-    said = model.complete(TEXT, temperature=0, max_tokens=6)
-    cut = model.complete(TEXT, temperature=0, max_tokens=6, stop=said.text[-1:])
-    assert (cut.text, cut.finish_reason) == (said.text[: said.text.index(said.text[-1:])], "stop")
+def test_a_stop_string_at_max_tokens_gives_stop(model: LanguageModel) -> None:
+    whole = model.complete(TEXT, temperature=0, max_tokens=6).text
+    stopped = model.complete(TEXT, temperature=0, max_tokens=6, stop=whole[-1:])
+    assert (stopped.text, stopped.finish_reason) == (whole[: whole.index(whole[-1:])], "stop")
 
 
-def test_a_score_that_is_interrupted_gives_its_pages_back(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_score_frees_its_pages(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(model.network.head, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.score(TEXT)
-    assert held(model) == 0
+    assert pages_of_requests(model) == 0
 
 
-def test_an_option_that_there_is_none_of(model: LanguageModel) -> None:
+def test_an_unknown_option_names_the_known_ones(model: LanguageModel) -> None:
     with pytest.raises(BadInput, match=r"option 'max_token'.*max_tokens"):
         model.complete(TEXT, max_token=5)  # type: ignore[call-arg]
 

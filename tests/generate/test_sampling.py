@@ -1,4 +1,4 @@
-"""Filters and penalties against transformers' processors, and what is drawn against frequencies."""
+"""Filters and penalties against transformers' processors, and draws against probabilities."""
 
 import math
 from typing import Any
@@ -45,7 +45,7 @@ def random_logits(seed: int, size: int = V) -> Tensor:
 
 
 def candidates_of(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Probabilities and ids of the tokens that one row's filters leave."""
+    """Probabilities and ids of the tokens that remain after one row's filters."""
     [(rows, weights, ids)] = candidates(logits_V[None], [sampling])
     assert rows == [0]
     kept = weights[0] > 0
@@ -60,7 +60,7 @@ def sample_one(
 
 
 def peer_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """What transformers would draw from, with the warpers in its order."""
+    """The distribution that transformers samples from, with its warpers in its order."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -73,7 +73,7 @@ def peer_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
 @pytest.mark.parametrize("size", [V, 3000])
 @pytest.mark.parametrize("options", FILTERS, ids=str)
-def test_filters_are_transformers(options: dict[str, Any], size: int) -> None:
+def test_filters_equal_transformers(options: dict[str, Any], size: int) -> None:
     sampling = OFF.replace(**options)
     for seed in range(4):
         logits_V = random_logits(seed, size)
@@ -90,7 +90,7 @@ def test_filters_are_transformers(options: dict[str, Any], size: int) -> None:
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_nucleus_of_a_flat_distribution_is_wide(flat: bool) -> None:
-    """More tokens than are looked at before all of them are sorted."""
+    """It has more tokens than the partial sort examines, so all tokens are sorted."""
     logits_V = torch.zeros(5000) if flat else random_logits(0, 5000) / 30
     probabilities_C, ids_C = candidates_of(logits_V, OFF.replace(top_p=0.9))
     theirs = peer_probabilities(logits_V, OFF.replace(top_p=0.9))
@@ -100,7 +100,7 @@ def test_the_nucleus_of_a_flat_distribution_is_wide(flat: bool) -> None:
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
-def test_repetition_penalty_is_transformers(penalty: float) -> None:
+def test_repetition_penalty_equals_transformers(penalty: float) -> None:
     for seed in range(4):
         logits_V = random_logits(seed)
         prompt, generated = [3, 4, 4, 9], [9, 20, 21, 21, 21]
@@ -108,10 +108,10 @@ def test_repetition_penalty_is_transformers(penalty: float) -> None:
         ids = torch.tensor([prompt + generated])
         theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits_V[None].clone())[0]
         torch.testing.assert_close(ours, theirs)
-        assert torch.equal(logits_V, random_logits(seed)), "the caller's logits are changed"
+        assert torch.equal(logits_V, random_logits(seed)), "penalize changes the caller's logits"
 
 
-def test_presence_and_frequency_are_subtracted_from_what_was_generated() -> None:
+def test_presence_and_frequency_penalties_apply_to_generated_tokens() -> None:
     logits_V = random_logits(0)
     sampling = OFF.replace(presence_penalty=0.5, frequency_penalty=0.25)
     ours = penalize(logits_V, sampling, [1, 2, 3], [5, 5, 5, 7])
@@ -134,7 +134,7 @@ def test_a_penalty_changes_the_greedy_token() -> None:
     assert sample_one(logits_V, greedy.replace(frequency_penalty=0.04), generator, [], [1] * 3) == 2
 
 
-def test_greedy_is_the_likeliest_and_draws_nothing() -> None:
+def test_greedy_is_argmax_and_draws_no_random_number() -> None:
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     for seed in range(5):
@@ -152,8 +152,8 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "min_p": 0.01}], ids=str)
-def test_tokens_are_drawn_as_often_as_they_are_probable(options: dict[str, Any]) -> None:
-    """Chi-square, at one in a thousand; tokens expected fewer than five times are one class."""
+def test_tokens_are_drawn_with_their_probabilities(options: dict[str, Any]) -> None:
+    """A chi-square test at p = 0.001; tokens expected fewer than five times form one class."""
     logits_V, sampling, draws = random_logits(1), OFF.replace(**options), 4000
     generator = torch.Generator().manual_seed(7)
     drawn = torch.tensor([sample_one(logits_V, sampling, generator) for _ in range(draws)])
@@ -190,7 +190,7 @@ def test_the_same_seed_draws_the_same() -> None:
     ],
     ids=str,
 )
-def test_what_a_checkpoint_recommends(generation: dict[str, Any], expected: Sampling) -> None:
+def test_recommended_sampling(generation: dict[str, Any], expected: Sampling) -> None:
     assert Sampling.recommended(generation) == expected
 
 
@@ -209,7 +209,7 @@ def test_what_a_checkpoint_recommends(generation: dict[str, Any], expected: Samp
         ("frequency_penalty", 101),
     ],
 )
-def test_out_of_range(name: str, value: float) -> None:
+def test_values_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(BadInput, match=f"{name} is {value}"):
         OFF.replace(**{name: value})
 
@@ -217,21 +217,21 @@ def test_out_of_range(name: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("temperature", "hot"), ("top_k", 2.5), ("top_p", [0.9]), ("top_k", "many")]
 )
-def test_a_recommendation_that_is_no_number(name: str, value: object) -> None:
-    """generation_config.json comes from strangers."""
+def test_a_recommendation_that_is_not_a_number_is_refused(name: str, value: object) -> None:
+    """generation_config.json is untrusted."""
     with pytest.raises(BadInput, match=name):
         Sampling.recommended({"do_sample": True, name: value})
 
 
-def test_the_likeliest_token_is_one_that_is_no_number() -> None:
+def test_argmax_returns_nan() -> None:
     tokens, logits = argmax(torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, math.nan]]))
     assert tokens == [1, 2]
     assert logits[0] == 3.0
     assert math.isnan(logits[1])
 
 
-def test_a_row_is_chosen_the_same_alone_and_among_others() -> None:
-    """Whatever the other rows' options and logits are, ties included."""
+def test_a_rows_token_does_not_depend_on_the_batch() -> None:
+    """Other rows have other options and logits; some logits are tied."""
     options = [{}, {"top_k": 9}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 9, "top_p": 0.5}, {"temperature": 0}]
     options += [{"top_p": 0.9, "presence_penalty": 1.0}, {"temperature": 0, "repetition_penalty": 1.5}]
     samplings = [OFF.replace(**options[i % len(options)]) for i in range(40)]
@@ -240,10 +240,10 @@ def test_a_row_is_chosen_the_same_alone_and_among_others() -> None:
     def choice(row: int) -> Choice:
         return Choice(samplings[row], torch.Generator().manual_seed(row), [1, 2], [3, 3, row])
 
-    together, _ = sample(logits_MV, [choice(row) for row in range(40)])
-    assert together == [sample(logits_MV[row : row + 1], [choice(row)])[0][0] for row in range(40)]
+    batched, _ = sample(logits_MV, [choice(row) for row in range(40)])
+    assert batched == [sample(logits_MV[row : row + 1], [choice(row)])[0][0] for row in range(40)]
     some = [3, 11, 30]
-    assert [together[row] for row in some] == sample(logits_MV[some], [choice(row) for row in some])[0]
+    assert [batched[row] for row in some] == sample(logits_MV[some], [choice(row) for row in some])[0]
 
 
 def test_a_greedy_recommendation_keeps_its_repetition_penalty() -> None:

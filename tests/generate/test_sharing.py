@@ -1,4 +1,4 @@
-"""One model, several users: threads, forked processes, copies."""
+"""One model used by several threads, in forked processes, and copied."""
 
 import copy
 import multiprocessing
@@ -31,7 +31,7 @@ def model(request: pytest.FixtureRequest, folder: Path) -> LanguageModel:
 
 
 def calls(model: LanguageModel) -> dict[str, Callable[[], Any]]:
-    """What threads do, by name; each gives the same however often it is called."""
+    """The calls that threads make, by name; each returns the same result every time."""
     found: dict[str, Callable[[], Any]] = {"score": lambda: round(model.score(PROMPTS[3]).log_likelihood, 3)}
     for prompt in PROMPTS:
         for options in OPTIONS:
@@ -39,7 +39,7 @@ def calls(model: LanguageModel) -> dict[str, Callable[[], Any]]:
             found[f"complete {prompt} {options}"] = lambda p=prompt, o=done: model.complete(p, **o).token_ids
     found["chat"] = lambda: model.chat("hi", max_tokens=9, temperature=0).text
     found["stream"] = lambda: "".join(model.stream("abc", max_tokens=9, temperature=0))
-    found["many"] = lambda: [c.token_ids for c in model.complete(PROMPTS, max_tokens=6, temperature=0)]
+    found["batch"] = lambda: [c.token_ids for c in model.complete(PROMPTS, max_tokens=6, temperature=0)]
     found["logits"] = lambda: model.logits([5, 6, 7]).argmax(-1).tolist()
     return found
 
@@ -52,29 +52,29 @@ def in_threads(works: list[Callable[[], None]]) -> None:
         thread.join()
 
 
-def test_eight_threads_get_the_answers_that_each_would_get_alone(model: LanguageModel) -> None:
+def test_eight_threads_get_the_same_results_as_one(model: LanguageModel) -> None:
     todo = calls(model)
-    alone = {name: call() for name, call in todo.items()}
+    expected = {name: call() for name, call in todo.items()}
     wrong: list[str] = []
 
     def work(first: int) -> None:
         for i in range(len(todo)):
             name = list(todo)[(first * 3 + i) % len(todo)]
             try:
-                if (got := todo[name]()) != alone[name]:
-                    wrong.append(f"{name}: {got} instead of {alone[name]}")
+                if (got := todo[name]()) != expected[name]:
+                    wrong.append(f"{name}: {got}; expected {expected[name]}")
             except Exception as error:
                 wrong.append(f"{name}: {type(error).__name__}: {error}")
 
     in_threads([lambda i=i: work(i) for i in range(8)])  # type: ignore[misc]
     assert not wrong
     assert model.open_requests == 0
-    assert {name: call() for name, call in todo.items()} == alone
+    assert {name: call() for name, call in todo.items()} == expected
 
 
 def test_two_models_in_two_threads(folder: Path) -> None:
     models = [pentad.load(folder), pentad.load(folder)]
-    alone = models[0].complete(PROMPTS[0], max_tokens=40, temperature=0).token_ids
+    expected = models[0].complete(PROMPTS[0], max_tokens=40, temperature=0).token_ids
     got: list[list[int]] = []
 
     def work(model: LanguageModel) -> None:
@@ -82,11 +82,11 @@ def test_two_models_in_two_threads(folder: Path) -> None:
             got.append(model.complete(PROMPTS[0], max_tokens=40, temperature=0).token_ids)
 
     in_threads([lambda m=m: work(m) for m in models])  # type: ignore[misc]
-    assert got == [alone] * 12
+    assert got == [expected] * 12
 
 
-def test_one_thread_that_fails_does_not_break_the_others(model: LanguageModel) -> None:
-    alone = model.complete(PROMPTS[1], max_tokens=10, temperature=0).token_ids
+def test_a_failing_thread_does_not_affect_the_others(model: LanguageModel) -> None:
+    expected = model.complete(PROMPTS[1], max_tokens=10, temperature=0).token_ids
     got: list[Any] = []
 
     def good() -> None:
@@ -100,12 +100,12 @@ def test_one_thread_that_fails_does_not_break_the_others(model: LanguageModel) -
             model.stream("x", max_tokens=50).close()
 
     in_threads([good, bad, good, bad])
-    assert got == [alone] * 10
+    assert got == [expected] * 10
 
 
-def test_a_step_that_raises_for_a_while(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever ran the step gets the exception; everybody can go on."""
-    alone = model.complete(PROMPTS[1], max_tokens=10, temperature=0).token_ids
+def test_a_stream_continues_after_failed_steps(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller that runs a failing step gets the exception, and can continue."""
+    expected = model.complete(PROMPTS[1], max_tokens=10, temperature=0).token_ids
     stream = model.stream(PROMPTS[1], max_tokens=10, temperature=0)
     executor = type(model.step)
     call = executor.__call__
@@ -121,7 +121,7 @@ def test_a_step_that_raises_for_a_while(model: LanguageModel, monkeypatch: pytes
     monkeypatch.undo()
     for _ in stream:
         pass
-    assert stream.completion.token_ids == alone
+    assert stream.completion.token_ids == expected
 
 
 _model: LanguageModel | None = None
@@ -134,23 +134,23 @@ def reply(prompt: str) -> list[int]:
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
-def test_forked_processes_reply_as_their_parent(model: LanguageModel) -> None:
-    """Also where the model was in use at that moment: a stream half read, and another thread in the middle."""
+def test_forked_processes_give_their_parents_replies(model: LanguageModel) -> None:
+    """At the fork a stream is half read and another thread is generating."""
     global _model
     _model = model
-    alone = [reply(prompt) for prompt in PROMPTS[:2]]
-    torch.randn(300, 300) @ torch.randn(300, 300)  # torch's threads have started
+    expected = [reply(prompt) for prompt in PROMPTS[:2]]
+    torch.randn(300, 300) @ torch.randn(300, 300)  # starts torch's threads
     with model.stream("abc", max_tokens=200, temperature=0) as stream:
         next(stream)
         busy = threading.Thread(target=lambda: model.complete("xyz", max_tokens=60))
         busy.start()
         with multiprocessing.get_context("fork").Pool(2) as pool:
-            assert pool.map_async(reply, PROMPTS[:2]).get(timeout=120) == alone
+            assert pool.map_async(reply, PROMPTS[:2]).get(timeout=120) == expected
         busy.join()
-    assert [reply(prompt) for prompt in PROMPTS[:2]] == alone
+    assert [reply(prompt) for prompt in PROMPTS[:2]] == expected
 
 
-def test_a_model_is_not_copied_but_its_network_is(model: LanguageModel) -> None:
+def test_a_network_can_be_copied_but_a_model_cannot(model: LanguageModel) -> None:
     for copied in (pickle.dumps, copy.deepcopy, copy.copy):
         with pytest.raises(PentadError, match=r"pentad\.load") as raised:
             copied(model)
@@ -160,7 +160,7 @@ def test_a_model_is_not_copied_but_its_network_is(model: LanguageModel) -> None:
         assert torch.equal(network.get_parameter("embed.weight"), expected)
 
 
-def test_a_hook_is_honoured_while_it_is_there(folder: Path) -> None:
+def test_a_hook_is_called_until_it_is_removed(folder: Path) -> None:
     model, seen = pentad.load(folder), []
     backend = model.step.backend
     expected = model.complete("abc", max_tokens=4, temperature=0).token_ids

@@ -1,4 +1,4 @@
-"""Text as it grows, and where a stop string ends it."""
+"""The text of a growing transcript, and stop strings."""
 
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ class Alphabet:
 
 
 def write(pieces: list[bytes], stop: list[str]) -> tuple[list[str], Transcript]:
-    """What stands there after each piece, and after the end."""
+    """Add pieces to a transcript; returns its text after each piece and after the end, and the transcript."""
     transcript = Transcript(Detokenizer(Alphabet(*pieces)), stop)
     seen = []
     for token in range(len(pieces)):
@@ -36,7 +36,7 @@ def write(pieces: list[bytes], stop: list[str]) -> tuple[list[str], Transcript]:
     return [*seen, transcript.text], transcript
 
 
-def test_without_a_stop_string_nothing_is_held_back() -> None:
+def test_without_a_stop_string_no_text_is_withheld() -> None:
     seen, transcript = write([b"Hel", b"lo", b" you"], [])
     assert seen == ["Hel", "Hello", "Hello you", "Hello you"]
     assert not transcript.stopped
@@ -48,7 +48,7 @@ def test_without_a_stop_string_nothing_is_held_back() -> None:
         ([b"one. two"], ["."], ["one", "one"], True),
         ([b"a", b"##", b"# b"], ["###"], ["a", "a", "a", "a"], True),
         ([b"a", b"##", b" b"], ["###"], ["a", "a", "a## b", "a## b"], False),
-        ([b"a##"], ["###"], ["a", "a##"], False),  # held back until nothing follows
+        ([b"a##"], ["###"], ["a", "a##"], False),  # "##" is withheld until the end
         ([b"ab", b"ac"], ["abac"], ["", "", ""], True),
         ([b"ab", b"ab", b"ac"], ["abac"], ["", "ab", "ab", "ab"], True),
         ([b"xab", b"y"], ["abc", "by"], ["x", "xa", "xa"], True),
@@ -64,12 +64,12 @@ def test_stop_strings(pieces: list[bytes], stop: list[str], seen: list[str], sto
     assert (got, transcript.stopped) == (seen, stopped)
 
 
-def test_control_tokens_are_no_text() -> None:
+def test_control_tokens_have_no_text() -> None:
     transcript = Transcript(Detokenizer(Alphabet(b"a", b"<end>")), ["<end>"])
     for token in (0, 2, 0):
         transcript.add(token)
     assert transcript.text == "aa"
-    transcript.add(1)  # spelled out, it stops
+    transcript.add(1)  # the same string as text is a stop string
     assert transcript.stopped
 
 
@@ -77,8 +77,8 @@ def test_control_tokens_are_no_text() -> None:
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
 )
-def test_however_the_text_is_cut_into_tokens(pieces: list[str], stop: list[str]) -> None:
-    """The text ends where, as it is read piece by piece, the first stop string begins."""
+def test_the_text_ends_at_the_first_stop_string(pieces: list[str], stop: list[str]) -> None:
+    """The first stop string is the earliest one in the text of the first pieces that contain any."""
     seen, transcript = write([piece.encode() for piece in pieces], stop)
     whole, read = "".join(pieces), ""
     expected = whole

@@ -1,6 +1,7 @@
 """Tiny random models made by transformers, and functions that compare their logits."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,11 @@ def refused(source: Path) -> str:
     assert "\n" not in message
     assert str(source) in message
     return message
+
+
+def contains(message: str, facts: str) -> bool:
+    """Return whether a message contains the facts, which are separated by "…", in this order."""
+    return re.search(".*".join(map(re.escape, facts.split("…"))), message) is not None
 
 
 def rms(x: Tensor) -> float:
