@@ -1,4 +1,4 @@
-"""If writing fails in any way, no incomplete file is left."""
+"""A failed write leaves no incomplete file."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ from pentad.weights.writing import PendingTensor
 
 
 class FullDisk:
-    """A file on a disk that fails at `when`: the second write, a flush, an fsync, or closing."""
+    """A file whose second write, flush, fsync or close fails, as `when` says."""
 
     def __init__(self, path: Path, when: str, number: int) -> None:
         self.file, self.when, self.number, self.writes = path.open("xb"), when, number, 0
@@ -78,7 +78,7 @@ def message_of(raised: pytest.ExceptionInfo[PentadError]) -> str:
         (errno.EIO, "Input/output error"),
     ],
 )
-def test_a_disk_that_fails(
+def test_a_failing_disk_leaves_no_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     writer: Callable[[Path], list[Path]],
@@ -103,7 +103,7 @@ def test_a_disk_that_fails(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
+def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for write in WRITERS.values():
         with pytest.raises(BadInput, match=f"{tmp_path}/file is a file") as raised:
@@ -111,7 +111,7 @@ def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
         message_of(raised)
 
 
-def test_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_rename_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace, done = os.replace, []
 
     def fail_at_the_second(source: Path, target: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
-def test_an_interruption(tmp_path: Path, error: BaseException) -> None:
+def test_an_interruption_leaves_no_file(tmp_path: Path, error: BaseException) -> None:
     def interrupted() -> torch.Tensor:
         assert len(list(tmp_path.iterdir())) == 2
         raise error
@@ -138,13 +138,13 @@ def test_an_interruption(tmp_path: Path, error: BaseException) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_is_known_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_checked_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def usage(path: Path) -> Any:
         assert path == tmp_path
         return SimpleNamespace(free=1023)
 
     def never() -> Iterator[bytes]:
-        raise AssertionError("nothing is made for a disk that is full")
+        raise AssertionError("content was generated for a full disk")
         yield b""
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
@@ -156,7 +156,7 @@ def test_a_disk_that_is_known_to_be_full(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
-def test_a_limit_of_the_system(tmp_path: Path) -> None:
+def test_the_systems_file_size_limit(tmp_path: Path) -> None:
     code = (
         "import resource, sys, torch, pathlib;"
         "from pentad.errors import PentadError;"
@@ -173,7 +173,7 @@ def test_a_limit_of_the_system(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_replaced(tmp_path: Path) -> None:
+def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
     for name in ("model-00002-of-00003.safetensors", "m.gguf", "m-00001-of-00003.gguf"):
         (tmp_path / name).write_text("precious")
     for write in WRITERS.values():
@@ -183,7 +183,7 @@ def test_nothing_is_replaced(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_files_have_the_rights_that_others_get(tmp_path: Path) -> None:
+def test_files_get_the_default_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     (tmp_path / "folder").mkdir()
     with new_folder(tmp_path / "new") as folder:
@@ -193,7 +193,7 @@ def test_files_have_the_rights_that_others_get(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_new_folder(tmp_path: Path, exists: bool) -> None:
+def test_a_new_folder_appears_when_it_is_complete(tmp_path: Path, exists: bool) -> None:
     target = tmp_path / "above" / "new"
     if exists:
         target.mkdir(parents=True)
@@ -204,7 +204,7 @@ def test_a_new_folder(tmp_path: Path, exists: bool) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["new"]
 
 
-def test_a_new_folder_by_a_link(tmp_path: Path) -> None:
+def test_a_new_folder_at_a_link_fills_the_target(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     with new_folder(tmp_path / "link") as folder:
@@ -225,7 +225,7 @@ def test_a_failing_block_leaves_no_folder(tmp_path: Path, error: BaseException) 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up_while_a_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_becomes_full_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "new"
     with pytest.raises(PentadError, match=f"{target}: no space left") as raised, new_folder(target):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up_while_a_folder_is_filled(tmp_path: Path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_above_are_taken_back(tmp_path: Path) -> None:
+def test_created_parent_folders_are_removed_after_a_failure(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     deep = tmp_path / "there" / "a" / "b"
     with pytest.raises(KeyboardInterrupt), new_folder(deep / "new"):
@@ -250,8 +250,8 @@ def test_folders_above_are_taken_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
-@pytest.mark.parametrize("length", [250, 300])  # the first is too long only once it is a hidden name
-def test_a_name_that_is_too_long(tmp_path: Path, length: int) -> None:
+@pytest.mark.parametrize("length", [250, 300])  # 250 is too long only for the hidden temporary name
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path, length: int) -> None:
     path = tmp_path / ("x" * length)
     with pytest.raises(PentadError, match="File name too long"):
         write_files([NewFile(path, 1, [b"x"])])
@@ -260,7 +260,7 @@ def test_a_name_that_is_too_long(tmp_path: Path, length: int) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_are_not_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_in_use_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""Folders in the consolidated layout: all its forms, and files that do not fit together."""
+"""Folders in the consolidated layout: all its forms, and inconsistent files."""
 
 import json
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "output.weight": (VOCAB, DIM),
 }
 # The dimension along which Llama 2's model.py slices each tensor (fairscale's ParallelEmbedding, ColumnParallelLinear,
-# RowParallelLinear). Tensors that are not listed are whole in every file.
+# RowParallelLinear). Every file contains the whole of the other tensors.
 LLAMA_2 = {
     "tok_embeddings.weight": 1,
     "layers.0.attention.wq.weight": 0,
@@ -52,7 +52,7 @@ def state() -> dict[str, Tensor]:
 
 
 def write(folder: Path, files: Mapping[str, dict[str, Tensor]], params: Mapping[str, Any] | None = PARAMS) -> Path:
-    """A folder with params.json and these weights, by file name."""
+    """Write a folder with params.json and weights (file name -> tensors)."""
     folder.mkdir(exist_ok=True)
     if params is not None:
         (folder / "params.json").write_text(json.dumps(params))
@@ -141,7 +141,7 @@ def test_slices_of_every_tensor(tmp_path: Path, state: dict[str, Tensor], axes: 
     assert_holds(pentad.weights.open(tmp_path / "consolidated.01.pth"), state)
 
 
-def test_a_repository_of_mistrals_holds_its_weights_twice(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_a_folder_with_hf_and_consolidated_weights_opens_as_hf(tmp_path: Path, state: dict[str, Tensor]) -> None:
     write(tmp_path, {"consolidated.safetensors": state, "model.safetensors": {"x": torch.ones(2)}})
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}')
@@ -156,7 +156,7 @@ def test_a_repository_of_mistrals_holds_its_weights_twice(tmp_path: Path, state:
     assert_holds(pentad.weights.open(tmp_path), state)
 
 
-def test_params_alone(tmp_path: Path) -> None:
+def test_params_json_alone(tmp_path: Path) -> None:
     write(tmp_path, {})
     for path in (tmp_path, tmp_path / "params.json"):
         checkpoint = pentad.weights.open(path)
@@ -167,7 +167,7 @@ def test_params_alone(tmp_path: Path) -> None:
     assert pentad.weights.open(tmp_path / "params.json").format == "consolidated"
 
 
-def test_params_that_are_missing_or_wrong(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_missing_or_invalid_params_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
     write(tmp_path, {"consolidated.safetensors": state})
     (tmp_path / "params.json").write_text("[]")
     assert "params.json: JSON of type list" in refusal(tmp_path)
@@ -177,14 +177,14 @@ def test_params_that_are_missing_or_wrong(tmp_path: Path, state: dict[str, Tenso
         assert "params.json" in refusal(path)
 
 
-def test_hugging_faces_weights_with_the_other_config(tmp_path: Path) -> None:
+def test_hf_weights_without_config_json_are_refused(tmp_path: Path) -> None:
     write(tmp_path, {"model.safetensors": {"x": torch.ones(2)}})
     for path in (tmp_path, tmp_path / "model.safetensors"):
         assert "no config.json" in refusal(path)
         assert "params.json" in refusal(path)
 
 
-def test_two_sets_of_weights(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_two_sets_of_weights_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
     parts = slices(state, 2, LLAMA_2)
     write(tmp_path, {"consolidated.safetensors": {"x": torch.ones(2)}, "consolidated.00.pth": parts[0]})
     torch.save(parts[1], tmp_path / "consolidated.01.pth")
@@ -205,7 +205,7 @@ def test_two_sets_of_weights(tmp_path: Path, state: dict[str, Tensor]) -> None:
         ([0, 1], "2 of 4 files"),
     ],
 )
-def test_a_missing_slice(tmp_path: Path, state: dict[str, Tensor], there: list[int], message: str) -> None:
+def test_missing_slices_are_named(tmp_path: Path, state: dict[str, Tensor], there: list[int], message: str) -> None:
     parts = slices(state, 4, LLAMA_2)
     write(tmp_path, {f"consolidated.0{i}.pth": parts[i] for i in there})
     assert message in refusal(tmp_path)
@@ -217,7 +217,7 @@ def test_a_missing_slice_of_llama_3(tmp_path: Path, state: dict[str, Tensor]) ->
     assert "1 of 2 files are there: tok_embeddings.weight has 8 of the 16" in refusal(tmp_path)
 
 
-def test_a_missing_part(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_missing_parts_are_named(tmp_path: Path, state: dict[str, Tensor]) -> None:
     files = {f"consolidated-0000{i}-of-00002.safetensors": half for i, half in enumerate(halves(state), 1)}
     write(tmp_path, files)
     (tmp_path / "consolidated-00001-of-00002.safetensors").unlink()
@@ -239,13 +239,13 @@ def test_a_missing_part(tmp_path: Path, state: dict[str, Tensor]) -> None:
         ({"x": torch.ones(2, 2), "y": torch.ones(2), "z": torch.ones(2)}, "'z' is in consolidated.01.pth and not in"),
     ],
 )
-def test_files_that_do_not_fit_together(tmp_path: Path, second: dict[str, Tensor], message: str) -> None:
+def test_inconsistent_files_are_refused(tmp_path: Path, second: dict[str, Tensor], message: str) -> None:
     first = {"x": torch.ones(2, 2), "y": torch.ones(2)}
     write(tmp_path, {"consolidated.00.pth": first, "consolidated.01.pth": second})
     assert message in refusal(tmp_path)
 
 
-def test_a_file_with_something_wrong(tmp_path: Path) -> None:
+def test_invalid_files_are_named(tmp_path: Path) -> None:
     write(tmp_path, {})
     (tmp_path / "consolidated.00.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
     for path in (tmp_path, tmp_path / "consolidated.00.pth"):
@@ -256,6 +256,6 @@ def test_a_file_with_something_wrong(tmp_path: Path) -> None:
     assert "missing: consolidated.safetensors" in refusal(tmp_path)
 
 
-def test_names_that_are_not_the_layouts(tmp_path: Path) -> None:
+def test_other_file_names_are_ignored(tmp_path: Path) -> None:
     write(tmp_path, {"consolidated.x.safetensors": {"x": torch.ones(2)}, "consolidated.000.pth": {"x": torch.ones(2)}})
     assert not pentad.weights.open(tmp_path).tensors

@@ -30,7 +30,7 @@ def write(path: Path, fill: Callable[[GGUFWriter], None]) -> Path:
 
 
 def quantized_blocks(name: str, rows: int, columns: int) -> np.ndarray:
-    """Blocks as gguf quantizes them, or random ones of a type that it cannot quantize to."""
+    """Quantize with ggml's package, or make random blocks of types that it can't quantize to."""
     rng = np.random.default_rng(0)
     ggml_type = GGMLQuantizationType[name.upper()]
     try:
@@ -158,7 +158,7 @@ def test_tensors_share_one_private_mapping(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_tensors_are_saved_and_pickled_without_the_rest_of_the_file(tmp_path: Path) -> None:
+def test_saved_and_pickled_tensors_exclude_the_rest_of_the_file(tmp_path: Path) -> None:
     def fill(writer: GGUFWriter) -> None:
         writer.add_tensor("x", np.arange(64, dtype=np.float32))
         writer.add_tensor("y", quantized_blocks("q4_0", 4, 64), raw_dtype=GGMLQuantizationType.Q4_0)
@@ -175,7 +175,7 @@ def test_tensors_are_saved_and_pickled_without_the_rest_of_the_file(tmp_path: Pa
     assert len(pickle.dumps((x, y.blocks))) < 10_000
 
 
-def test_a_vocabulary_has_no_tensors(tmp_path: Path) -> None:
+def test_a_file_with_a_vocabulary_only(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", lambda writer: writer.add_token_list(["a", "b"]))
     checkpoint = pentad.weights.open(path)
     assert checkpoint.config["tokenizer.ggml.tokens"] == ["a", "b"]
@@ -204,7 +204,7 @@ def test_a_split_file_opens_from_any_part(tmp_path: Path) -> None:
         assert values == {"x.0": [0] * 4, "x.1": [1] * 4, "x.2": [2] * 4}
 
 
-def test_a_split_file_with_something_wrong(tmp_path: Path) -> None:
+def test_inconsistent_split_files_are_refused(tmp_path: Path) -> None:
     parts = [write_part(tmp_path, number) for number in range(3)]
     parts[1].rename(tmp_path / "away")
     with pytest.raises(BadInput, match=r"1 of 3 .*missing: m-00002-of-00003\.gguf"):
@@ -225,25 +225,24 @@ def test_a_split_file_with_something_wrong(tmp_path: Path) -> None:
         pentad.weights.open(parts[0])
 
 
-def test_a_tensor_in_two_parts(tmp_path: Path) -> None:
+def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
     parts = [write_part(tmp_path, number) for number in range(3)]
     parts[1].write_bytes(parts[1].read_bytes().replace(b"x.1", b"x.0"))
     with pytest.raises(BadInput, match=r"'x\.0' is in another part"):
         pentad.weights.open(parts[0])
 
 
-def test_a_mapping_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_mapped_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "m.gguf", lambda writer: writer.add_tensor("x", np.zeros(3)))
 
     def no_memory(*_: object, **__: object) -> None:
         raise RuntimeError("unable to mmap 96 bytes: Cannot allocate memory\nmore")
 
-    monkeypatch.setattr(torch, "from_file", no_memory)  # as for a file larger than memory
+    monkeypatch.setattr(torch, "from_file", no_memory)  # happens for a file larger than memory
     assert torch.equal(pentad.weights.open(path).tensors["x"].read(), torch.zeros(3, dtype=torch.float64))
 
 
-def test_a_vocabulary_alone(tmp_path: Path) -> None:
-    """A file without tensors needs no padding after its header."""
+def test_a_file_without_tensors_needs_no_padding(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", lambda writer: writer.add_string("k", "odd"))
     content = path.read_bytes().rstrip(b"\0")
     path.write_bytes(content)
@@ -252,7 +251,7 @@ def test_a_vocabulary_alone(tmp_path: Path) -> None:
     assert not checkpoint.tensors
 
 
-def test_the_real_file(smollm2: Path) -> None:
+def test_smollm2(smollm2: Path) -> None:
     checkpoint = pentad.weights.open(smollm2)
     assert checkpoint.format == "gguf"
     assert checkpoint.config["llama.block_count"] == 30

@@ -52,7 +52,7 @@ def build(
     version: int = 3,
     **claims: int,
 ) -> bytes:
-    """A whole file, valid with the default arguments; `claims` replaces the counts in the header."""
+    """Build a file, valid with the default arguments; `claims` replaces the counts in the header."""
     header = magic + struct.pack(
         "<IQQ", version, claims.get("tensor_count", len(tensors)), claims.get("key_count", len(keys))
     )
@@ -60,7 +60,7 @@ def build(
     return header + bytes(-len(header) % 32) + bytes(data)
 
 
-SOUND = build()
+VALID = build()
 MANY = 10**12
 
 BAD: dict[str, tuple[bytes, str]] = {
@@ -68,7 +68,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "version 1": (build(version=1), "GGUF version 1; pentad reads versions 2 and 3"),
     "version 4": (build(version=4), "GGUF version 4"),
     "big-endian": (build(version=3 << 24), "a big-endian GGUF"),
-    "short": (SOUND[:20], "20 bytes are too few"),
+    "short": (VALID[:20], "20 bytes are too few"),
     "tensors": (build(tensor_count=MANY), f"the header claims {MANY} tensors"),
     "keys": (build(key_count=MANY), f"the header claims {MANY} metadata keys"),
     "name of a key": (build([struct.pack("<Q", MANY)]), "metadata key 0 .* would take"),
@@ -107,7 +107,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "overlapping": (build(tensors=[tensor("x", (16,)), tensor("y", offset=32)]), "tensors 'x' and 'y' overlap"),
     "name twice": (build(tensors=[tensor(), tensor(offset=32)]), "'x' is in the table twice"),
     "name not UTF-8": (build(tensors=[tensor(b"\xff")]), "a tensor's name is not UTF-8"),
-    "missing data": (SOUND[:-100], "52 bytes are missing: tensor 'z' ends at byte"),
+    "missing data": (VALID[:-100], "52 bytes are missing: tensor 'z' ends at byte"),
 }
 
 
@@ -138,8 +138,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gguf") / "model.gguf"
 
 
-def test_the_sound_file_is_sound(path: Path) -> None:
-    path.write_bytes(SOUND)
+def test_the_valid_file_opens(path: Path) -> None:
+    path.write_bytes(VALID)
     assert refused(path) is None
     checkpoint = open_gguf(path)
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
@@ -162,17 +162,17 @@ def test_errors_name_the_problem(path: Path, case: str) -> None:
 
 
 def test_every_truncation_is_refused(path: Path) -> None:
-    for size in range(len(SOUND) - 48):  # the last 48 bytes are padding
-        path.write_bytes(SOUND[:size])
+    for size in range(len(VALID) - 48):  # the last 48 bytes are padding
+        path.write_bytes(VALID[:size])
         assert_refused(path)
 
 
-def test_a_message_stays_short(path: Path) -> None:
+def test_error_messages_are_short(path: Path) -> None:
     path.write_bytes(build(tensors=[tensor("x" * 100_000, dims=())]))
     assert len(str(refused(path))) < 1000 + len(str(path))
 
 
-def test_an_absent_file(tmp_path: Path) -> None:
+def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"absent\.gguf: .*No such file"):
         open_gguf(tmp_path / "absent.gguf")
 
@@ -189,7 +189,7 @@ def peak_bytes(path: Path) -> int:
     return peak
 
 
-def test_a_bomb_of_small_numbers_costs_what_the_file_warrants(path: Path) -> None:
+def test_memory_for_many_small_values_is_proportional_to_the_file(path: Path) -> None:
     values = array(2, 500_000, bytes(range(256)) * 3906 + bytes(64))
     path.write_bytes(build([key("k", ARRAY, values)]))
     assert peak_bytes(path) < 40 * path.stat().st_size
@@ -200,8 +200,8 @@ NUMBERS = st.sampled_from([0, 1, 7, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """The valid file with bytes and numbers changed, pieces removed or repeated, or its end cut off."""
-    content = bytearray(SOUND)
+    """The valid file with changed bytes and integers, removed or repeated parts, or a truncated end."""
+    content = bytearray(VALID)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(content)))
         match draw(st.sampled_from(["byte", "u64", "u32", "cut", "double", "end"])):
@@ -221,7 +221,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 
 @settings(max_examples=500)
-@given(content=damaged() | st.binary(max_size=200).map(lambda tail: SOUND[:8] + tail))
+@given(content=damaged() | st.binary(max_size=200).map(lambda tail: VALID[:8] + tail))
 def test_fuzz(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert peak_bytes(path) < 100_000 + 40 * len(content)

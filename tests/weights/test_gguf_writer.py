@@ -35,7 +35,7 @@ def raw(value: Value) -> bytes:
 
 
 def assert_holds(path: Path, tensors: dict[str, Value]) -> None:
-    """Given any part of a split file, pentad reads all parts; ggml's package reads only that part."""
+    """Check that pentad reads all tensors, given a file or any part of a split file."""
     entries = pentad.weights.open(path).tensors
     assert list(entries) == list(tensors)
     for name, entry in entries.items():
@@ -75,15 +75,15 @@ def test_round_trip(
     paths = write_gguf(folder / "m.gguf", ARCHITECTURE, pending_tensors(tensors), shard_bytes=shard_bytes)
     assert sorted(paths) == sorted(folder.iterdir())
     assert_holds(paths[-1], tensors)
-    held = [tensor for path in paths for tensor in GGUFReader(path).tensors]
-    assert [tensor.name for tensor in held] == list(tensors)
-    for tensor in held:
+    written = [tensor for path in paths for tensor in GGUFReader(path).tensors]
+    assert [tensor.name for tensor in written] == list(tensors)
+    for tensor in written:
         value = tensors[tensor.name]
         assert tuple(reversed(tensor.shape.tolist())) == tuple(value.shape)
         assert tensor.data.tobytes() == raw(value)
 
 
-def test_the_bytes_are_those_of_ggmls_writer(tmp_path: Path) -> None:
+def test_bytes_equal_ggmls_writer(tmp_path: Path) -> None:
     metadata: dict[str, Any] = {"general.architecture": "llama", "llama.block_count": 2, "a.list": [1, 2], "b": 0.5}
     tensors: dict[str, Value] = {"x": torch.randn(3, 5), "y": torch.arange(7, dtype=torch.int32), "z": torch.ones(2, 2)}
     writer = GGUFWriter(tmp_path / "theirs.gguf", "llama")
@@ -142,14 +142,14 @@ def test_metadata(tmp_path: Path, value: Any, types: list[GGUFValueType] | None)
 
 
 @pytest.mark.parametrize("value", [None, {}, [1, "a"], [True, 2], [[1], [2]], 1j, b"x", 2**70, np.array(["a"]), [None]])
-def test_metadata_that_gguf_does_not_have(tmp_path: Path, value: Any) -> None:
+def test_metadata_that_gguf_cannot_store_is_refused(tmp_path: Path, value: Any) -> None:
     with pytest.raises(ValueError, match="metadata key 'k'"):
         write_gguf(tmp_path / "m.gguf", {"k": value}, [])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("ggml_type", [*QUANTIZED, torch.float16, torch.bfloat16], ids=str)
-def test_numbers_are_quantized_on_the_way(tmp_path: Path, ggml_type: str | torch.dtype) -> None:
+def test_tensors_are_quantized_while_writing(tmp_path: Path, ggml_type: str | torch.dtype) -> None:
     value = torch.randn(6, 64)
     (path,) = write_gguf(tmp_path / "m.gguf", ARCHITECTURE, [PendingTensor("x", (6, 64), ggml_type, lambda: value)])
     if isinstance(ggml_type, torch.dtype):
@@ -159,7 +159,7 @@ def test_numbers_are_quantized_on_the_way(tmp_path: Path, ggml_type: str | torch
         assert_holds(path, {"x": QuantizedTensor(blocks, ggml_type, (6, 64))})
 
 
-def test_parts(tmp_path: Path) -> None:
+def test_split_files(tmp_path: Path) -> None:
     metadata = {**ARCHITECTURE, "llama.block_count": 2, "split.count": 9, "general.alignment": 64}
     tensors: dict[str, Value] = {name: torch.randn(3, 7) for name in "abcde"}
     paths = write_gguf(tmp_path / "m.Q8_0.gguf", metadata, pending_tensors(tensors), shard_bytes=170)
@@ -196,7 +196,7 @@ def test_parts(tmp_path: Path) -> None:
         ([PendingTensor("x", (256,), "q4_k", lambda: torch.ones(256))], BadInput, "quantizes to .*q4_k"),
     ],
 )
-def test_tensors_that_can_not_be_written(
+def test_invalid_tensors_are_refused(
     tmp_path: Path, tensors: list[PendingTensor], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -1,3 +1,5 @@
+"""The hub: choosing files, revisions, offline use, damaged downloads, progress, and the cache."""
+
 import errno
 import os
 import shutil
@@ -42,7 +44,7 @@ QUANTS = {
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A fake hub that huggingface_hub talks to instead of the real one, and an empty cache."""
+    """A fake hub that replaces the real one for huggingface_hub, and an empty cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("PENTAD_CACHE", str(tmp_path / "pentad"))
@@ -66,7 +68,7 @@ def one_line(error: BaseException) -> str:
     return message
 
 
-def test_a_repository_without_what_pentad_has_no_use_for(server: HubServer) -> None:
+def test_only_files_that_pentad_reads_are_downloaded(server: HubServer) -> None:
     pickles = {"pytorch_model.bin": b"a pickle", "training_args.bin": b"another"}
     server.add("org/tiny", CONFIG | OTHER | WEIGHTS | pickles)
     folder = locate("org/tiny")
@@ -74,7 +76,7 @@ def test_a_repository_without_what_pentad_has_no_use_for(server: HubServer) -> N
     assert sorted(server.downloads) == sorted(CONFIG | WEIGHTS)
 
 
-def test_what_is_cached_is_not_downloaded_again(server: HubServer) -> None:
+def test_cached_files_are_not_downloaded_again(server: HubServer) -> None:
     server.add("org/tiny", CONFIG | WEIGHTS)
     folder = locate("org/tiny")
     server.downloads.clear()
@@ -82,7 +84,7 @@ def test_what_is_cached_is_not_downloaded_again(server: HubServer) -> None:
     assert server.downloads == []
 
 
-def test_weights_of_several_parts_and_not_twice(server: HubServer) -> None:
+def test_sharded_weights_are_preferred_to_consolidated_ones(server: HubServer) -> None:
     parts = {
         "model-00001-of-00002.safetensors": b"one",
         "model-00002-of-00002.safetensors": b"two",
@@ -102,7 +104,7 @@ def test_consolidated_weights_alone(server: HubServer, weights: list[str]) -> No
     assert read_folder(locate("org/tiny")) == files
 
 
-def test_pickles_only_where_there_is_nothing_else(server: HubServer) -> None:
+def test_pickles_are_downloaded_if_there_are_no_safetensors(server: HubServer) -> None:
     weights = {"pytorch_model.bin": b"a pickle"}
     server.add("org/old", CONFIG | OTHER | weights | {"training_args.bin": b"another"})
     assert read_folder(locate("org/old")) == CONFIG | weights
@@ -166,7 +168,7 @@ def test_the_only_gguf_file_needs_no_name(server: HubServer) -> None:
         ("org/full@v9", ["revision 'v9'", "/org/full"]),
     ],
 )
-def test_names_that_match_nothing(server: HubServer, name: str, words: list[str]) -> None:
+def test_names_without_a_match_are_refused(server: HubServer, name: str, words: list[str]) -> None:
     server.add("org/quants", QUANTS)
     server.add("org/full", CONFIG | WEIGHTS)
     server.add("org/parts", CONFIG | {"model-00002-of-00003.safetensors": b"two"})
@@ -191,7 +193,7 @@ def test_a_gated_repository(server: HubServer, monkeypatch: pytest.MonkeyPatch) 
     assert read_folder(locate("org/gated")) == CONFIG | WEIGHTS
 
 
-def test_offline_what_is_cached_will_do(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_cached_models_are_found(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add("org/tiny", CONFIG | WEIGHTS)
     server.add("org/quants", QUANTS)
     folder, quant = locate("org/tiny"), locate("org/quants:Q8_0")
@@ -200,7 +202,7 @@ def test_offline_what_is_cached_will_do(server: HubServer, monkeypatch: pytest.M
     assert locate("org/tiny@main") == folder
     assert locate(f"org/tiny@{folder.name}") == folder
     assert locate("org/quants:Q8_0") == quant
-    assert locate("org/quants") == quant  # the only one there is
+    assert locate("org/quants") == quant  # the only cached one
     for name in ("org/nobody", "org/tiny@v1", "org/quants:Q4_K"):
         with pytest.raises(PentadError, match="HF_HUB_OFFLINE") as caught:
             locate(name)
@@ -208,7 +210,7 @@ def test_offline_what_is_cached_will_do(server: HubServer, monkeypatch: pytest.M
         assert not isinstance(caught.value, BadInput)
 
 
-def test_offline_half_a_model_is_none(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_an_incomplete_model_is_an_error(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add("org/tiny", CONFIG | WEIGHTS)
     (locate("org/tiny") / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -228,7 +230,7 @@ def test_no_connection(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> No
     assert closed in one_line(caught.value)
 
 
-def test_a_connection_that_is_cut_leaves_nothing(
+def test_a_broken_connection_leaves_no_files(
     server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     server.add("org/tiny", CONFIG | WEIGHTS)
@@ -243,9 +245,9 @@ def test_a_connection_that_is_cut_leaves_nothing(
     assert read_folder(locate("org/tiny")) == CONFIG | WEIGHTS
 
 
-def test_damaged_weights_are_thrown_away(server: HubServer, tmp_path: Path) -> None:
+def test_damaged_weights_are_deleted(server: HubServer, tmp_path: Path) -> None:
     server.add("org/tiny", CONFIG | WEIGHTS)
-    server.damaged.add("model.safetensors")  # of the right size
+    server.damaged.add("model.safetensors")  # the size is right
     with pytest.raises(PentadError, match="damaged") as caught:
         locate("org/tiny")
     assert "SHA-256" in one_line(caught.value)
@@ -266,7 +268,7 @@ def test_a_full_disk(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None
     assert "HF_HOME" in one_line(caught.value)
 
 
-def test_a_disk_without_space_is_noticed_first(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_checked_before_the_download(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add("org/tiny", CONFIG | WEIGHTS)
     usage = shutil.disk_usage("/")._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -277,14 +279,14 @@ def test_a_disk_without_space_is_noticed_first(server: HubServer, monkeypatch: p
     assert "HF_HOME" in one_line(caught.value)
 
 
-def test_a_listing_cannot_leave_its_folder(server: HubServer, tmp_path: Path) -> None:
+def test_paths_outside_the_folder_are_ignored(server: HubServer, tmp_path: Path) -> None:
     hostile = {"../evil.json": b"out", "/evil.json": b"out", "a/../../evil.gguf": b"out"}
     server.add("org/tiny", CONFIG | WEIGHTS | hostile)
     assert read_folder(locate("org/tiny")) == CONFIG | WEIGHTS
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_progress_counts_what_is_downloaded(server: HubServer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_downloaded_and_checked_bytes(server: HubServer, capfd: pytest.CaptureFixture[str]) -> None:
     server.add("org/tiny", CONFIG | WEIGHTS)
     watcher = Watcher()
     locate("org/tiny", progress=watcher)
@@ -293,7 +295,7 @@ def test_progress_counts_what_is_downloaded(server: HubServer, capfd: pytest.Cap
     assert watcher.tasks == [("downloading org/tiny", nbytes), ("checking model.safetensors", weights)]
     assert watcher.counts == [nbytes, weights]
     assert watcher.open == 0
-    assert capfd.readouterr() == ("", "")  # huggingface_hub draws no bars of its own
+    assert capfd.readouterr() == ("", "")  # huggingface_hub draws no bars
 
 
 def test_the_cache_is_listed_and_removed_from(server: HubServer, tmp_path: Path) -> None:
@@ -344,7 +346,7 @@ def test_the_cache_is_listed_and_removed_from(server: HubServer, tmp_path: Path)
         "org/" + "x" * 200,
     ],
 )
-def test_names_that_no_hub_would_take(server: HubServer, name: str) -> None:
+def test_invalid_names_are_refused_without_a_request(server: HubServer, name: str) -> None:
     with pytest.raises(BadInput) as caught:
         locate(name)
     one_line(caught.value)

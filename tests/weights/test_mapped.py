@@ -1,4 +1,4 @@
-"""Memory of mapped files: released after use, without loss."""
+"""Mapped files: pages are released after use, and modified pages are kept."""
 
 import sys
 from pathlib import Path
@@ -31,10 +31,10 @@ def test_pages_are_released_and_read_again(tmp_path: Path, content: torch.Tensor
     assert torch.equal(mapped, content)
 
 
-def test_neighbors_are_left_alone(tmp_path: Path, content: torch.Tensor) -> None:
-    """Bytes written beside a view, on a page that both share, are kept."""
+def test_releasing_a_view_keeps_modified_bytes_around_it(tmp_path: Path, content: torch.Tensor) -> None:
+    """The modified bytes share a page with the view."""
     mapped = map_file(tmp_path / "file")
-    view, written = mapped[100:20_000], mapped.numpy()  # writes that torch does not count
+    view, written = mapped[100:20_000], mapped.numpy()  # torch doesn't notice these writes
     written[:100] = written[20_000:20_100] = 7
     drop_pages(view)
     assert torch.equal(view, content[100:20_000])
@@ -42,7 +42,7 @@ def test_neighbors_are_left_alone(tmp_path: Path, content: torch.Tensor) -> None
     assert (mapped[20_000:20_100] == 7).all()
 
 
-def test_a_mapping_that_was_written_to_is_kept(tmp_path: Path, content: torch.Tensor) -> None:
+def test_a_modified_mapping_is_not_released(tmp_path: Path, content: torch.Tensor) -> None:
     mapped = map_file(tmp_path / "file")
     mapped[5000:6000] = 7
     drop_pages(mapped)
@@ -50,19 +50,19 @@ def test_a_mapping_that_was_written_to_is_kept(tmp_path: Path, content: torch.Te
     assert torch.equal(mapped[6000:], content[6000:])
 
 
-def test_quantized_tensors_that_are_mapped(tmp_path: Path, content: torch.Tensor) -> None:
-    """Rows in any order are views, so releasing the file's pages releases all of them; a copy keeps its memory."""
+def test_releasing_mapped_quantized_tensors(tmp_path: Path, content: torch.Tensor) -> None:
+    """Permuted rows are views of the file, so releasing its pages releases them too; a copy keeps its memory."""
     mapped = map_file(tmp_path / "file")
     rows = SIZE // 360
     whole = QuantizedTensor(mapped[: rows * 360].view(rows, 360), "q4_1", (rows, 576), mapped=True)
-    taken = whole.take_rows(torch.arange(rows).flip(0))
-    blocks = taken.rows(7, rows).blocks
+    permuted = whole.take_rows(torch.arange(rows).flip(0))
+    blocks = permuted.rows(7, rows).blocks
     assert torch.equal(blocks, whole.blocks[: rows - 7].flip(0))
-    assert taken.mapped
-    assert {part.stored.data_ptr() for part in (taken, *whole.chunk(2))} == {whole.stored.data_ptr()}
-    taken.release()
+    assert permuted.mapped
+    assert {part.stored.data_ptr() for part in (permuted, *whole.chunk(2))} == {whole.stored.data_ptr()}
+    permuted.release()
     assert resident(tmp_path / "file") <= 8192
-    assert torch.equal(taken.blocks.flip(0), whole.blocks)
+    assert torch.equal(permuted.blocks.flip(0), whole.blocks)
     copy = QuantizedTensor(whole.blocks.clone(), "q4_1", whole.shape)
     copy.release()
     assert torch.equal(copy.blocks, whole.blocks)

@@ -1,4 +1,4 @@
-"""Opening a path: folders, files in them, and everything that is no model."""
+"""Opening a path: folders, files in folders, and paths that are not models."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def model() -> LlamaForCausalLM:
 
 
 def folder_with(path: Path, **files: Any) -> Path:
-    """A folder with a config.json and more JSON files: `index` is model.safetensors.index.json."""
+    """Write a config.json and more JSON files to a folder; `index` is model.safetensors.index.json."""
     names = {"index": "model.safetensors.index.json", "generation": "generation_config.json"}
     files.setdefault("config", {"model_type": "llama"})
     for name, value in files.items():
@@ -58,7 +58,7 @@ def assert_holds(checkpoint: Checkpoint, model: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("size", ["5GB", "8KB"])
-def test_what_transformers_saves(tmp_path: Path, model: LlamaForCausalLM, size: str) -> None:
+def test_folders_saved_by_transformers(tmp_path: Path, model: LlamaForCausalLM, size: str) -> None:
     model.save_pretrained(tmp_path, max_shard_size=size)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert (len(shards) > 1) == (size == "8KB")
@@ -89,7 +89,7 @@ def test_pytorch_files(tmp_path: Path, model: LlamaForCausalLM) -> None:
         assert_holds(pentad.weights.open(path), model)
 
 
-def test_a_lone_file_of_another_name(tmp_path: Path) -> None:
+def test_a_safetensors_file_of_another_name(tmp_path: Path) -> None:
     folder_with(tmp_path)
     save_file({"x": torch.ones(2)}, tmp_path / "mine.safetensors")
     assert list(pentad.weights.open(tmp_path / "mine.safetensors").tensors) == ["x"]
@@ -98,7 +98,7 @@ def test_a_lone_file_of_another_name(tmp_path: Path) -> None:
     assert "no config.json" in refusal(tmp_path / "mine.safetensors")
 
 
-def test_a_configuration_alone(tmp_path: Path) -> None:
+def test_a_config_alone(tmp_path: Path) -> None:
     folder_with(tmp_path, generation={"temperature": 0.2}, other={"model_type": "phi"})
     for path in (tmp_path, tmp_path / "config.json"):
         checkpoint = pentad.weights.open(path)
@@ -124,7 +124,7 @@ def test_a_configuration_alone(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_json_that_is_no_object(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_invalid_json_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     folder_with(tmp_path)
     (tmp_path / name).write_bytes(content)
     assert message in refusal(tmp_path)
@@ -150,14 +150,14 @@ def test_json_that_is_no_object(tmp_path: Path, name: str, content: bytes, messa
         (None, "weight_map"),
     ],
 )
-def test_an_index_with_something_wrong(tmp_path: Path, weight_map: Any, message: str) -> None:
+def test_an_invalid_index_is_refused(tmp_path: Path, weight_map: Any, message: str) -> None:
     folder_with(tmp_path, index={"weight_map": weight_map})
     save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
     save_file({"x": torch.ones(2), "w": torch.ones(2)}, tmp_path / "c.safetensors")
     assert message in refusal(tmp_path)
 
 
-def test_a_shard_with_something_wrong(tmp_path: Path) -> None:
+def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     folder_with(tmp_path, index={"weight_map": {"x": "a.safetensors"}})
     save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
     content = (tmp_path / "a.safetensors").read_bytes()
@@ -165,7 +165,7 @@ def test_a_shard_with_something_wrong(tmp_path: Path) -> None:
     assert "a.safetensors: truncated: 1 of" in refusal(tmp_path)
 
 
-def test_weights_that_are_a_dangling_link(tmp_path: Path) -> None:
+def test_a_dangling_link_is_refused(tmp_path: Path) -> None:
     folder_with(tmp_path)
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
     assert "model.safetensors: No such file" in refusal(tmp_path)
@@ -198,7 +198,7 @@ def test_folders_of_ggufs(tmp_path: Path) -> None:
         (bytes(64), "no format that pentad knows"),
     ],
 )
-def test_files_that_are_no_model(tmp_path: Path, content: bytes, noun: str) -> None:
+def test_files_that_are_not_models_are_described(tmp_path: Path, content: bytes, noun: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     message = refusal(path)
@@ -207,19 +207,19 @@ def test_files_that_are_no_model(tmp_path: Path, content: bytes, noun: str) -> N
     assert all(known in message for known in ("GGUF", "config.json", "params.json"))
 
 
-def test_paths_that_are_nothing(tmp_path: Path) -> None:
+def test_absent_and_empty_paths_are_refused(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "absent")
     assert "no config.json" in refusal(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "an empty file" in refusal(tmp_path / "model.safetensors")
 
 
-def test_a_device_is_no_file() -> None:
+def test_a_device_is_refused() -> None:
     with pytest.raises(BadInput, match="/dev/null: "):
         pentad.weights.open("/dev/null")
 
 
-def test_json_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pentad.weights.files.MAX_JSON_BYTES", 100)
     folder_with(tmp_path, config={"a": "b" * 100})
     assert "config.json: longer than 100 bytes" in refusal(tmp_path)
@@ -231,7 +231,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model-00001-of-00002.bin"])
-def test_shards_without_their_index(tmp_path: Path, name: str) -> None:
+def test_shards_without_an_index_are_refused(tmp_path: Path, name: str) -> None:
     folder_with(tmp_path)
     (tmp_path / name).write_bytes(b"")
     index = f"{name.partition('-')[0]}{Path(name).suffix}.index.json"
@@ -268,18 +268,18 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 def bytes_read() -> int:
-    """Bytes that this process has read by system calls."""
+    """Bytes that this process has read with system calls."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_opening_reads_no_tensor(tmp_path: Path, write: Callable[[Path], object]) -> None:
-    """Opening reads tensors neither by system calls nor through a mapping."""
+    """Opening reads tensor data neither with system calls nor through a mapping."""
     write(tmp_path)
     if not (tmp_path / "params.json").exists():
         (tmp_path / "config.json").write_text("{}")
-    pentad.weights.open(tmp_path)  # imports modules, whose files are read too
+    pentad.weights.open(tmp_path)  # the first call also reads the modules that it imports
     before = bytes_read()
     checkpoint = pentad.weights.open(tmp_path)
     assert checkpoint.tensors

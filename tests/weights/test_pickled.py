@@ -1,4 +1,4 @@
-"""PyTorch files: tensors are mapped, and anything else is refused."""
+"""PyTorch files: tensors are mapped, and all other content is refused."""
 
 import os
 import pickle
@@ -13,7 +13,7 @@ from pentad.errors import BadInput, PentadError
 from pentad.weights.pickled import read_pickled
 
 
-class Runs:
+class CodeOnUnpickling:
     """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
@@ -33,7 +33,7 @@ def refusal(path: Path) -> str:
 
 
 def rewritten(path: Path, *, compression: int = zipfile.ZIP_STORED, **members: bytes) -> Path:
-    """A copy of an archive with members (by the end of their names) replaced."""
+    """Copy an archive, and replace members by the last part of their names."""
     copy = path.with_name("copy.bin")
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w", compression) as target:
         for name in source.namelist():
@@ -61,7 +61,7 @@ def test_a_state_dict(path: Path) -> None:
     assert x.data_ptr() == again.data_ptr()
 
 
-def test_parameters_come_as_tensors(path: Path) -> None:
+def test_parameters_are_read_as_tensors(path: Path) -> None:
     torch.save(dict(torch.nn.Linear(2, 3).named_parameters()), path)
     weight = read_pickled(path)["weight"].read()
     assert isinstance(weight, torch.Tensor)
@@ -70,14 +70,14 @@ def test_parameters_come_as_tensors(path: Path) -> None:
 
 def test_code_is_not_run(path: Path) -> None:
     trace = path.with_name("trace")
-    torch.save({"x": torch.ones(1), "y": Runs(trace)}, path)
+    torch.save({"x": torch.ones(1), "y": CodeOnUnpickling(trace)}, path)
     assert f"its pickle wants to run code ({os.name}.mkdir): refused" in refusal(path)
-    path.write_bytes(pickle.dumps(Runs(trace)))
+    path.write_bytes(pickle.dumps(CodeOnUnpickling(trace)))
     assert "not a PyTorch archive but a bare pickle, which could run code" in refusal(path)
     assert not trace.exists()
 
 
-def test_the_format_from_before_2020(path: Path) -> None:
+def test_the_format_before_2020_is_refused(path: Path) -> None:
     torch.save({"x": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
     assert "a bare pickle" in refusal(path)
 
@@ -93,7 +93,7 @@ def test_the_format_from_before_2020(path: Path) -> None:
         ({"x": torch.eye(3).to_sparse()}, "'x' of .3, 3. is more than|not an archive of tensors"),
     ],
 )
-def test_anything_but_named_tensors(path: Path, value: object, message: str) -> None:
+def test_other_values_than_named_tensors_are_refused(path: Path, value: object, message: str) -> None:
     torch.save(value, path)
     with pytest.raises(BadInput, match=message):
         read_pickled(path)
@@ -106,11 +106,11 @@ def test_every_truncation_is_refused(path: Path) -> None:
         refusal(path)
 
 
-def test_compressed_members(path: Path) -> None:
+def test_compressed_members_are_refused(path: Path) -> None:
     assert "is compressed" in refusal(rewritten(path, compression=zipfile.ZIP_DEFLATED))
 
 
-def test_a_shape_that_is_more_than_the_file(path: Path) -> None:
+def test_a_shape_larger_than_the_file_is_refused(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         pickled = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
     assert b"K\x02K\x03\x86" in pickled  # the shape of x
@@ -118,7 +118,7 @@ def test_a_shape_that_is_more_than_the_file(path: Path) -> None:
     assert "not an archive of tensors" in refusal(rewritten(path, data=hostile))
 
 
-def test_a_file_larger_than_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_mapped_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*arguments: object, **options: object) -> None:
         raise RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)\nat: c10")
 

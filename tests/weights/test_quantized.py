@@ -1,4 +1,4 @@
-"""Dequantizing, compared bit for bit with ggml's own Python package."""
+"""Dequantizing, compared bit by bit with ggml's Python package."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ FAST = [*AFFINE, "q8_0"]
 
 
 def random_blocks(name: str, rows: int, blocks_a_row: int, seed: int = 0) -> torch.Tensor:
-    """Blocks of random bits: float16 scales of all sizes, also subnormal, infinite and NaN."""
+    """Make blocks of random bits: float16 scales of all sizes, including subnormal, infinite and NaN."""
     generator = torch.Generator().manual_seed(seed)
     nbytes = blocks_a_row * BLOCKS[name][1]
     return torch.randint(0, 256, (rows, nbytes), dtype=torch.uint8, generator=generator)
@@ -40,13 +40,13 @@ def assert_same_bits(ours: torch.Tensor, theirs: np.ndarray) -> None:
     np.testing.assert_array_equal(numbers.view(np.int32)[~nan], theirs.view(np.int32)[~nan])
 
 
-def test_block_sizes_are_ggmls() -> None:
+def test_block_sizes_equal_ggmls() -> None:
     for name, sizes in BLOCKS.items():
         assert GGML_QUANT_SIZES[GGMLQuantizationType[name.upper()]] == sizes
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_random_bits_give_the_numbers_of_gguf(name: str) -> None:
+def test_random_blocks_dequantize_as_in_ggml(name: str) -> None:
     tensor = random_tensor(name, rows=64)
     assert_same_bits(tensor.dequantize(), by_gguf(tensor.blocks, name))
 
@@ -99,13 +99,13 @@ def test_only_four_bit_types_are_affine() -> None:
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q6_k"])
-def test_rows_are_taken_without_loss(name: str) -> None:
+def test_rows_and_permuted_rows(name: str) -> None:
     tensor = random_tensor(name)
     numbers = tensor.dequantize()
     index = torch.tensor([[5, 0, 0], [2, 1, 4]])
-    taken = tensor.take_rows(index)
-    assert taken.shape == (2, 3, tensor.shape[1])
-    torch.testing.assert_close(taken.dequantize(), numbers[index], rtol=0, atol=0, equal_nan=True)
+    selected = tensor.take_rows(index)
+    assert selected.shape == (2, 3, tensor.shape[1])
+    torch.testing.assert_close(selected.dequantize(), numbers[index], rtol=0, atol=0, equal_nan=True)
     part = tensor.rows(2, 5)
     assert part.blocks.data_ptr() == tensor.blocks[2].data_ptr()
     assert part.shape == (3, tensor.shape[1])
@@ -136,7 +136,7 @@ def test_a_type_that_the_installed_gguf_does_not_know(monkeypatch: pytest.Monkey
         (torch.zeros(2, 20), "q4_1", (2, 32), r"are torch\.float32"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(
+def test_inconsistent_blocks_and_shapes_are_refused(
     blocks: torch.Tensor, name: str, shape: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

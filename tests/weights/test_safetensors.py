@@ -1,4 +1,4 @@
-"""Files that the safetensors library writes, read by pentad; and damaged files."""
+"""pentad reads files that the safetensors library writes, and refuses damaged files."""
 
 import json
 import pickle
@@ -17,7 +17,7 @@ from pentad.weights.safetensors import DTYPES, read_safetensors
 
 
 def build(header: Any, data: int = 0, length: int | None = None) -> bytes:
-    """A whole file with any header; `length` replaces the header's length."""
+    """Build a file with any header; `length` replaces the header's length."""
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(content) if length is None else length).to_bytes(8, "little") + content + bytes(data)
 
@@ -26,15 +26,15 @@ def info(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[s
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-SOUND = build({"__metadata__": {"format": "pt"}, "x": info(), "y": info("BF16", (2, 2), (8, 16))}, 16)
+VALID = build({"__metadata__": {"format": "pt"}, "x": info(), "y": info("BF16", (2, 2), (8, 16))}, 16)
 
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not a safetensors file but an empty file"),
     "no model": (b"\x89PNG\r\n\x1a\n" * 9, "not a safetensors file but a picture"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-    "header past the end": (SOUND[:40], "truncated: the header alone takes"),
+    "header past the end": (VALID[:40], "truncated: the header alone takes"),
     "header too large": (build(b"{", length=10**12), "claims 10+ bytes, the format allows 100000000"),
-    "truncated": (SOUND[:-3], "truncated: 3 of .* bytes are missing"),
+    "truncated": (VALID[:-3], "truncated: 3 of .* bytes are missing"),
     "dtype": (build({"x": info("F13")}, 8), "tensor 'x': dtype 'F13' is not one of BOOL, U8"),
     "dtype that torch lacks": (build({"x": info("F4", (16,))}, 8), "tensor 'x': dtype 'F4' is not"),
     "shape": (build({"x": info(shape=(3,))}, 8), r"'x' of \[3\] F32 takes 12 bytes, its offsets"),
@@ -92,7 +92,7 @@ def test_every_dtype(path: Path, dtype: torch.dtype) -> None:
     assert torch.equal(tensor.view(torch.uint8), values.view(torch.uint8))
 
 
-def test_reading_copies_nothing(path: Path) -> None:
+def test_tensors_are_views_of_the_mapping(path: Path) -> None:
     save_file({"x": torch.randn(64)}, path)
     entry = read_safetensors(path)["x"]
     first, second = entry.read(), entry.read()
@@ -101,15 +101,15 @@ def test_reading_copies_nothing(path: Path) -> None:
     assert first.data_ptr() == second.data_ptr()
 
 
-def test_tensors_are_pickled_without_the_rest_of_the_file(path: Path) -> None:
+def test_pickled_tensors_exclude_the_rest_of_the_file(path: Path) -> None:
     save_file({"x": torch.randn(64).bfloat16(), "z": torch.zeros(10_000)}, path)
     x = read_safetensors(path)["x"].read()
     assert torch.equal(pickle.loads(pickle.dumps(x)), x)
     assert len(pickle.dumps(x)) < 10_000
 
 
-def test_the_sound_file_is_sound(path: Path) -> None:
-    path.write_bytes(SOUND)
+def test_the_valid_file_opens(path: Path) -> None:
+    path.write_bytes(VALID)
     assert refused(path) is None
     assert list(read_safetensors(path)) == ["x", "y"]
 
@@ -124,14 +124,14 @@ def test_errors_name_the_problem(path: Path, case: str) -> None:
 
 
 def test_every_truncation_is_refused(path: Path) -> None:
-    for size in range(len(SOUND)):
-        path.write_bytes(SOUND[:size])
+    for size in range(len(VALID)):
+        path.write_bytes(VALID[:size])
         assert_refused(path)
 
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    content = bytearray(SOUND)
+    content = bytearray(VALID)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(content)))
         match draw(st.sampled_from(["byte", "digit", "cut", "double", "end"])):

@@ -1,4 +1,4 @@
-"""Files that pentad writes, read by the safetensors library, by transformers and by pentad."""
+"""The safetensors library, transformers and pentad read the files that pentad writes."""
 
 import json
 import subprocess
@@ -91,11 +91,11 @@ def test_round_trip_in_shards(
     found: dict[str, Tensor] = {}
     for number, file in enumerate(files, 1):
         assert file.name == f"model-{number:05}-of-{len(files):05}.safetensors"
-        held = load_file(file)
-        assert len(held) == 1 or sum(t.nbytes for t in held.values()) <= shard_bytes
-        assert not found.keys() & held.keys()
-        found |= held
-        assert_file_holds(file, held)
+        shard = load_file(file)
+        assert len(shard) == 1 or sum(t.nbytes for t in shard.values()) <= shard_bytes
+        assert not found.keys() & shard.keys()
+        found |= shard
+        assert_file_holds(file, shard)
     assert all(same(found[name], tensors[name]) for name in tensors)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": sum(t.nbytes for t in tensors.values())}
@@ -104,7 +104,7 @@ def test_round_trip_in_shards(
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 8000])
-def test_transformers_reads_it(tmp_path: Path, shard_bytes: int) -> None:
+def test_transformers_reads_the_files(tmp_path: Path, shard_bytes: int) -> None:
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )
@@ -116,7 +116,7 @@ def test_transformers_reads_it(tmp_path: Path, shard_bytes: int) -> None:
     assert all(same(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_consolidated_shards_are_read_again(tmp_path: Path) -> None:
+def test_pentad_reads_consolidated_shards(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(5), "c": torch.randn(2, 2)}
     write_safetensors(tmp_path, "consolidated", pending_tensors(tensors), shard_bytes=50)
     (tmp_path / "params.json").write_text("{}")
@@ -134,10 +134,12 @@ def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
     )
     assert one.read_bytes() == other.read_bytes()
     save_file(tensors, tmp_path / "library.safetensors", {"format": "pt"})
-    assert one.read_bytes() == (tmp_path / "library.safetensors").read_bytes()  # the library orders by name
+    assert (
+        one.read_bytes() == (tmp_path / "library.safetensors").read_bytes()
+    )  # the library also orders tensors by name
 
 
-def test_tensors_are_made_once_and_one_after_another(tmp_path: Path) -> None:
+def test_tensors_are_made_once_and_freed_before_the_next(tmp_path: Path) -> None:
     made: list[str] = []
     memory: list[weakref.ref[np.ndarray]] = []
 
@@ -172,7 +174,7 @@ def test_progress_counts_bytes(tmp_path: Path) -> None:
         ([("x", torch.complex128)], "'x': .* torch.complex128"),
     ],
 )
-def test_tensors_that_can_not_be_written(
+def test_invalid_tensors_are_refused(
     tmp_path: Path, tensors: Sequence[tuple[str, torch.dtype | str]], message: str
 ) -> None:
     wanted = [PendingTensor(name, (32,), target, lambda: torch.ones(32)) for name, target in tensors]
@@ -181,7 +183,7 @@ def test_tensors_that_can_not_be_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_number_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+def test_a_value_outside_the_dtypes_range_leaves_no_file(tmp_path: Path) -> None:
     tensors = [
         PendingTensor("a", (2,), torch.float16, lambda: torch.ones(2)),
         PendingTensor("b", (2,), torch.float16, lambda: torch.full((2,), 1e6)),
@@ -191,9 +193,9 @@ def test_a_number_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# Copies a sparse file of gigabytes through the writer, with one tensor converted to float32. The sink skips large
-# pieces without reading them, so the copy is sparse too, and only the converted tensor is read. The system can reclaim
-# mapped pages of the source, so only anonymous memory counts.
+# Copies a sparse file of gigabytes through the writer, with one tensor converted to float32. The output file skips
+# large pieces without reading them, so the copy is sparse too, and only the converted tensor is read. The system can
+# reclaim mapped pages of the source, so the test counts only anonymous memory.
 COPY = """
 import dataclasses, pathlib, re, sys, threading
 import torch
@@ -258,7 +260,7 @@ def write_zeros(path: Path, tensors: int, numbers: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_a_few_pieces_for_a_file_of_gigabytes(tmp_path: Path) -> None:
+def test_writing_gigabytes_needs_less_memory_than_one_tensor(tmp_path: Path) -> None:
     numbers, count = 1 << 27, 9
     source, to = tmp_path / "zeros.safetensors", tmp_path / "to"
     assert write_zeros(source, count, numbers) > 2_400_000_000

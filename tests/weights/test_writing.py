@@ -1,4 +1,4 @@
-"""Tensors as the bytes of a file, in pieces, for all types; quantizing is compared with ggml's own package."""
+"""Tensors as pieces of a file's bytes, for all types; quantization is compared with ggml's package."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ SHAPES = [(), (5,), (0,), (3, 0), (300,), (2, 1000), (700, 2), (3, 5, 64), (2, 3
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("small_slabs")
-def test_pieces_are_small_and_together_the_tensor(shape: tuple[int, ...]) -> None:
+def test_pieces_are_small_and_join_to_the_tensor(shape: tuple[int, ...]) -> None:
     value = torch.randn(shape)
     got = list(pieces(PendingTensor("x", shape, torch.float32, lambda: value)))
     assert b"".join(got) == raw(value)
@@ -48,7 +48,7 @@ def test_pieces_are_small_and_together_the_tensor(shape: tuple[int, ...]) -> Non
 
 
 @pytest.mark.usefixtures("small_slabs")
-def test_views_that_lie_across(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     value = torch.randn(6, 70, 5).permute(2, 0, 1)
     assert content(value, torch.float32) == raw(value)
     assert content(value.half()[:, ::2], torch.float16) == raw(value.half()[:, ::2])
@@ -67,7 +67,7 @@ def test_bfloat16_is_rounded_as_ggml_rounds() -> None:
     assert content(value.clamp(-60000, 60000), torch.float16) == expected(value.clamp(-60000, 60000), "f16")
 
 
-def test_other_numbers_pass_as_they_are() -> None:
+def test_integers_are_copied_and_not_converted() -> None:
     for value in (torch.arange(7), torch.tensor([True, False]), torch.tensor([2, 3], dtype=torch.uint8)):
         assert content(value, value.dtype) == raw(value)
     with pytest.raises(ValueError, match=r"'x' is torch\.int64, .*torch\.float32"):
@@ -79,7 +79,7 @@ def test_other_numbers_pass_as_they_are() -> None:
 @pytest.mark.parametrize("target", QUANTIZED)
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("small_slabs")
-def test_blocks_have_the_bits_of_ggmls(target: str, source: torch.dtype) -> None:
+def test_quantized_blocks_equal_ggmls(target: str, source: torch.dtype) -> None:
     for shape in ((32,), (7, 96), (2, 640), (3, 5, 64)):
         value = torch.randn(shape).to(source)
         value.view(-1)[:32] = 0
@@ -89,14 +89,14 @@ def test_blocks_have_the_bits_of_ggmls(target: str, source: torch.dtype) -> None
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.usefixtures("small_slabs")
-def test_blocks_of_every_type_pass_bit_for_bit(name: str) -> None:
+def test_blocks_of_every_type_are_copied(name: str) -> None:
     size, nbytes = BLOCKS[name]
     blocks = torch.randint(256, (6, 3 * nbytes), dtype=torch.uint8)
     assert content(QuantizedTensor(blocks, name, (2, 3, 3 * size)), name) == raw(blocks)
 
 
 @pytest.mark.usefixtures("small_slabs")
-def test_blocks_as_another_type() -> None:
+def test_blocks_are_requantized_to_another_type() -> None:
     value = quantized(torch.randn(6, 320), "q8_0")
     numbers = value.dequantize()
     assert content(value, torch.float16) == raw(numbers.half())
@@ -104,7 +104,7 @@ def test_blocks_as_another_type() -> None:
 
 
 @pytest.mark.parametrize("target", [torch.float16, *QUANTIZED], ids=str)
-def test_numbers_that_are_too_large(target: torch.dtype | str) -> None:
+def test_values_that_are_too_large_are_refused(target: torch.dtype | str) -> None:
     value = torch.ones(2, 32)
     value[1, 3] = -7e5
     name = str(target)
@@ -115,7 +115,7 @@ def test_numbers_that_are_too_large(target: torch.dtype | str) -> None:
 
 @pytest.mark.parametrize("target", QUANTIZED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_nan_is_refused_because_it_spoils_a_block(target: str, dtype: torch.dtype) -> None:
+def test_nan_is_refused_because_it_damages_its_block(target: str, dtype: torch.dtype) -> None:
     value = torch.ones(1, 64, dtype=dtype)
     value[0, 3] = torch.nan
     with pytest.raises(BadInput, match=f"'x' .*nan; {target} .*65504"):
@@ -123,24 +123,24 @@ def test_nan_is_refused_because_it_spoils_a_block(target: str, dtype: torch.dtyp
     assert content(value, torch.float32) == raw(value.float())
 
 
-def test_rows_that_are_not_whole_blocks() -> None:
+def test_rows_that_are_not_whole_blocks_are_refused() -> None:
     for shape in ((4, 33), (31,), ()):
         with pytest.raises(BadInput, match=r"'x' of \[.*\] .*q4_0: .*blocks of 32"):
             _ = PendingTensor("x", shape, "q4_0", lambda: torch.ones(1)).nbytes
 
 
-def test_types_that_pentad_does_not_quantize_to() -> None:
+def test_other_quantized_types_are_refused() -> None:
     for target in ("q4_k", "iq4_nl"):
         with pytest.raises(BadInput, match=f"q4_0, q4_1, q5_0, q5_1, q8_0, .*{target}"):
             content(torch.ones(256), target)
 
 
-def test_a_tensor_that_differs_from_its_description() -> None:
+def test_a_tensor_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'x' is \(3, 2\); expected \(2, 3\)"):
         list(pieces(PendingTensor("x", (2, 3), torch.float32, lambda: torch.ones(3, 2))))
 
 
-def test_tensors_are_shared_out_in_order() -> None:
+def test_tensors_are_split_into_shards_in_order() -> None:
     def names(shard_bytes: int | None, *sizes: int) -> list[str]:
         tensors = [PendingTensor(f"{i}", (size,), torch.uint8, lambda: torch.ones(0)) for i, size in enumerate(sizes)]
         return ["".join(tensor.name for tensor in shard) for shard in split(tensors, shard_bytes)]
@@ -152,7 +152,7 @@ def test_tensors_are_shared_out_in_order() -> None:
     assert names(10) == [""]
 
 
-def test_quantizing_takes_no_float32_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizing_makes_no_float32_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "SLAB", 256)
     seen: list[int] = []
     monkeypatch.setattr("gguf.quants.quantize", lambda data, target: seen.append(data.size) or by_gguf(data, target))
