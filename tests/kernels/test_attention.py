@@ -1,4 +1,4 @@
-"""Attention over paged keys and values, against loops in float64."""
+"""Attention over paged keys and values, against float64 loops."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ EXACT = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.i
 
 
 class Cached:
-    """A cache with one layer, and sequences whose pages are scattered in it."""
+    """A cache of one layer, with sequences in pages of random order."""
 
     def __init__(
         self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, page: int = 32
@@ -41,8 +41,8 @@ class Cached:
             while len(pages) * self.pools.page_size < past + len(x):
                 pages.append(self.free.pop())
             table = torch.stack((torch.ones(past + len(x), dim // 2), torch.zeros(past + len(x), dim // 2)), 1)
-            gone = dropped // self.pools.page_size
-            work.append(Tokens(range(at, at + len(x)), past, dropped, pages[gone:], table))
+            dropped_pages = dropped // self.pools.page_size
+            work.append(Tokens(range(at, at + len(x)), past, dropped, pages[dropped_pages:], table))
             at += len(x)
             self.lengths[name] = past + len(x)
         return attended(projected, work, self.pools, heads, kv_heads, dim, **options).view(-1, heads, dim)  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def random_rows(shape: tuple[int, int, int], count: int, seed: int = 0) -> Tenso
 
 
 def exact(shape: tuple[int, int, int], x: Tensor, window: int | None = None) -> Tensor:
-    """[N, heads, head_dim] of one whole sequence."""
+    """Compute one whole sequence in float64: [N, heads, head_dim]."""
     heads, kv_heads, dim = shape
     q, k, v = x.view(len(x), -1, dim).double().split([heads, kv_heads, kv_heads], 1)
     rows = SequenceLayout.of([len(x)])
@@ -63,7 +63,7 @@ def exact(shape: tuple[int, int, int], x: Tensor, window: int | None = None) -> 
 
 @every_isa
 @pytest.mark.parametrize("shape", SHAPES)
-def test_near_float64(shape: tuple[int, int, int], isa: str) -> None:
+def test_attention_matches_float64(shape: tuple[int, int, int], isa: str) -> None:
     for dtype, bound in EXACT.items():
         x = random_rows(shape, 70)
         y = Cached(*shape, dtype).run([(0, x)], isa=isa)
@@ -72,8 +72,8 @@ def test_near_float64(shape: tuple[int, int, int], isa: str) -> None:
 
 @every_isa
 @pytest.mark.parametrize("window", [None, 1, 40, 200])
-def test_the_same_bits_however_it_is_cut(window: int | None, isa: str) -> None:
-    """Whole, in chunks, token by token, beside other sequences, with any number of threads and any page size."""
+def test_chunks_threads_and_page_sizes_do_not_change_the_bits(window: int | None, isa: str) -> None:
+    """Other sequences in the same step don't change them either."""
     shape = (6, 2, 32)
     x, other = random_rows(shape, 300), random_rows(shape, 40, seed=1)
     whole = Cached(*shape).run([(0, x)], window=window, isa=isa)
@@ -94,7 +94,7 @@ def test_the_same_bits_however_it_is_cut(window: int | None, isa: str) -> None:
 
 
 @every_isa
-def test_pages_that_left_a_window_are_not_read(isa: str) -> None:
+def test_pages_outside_a_window_are_not_read(isa: str) -> None:
     shape, window = (4, 2, 16), 50
     x = random_rows(shape, 200)
     whole = Cached(*shape).run([(0, x)], window=window, isa=isa)
@@ -107,8 +107,7 @@ def test_pages_that_left_a_window_are_not_read(isa: str) -> None:
 
 
 @every_isa
-def test_other_sequences_are_not_seen(isa: str) -> None:
-    """A sequence with NaN affects no other sequence."""
+def test_a_sequence_with_nan_affects_no_other_sequence(isa: str) -> None:
     shape = (4, 2, 16)
     x, bad = random_rows(shape, 40), random_rows(shape, 40, seed=1)
     bad[7] = torch.nan
@@ -131,7 +130,7 @@ def test_scores_of_any_size(isa: str) -> None:
 
 @every_isa
 def test_rotation(isa: str) -> None:
-    """Queries and keys are rotated by the table's row of their position, half-split."""
+    """Queries and keys are rotated, half-split, with the table's row of their position."""
     heads, kv_heads, dim = shape = (4, 2, 16)
     x = random_rows(shape, 20)
     angles = torch.rand(20, dim // 2, generator=torch.Generator().manual_seed(3)) * 6

@@ -1,4 +1,4 @@
-"""The quick form of the C++ program that checks the kernels; `make sanitize` runs the whole program."""
+"""A quick run of the C++ program that checks the kernels; `make sanitize` runs all its checks."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None
 
 @needs_kernels
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-def test_the_program_finds_nothing(tmp_path: Path) -> None:
+def test_the_quick_checks_pass(tmp_path: Path) -> None:
     library = Path(kernels.__file__).with_name("_kernels.so")
     flags = ["-std=c++17", "-O1", "-w", "-pthread", f"-Wl,-rpath,{library.parent}"]
     made = [COMPILER, *flags, Path(__file__).with_name("check.cpp"), library, "-o", tmp_path / "check"]

@@ -1,4 +1,4 @@
-"""Mixtures of experts: each row through its experts, against loops in float64."""
+"""Mixtures of experts, against float64 loops over rows and experts."""
 
 import math
 
@@ -23,7 +23,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def stack(type_name: str, rows: int, columns: int, seed: int) -> tuple[Weight, Tensor]:
-    """The experts' matrices for the kernels, and their numbers [experts, rows, columns] in float64."""
+    """The experts' matrices for the kernels, and the same weights in float64 [experts, rows, columns]."""
     if type_name == "float32":
         numbers = random(EXPERTS, rows, columns, seed=seed) * columns**-0.5
         return Weight.floats(numbers), numbers.double()
@@ -34,7 +34,7 @@ def stack(type_name: str, rows: int, columns: int, seed: int) -> tuple[Weight, T
 
 
 class Mixture:
-    """x + the sum of each row's experts, and the same in float64."""
+    """A program that computes x + the weighted sum of each row's experts, and a float64 reference."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Mixture:
         self.program = made
 
     def run(self, *sequences: range) -> Tensor:
-        """Rows of x, in sequences."""
+        """Run rows of x, as one or several sequences."""
         work = [Tokens(rows, 0, 0, range(6), torch.zeros(len(rows), 2, 8)) for rows in sequences]
         pools = CachePools([torch.zeros(96, 1, 16)], [torch.zeros(96, 1, 16)], 16)
         return self.program.run(work, range(sum(map(len, sequences))), pools)
@@ -89,7 +89,7 @@ class Mixture:
 
 @every_isa
 @pytest.mark.parametrize("type_name", ["float32", "q4_0", "q8_0"])
-def test_near_float64(type_name: str, isa: str) -> None:
+def test_mixtures_match_float64(type_name: str, isa: str) -> None:
     for top_k, normalized, rows in ((2, True, 1), (2, False, 40), (1, True, 7), (EXPERTS, False, 9)):
         mixture = Mixture(type_name, top_k, normalized, isa=isa)
         exact = mixture.exact(range(rows))
@@ -97,7 +97,7 @@ def test_near_float64(type_name: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("capacity", [EvenCapacity(0.5, EXPERTS, 1), EvenCapacity(2.0, EXPERTS, 2)])
-def test_each_sequence_has_a_capacity(capacity: EvenCapacity) -> None:
+def test_each_sequence_has_its_own_capacity(capacity: EvenCapacity) -> None:
     mixture, sequences = Mixture("float32", 2, capacity=capacity), (range(50), range(50, 53), range(53, 90))
     exact = mixture.exact(*sequences)
     assert (mixture.run(*sequences).double() - exact).abs().max() <= 1e-4 * exact.abs().max()
@@ -107,7 +107,7 @@ def test_each_sequence_has_a_capacity(capacity: EvenCapacity) -> None:
 
 @every_isa
 @pytest.mark.parametrize("type_name", ["float32", "q4_0"])
-def test_a_row_is_the_same_bits_in_any_company(type_name: str, isa: str) -> None:
+def test_a_row_does_not_depend_on_the_batch(type_name: str, isa: str) -> None:
     whole = Mixture(type_name, 2, isa=isa).run(range(90))
     for threads in (1, 3):
         mixture = Mixture(type_name, 2, isa=isa, threads=threads)
@@ -116,17 +116,17 @@ def test_a_row_is_the_same_bits_in_any_company(type_name: str, isa: str) -> None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_a_number_stays_in_its_row(bad: float) -> None:
+def test_nan_and_infinity_stay_in_their_row(bad: float) -> None:
     mixture = Mixture("q4_0", 2)
     expected = mixture.run(range(20))
-    mixture.x[7, 3] = bad  # which the plan reads where it lies
+    mixture.x[7, 3] = bad  # the plan reads x without a copy
     y = mixture.run(range(20))
     assert not torch.isfinite(y[7]).any()
     rest = [row for row in range(20) if row != 7]
     assert torch.equal(y[rest], expected[rest])
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
+def test_inconsistent_operations_are_refused() -> None:
     made = Program(head_dim=16, kv_heads=1, layers=1, threads=1)
     made.embed(Weight.floats(torch.zeros(8, WIDTH)))
     made.norm(Norm(torch.ones(WIDTH), 0.0), quantize=False)

@@ -1,4 +1,4 @@
-"""Products of rows with weights, against float64 on the dequantized weights."""
+"""Matmuls, embeddings and norms, against float64 on the dequantized weights."""
 
 import math
 
@@ -15,7 +15,7 @@ from tests.helpers.programs import every_isa, needs_kernels, packed, product, pr
 
 pytestmark = needs_kernels
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-KINDS = [*HALVES, *FLOATS]
+TYPES = [*HALVES, *FLOATS]
 
 
 def random_x(rows: int, columns: int, seed: int = 1) -> Tensor:
@@ -23,7 +23,7 @@ def random_x(rows: int, columns: int, seed: int = 1) -> Tensor:
 
 
 def weight_of(type_name: str, rows: int, columns: int, seed: int = 0) -> tuple[Weight, Tensor]:
-    """A weight for the kernels, and its numbers in float64."""
+    """A weight for the kernels, and the same weight in float64."""
     if type_name in FLOATS:
         numbers = random_x(rows, columns, seed).to(FLOATS[type_name])
         return Weight.floats(numbers), numbers.double()
@@ -32,8 +32,8 @@ def weight_of(type_name: str, rows: int, columns: int, seed: int = 0) -> tuple[W
 
 
 def bound(x_NK: Tensor, w_MK: Tensor, fast: bool) -> Tensor:
-    """Error bounds [N, M]: each activation is off by at most half a step of its block's integers, and float32 sums are
-    off by a few units in the last place of the sum of absolute products."""
+    """Error bounds [N, M]: rounding moves each activation by at most half a step of its block's integers, and float32
+    sums have an error of a few units in the last place of the sum of absolute products."""
     x, w = x_NK.double(), w_MK.double()
     size, steps = (16, 127) if fast else (32, 32512)
     padded = torch.nn.functional.pad(x.abs(), (0, -x.shape[1] % size))
@@ -49,8 +49,8 @@ def assert_product(y: Tensor, x: Tensor, w: Tensor, fast: bool) -> None:
 
 @every_isa
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("type_name", KINDS)
-def test_near_float64(type_name: str, fast: bool, isa: str) -> None:
+@pytest.mark.parametrize("type_name", TYPES)
+def test_products_match_float64(type_name: str, fast: bool, isa: str) -> None:
     for rows, columns, n in ((16, 256, 1), (37, 512, 7), (130, 256, 130), (1, 768, 3)):
         weight, numbers = weight_of(type_name, rows, columns)
         x = random_x(n, columns)
@@ -60,7 +60,7 @@ def test_near_float64(type_name: str, fast: bool, isa: str) -> None:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
-    type_name = data.draw(st.sampled_from(KINDS))
+    type_name = data.draw(st.sampled_from(TYPES))
     step = 1 if type_name in FLOATS else 256 if type_name.endswith("k") else 32
     columns = step * data.draw(st.integers(1, 300 if step == 1 else 4))
     rows, n = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 130))
@@ -71,8 +71,8 @@ def test_any_shape(data: st.DataObject) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize("type_name", KINDS)
-def test_a_row_is_the_same_bits_in_any_company(type_name: str, isa: str) -> None:
+@pytest.mark.parametrize("type_name", TYPES)
+def test_a_row_does_not_depend_on_the_batch(type_name: str, isa: str) -> None:
     weight, _ = weight_of(type_name, 53, 512)
     x = random_x(130, 512)
     for fast in (False, True):
@@ -98,9 +98,9 @@ def test_extreme_activations(type_name: str, fast: bool, isa: str) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize("type_name", KINDS)
+@pytest.mark.parametrize("type_name", TYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_a_number_stays_in_its_row(type_name: str, bad: float, isa: str) -> None:
+def test_nan_and_infinity_stay_in_their_row(type_name: str, bad: float, isa: str) -> None:
     weight, numbers = weight_of(type_name, 20, 256)
     x = random_x(5, 256)
     x[2, 40] = bad
@@ -134,8 +134,8 @@ def test_largest_integers_do_not_overflow(isa: str) -> None:
         kept = halves.clone()
         blocks.blocks.copy_(integers)
         size = halves.shape[1] if type_name.endswith("k") else halves.shape[1] // 8
-        for place in HALVES[type_name]:
-            halves[:, place::size] = kept[:, place::size]
+        for index in HALVES[type_name]:
+            halves[:, index::size] = kept[:, index::size]
         numbers = dequantized(blocks)
         for sign in (1, -1):
             x = torch.full((3, 256), 3.0 * sign)
@@ -143,8 +143,8 @@ def test_largest_integers_do_not_overflow(isa: str) -> None:
 
 
 @every_isa
-def test_several_weights_side_by_side(isa: str) -> None:
-    """Weights of different types and heights, with and without a bias."""
+def test_several_weights_in_one_product(isa: str) -> None:
+    """The weights have different types and numbers of rows; one has a bias."""
     blocks, other = random_blocks("q4_1", 40, 256), random_blocks("q8_0", 9, 256)
     bias, floats = random_x(1, 40)[0], random_x(23, 256)
     x = random_x(11, 256)
@@ -156,7 +156,7 @@ def test_several_weights_side_by_side(isa: str) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize("type_name", KINDS)
+@pytest.mark.parametrize("type_name", TYPES)
 def test_embedding(type_name: str, isa: str) -> None:
     weight, numbers = weight_of(type_name, 50, 256)
     made = program(isa=isa)

@@ -1,4 +1,4 @@
-"""Argument checks, loading of the library, the choice of kernels, threads and forks."""
+"""Argument checks, loading the library, choosing an instruction set, threads and forks."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def small(**options: Any) -> Program:
-    """Embedding, attention of 2 heads of 16, and a product."""
+    """Make a program of an embedding, attention with 2 heads of 16 dimensions, and a matmul."""
     made = Program(head_dim=16, kv_heads=1, layers=1, threads=2, **options)
     made.embed(Weight.floats(torch.randn(10, 64)), Buffer.PROJECTED)
     made.attention(0, 2)
@@ -39,7 +39,7 @@ def pools(**changes: Any) -> CachePools:
 
 
 @needs_kernels
-def test_it_runs() -> None:
+def test_a_small_program_runs() -> None:
     assert torch.isfinite(small().run([tokens()], [0, 2], pools())).all()
     assert small().run([tokens()], [], pools()).shape == (0, 5)
     assert small().run([], [], pools()).shape == (0, 5)
@@ -65,20 +65,20 @@ def test_it_runs() -> None:
         {"rotation": torch.zeros(64, 8, 2).mT},
     ],
 )
-def test_tokens_that_are_refused(bad: dict[str, Any]) -> None:
+def test_invalid_tokens_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         small().run([tokens(**bad)], [0], pools())
 
 
 @needs_kernels
 @pytest.mark.parametrize("wanted", [[3], [-1]])
-def test_rows_that_are_refused(wanted: list[int]) -> None:
+def test_invalid_wanted_rows_are_refused(wanted: list[int]) -> None:
     with pytest.raises(ValueError, match="wanted row"):
         small().run([tokens()], wanted, pools())
 
 
 @needs_kernels
-def test_a_plan_that_gives_all_rows_is_not_asked_for_some() -> None:
+def test_wanted_rows_of_a_plan_that_returns_all_are_refused() -> None:
     made = program()
     made.embed(Weight.floats(torch.zeros(8, 4)), Buffer.LOGITS)
     with pytest.raises(ValueError, match="all 3 rows"):
@@ -99,21 +99,21 @@ def test_a_plan_that_gives_all_rows_is_not_asked_for_some() -> None:
         {"page_size": 0},
     ],
 )
-def test_pools_that_are_refused(bad: dict[str, Any]) -> None:
+def test_invalid_pools_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         small().run([tokens()], [0], pools(**bad))
 
 
 @needs_kernels
-def test_weights_that_are_refused() -> None:
+def test_invalid_weights_are_refused() -> None:
     blocks = random_blocks("q4_1", 4, 64)
     for wrong in (blocks.blocks[:, :20], blocks.blocks[:3], blocks.blocks.char(), blocks.blocks.repeat(1, 2)[:, ::2]):
         with pytest.raises(ValueError, match="blocks"):
             Weight.packed(wrong, "q4_1", (4, 64))
-    for kind, columns in (("q4_1", 48), ("q4_k", 128), ("q3_k", 256), ("f32", 64), ("q4_1", 0)):
-        assert not kernels.packs(kind, columns)
-        with pytest.raises(ValueError, match=kind):
-            Weight.packed(blocks.blocks, kind, (4, columns))
+    for type_name, columns in (("q4_1", 48), ("q4_k", 128), ("q3_k", 256), ("f32", 64), ("q4_1", 0)):
+        assert not kernels.packs(type_name, columns)
+        with pytest.raises(ValueError, match=type_name):
+            Weight.packed(blocks.blocks, type_name, (4, columns))
     for wrong in (torch.zeros(4), torch.zeros(4, 4).double(), torch.zeros(4, 0), torch.zeros(4, 4, device="meta")):
         with pytest.raises(ValueError, match="matrix"):
             Weight.floats(wrong)
@@ -122,7 +122,7 @@ def test_weights_that_are_refused() -> None:
 
 
 @needs_kernels
-def test_operations_that_do_not_fit_together_are_refused() -> None:
+def test_inconsistent_operations_are_refused() -> None:
     made = program()
     made.embed(Weight.floats(torch.zeros(8, 64)))
     narrow, wide = Weight.floats(torch.zeros(3, 32)), Weight.floats(torch.zeros(3, 64))
@@ -151,13 +151,13 @@ def run_python(code: str, folder: Path = ROOT, **environment: str) -> str:
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
-@pytest.mark.skipif(os.environ.get("PENTAD_KERNELS") == "off", reason="they are switched off")
-def test_they_were_built() -> None:
-    """Installing succeeds without kernels, so a test must report that they are missing."""
+@pytest.mark.skipif(os.environ.get("PENTAD_KERNELS") == "off", reason="the kernels are switched off")
+def test_the_kernels_were_built() -> None:
+    """Installation also succeeds without kernels, so a test must report that they are missing."""
     assert kernels.reason() is None
 
 
-def test_they_can_be_switched_off() -> None:
+def test_the_kernels_can_be_switched_off() -> None:
     report = "from pentad import kernels; print(list(kernels.isas()), kernels.reason())"
     assert run_python(report, PENTAD_KERNELS="off") == "[] PENTAD_KERNELS is off"
     assert run_python(report, PENTAD_KERNELS="abacus").startswith("[] ")
@@ -166,7 +166,7 @@ def test_they_can_be_switched_off() -> None:
 @needs_kernels
 @pytest.mark.parametrize("exported", [b"Flag.PAIRS", b"Op.flags", b"Step", b"MAX_SIZE"])
 def test_a_library_of_another_version_is_refused(exported: bytes, tmp_path: Path) -> None:
-    """A copy of pentad gets a library that exports one other name."""
+    """The test copies pentad, and changes one name that its library exports."""
     package = Path(kernels.__file__).parents[1]
     shutil.copytree(package, tmp_path / "pentad", ignore=shutil.ignore_patterns("__pycache__", "CMake*"))
     library = tmp_path / "pentad/kernels/_kernels.so"
@@ -175,7 +175,7 @@ def test_a_library_of_another_version_is_refused(exported: bytes, tmp_path: Path
     report = """
 import sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
-sys.meta_path = [BuiltinImporter, FrozenImporter, PathFinder]  # without that of an editable installation
+sys.meta_path = [BuiltinImporter, FrozenImporter, PathFinder]  # without the finder of the editable installation
 from pentad import kernels
 print(len(kernels.isas()), kernels.reason())
 """
@@ -186,7 +186,7 @@ print(len(kernels.isas()), kernels.reason())
 
 
 @needs_kernels
-def test_one_can_be_chosen() -> None:
+def test_one_instruction_set_can_be_chosen() -> None:
     report = "from pentad import kernels; print(*kernels.isas())"
     plainest = list(kernels.isas())[-1]
     assert run_python(report, PENTAD_KERNELS=plainest) == plainest
@@ -214,7 +214,7 @@ def test_steps_of_several_threads_do_not_mix() -> None:
 
 @needs_kernels
 def test_threads_may_share_a_program() -> None:
-    """Their steps use the same buffers, one after the other."""
+    """Steps of one program share its buffers and run one after the other."""
     made, same = program(), list[bool]()
     made.embed(Weight.floats(torch.arange(4000.0).view(1000, 4)))
     made.matmul([Weight.floats(torch.eye(4))], Buffer.RESIDUAL, Buffer.LOGITS)
@@ -238,8 +238,8 @@ def test_threads_may_share_a_program() -> None:
 
 
 @needs_kernels
-def test_forked_children_run_what_the_parent_ran() -> None:
-    """Each child starts threads of its own, though another thread was amid a step of the program that it uses."""
+def test_forked_children_can_run_the_parents_program() -> None:
+    """Each child starts its own threads, although another thread was running a step at the fork."""
     code = """
 import os, signal, threading, torch
 from tests.helpers.blocks import random_blocks
@@ -270,7 +270,7 @@ assert same()
 
 
 @needs_kernels
-def test_more_threads_than_cores_come_to_an_end() -> None:
+def test_more_threads_than_cores() -> None:
     x, weight = torch.randn(40, 256), packed(random_blocks("q8_0", 640, 256))
     expected = product(x, weight, threads=1)
     for _ in range(5):
@@ -278,7 +278,7 @@ def test_more_threads_than_cores_come_to_an_end() -> None:
 
 
 @needs_kernels
-def test_a_table_may_be_looked_up_in_any_order() -> None:
+def test_embedding_rows_may_be_looked_up_in_any_order() -> None:
     made = program()
     made.embed(Weight.floats(torch.arange(40.0).view(10, 4)), Buffer.LOGITS)
     assert run_rows(made, [9, 0, 9])[:, 0].tolist() == [36, 0, 36]

@@ -1,4 +1,4 @@
-"""Byte-level BPE equals llama.cpp on SmolLM2, and the tokenizers library on a tokenizer.json."""
+"""Byte-level BPE gives llama.cpp's ids for SmolLM2, and the tokenizers library's ids for a tokenizer.json."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
 def train_pipeline() -> Pipeline:
-    """A small byte-level BPE with the splits of Llama 3."""
+    """Train a small byte-level BPE with the splits of Llama 3."""
     pipeline = Pipeline(models.BPE())
     split = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -58,16 +58,16 @@ def write_folder(folder: Path, pipeline: Pipeline, **config: Any) -> SimpleNames
 
 
 def gguf(pipeline: Pipeline, **more: Any) -> SimpleNamespace:
-    """The vocabulary as a GGUF file's metadata."""
+    """Make a stand-in for a GGUF checkpoint with the vocabulary in its metadata."""
     state = json.loads(pipeline.to_str())
     vocabulary = pipeline.get_vocab()
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
-    kinds = [3 if token in CONTROL else 4 if token == "<think>" else 1 for token in tokens]
+    types = [3 if token in CONTROL else 4 if token == "<think>" else 1 for token in tokens]
     metadata = {
         "model": "gpt2",
         "pre": "llama-bpe",
         "tokens": tokens,
-        "token_type": kinds,
+        "token_type": types,
         "merges": [" ".join(merge) for merge in state["model"]["merges"]],
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -95,7 +95,7 @@ def golden() -> list[dict[str, Any]]:
     return cases
 
 
-def test_smollm2_gives_the_ids_of_llama_cpp(smollm2: Path) -> None:
+def test_smollm2_ids_equal_llama_cpp(smollm2: Path) -> None:
     import pentad.weights
 
     tokenizer = load(pentad.weights.open(smollm2))
@@ -126,7 +126,7 @@ def test_ids_equal_the_tokenizers_library(tokenizer: Tokenizer, pipeline: Pipeli
         assert tokenizer.decode(as_text) == text
 
 
-def test_control_strings_stay_text_unless_asked(tokenizer: Tokenizer) -> None:
+def test_control_strings_are_text_unless_special(tokenizer: Tokenizer) -> None:
     text = "<s>a<|im_end|>"
     assert not set(tokenizer.encode(text)) & set(tokenizer.control.values())
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -141,25 +141,25 @@ def test_user_defined_tokens_are_text(tokenizer: Tokenizer, pipeline: Pipeline) 
     assert tokenizer.decode(tokenizer.encode("<think>")) == "<think>"
 
 
-def test_bos_and_ends(tokenizer: Tokenizer) -> None:
+def test_bos_and_eos_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("a", bos=True) == [0, *tokenizer.encode("a")]
     assert tokenizer.eos_ids == (1, 3)  # </s>, then <|im_end|>, which ends a turn
 
 
 @given(text=st.text())
-def test_decoding_undoes_encoding(tokenizer: Tokenizer, text: str) -> None:
+def test_decoding_reverses_encoding(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
 @given(text=st.text(st.sampled_from("<|im_start|>ed/ "), max_size=60))
-def test_no_text_gives_a_control_token(tokenizer: Tokenizer, text: str) -> None:
+def test_text_never_gives_a_control_token(tokenizer: Tokenizer, text: str) -> None:
     assert not set(tokenizer.encode(text)) & set(tokenizer.control.values())
 
 
 @given(ids=st.lists(st.integers(0, 700)))
-def test_pieces_joined_are_the_decoded_text(tokenizer: Tokenizer, ids: list[int]) -> None:
+def test_streamed_pieces_join_to_the_decoded_text(tokenizer: Tokenizer, ids: list[int]) -> None:
     stream = tokenizer.stream()
     pieces = [*map(stream.add, ids), stream.finish()]
     assert "".join(pieces) == tokenizer.decode(ids)
@@ -168,7 +168,7 @@ def test_pieces_joined_are_the_decoded_text(tokenizer: Tokenizer, ids: list[int]
     assert tokenizer.decode(ids) == data.decode("utf-8", "replace")
 
 
-def test_no_piece_holds_half_a_character(tokenizer: Tokenizer) -> None:
+def test_no_piece_contains_half_a_character(tokenizer: Tokenizer) -> None:
     text = "👩‍👩‍👧‍👦 é 日本語 ﷽"
     stream = tokenizer.stream()
     pieces = [*map(stream.add, tokenizer.encode(text)), stream.finish()]
@@ -177,7 +177,7 @@ def test_no_piece_holds_half_a_character(tokenizer: Tokenizer) -> None:
 
 
 def test_a_word_of_the_model_never_becomes_a_control_token(pipeline: Pipeline) -> None:
-    # Llama 3's BPE encodes any word of the vocabulary without merges; here one is a control token.
+    # Llama 3's BPE encodes a word of the vocabulary without merges. Here such a word is a control token.
     source = gguf(pipeline)
     types = source.config["tokenizer.ggml.token_type"]
     tokens = source.config["tokenizer.ggml.tokens"]
@@ -191,7 +191,7 @@ def test_a_word_of_the_model_never_becomes_a_control_token(pipeline: Pipeline) -
     assert tokenizer.encode(tokens[word], special=True) == [word]
 
 
-def test_post_processor_says_whether_bos_is_added(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_post_processor_determines_adds_bos(pipeline: Pipeline, tmp_path: Path) -> None:
     source = write_folder(tmp_path, pipeline)
     plain = load(source)
     assert plain is not None
@@ -217,7 +217,7 @@ def test_config_names_end_tokens_if_there_is_no_generation_config(pipeline: Pipe
     assert load(source).eos_ids == (1, 3)  # type: ignore[union-attr]
 
 
-def test_no_tokenizer_files_means_no_tokenizer(tmp_path: Path) -> None:
+def test_without_tokenizer_files_there_is_no_tokenizer(tmp_path: Path) -> None:
     assert load(SimpleNamespace(path=tmp_path, format="hf", config={})) is None
     assert load(SimpleNamespace(path=None, format="gguf", config={})) is None
 
@@ -228,7 +228,7 @@ def test_ids_past_the_vocabulary_have_no_text(tokenizer: Tokenizer) -> None:
         tokenizer.token_bytes(-1)
 
 
-def test_lone_surrogate_is_bad_input(tokenizer: Tokenizer) -> None:
+def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(BadInput, match=r"character 2 .*surrogate"):
         tokenizer.encode("ab\udcff")
 
@@ -248,7 +248,7 @@ def test_lone_surrogate_is_bad_input(tokenizer: Tokenizer) -> None:
         ({"bos_token_id": 10**9}, "bos_token_id is 1000000000"),
     ],
 )
-def test_broken_gguf_vocabulary(pipeline: Pipeline, change: dict[str, Any], message: str) -> None:
+def test_an_invalid_gguf_vocabulary_is_refused(pipeline: Pipeline, change: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
         load(gguf(pipeline, **change))
     assert "\n" not in str(error.value)
@@ -263,14 +263,14 @@ def test_broken_gguf_vocabulary(pipeline: Pipeline, change: dict[str, Any], mess
         ("chat_template.jinja", b"a\xff", "byte 1 .*UTF-8"),
     ],
 )
-def test_malformed_file_is_named(pipeline: Pipeline, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_an_invalid_file_is_named(pipeline: Pipeline, tmp_path: Path, name: str, content: bytes, message: str) -> None:
     source = write_folder(tmp_path, pipeline)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=f"{name}.*{message}"):
         load(source)
 
 
-def test_unsupported_decoder(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_an_unsupported_decoder_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     other = Pipeline(pipeline.model)
     other.decoder = decoders.WordPiece()
     with pytest.raises(BadInput, match="WordPiece; expected ByteLevel"):
@@ -278,7 +278,7 @@ def test_unsupported_decoder(pipeline: Pipeline, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_broken_file_is_named(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_not_json_is_named(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
     source = write_folder(tmp_path, pipeline)
     (tmp_path / name).write_text("{")
     with pytest.raises(BadInput, match=name):

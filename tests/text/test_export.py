@@ -1,4 +1,4 @@
-"""Exported tokenizers give the same ids, read by transformers and by pentad."""
+"""transformers and pentad read exported tokenizers, and get the original ids."""
 
 import json
 import unicodedata
@@ -69,7 +69,7 @@ def qwen_folder(folder: Path) -> SimpleNamespace:
 
 
 def llama_gguf(folder: Path) -> SimpleNamespace:
-    """A SentencePiece vocabulary with added tokens in a GGUF file."""
+    """Make a GGUF checkpoint with a SentencePiece vocabulary and added tokens."""
     files = {"tokenizer.model": sentencepiece_model(), "tokenizer_config.json": LLAMA_CONFIG}
     return SimpleNamespace(path=folder / "x.gguf", format="gguf", config=gguf_metadata(source(folder, files)))
 
@@ -82,7 +82,7 @@ def byte_level_gguf(folder: Path) -> SimpleNamespace:
 def byte_level_folder(
     folder: Path, pre: str = "llama-bpe", change: Callable[[Pipeline], object] | None = None, **config: Any
 ) -> SimpleNamespace:
-    """A tokenizer.json with the splits of `pre`."""
+    """Write a folder with a tokenizer.json that has the splits of `pre`."""
     words = [byte_level.characters(word) for word in words_by_rank(TEKKEN)]
     control = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     pipeline = byte_level.build(
@@ -101,7 +101,7 @@ def byte_level_folder(
 
 
 def byte_fallback_folder(folder: Path) -> SimpleNamespace:
-    """A SentencePiece vocabulary as a tokenizer.json, like Llama's."""
+    """Write a folder with a SentencePiece vocabulary as tokenizer.json, like Llama's."""
     made = hf_files(llama_gguf(folder / "gguf"))
     return source(folder, {name: made[name] for name in ("tokenizer.json", "tokenizer_config.json")})
 
@@ -138,13 +138,13 @@ def assert_same(one: Tokenizer, other: Tokenizer, texts: list[str]) -> None:
     assert other.chat(CHAT) == one.chat(CHAT)
 
 
-def test_a_hugging_face_folder(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_hf_files_give_the_original_ids(made: SimpleNamespace, tmp_path: Path) -> None:
     ours = loaded(made)
     folder = write(tmp_path / "hf", hf_files(made))
     assert_same(ours, loaded(folder), SHORT)
-    (folder.path / "config.json").write_text('{"model_type": "llama"}')  # which would choose another class
-    for kind in (AutoTokenizer, PreTrainedTokenizerFast):
-        theirs = kind.from_pretrained(folder.path)
+    (folder.path / "config.json").write_text('{"model_type": "llama"}')  # model_type must not select another class
+    for tokenizer_class in (AutoTokenizer, PreTrainedTokenizerFast):
+        theirs = tokenizer_class.from_pretrained(folder.path)
         for text in SHORT:
             ids = ours.encode(text, special=True)
             assert theirs.encode(text, add_special_tokens=False) == ids
@@ -162,12 +162,12 @@ def test_long_texts(tmp_path: Path) -> None:
     assert all(pipeline.encode(text) == ours.encode(text) for text in CORPUS)
 
 
-def test_gguf(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_gguf_metadata_gives_the_original_ids(made: SimpleNamespace, tmp_path: Path) -> None:
     ours = loaded(made)
     size = ours.vocab_size + 3
     metadata = gguf_metadata(made, vocab_size=size)
     read = loaded(SimpleNamespace(path=tmp_path, format="gguf", config=metadata))
-    # llama.cpp composes no characters, and puts a space after user-defined tokens
+    # llama.cpp doesn't normalize to NFC
     texts = [text for text in SHORT if unicodedata.is_normalized("NFC", text)]
     assert_same(ours, read, texts)
     assert read.vocab_size == len(metadata["tokenizer.ggml.token_type"]) == size
@@ -180,15 +180,15 @@ def test_gguf(made: SimpleNamespace, tmp_path: Path) -> None:
         assert len(metadata[key]) == size
 
 
-def test_a_consolidated_folder(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_consolidated_files_give_the_original_ids(made: SimpleNamespace, tmp_path: Path) -> None:
     files = consolidated_files(made)
     folder = write(tmp_path / "out", files)
-    (tmp_path / "out/generation_config.json").write_text('{"chat_format": "chatml"}')  # which goes along by itself
+    (tmp_path / "out/generation_config.json").write_text('{"chat_format": "chatml"}')  # conversion copies this file
     folder.format, folder.config = "consolidated", {"hidden_dim": 8}
     assert_same(loaded(made), loaded(folder), SHORT)
 
 
-def test_a_folders_own_files_are_copied(tmp_path: Path) -> None:
+def test_existing_tokenizer_files_are_copied(tmp_path: Path) -> None:
     files: dict[str, Any] = {
         "tokenizer.model": sentencepiece_model(),
         "tokenizer_config.json": LLAMA_CONFIG,
@@ -202,7 +202,7 @@ def test_a_folders_own_files_are_copied(tmp_path: Path) -> None:
     assert hf_files(folder) == {name: (tmp_path / name).read_bytes() for name in files}
 
 
-def test_nothing_is_invented_for_a_consolidated_folder(tmp_path: Path) -> None:
+def test_a_consolidated_folder_gets_no_new_files(tmp_path: Path) -> None:
     folder = source(tmp_path, {"tokenizer.model.v3": published("v3")}, format="consolidated")
     assert consolidated_files(folder) == {"tokenizer.model.v3": published("v3")}
     assert hf_files(folder).keys() == {
@@ -213,7 +213,7 @@ def test_nothing_is_invented_for_a_consolidated_folder(tmp_path: Path) -> None:
     }
 
 
-def test_config_names_no_code(tmp_path: Path) -> None:
+def test_the_config_refers_to_no_remote_code(tmp_path: Path) -> None:
     files = hf_files(qwen_folder(tmp_path))
     assert files.keys() == {"qwen.tiktoken", "tokenizer.json", "tokenizer_config.json"}
     config = json.loads(files["tokenizer_config.json"])
@@ -221,14 +221,14 @@ def test_config_names_no_code(tmp_path: Path) -> None:
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_no_tokenizer_no_files(tmp_path: Path) -> None:
-    for kind in ("hf", "consolidated", "gguf"):
-        nothing = SimpleNamespace(path=tmp_path, format=kind, config={})
-        assert (hf_files(nothing), consolidated_files(nothing)) == ({}, {})
-        assert gguf_metadata(nothing, 10) == {"tokenizer.ggml.model": "none"}  # which llama.cpp asks for
+def test_without_a_tokenizer_no_files_are_written(tmp_path: Path) -> None:
+    for name in ("hf", "consolidated", "gguf"):
+        checkpoint = SimpleNamespace(path=tmp_path, format=name, config={})
+        assert (hf_files(checkpoint), consolidated_files(checkpoint)) == ({}, {})
+        assert gguf_metadata(checkpoint, 10) == {"tokenizer.ggml.model": "none"}  # llama.cpp requires this key
 
 
-def test_a_gguf_files_own_keys(tmp_path: Path) -> None:
+def test_tokenizer_keys_of_a_gguf_are_copied(tmp_path: Path) -> None:
     made = byte_level_gguf(tmp_path)
     own = {**made.config, "tokenizer.ggml.pre": "llama3", "tokenizer.chat_templates": ["tool_use"]}
     made.config = {"general.architecture": "llama", **own}
@@ -253,7 +253,7 @@ def test_pre_is_recognized_by_its_splits(tmp_path: Path, pre: str) -> None:
     assert gguf_metadata(folder)["tokenizer.ggml.pre"] == pre
 
 
-def test_pre_is_recognized_in_other_forms(tmp_path: Path) -> None:
+def test_pre_is_recognized_in_equivalent_pipelines(tmp_path: Path) -> None:
     def gpt2(pipeline: Pipeline) -> None:
         pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
@@ -269,7 +269,7 @@ def test_pre_is_recognized_in_other_forms(tmp_path: Path) -> None:
     assert gguf_metadata(byte_level_folder(tmp_path, "qwen2", composed))["tokenizer.ggml.pre"] == "qwen2"
 
 
-def test_the_probe_is_composed() -> None:
+def test_the_probe_is_in_nfc() -> None:
     assert unicodedata.is_normalized("NFC", PROBE)
 
 
@@ -301,14 +301,16 @@ def parts_first(pipeline: Pipeline) -> None:
         ("qwen2", parts_first, "ignore_merges is True.*'qwen2'"),
     ],
 )
-def test_gguf_has_no_form_for(tmp_path: Path, pre: str, change: Callable[[Pipeline], object], message: str) -> None:
+def test_pipelines_that_gguf_cannot_express_are_refused(
+    tmp_path: Path, pre: str, change: Callable[[Pipeline], object], message: str
+) -> None:
     folder = byte_level_folder(tmp_path, pre, change)
     with pytest.raises(BadInput, match=f"GGUF: .*{message}") as error:
         gguf_metadata(folder)
     assert "\n" not in str(error.value)
 
 
-def test_unsupported_vocabularies(tmp_path: Path) -> None:
+def test_unsupported_vocabularies_are_refused(tmp_path: Path) -> None:
     unigram = source(tmp_path / "a", {"tokenizer.model": sentencepiece_model(model_type="unigram", vocab_size=450)})
     words = Pipeline(models.WordLevel({"a": 0}, unk_token="a"))
     words.decoder = decoders.ByteLevel()
@@ -326,7 +328,7 @@ def test_unsupported_vocabularies(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_unused_ids(tmp_path: Path) -> None:
+def test_unused_ids_become_padding_tokens(tmp_path: Path) -> None:
     def gap(pipeline: Pipeline) -> None:
         state = json.loads(pipeline.to_str())
         vocabulary = {token: i + 60 * (i > 650) for token, i in state["model"]["vocab"].items()}
@@ -350,7 +352,7 @@ def test_generation_config_adds_eot(tmp_path: Path) -> None:
     assert (metadata["tokenizer.ggml.eos_token_id"], metadata["tokenizer.ggml.eot_token_id"]) == (1, 9)
 
 
-def test_a_tokenizer_that_does_not_fit_the_embedding(tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path)
     size = loaded(folder).vocab_size
     assert load(folder, vocab_size=size) is not None
@@ -377,5 +379,5 @@ def test_added_token_keeps_its_type(tmp_path: Path) -> None:
         pipeline.add_tokens([AddedToken("<note>", normalized=False)])
 
     metadata = gguf_metadata(byte_level_folder(tmp_path, "qwen2", added))
-    kinds = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
-    assert (kinds["<note>"], kinds["<tool>"], kinds["<s>"], kinds["a"]) == (4, 4, 3, 1)
+    types = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
+    assert (types["<note>"], types["<tool>"], types["<s>"], types["a"]) == (4, 4, 3, 1)

@@ -1,4 +1,4 @@
-"""Mistral's and Meta's folders: bare SentencePiece models and tekken.json equal mistral-common."""
+"""SentencePiece models and tekken.json of Mistral's and Meta's folders give mistral-common's ids."""
 
 import base64
 from importlib import resources
@@ -75,12 +75,12 @@ def test_inst_is_a_control_token_from_version_2_on(tmp_path: Path) -> None:
     ("version", "config", "opens"),
     [
         ("v1", MISTRAL, [1, 733, 16289, 28793]),  # <s> ▁[ INST ]
-        ("v1", META, None),  # Llama 2's looks alike, and its way to chat is another
+        ("v1", META, None),  # Llama 2's file looks the same, but its chat format differs
         ("v3", MISTRAL, [1, 3]),  # <s> [INST]
         ("v7", META, [1, 16]),  # <s> [SYSTEM_PROMPT]
     ],
 )
-def test_the_version_of_a_bare_name(
+def test_the_version_of_tokenizer_model_without_a_suffix(
     tmp_path: Path, version: str, config: dict[str, Any], opens: list[int] | None
 ) -> None:
     tokenizer = load_folder(tmp_path, {"tokenizer.model": published(version)}, config)
@@ -92,22 +92,22 @@ def test_the_version_of_a_bare_name(
         assert tokenizer.chat(chat)[: len(opens)] == opens
 
 
-def test_llama_2s_ids(tmp_path: Path) -> None:
+def test_llama_2_ids_equal_sentencepiece(tmp_path: Path) -> None:
     model = sentencepiece_model()
     tokenizer = load_folder(tmp_path, {"tokenizer.model": model}, META)
     peer = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert all(tokenizer.encode(text) == peer.encode(text) for text in SHORT)
     assert tokenizer.encode("<s>a</s>", special=True) == [1, *peer.encode("a"), 2]
-    assert tokenizer.encode("<s>hello", special=True)[1:] == peer.encode("hello")  # a space, after a control token too
+    assert tokenizer.encode("<s>hello", special=True)[1:] == peer.encode("hello")  # a space follows control tokens too
     assert tokenizer.chat_template is None
 
 
-def test_the_newest_version_of_several_is_read(tmp_path: Path) -> None:
+def test_the_newest_of_several_versions_is_read(tmp_path: Path) -> None:
     files = {"tokenizer.model": published("v1"), "tokenizer.model.v1": published("v1")}
     assert load_folder(tmp_path, {**files, "tokenizer.model.v3": published("v3")}).vocab_size == 32768
 
 
-def test_tokenizer_config_decides_the_template(tmp_path: Path) -> None:
+def test_tokenizer_config_determines_the_template(tmp_path: Path) -> None:
     files = {"tokenizer.model.v3": published("v3"), "tokenizer_config.json": {"bos_token": "<s>"}}
     assert load_folder(tmp_path, files).chat_template is None
     assert load_folder(tmp_path, {"chat_template.jinja": "T"}).chat_template == "T"
@@ -123,7 +123,9 @@ def test_tokenizer_config_decides_the_template(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("version", ["v1", "v3", "v7"])
-def test_unsupported_conversations(tmp_path: Path, version: str, chat: list[tuple[str, str]], message: str) -> None:
+def test_unsupported_conversations_are_refused(
+    tmp_path: Path, version: str, chat: list[tuple[str, str]], message: str
+) -> None:
     tokenizer = load_folder(tmp_path, {PUBLISHED[version]: published(version)})
     with pytest.raises(BadInput, match=message):
         tokenizer.chat([{"role": role, "content": content} for role, content in chat])
@@ -134,13 +136,13 @@ def test_unsupported_conversations(tmp_path: Path, version: str, chat: list[tupl
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"AAAA 0\nAAAB 1\n", b"\x0a\x07\x0a\x05hello", published("v1")[:-5]], ids=range(5)
 )
-def test_not_a_sentencepiece_model(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_sentencepiece_model_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BadInput, match=r"tokenizer\.model: .*SentencePiece") as error:
         load_folder(tmp_path, {"tokenizer.model": content})
     assert "\n" not in str(error.value)
 
 
-def test_a_piece_that_is_not_utf_8(tmp_path: Path) -> None:
+def test_a_piece_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     model = published("v1").replace("▁the".encode(), b"\xe2\x96\x81t\xffe", 1)
     with pytest.raises(BadInput, match="UTF-8"):
         load_folder(tmp_path, {"tokenizer.model": model})
@@ -174,7 +176,7 @@ def test_tekken_equals_mistral_common(tmp_path: Path, version: str, lists: bool)
     assert_chats_equal(tokenizer, peer)
 
 
-def test_the_published_tekken(tmp_path: Path) -> None:
+def test_the_published_tekken_equals_mistral_common(tmp_path: Path) -> None:
     file = resources.files("mistral_common") / "data/tekken_240718.json"
     (tmp_path / "tekken.json").symlink_to(str(file))
     tokenizer = load_folder(tmp_path, {})
@@ -219,7 +221,7 @@ BYTES = [word(bytes([byte]), byte) for byte in range(256)]
         ({"special_tokens": {}}, "special_tokens: .*list"),
     ],
 )
-def test_broken_tekken(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_an_invalid_tekken_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=rf"tekken\.json: .*{message}") as error:
         load_folder(tmp_path, {"tekken.json": tekken(**change)})
     assert "\n" not in str(error.value)
@@ -227,7 +229,7 @@ def test_broken_tekken(tmp_path: Path, change: dict[str, Any], message: str) -> 
 
 
 @pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"[]", b"\xff"])
-def test_tekken_is_not_json(tmp_path: Path, content: bytes) -> None:
+def test_a_tekken_that_is_not_json_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BadInput, match=r"tekken\.json ") as error:
         load_folder(tmp_path, {"tekken.json": content})
     assert "\n" not in str(error.value)

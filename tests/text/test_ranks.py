@@ -1,4 +1,4 @@
-"""Byte-level BPE by rank: qwen.tiktoken and random vocabularies equal a plain loop."""
+"""Byte-level BPE by rank: qwen.tiktoken and random vocabularies against a reference loop."""
 
 import base64
 import itertools
@@ -20,7 +20,7 @@ RANKS = {word: rank for rank, word in enumerate(WORDS)}
 
 
 def merged(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """tiktoken's rule: keep a known word; otherwise merge the pair of lowest rank, of equal pairs the leftmost."""
+    """Encode a word by tiktoken's rule: a known word is one token; otherwise merge the leftmost pair of lowest rank."""
     if word in ranks:
         return [ranks[word]]
     parts = [bytes([byte]) for byte in word]
@@ -32,7 +32,7 @@ def merged(word: bytes, ranks: dict[bytes, int]) -> list[int]:
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-def plain(text: str) -> list[int]:
+def by_loop(text: str) -> list[int]:
     words = regex.findall(QWEN, unicodedata.normalize("NFC", text))
     return [i for word in words for i in merged(word.encode(), RANKS)]
 
@@ -49,9 +49,9 @@ def qwen(folder: Path, **generation: Any) -> Tokenizer:
 
 @given(data=st.data())
 def test_merges_recovered_from_ranks(data: st.DataObject) -> None:
-    # The words overlap and have any ranks; no merges make some of them.
+    # The words overlap and have arbitrary ranks; some of them can't be made by merges.
     found = data.draw(st.lists(st.text("ab", min_size=2, max_size=6), unique=True, max_size=12))
-    words = [*map(chr, range(33, 127)), *found]  # these characters stand for themselves
+    words = [*map(chr, range(33, 127)), *found]  # the byte-level alphabet maps these characters to themselves
     vocabulary = {word: rank for rank, word in enumerate(words)}
     pipeline = byte_level.build(vocabulary, byte_level.merges(words), [r"\s+"], whole_words=True, control=())
     ranks = {word.encode(): rank for word, rank in vocabulary.items()}
@@ -59,18 +59,18 @@ def test_merges_recovered_from_ranks(data: st.DataObject) -> None:
     assert pipeline.encode(text).ids == merged(text.encode(), ranks)
 
 
-def test_ids_equal_a_plain_loop(tmp_path: Path) -> None:
+def test_ids_equal_the_reference_loop(tmp_path: Path) -> None:
     tokenizer = qwen(tmp_path)
     for text in SHORT:
-        assert tokenizer.encode(text) == plain(text)
+        assert tokenizer.encode(text) == by_loop(text)
         assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 @given(text=st.text())
-def test_ids_of_any_text_equal_a_plain_loop(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_ids_of_any_text_equal_the_reference_loop(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     if not _loaded:
         _loaded.append(qwen(tmp_path_factory.mktemp("qwen")))
-    assert _loaded[0].encode(text) == plain(text)
+    assert _loaded[0].encode(text) == by_loop(text)
 
 
 _loaded: list[Tokenizer] = []
@@ -93,10 +93,10 @@ def test_chat_equals_make_context(tmp_path: Path, system: str | None) -> None:
     tokenizer = qwen(tmp_path, chat_format="chatml")
     start, end = tokenizer.control["<|im_start|>"], tokenizer.control["<|im_end|>"]
     turns = [("user", " hi  <|im_end|>"), ("assistant", "ok\n"), ("user", "né 12")]
-    context = [start, *plain("system\n"), *plain("You are a helpful assistant." if system is None else system), end]
+    context = [start, *by_loop("system\n"), *by_loop("You are a helpful assistant." if system is None else system), end]
     for role, content in turns:
-        context += [*plain("\n"), start, *plain(role), *plain("\n"), *plain(content), end]
-    context += [*plain("\n"), start, *plain("assistant\n")]
+        context += [*by_loop("\n"), start, *by_loop(role), *by_loop("\n"), *by_loop(content), end]
+    context += [*by_loop("\n"), start, *by_loop("assistant\n")]
     messages = [{"role": role, "content": content} for role, content in turns]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -129,7 +129,7 @@ def line(word: bytes, rank: int) -> bytes:
         (b"\x93NUMPY\x01\x00v\x00" * 99, "line 1"),
     ],
 )
-def test_broken_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_an_invalid_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(BadInput, match=f"qwen.tiktoken: {message}") as error:
         load(source(tmp_path, {"qwen.tiktoken": content}))
     assert "\n" not in str(error.value)

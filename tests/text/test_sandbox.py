@@ -1,4 +1,4 @@
-"""Hostile templates end in one line, soon, in little memory; everyday ones render."""
+"""Hostile templates fail with one line, quickly and with little memory; ordinary templates render."""
 
 import tracemalloc
 
@@ -12,19 +12,19 @@ WORK = "work limit is exceeded"
 
 
 def loops(body: str, condition: str = "true") -> str:
-    """Runs `body` a million times."""
+    """A template that runs `body` a million times."""
     inner = f"{{% for b in range(999) if {condition} %}}{body}{{% endfor %}}"
     return f"{{% for a in range(999) %}}{inner}{{% endfor %}}"
 
 
 def grows(start: str, step: str, use: str = "") -> str:
-    """Starts with a value and doubles it 99 times."""
+    """A template that doubles a value 99 times."""
     loop = f"{{% for i in range(99) %}}{{% set ns.x = {step} %}}{{% endfor %}}"
     return f"{{% set ns = namespace(x={start}) %}}{loop}{use}"
 
 
 def nested(use: str) -> str:
-    """A tuple that holds itself twice, and so on."""
+    """A template that nests a tuple twice in a new tuple, 99 times."""
     return grows("(1,)", "(ns.x, ns.x)", use)
 
 
@@ -168,20 +168,20 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("source", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile(source: str, message: str) -> None:
+def test_hostile_templates_are_refused(source: str, message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
         ChatTemplate(source).render({"messages": MESSAGES})
     assert str(error.value).startswith("chat template: ")
     assert "\n" not in str(error.value)
 
 
-# Tracing memory makes loops slow.
+# Without the long loops: tracing memory would make them slow.
 GREEDY = {name: source for name, (source, _) in HOSTILE.items() if "range(999)" not in source}
 del GREEDY["branching macro"]
 
 
 @pytest.mark.parametrize("source", GREEDY.values(), ids=GREEDY)
-def test_hostile_in_little_memory(source: str) -> None:
+def test_hostile_templates_need_little_memory(source: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(BadInput):
@@ -192,7 +192,7 @@ def test_hostile_in_little_memory(source: str) -> None:
 
 
 @pytest.mark.parametrize(("source", "message"), BROKEN.values(), ids=BROKEN)
-def test_broken(source: str, message: str) -> None:
+def test_invalid_templates_are_refused(source: str, message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
         ChatTemplate(source)
     assert "\n" not in str(error.value)
@@ -221,11 +221,11 @@ def test_broken(source: str, message: str) -> None:
         ("{% set ns = namespace(a=1) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}{{ x is defined }}", "2False"),
     ],
 )  # fmt: skip
-def test_everyday_templates(source: str, text: str) -> None:
+def test_ordinary_templates(source: str, text: str) -> None:
     assert ChatTemplate(source).render({"messages": MESSAGES}) == text
 
 
-def test_a_long_conversation_is_within_the_budget() -> None:
+def test_a_long_conversation_is_within_the_work_limit() -> None:
     source = (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content|length %}"
         "{% if m.content.startswith('<') or '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}"

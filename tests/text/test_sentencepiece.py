@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies in GGUF metadata and tokenizer.model equal sentencepiece."""
+"""SentencePiece vocabularies from GGUF metadata and tokenizer.model give sentencepiece's ids."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def peer(request: pytest.FixtureRequest) -> sentencepiece.SentencePieceProcessor
 
 
 def gguf(peer: sentencepiece.SentencePieceProcessor, **more: Any) -> SimpleNamespace:
-    def kind(i: int) -> int:
+    def token_type(i: int) -> int:
         marks = (peer.is_unknown(i), peer.is_control(i), False, peer.is_unused(i), peer.is_byte(i))
         return marks.index(True) + 2 if any(marks) else 1
 
@@ -57,7 +57,7 @@ def gguf(peer: sentencepiece.SentencePieceProcessor, **more: Any) -> SimpleNames
         "model": "llama",
         "tokens": [peer.id_to_piece(i) for i in ids],
         "scores": [peer.get_score(i) for i in ids],
-        "token_type": [kind(i) for i in ids],
+        "token_type": [token_type(i) for i in ids],
         "bos_token_id": peer.bos_id(),
         "eos_token_id": peer.eos_id(),
         **more,
@@ -80,7 +80,7 @@ def test_ids_and_text_equal_sentencepiece(tokenizer: Tokenizer, peer: sentencepi
         assert tokenizer.decode(ids) == peer.decode(ids)
 
 
-def test_tokenizer_model_beside_a_folder(tmp_path: Path, peer: sentencepiece.SentencePieceProcessor) -> None:
+def test_tokenizer_model_with_added_tokens(tmp_path: Path, peer: sentencepiece.SentencePieceProcessor) -> None:
     (tmp_path / "tokenizer.model").write_bytes(peer.serialized_model_proto())
     size = peer.vocab_size()
     added = {str(size): {"content": "<|new|>"}, str(size + 1): {"content": "<b>"}}
@@ -95,7 +95,7 @@ def test_tokenizer_model_beside_a_folder(tmp_path: Path, peer: sentencepiece.Sen
     assert tokenizer.encode("<b>")[-1] == size + 1
 
 
-def test_control_strings_stay_text_unless_asked(tokenizer: Tokenizer) -> None:
+def test_control_strings_are_text_unless_special(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("<s>a</s>")
     assert not {1, 2} & set(ids)
     assert tokenizer.decode(ids) == "<s>a</s>"
@@ -103,7 +103,7 @@ def test_control_strings_stay_text_unless_asked(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("<s>a</s>", special=True) == [1, *a, 2]
 
 
-def test_text_after_a_control_token_gets_a_space_unless_the_files_say_no(
+def test_text_after_a_control_token_gets_a_space_unless_legacy_is_false(
     tmp_path: Path, peer: sentencepiece.SentencePieceProcessor
 ) -> None:
     (tmp_path / "tokenizer.model").write_bytes(peer.serialized_model_proto())
@@ -116,7 +116,7 @@ def test_text_after_a_control_token_gets_a_space_unless_the_files_say_no(
         assert tokenizer.encode("hello") == spaced
 
 
-def test_no_space_prefix_where_the_file_wants_none(peer: sentencepiece.SentencePieceProcessor) -> None:
+def test_add_space_prefix_false_adds_no_space(peer: sentencepiece.SentencePieceProcessor) -> None:
     tokenizer = load(gguf(peer, add_space_prefix=False))
     assert tokenizer is not None
     assert tokenizer.encode("hello") == peer.encode("\nhello")[2:]
@@ -130,18 +130,18 @@ def test_a_continuation_keeps_its_leading_space(tokenizer: Tokenizer) -> None:
 
 
 @given(data=st.data())
-def test_pieces_joined_are_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
+def test_streamed_pieces_join_to_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))
     stream = tokenizer.stream()
     assert "".join([*map(stream.add, ids), stream.finish()]) == tokenizer.decode(ids)
 
 
 @given(text=st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])))
-def test_decoding_undoes_encoding(tokenizer: Tokenizer, text: str) -> None:
+def test_decoding_reverses_encoding(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_ids_of_added_tokens_have_no_gap(tmp_path: Path) -> None:
+def test_a_gap_in_the_ids_of_added_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train().serialized_model_proto())
     source = SimpleNamespace(path=tmp_path, format="hf", config={})
     for added, message in (({"9999": {"content": "x"}}, "9999.* expected 700"), (["x"], "map of ids")):
@@ -155,7 +155,7 @@ def test_ids_of_added_tokens_have_no_gap(tmp_path: Path) -> None:
     ("change", "message"),
     [({"scores": [0.0]}, "700 tokens .* 1 scores"), ({"token_type": None}, "SentencePiece .*unk")],
 )
-def test_broken_gguf_vocabulary(change: dict[str, Any], message: str) -> None:
+def test_an_invalid_gguf_vocabulary_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
         load(gguf(train(), **change))
     assert "\n" not in str(error.value)
@@ -176,8 +176,8 @@ ORCA = {"[PAD]": 32000, "<|im_start|>": 32001, "<|im_end|>": 32002}
 
 @pytest.mark.parametrize("older", [False, True], ids=["added_tokens_decoder", "added_tokens.json alone"])
 def test_chatml_on_llamas_vocabulary(tmp_path: Path, older: bool) -> None:
-    # Like Orca 2: 32003 tokens, three of them past the SentencePiece model. The files of 2023 also list tokens of the
-    # model; special_tokens_map.json has the special ones.
+    # Like Orca 2: 32003 tokens, three of them after the SentencePiece model's. Files of 2023 also list tokens of the
+    # model in added_tokens.json.
     peer = published()
     config: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]", "chat_template": CHATML}
     if older:
