@@ -1,4 +1,4 @@
-"""The family that docs/adding-a-family.md adds: short, and complete."""
+"""The family that docs/adding-a-family.md adds loads, runs, converts and checks its tensors."""
 
 import json
 import re
@@ -30,7 +30,7 @@ SIZES = {
 
 @pytest.fixture
 def added(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that the page's first block defines; the family is registered only during the test."""
+    """The names that the page's first code block defines. The family is registered only during the test."""
     source = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert source is not None
     assert source[1].count("\n") < 60
@@ -43,7 +43,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def save(folder: Path, names: dict[str, Any]) -> torch.nn.Module:
-    """A folder as Hugging Face would have it, written by the family's own table."""
+    """Write a Hugging Face folder with the family's own table, and a tokenizer; returns the network."""
     config = names["ParaConfig"](**SIZES)
     network = build(config, seed=1)
     [table] = names["FAMILY"].layouts(config, "hf")
@@ -59,7 +59,7 @@ def save(folder: Path, names: dict[str, Any]) -> torch.nn.Module:
     return network
 
 
-def test_it_loads_runs_by_the_kernels_and_converts(tmp_path: Path, added: dict[str, Any]) -> None:
+def test_the_added_family_loads_runs_and_converts(tmp_path: Path, added: dict[str, Any]) -> None:
     network, ids = save(tmp_path / "a", added), random_ids(40)
     expected = logits_of(network, ids)
     assert_equal_logits(logits_of(network_of(tmp_path / "a"), ids), expected)
@@ -71,7 +71,7 @@ def test_it_loads_runs_by_the_kernels_and_converts(tmp_path: Path, added: dict[s
     assert_equal_logits(logits_of(network_of(tmp_path / "b"), ids), expected)
 
 
-def test_its_tensors_are_checked_strictly(tmp_path: Path, added: dict[str, Any]) -> None:
+def test_unused_tensors_of_the_added_family_are_refused(tmp_path: Path, added: dict[str, Any]) -> None:
     save(tmp_path / "a", added)
     config = tmp_path / "a" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1}))

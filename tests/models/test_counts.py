@@ -1,4 +1,4 @@
-"""Published sizes, from a config alone: parameters, and what keys and values take."""
+"""Parameters and KV cache bytes of published models, from their configs alone."""
 
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ LLAMA_2_70B_PARAMS = {
     "n_kv_heads": 8,
     "n_layers": 80,
     "norm_eps": 1e-05,
-    "vocab_size": -1,  # as published: the tokenizer knows
+    "vocab_size": -1,  # as published: the tokenizer has the size
 }
 LLAMA_2_7B_PARAMS = {
     "dim": 4096,
@@ -220,7 +220,7 @@ def test_parameters(tmp_path: Path, model: str) -> None:
 
 
 def test_a_window_bounds_the_cache(tmp_path: Path) -> None:
-    """The Mistral paper's 8x at 32k tokens."""
+    """The Mistral paper states a factor of 8 at 32k tokens."""
     at_32k = ("--context", "32768", "--dtype", "bfloat16")
     with_window = show(tmp_path, MISTRAL, *at_32k)
     assert with_window["kv_cache_bytes"] == 512 * 2**20

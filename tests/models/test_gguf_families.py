@@ -1,6 +1,6 @@
-"""GGUF files of qwen2 and qwen3, as ggml's package writes them, against transformers on the weights that they hold.
+"""GGUF files of qwen2 and qwen3, written by ggml's package, against transformers on their dequantized weights.
 
-Those of llama are in test_loading_gguf.py, of phi and of Qwen's first generation in test_phi.py and test_qwen.py.
+test_loading_gguf.py tests llama, test_phi.py phi, and test_qwen.py the first Qwen.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ MORE_NAMES = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_nor
 
 
 def write_gguf(path: Path, peer: PreTrainedModel, type_name: str = "F32", **metadata: int | float) -> None:
-    """As llama.cpp's converter does, rows of queries and keys as they are."""
+    """Write a GGUF as llama.cpp's converter does; rows of q and k are not permuted."""
     c, tensors, names = peer.config, {}, NAMES | MORE_NAMES
     for name, array in stored(peer, type_name).items():
         module, _, end = name.rpartition(".")
@@ -63,7 +63,7 @@ def write_gguf(path: Path, peer: PreTrainedModel, type_name: str = "F32", **meta
 
 @pytest.mark.parametrize("type_name", ["F32", "F16", "Q8_0", "Q4_0", "Q5_1"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, shape: str, type_name: str) -> None:
+def test_gguf_logits_match_transformers(tmp_path: Path, shape: str, type_name: str) -> None:
     file, peer = tmp_path / "m.gguf", tiny_peer(**WIDE, **SHAPES[shape])
     before = peer.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
     write_gguf(file, peer, type_name)
@@ -73,7 +73,7 @@ def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, shap
 
 
 @pytest.mark.parametrize("shape", ["qwen2", "qwen3"])
-def test_gguf_is_the_same_network_as_the_folder(tmp_path: Path, shape: str) -> None:
+def test_a_float32_gguf_gives_the_same_bits_as_the_folder(tmp_path: Path, shape: str) -> None:
     tiny = tiny_checkpoint(tmp_path / "hf", **WIDE, **SHAPES[shape])
     write_gguf(tmp_path / "m.gguf", tiny.peer)
     folder, file = network_of(tmp_path / "hf"), network_of(tmp_path / "m.gguf")
@@ -82,7 +82,7 @@ def test_gguf_is_the_same_network_as_the_folder(tmp_path: Path, shape: str) -> N
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kept_quantized(tmp_path: Path, shape: str) -> None:
+def test_quantized_weights_are_about_as_accurate_as_bfloat16(tmp_path: Path, shape: str) -> None:
     file, peer = tmp_path / "m.gguf", tiny_peer(**WIDE, **SHAPES[shape])
     write_gguf(file, peer, "Q4_0")
     kept = network_of(file, torch.bfloat16)
@@ -94,7 +94,7 @@ def test_kept_quantized(tmp_path: Path, shape: str) -> None:
         assert rms(logits_of(kept, ids) - exact) < 2 * rms(logits_of(plain, ids) - exact) + 0.01
 
 
-def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
+def test_missing_tensors_are_named(tmp_path: Path) -> None:
     peer = tiny_peer(**WIDE, **SHAPES["qwen3"])
     write_gguf(tmp_path / "m.gguf", peer, block_count=3)
     message = refused(tmp_path / "m.gguf")

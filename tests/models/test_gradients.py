@@ -1,4 +1,4 @@
-"""Gradients: every family's against transformers', packed against separate documents, two processes against one."""
+"""Gradients of every family against transformers, of packed against separate documents, of two processes and one."""
 
 import shutil
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def gradients(network: nn.Module, backward: Callable[[], object]) -> dict[str, T
 
 
 def peer_gradients(tiny: Tiny, folder: Path, name: str) -> dict[str, Tensor]:
-    """transformers' gradients by pentad's names: saved as if they were weights, and read back."""
+    """transformers' gradients by pentad's names: saved as a checkpoint, and loaded with pentad."""
     peer = tiny.peer
     for document in DOCUMENTS:
         logits = peer(input_ids=torch.tensor([document]), use_cache=False).logits[0]
@@ -82,7 +82,7 @@ def assert_equal_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], t
 
 
 def trainable(folder: Path) -> nn.Module:
-    """In evaluation mode, as the peer: nothing is dropped or drawn at random."""
+    """Load a trainable network in evaluation mode, as the peer is, so that nothing is random."""
     return build(pentad.weights.open(folder), trainable=True).eval()
 
 
@@ -90,7 +90,7 @@ def trainable(folder: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_gradients_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+def test_gradients_equal_transformers(tmp_path: Path, name: str) -> None:
     tiny = CHECKPOINTS[name](tmp_path / "model")
     network = trainable(tmp_path / "model")
     expected = peer_gradients(tiny, tmp_path / "gradients", name)
@@ -102,11 +102,11 @@ def test_gradients_are_those_of_transformers(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # dynamo's, after a graph break
+)  # dynamo warns after a graph break
 @pytest.mark.parametrize(
     ("name", "checkpointing"), [*((name, "none") for name in CHECKPOINTS), ("llama", "blocks"), ("mixtral", "blocks")]
 )
-def test_compiled_gradients_are_those_of_transformers(tmp_path: Path, name: str, checkpointing: str) -> None:
+def test_compiled_gradients_equal_transformers(tmp_path: Path, name: str, checkpointing: str) -> None:
     tiny = CHECKPOINTS[name](tmp_path / "model")
     network = trainable(tmp_path / "model")
     expected = peer_gradients(tiny, tmp_path / "gradients", name)
@@ -123,7 +123,7 @@ def test_compiled_gradients_are_those_of_transformers(tmp_path: Path, name: str,
 
 
 def packed(documents: list[list[int]]) -> tuple[Tensor, Batch]:
-    """As training lays documents out: from a tensor of bounds."""
+    """Pack documents from a tensor of cu_seqlens, as training does."""
     bounds = torch.tensor([0, *[len(document) for document in documents]]).cumsum(0)
     return pack(*documents)[0], Batch.packed(bounds.int())
 
@@ -153,8 +153,8 @@ def test_gradients_of_an_encoder_decoder(tmp_path: Path, checkpointing: str, com
     assert_equal_gradients(gradients(network, backward), expected)
 
 
-def test_gradients_of_openmoe_are_the_slope_of_its_loss(tmp_path: Path) -> None:
-    """transformers has no OpenMoE: central differences along the gradient, in float64."""
+def test_openmoe_gradients_match_finite_differences(tmp_path: Path) -> None:
+    """transformers has no OpenMoE, so the gradient is compared with central differences along it, in float64."""
     openmoe_checkpoint(tmp_path, router_drop_tks=False)
     network = trainable(tmp_path)
     found = gradients(network, lambda: sum(losses(network, DOCUMENTS)).backward())  # type: ignore[union-attr]
@@ -181,20 +181,20 @@ def test_gradients_of_openmoe_are_the_slope_of_its_loss(tmp_path: Path) -> None:
 def test_packed_gradients_are_the_sum_of_separate_ones(tmp_path: Path, name: str) -> None:
     CHECKPOINTS[name](tmp_path)
     network = trainable(tmp_path)
-    together = gradients(network, lambda: sum(losses(network, DOCUMENTS)).backward())  # type: ignore[union-attr]
+    packed_gradients = gradients(network, lambda: sum(losses(network, DOCUMENTS)).backward())  # type: ignore[union-attr]
 
-    def one_by_one() -> None:
+    def separately() -> None:
         for document in DOCUMENTS:
             losses(network, [document])[0].backward()
 
-    apart = gradients(network, one_by_one)
-    largest = max(float(gradient.abs().max()) for gradient in apart.values())
-    for parameter, gradient in together.items():
-        assert float((gradient - apart[parameter]).abs().max()) <= 1e-6 * largest, parameter
+    separate_gradients = gradients(network, separately)
+    largest = max(float(gradient.abs().max()) for gradient in separate_gradients.values())
+    for parameter, gradient in packed_gradients.items():
+        assert float((gradient - separate_gradients[parameter]).abs().max()) <= 1e-6 * largest, parameter
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_another_document_does_not_change_a_bit_of_the_others(tmp_path: Path, name: str) -> None:
+def test_a_document_does_not_change_the_bits_of_others(tmp_path: Path, name: str) -> None:
     CHECKPOINTS[name](tmp_path)
     network = trainable(tmp_path)
     first = losses(network, DOCUMENTS)
@@ -220,7 +220,7 @@ def test_five_packings_compile_at_most_twice(tmp_path: Path) -> None:
     assert 1 <= counter.frame_count <= 2
 
 
-def test_checkpointing_repeats_a_router_s_noise(tmp_path: Path) -> None:
+def test_checkpointing_repeats_a_routers_noise(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, family="mixtral")
     network, found = trainable(tmp_path).train(), []
     mixtures = [part for part in network.modules() if isinstance(part, MixtureOfExperts)]
@@ -228,7 +228,7 @@ def test_checkpointing_repeats_a_router_s_noise(tmp_path: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         for part in mixtures:
             part.generator, part.jitter = generator, 0.5
-        found.append(gradients(network, lambda way=checkpointing: sum(losses(network, DOCUMENTS, way)).backward()))  # type: ignore[misc, union-attr]
+        found.append(gradients(network, lambda mode=checkpointing: sum(losses(network, DOCUMENTS, mode)).backward()))  # type: ignore[misc, union-attr]
         found[-1]["next"] = torch.rand(1, generator=generator)
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
@@ -237,7 +237,7 @@ def test_checkpointing_repeats_a_router_s_noise(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_the_residual_stream_has_the_dtype_that_was_asked_for(tmp_path: Path, family: str) -> None:
+def test_the_residual_stream_has_residual_dtype(tmp_path: Path, family: str) -> None:
     tiny_checkpoint(tmp_path, family=family)
     network, seen = trainable(tmp_path), []
     for part in (*network.layers, network.norm):
@@ -249,13 +249,13 @@ def test_the_residual_stream_has_the_dtype_that_was_asked_for(tmp_path: Path, fa
     assert 0 < float((whole - rounded).norm()) < 0.05 * float(whole.norm())
 
 
-def test_an_unknown_way_of_checkpointing(tmp_path: Path) -> None:
+def test_an_unknown_checkpointing_mode_is_refused(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="checkpointing is 'layers'"):
         trainable(tmp_path)(*pack([1, 2]), checkpointing="layers")
 
 
-def test_checkpointing_keeps_less(tmp_path: Path) -> None:
+def test_checkpointing_saves_fewer_bytes_for_the_backward_pass(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path)
     network, kept = trainable(tmp_path), {}
     for checkpointing in ("none", "blocks"):
@@ -270,7 +270,7 @@ def test_checkpointing_keeps_less(tmp_path: Path) -> None:
 
 
 def sharded_step(rank: int, folder: str, out: str) -> None:
-    """One of two processes: half of the documents each, a step of SGD on a network that FSDP2 shards."""
+    """One of two processes: a step of SGD on its half of the documents, with a network that FSDP2 shards."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -297,7 +297,7 @@ def sharded_step(rank: int, folder: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_that_share_a_network_are_one(tmp_path: Path) -> None:
+def test_a_sharded_step_of_two_processes_equals_one_process(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "model")
     torch.multiprocessing.spawn(sharded_step, (str(tmp_path / "model"), str(tmp_path)), nprocs=2)
     network = trainable(tmp_path / "model")

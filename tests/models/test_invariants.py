@@ -1,7 +1,7 @@
-"""What holds of every decoder-only family, whichever way its tokens are run.
+"""Invariants of every decoder-only family: caching, chunking, batching and forking don't change the logits.
 
-A family joins with a line in FAMILIES. Bounds are those of float32; where nothing but bookkeeping
-differs, bits are compared.
+Each family needs one line in FAMILIES. Logits are compared within float32's rounding, or bit by bit if only the
+bookkeeping differs.
 """
 
 import copy
@@ -25,13 +25,13 @@ from tests.helpers.tiny import assert_equal_logits, logits_of, network_of, rando
 from tests.helpers.tiny_openmoe import openmoe_checkpoint
 from tests.helpers.tiny_qwen import qwen_checkpoint
 
-# Each joins with a line: what transformers is asked for, of at least 96 ids and 256 positions; where it has no such
-# class, `make` saves the checkpoint.
+# Settings of `tiny_checkpoint`, with at least 96 ids and 256 positions. For families that transformers lacks, `make`
+# saves the checkpoint.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"family": "mistral"},
     "mixtral": {"family": "mixtral"},
-    "openmoe": {"make": openmoe_checkpoint, "router_drop_tks": False},  # else what is dropped depends on the chunk
+    "openmoe": {"make": openmoe_checkpoint, "router_drop_tks": False},  # dropping depends on the chunk
     "phi": {"family": "phi"},
     "qwen": {"make": qwen_checkpoint, "seq_length": 24, "use_dynamic_ntk": True, "use_logn_attn": True},
     "qwen2": {"family": "qwen2"},
@@ -47,7 +47,7 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def windowed(network: nn.Module, window: int) -> nn.Module:
-    """The same network with every layer's sight cut to `window` keys."""
+    """Copy a network and set every layer's window."""
     network = copy.deepcopy(network)
     for part in network.modules():
         if isinstance(part, Attention):
@@ -56,7 +56,7 @@ def windowed(network: nn.Module, window: int) -> nn.Module:
 
 
 def run_chunks(run: PlainStep, sequence: CachedSequence, ids: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """All logits of `ids`, run in chunks of `sizes`, the last of which repeats."""
+    """Run `ids` in chunks of `sizes`, repeating the last size; returns the logits of all tokens."""
     sizes, at, out = list(sizes), 0, []
     while at < len(ids):
         chunk = ids[at : at + (sizes.pop(0) if len(sizes) > 1 else sizes[0])]
@@ -79,7 +79,7 @@ def test_the_same_input_gives_the_same_bits(network: nn.Module) -> None:
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("sizes", [[1], [40, 1], [7], [64, 36], [100]], ids=str)
-def test_cached_is_uncached_and_chunked_is_whole(network: nn.Module, sizes: list[int], page_size: int) -> None:
+def test_cached_chunks_equal_one_uncached_run(network: nn.Module, sizes: list[int], page_size: int) -> None:
     ids = random_ids(100)
     cached = cached_logits(network, ids, sizes, page_size=page_size)
     assert_equal_logits(cached, logits_of(network, ids))
@@ -94,15 +94,15 @@ def test_page_sizes_give_the_same_bits(network: nn.Module) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("lengths", [(31, 31, 31), (1, 40, 17, 2), (1, 1)], ids=str)
-def test_batched_is_single(network: nn.Module, lengths: tuple[int, ...]) -> None:
+def test_a_batch_equals_single_runs(network: nn.Module, lengths: tuple[int, ...]) -> None:
     sequences = [random_ids(length, seed=i) for i, length in enumerate(lengths)]
-    together = network.head(network(*pack(*sequences)))
-    for one, ids in zip(together.split(lengths), sequences, strict=True):
+    batched = network.head(network(*pack(*sequences)))
+    for one, ids in zip(batched.split(lengths), sequences, strict=True):
         assert_equal_logits(one, logits_of(network, ids))
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_decoding_together_is_decoding_alone(network: nn.Module, page_size: int) -> None:
+def test_batched_decoding_equals_single_decoding(network: nn.Module, page_size: int) -> None:
     run = PlainStep(network, page_size=page_size)
     texts = [random_ids(length + 20, seed=length) for length in (1, 5, 16, 40)]
     sequences = [run.cache.open(len(ids)) for ids in texts]
@@ -116,8 +116,8 @@ def test_decoding_together_is_decoding_alone(network: nn.Module, page_size: int)
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_a_mixed_step_gives_what_each_gives_alone(network: nn.Module, page_size: int) -> None:
-    """One long prefill in chunks, three decodes and one scoring, in one Batch."""
+def test_a_mixed_step_equals_single_runs(network: nn.Module, page_size: int) -> None:
+    """One Batch contains a chunk of a long prefill, three decodes and one scoring."""
     run = PlainStep(network, page_size=page_size)
     long, scored = random_ids(130, seed=1), random_ids(50, seed=2)
     talks = [random_ids(length + 4, seed=length) for length in (3, 20, 33)]
@@ -143,7 +143,7 @@ def test_a_mixed_step_gives_what_each_gives_alone(network: nn.Module, page_size:
         assert_equal_logits(torch.cat(got[str(i)]), logits_of(network, ids)[-4:])
 
 
-def test_only_the_wanted_rows_are_computed(network: nn.Module) -> None:
+def test_only_wanted_rows_are_returned(network: nn.Module) -> None:
     ids = random_ids(30)
     run = PlainStep(network)
     wanted = run([(run.cache.open(30), ids)], [29, 3])
@@ -152,7 +152,7 @@ def test_only_the_wanted_rows_are_computed(network: nn.Module) -> None:
 
 
 def generate(network: nn.Module, prompts: Sequence[list[int]], **engine: Any) -> list[list[int]]:
-    """Each prompt's text; its seed is its length."""
+    """Generate a text for each prompt; a prompt's seed is its length."""
     runner = Engine(PlainStep(network, **engine))
     requests = [
         Generation(ids, sampling=Sampling(), generator=torch.Generator().manual_seed(len(ids)), max_tokens=20)
@@ -166,18 +166,18 @@ def generate(network: nn.Module, prompts: Sequence[list[int]], **engine: Any) ->
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_the_same_seed_gives_the_same_text_in_any_company(network: nn.Module, page_size: int) -> None:
+def test_the_same_seed_gives_the_same_text_in_any_batch(network: nn.Module, page_size: int) -> None:
     prompts = [random_ids(length, seed=length) for length in (1, 9, 64, 150, 200, 33)]
-    together = generate(network, prompts, page_size=page_size)
-    backwards = generate(network, prompts[::-1], page_size=page_size)
-    alone = [generate(network, [ids])[0] for ids in prompts]
-    assert together == alone == backwards[::-1]
-    assert len({tuple(ids) for ids in alone}) == len(alone)
+    batched = generate(network, prompts, page_size=page_size)
+    reversed_batch = generate(network, prompts[::-1], page_size=page_size)
+    single = [generate(network, [ids])[0] for ids in prompts]
+    assert batched == single == reversed_batch[::-1]
+    assert len({tuple(ids) for ids in single}) == len(single)
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_forks_are_independent_and_equal_to_what_is_not_shared(network: nn.Module, page_size: int) -> None:
-    """They share a prefix whose last page is only part full, and is copied when it is written."""
+def test_forks_are_independent_and_equal_unshared_sequences(network: nn.Module, page_size: int) -> None:
+    """The shared prefix ends in a partly full page, which is copied when a fork writes to it."""
     prefix = random_ids(41, seed=9)
     ends = [random_ids(30, seed=seed) for seed in range(3)]
     run = PlainStep(network, page_size=page_size)
@@ -199,8 +199,8 @@ def test_forks_are_independent_and_equal_to_what_is_not_shared(network: nn.Modul
     assert run.cache.pages_in_use == 0
 
 
-def test_a_fork_of_a_sequence_with_pages_in_reserve(network: nn.Module) -> None:
-    """Both go on by more tokens than the page at hand has room for."""
+def test_a_fork_of_a_sequence_with_reserved_pages(network: nn.Module) -> None:
+    """Both sequences append more tokens than fit into the current page."""
     prefix, ends = random_ids(10), [random_ids(20, seed=1), random_ids(20, seed=2)]
     run = PlainStep(network, page_size=4)
     first = run.cache.open(30)
@@ -214,8 +214,8 @@ def test_a_fork_of_a_sequence_with_pages_in_reserve(network: nn.Module) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_going_back_and_on(network: nn.Module, page_size: int) -> None:
-    """As after rejected drafts, or when a chat's last turn is said anew."""
+def test_truncating_and_continuing(network: nn.Module, page_size: int) -> None:
+    """Rejected drafts and edited chat turns need it."""
     ids, other = random_ids(60), random_ids(25, seed=5)
     run = PlainStep(network, page_size=page_size)
     sequence = run.cache.open(60)
@@ -225,11 +225,11 @@ def test_going_back_and_on(network: nn.Module, page_size: int) -> None:
         assert sequence.length == length
         again = run_chunks(run, sequence, other, [11, 1])
         tokens, whole = pack(ids[:length] + other)
-        whole = replace(whole, rope_lengths=(60,))  # as it was admitted
+        whole = replace(whole, rope_lengths=(60,))  # the length with which the sequence was opened
         assert_equal_logits(again, network.head(network(tokens, whole))[length:])
 
 
-def test_pools_that_grow_in_the_middle_keep_what_they_hold(network: nn.Module) -> None:
+def test_growing_pools_keep_their_contents(network: nn.Module) -> None:
     run = PlainStep(network, page_size=4)
     texts = [random_ids(40, seed=seed) for seed in range(3)]
     sequences = [run.cache.open(40) for _ in texts]
@@ -250,33 +250,33 @@ def test_pools_that_grow_in_the_middle_keep_what_they_hold(network: nn.Module) -
 def test_a_window_is_masked_full_attention(
     network: nn.Module, window: int, page_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Far beyond the window too, where its pages have rolled; and memory is O(window)."""
+    """The sequence is several windows long, so its pages are reused, and memory is O(window)."""
     ids, chunk = random_ids(6 * window + 40), 9
-    cut = windowed(network, window)
-    run = PlainStep(cut, page_size=page_size)
-    sequence, got, most = run.cache.open(len(ids)), [], 0
+    windowed_network = windowed(network, window)
+    run = PlainStep(windowed_network, page_size=page_size)
+    sequence, got, max_pages = run.cache.open(len(ids)), [], 0
     sizes = [chunk] * 4 + [1] * (len(ids) - 4 * chunk)
     at = 0
     for size in sizes:
         got.append(run([(sequence, ids[at : at + size])], range(size)))
         at += size
-        most = max(most, run.cache.pages_in_use)
+        max_pages = max(max_pages, run.cache.pages_in_use)
         tokens = window + (chunk if at <= 4 * chunk else 1)
         assert len(sequence.pages) <= -(-tokens // page_size) + 1
     pages = len(run.cache.keys[0]) // page_size  # of the whole pool
     assert pages <= 2 * (-(-(window + chunk) // page_size) + 2)
-    assert most < -(-len(ids) // page_size) or page_size == 256
-    uncached = logits_of(cut, ids)
+    assert max_pages < -(-len(ids) // page_size) or page_size == 256
+    uncached = logits_of(windowed_network, ids)
     assert not torch.allclose(uncached, logits_of(network, ids), atol=1e-2)
     monkeypatch.setattr(pentad.nn.attention, "attention", plain_attention)
-    reference = logits_of(cut, ids)
+    reference = logits_of(windowed_network, ids)
     assert_equal_logits(uncached, reference)
     assert_equal_logits(torch.cat(got), reference)
 
 
-def test_going_back_within_a_window(network: nn.Module) -> None:
-    cut = windowed(network, 8)
-    run = PlainStep(cut, page_size=4)
+def test_truncating_within_a_window(network: nn.Module) -> None:
+    windowed_network = windowed(network, 8)
+    run = PlainStep(windowed_network, page_size=4)
     ids, other = random_ids(50), random_ids(12, seed=3)
     sequence = run.cache.open(62)
     run_chunks(run, sequence, ids, [10])
@@ -284,4 +284,4 @@ def test_going_back_within_a_window(network: nn.Module) -> None:
     assert not run.cache.can_truncate(sequence, sequence.dropped + 3)
     run.cache.truncate(sequence, 48)
     again = run_chunks(run, sequence, other, [5, 1])
-    assert_equal_logits(again, logits_of(cut, ids[:48] + other)[48:])
+    assert_equal_logits(again, logits_of(windowed_network, ids[:48] + other)[48:])

@@ -1,4 +1,4 @@
-"""Logits of tiny random Llamas are compared with transformers', without a cache and by one."""
+"""Logits of tiny random Llamas against transformers, with and without a cache."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tests.helpers.tiny import (
     tiny_checkpoint,
 )
 
-D = 8  # numbers of a head in all configs but one
+D = 8  # the head_dim of most configs
 FACTORS = {
     "short_factor": [1.0 + 0.1 * i for i in range(D // 2)],
     "long_factor": [2.0 + 3.0 * i for i in range(D // 2)],
@@ -63,7 +63,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "longrope, factor": {**LONGROPE, "factor": 16.0},
 }
 LENGTHS_OF = {"dynamic": 256, "longrope": 64}
-"""How long a sequence these scalings leave alone; they go by the length beyond."""
+"""The length up to which these scalings don't change a sequence; beyond it they depend on the length."""
 
 
 def scaled(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def assert_parity(tiny: Tiny, tokens: int = 40) -> None:
 
 @torch.inference_mode()
 def assert_cached_parity(tiny: Tiny, prompt: int, steps: int = 20) -> None:
-    """Prefill and one token at a time: ours by our cache, theirs by theirs."""
+    """Compare prefill and token-by-token decoding, each with its own cache."""
     ids = random_ids(prompt + steps)
     run = PlainStep(network_of(tiny.folder), page_size=16)
     sequence = run.cache.open(prompt)
@@ -102,7 +102,7 @@ def test_shapes(tmp_path: Path, shape: str) -> None:
 def test_rope_scalings(tmp_path: Path, name: str) -> None:
     tiny = tiny_checkpoint(tmp_path, **scaled(SCALINGS[name]))
     assert_parity(tiny, tokens=50)
-    assert_cached_parity(tiny, prompt=33)  # up to 53 tokens: within every original length
+    assert_cached_parity(tiny, prompt=33)  # 53 tokens: below every original length
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope", "longrope, attention factor"])
@@ -110,14 +110,14 @@ def test_rope_scalings_beyond_the_original_length(tmp_path: Path, name: str) -> 
     tiny = tiny_checkpoint(tmp_path, **scaled(SCALINGS[name]))
     original = LENGTHS_OF[SCALINGS[name]["rope_type"]]
     for tokens in (original, original + 1, original + 60):
-        rotary = type(tiny.peer.model.rotary_emb)  # dynamic's remembers the longest sequence
+        rotary = type(tiny.peer.model.rotary_emb)  # a new one: the dynamic scaling remembers the longest sequence
         tiny.peer.model.rotary_emb = rotary(tiny.peer.config)
         assert_parity(tiny, tokens)
-    if name != "dynamic":  # whose base changes at each step in transformers, under cached keys
+    if name != "dynamic":  # in transformers its base changes in each step, although keys are cached
         assert_cached_parity(tiny, prompt=original + 10)
 
 
-def test_a_dynamic_scaling_keeps_the_base_that_a_sequence_was_admitted_with(tmp_path: Path) -> None:
+def test_a_dynamic_scaling_keeps_the_base_of_the_length_at_opening(tmp_path: Path) -> None:
     tiny = tiny_checkpoint(tmp_path, **scaled(SCALINGS["dynamic"]))
     network, ids = network_of(tiny.folder), random_ids(320)
     run = PlainStep(network)
@@ -127,8 +127,8 @@ def test_a_dynamic_scaling_keeps_the_base_that_a_sequence_was_admitted_with(tmp_
 
 
 @pytest.mark.parametrize("name", ["linear", "dynamic", "llama3", "yarn", "longrope"])
-def test_the_older_rope_scaling(tmp_path: Path, name: str) -> None:
-    """Until 2025 configs had rope_theta beside rope_scaling, which said `type`, later rope_type."""
+def test_rope_scaling_of_older_configs(tmp_path: Path, name: str) -> None:
+    """Until 2025 configs had rope_theta and rope_scaling, whose key was first `type`, then `rope_type`."""
     new = {"rope_theta": 20000.0, **SCALINGS[name]}
     tiny = tiny_checkpoint(tmp_path, rope_parameters=new)
     old = {key: value for key, value in SCALINGS[name].items() if key != "rope_type"}
@@ -138,7 +138,7 @@ def test_the_older_rope_scaling(tmp_path: Path, name: str) -> None:
 
 
 def test_a_config_of_2023(tmp_path: Path) -> None:
-    """No head_dim, no num_key_value_heads, no rope at all, no biases."""
+    """It has no head_dim, num_key_value_heads, RoPE parameters or bias fields."""
     absent = ("head_dim", "num_key_value_heads", "rope_parameters", "attention_bias", "mlp_bias")
     tiny = tiny_checkpoint(tmp_path, num_key_value_heads=4, edit=dict.fromkeys(absent))
     assert_parity(tiny)
@@ -152,7 +152,7 @@ def test_shards(tmp_path: Path, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_to_float32_as_transformers_is(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_half_precision_is_as_accurate_as_transformers(tmp_path: Path, dtype: torch.dtype) -> None:
     ours = theirs = 0.0
     for seed, shape in enumerate([{}, {"head_dim": 16, "num_hidden_layers": 4}, {"hidden_size": 64}]):
         folder = tmp_path / str(seed)

@@ -1,4 +1,4 @@
-"""Each family against transformers on tiny random configs: whole, by a cache, from one file and from shards."""
+"""Each family against transformers on tiny random configs: without and with a cache, from one file and from shards."""
 
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,14 @@ def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> Tiny:
     return tiny_checkpoint(tmp_path, **CONFIGS[request.param])
 
 
-def test_whole(tiny: Tiny) -> None:
+def test_uncached_logits(tiny: Tiny) -> None:
     ids = random_ids(60)
     assert_equal_logits(logits_of(network_of(tiny.folder), ids), peer_logits(tiny.peer, ids))
 
 
 @torch.inference_mode()
 def test_prefill_and_20_cached_steps(tiny: Tiny) -> None:
-    """Past three windows, where there is one."""
+    """The sequence is longer than three windows."""
     ids = random_ids(43)
     run = PlainStep(network_of(tiny.folder), page_size=4)
     sequence = run.cache.open(len(ids))
@@ -93,9 +93,7 @@ def test_shards(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", sorted({config["family"] for config in CONFIGS.values()}))
-def test_half_precision_is_as_near_to_float32_as_transformers_is(
-    family: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_half_precision_is_as_accurate_as_transformers(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     ours = theirs = 0.0
     for seed, shape in enumerate([{}, {"num_hidden_layers": 4}, {"hidden_size": 64}]):
         folder = tmp_path / str(seed)

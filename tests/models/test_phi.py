@@ -1,4 +1,4 @@
-"""phi from every kind of file it was published in; test_parity.py has its forward pass."""
+"""phi's published file formats; test_parity.py tests its forward pass."""
 
 import json
 from pathlib import Path
@@ -20,6 +20,7 @@ from tests.helpers.gguf_file import stored, write_file
 from tests.helpers.tiny import (
     Tiny,
     assert_equal_logits,
+    contains,
     edit_json,
     logits_of,
     network_of,
@@ -57,21 +58,21 @@ OUTSIDE_OF_2023 = {
 
 
 def state_of_2023(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Tensors as Microsoft's code named and joined them, with the buffer that it saved."""
+    """Rename and fuse tensors as Microsoft's code did, and add the buffer that it saved."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        module, _, kind = name.rpartition(".")
+        module, _, leaf = name.rpartition(".")
         if not module.startswith("model.layers."):
-            out[f"{OUTSIDE_OF_2023[layout][module]}.{kind}"] = tensor
+            out[f"{OUTSIDE_OF_2023[layout][module]}.{leaf}"] = tensor
             continue
         number, part = module.removeprefix("model.layers.").split(".", 1)
-        home = f"layers.{int(number) + 1}" if layout == "mixformer-sequential" else f"transformer.h.{number}"
+        prefix = f"layers.{int(number) + 1}" if layout == "mixformer-sequential" else f"transformer.h.{number}"
         if part == "self_attn.q_proj":
-            qkv = [state[f"model.layers.{number}.self_attn.{p}_proj.{kind}"] for p in "qkv"]
+            qkv = [state[f"model.layers.{number}.self_attn.{p}_proj.{leaf}"] for p in "qkv"]
             tensor = torch.stack([x.unflatten(0, (4, 8)) for x in qkv]).flatten(0, 2)  # [3, heads, D, …]
-            out[f"{home}.mixer.rotary_emb.inv_freq"] = torch.ones(2)
+            out[f"{prefix}.mixer.rotary_emb.inv_freq"] = torch.ones(2)
         if part in PARTS_OF_2023:
-            out[f"{home}.{PARTS_OF_2023[part]}.{kind}"] = tensor
+            out[f"{prefix}.{PARTS_OF_2023[part]}.{leaf}"] = tensor
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
@@ -113,13 +114,13 @@ def test_the_layouts_of_2023(tmp_path: Path, layout: str, edit: dict[str, Any]) 
     assert network.config.max_position_embeddings == 256
 
 
-def test_shared_keys_of_2023(tmp_path: Path) -> None:
+def test_grouped_keys_of_2023(tmp_path: Path) -> None:
     tiny = tiny_checkpoint(tmp_path / "today", family="phi", intermediate_size=128)
     state = load_file(tiny.folder / "model.safetensors")
     for layer in "01":
-        for kind in ("weight", "bias"):
-            home = f"model.layers.{layer}.self_attn"
-            state[f"{home}.Wqkv.{kind}"] = torch.cat([state.pop(f"{home}.{p}_proj.{kind}") for p in "qkv"])
+        for leaf in ("weight", "bias"):
+            prefix = f"model.layers.{layer}.self_attn"
+            state[f"{prefix}.Wqkv.{leaf}"] = torch.cat([state.pop(f"{prefix}.{p}_proj.{leaf}") for p in "qkv"])
     state = {
         (name.replace("model.layers", "transformer.h").replace("self_attn.Wqkv", "mixer.Wqkv"))
         .replace("self_attn.dense", "mixer.out_proj")
@@ -136,7 +137,7 @@ def test_shared_keys_of_2023(tmp_path: Path) -> None:
 
 
 def test_a_pickled_file_of_2023(tmp_path: Path) -> None:
-    """As phi-1 and phi-1.5 were published first."""
+    """phi-1 and phi-1.5 were first published in it."""
     tiny = checkpoint_of_2023(tmp_path, "mixformer-sequential")
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
@@ -145,7 +146,7 @@ def test_a_pickled_file_of_2023(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", OUTSIDE_OF_2023)
-def test_what_a_layout_of_2023_lacks_is_named_in_its_words(tmp_path: Path, layout: str) -> None:
+def test_errors_use_the_names_of_the_2023_layout(tmp_path: Path, layout: str) -> None:
     checkpoint_of_2023(tmp_path, layout)
     state = load_file(tmp_path / "model.safetensors")
     second = "layers.2" if layout == "mixformer-sequential" else "transformer.h.1"
@@ -155,12 +156,12 @@ def test_what_a_layout_of_2023_lacks_is_named_in_its_words(tmp_path: Path, layou
     message = refused(tmp_path)
     assert f"1 missing: {second}.mlp.fc1.weight" in message
     assert f"1 not used: {second}.mlp.fc3.weight" in message
-    assert f"{second}.mixer.Wqkv.bias is [95], the config asks for [96]" in message
+    assert contains(message, f"{second}.mixer.Wqkv.bias is [95]…[96]")
 
 
 @pytest.mark.parametrize("layout", range(3))
 def test_a_layout_reads_what_it_writes(tmp_path: Path, layout: int) -> None:
-    """The table, run both ways, bit for bit."""
+    """Storing and loading with the table restores every tensor bit by bit."""
     tiny_checkpoint(tmp_path, **MHA)
     network = network_of(tmp_path)
     table = phi.FAMILY.layouts(network.config, "hf")[layout]
@@ -180,33 +181,33 @@ def test_a_layout_reads_what_it_writes(tmp_path: Path, layout: int) -> None:
     ("edit", "message"),
     [
         ({"n_embd": None}, "the config lacks hidden_size"),
-        ({"n_embd": "wide"}, "hidden_size is 'wide', not of type int"),
+        ({"n_embd": "wide"}, "hidden_size is 'wide'…int"),
         ({"rotary_dim": 3}, "rotary_dim is 3"),
         ({"rotary_dim": 0}, "rotary_dim is 0"),
         ({"rotary_dim": 10}, "rotary_dim is 10"),
         ({"rotary_dim": "4"}, "rotary_dim is 4"),
         ({"activation_function": "relu"}, "hidden_act is 'relu'"),
-        ({"model_type": "phi3"}, "architecture 'phi3' is not supported"),
+        ({"model_type": "phi3"}, "architecture 'phi3'"),
     ],
     ids=str,
 )
-def test_a_config_of_2023_that_is_wrong(tmp_path: Path, edit: dict[str, Any], message: str) -> None:
+def test_an_invalid_config_of_2023_is_refused(tmp_path: Path, edit: dict[str, Any], message: str) -> None:
     checkpoint_of_2023(tmp_path, "phi-msft", **edit)
-    assert message in refused(tmp_path)
+    assert contains(refused(tmp_path), message)
 
 
 @pytest.mark.parametrize("factor", [1.5, 0.01, "half"])
-def test_a_part_of_a_head_that_cannot_be(tmp_path: Path, factor: Any) -> None:
+def test_an_invalid_partial_rotary_factor_is_refused(tmp_path: Path, factor: Any) -> None:
     tiny_checkpoint(tmp_path, **MHA)
     edit_json(tmp_path / "config.json", rope_parameters=None, partial_rotary_factor=factor)
     assert "rota" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(("width", "heads", "factor", "rotary"), [(2048, 32, 0.5, 32), (2560, 32, 0.4, 32)])
-def test_published_heads_rotate_32_numbers(width: int, heads: int, factor: float, rotary: int) -> None:
-    said = {"vocab_size": 8, "hidden_size": width, "intermediate_size": 8, "num_hidden_layers": 1}
-    said |= {"num_attention_heads": heads, "partial_rotary_factor": factor}
-    config = read_family_config(phi.FAMILY, Checkpoint(Path("somewhere"), "hf", said, {}, {}))
+def test_published_heads_rotate_32_dimensions(width: int, heads: int, factor: float, rotary: int) -> None:
+    fields = {"vocab_size": 8, "hidden_size": width, "intermediate_size": 8, "num_hidden_layers": 1}
+    fields |= {"num_attention_heads": heads, "partial_rotary_factor": factor}
+    config = read_family_config(phi.FAMILY, Checkpoint(Path("somewhere"), "hf", fields, {}, {}))
     assert config.rotary_dim == rotary
     assert config.partial_rotary_factor == factor
 
@@ -228,10 +229,10 @@ GGUF_NAMES = {
 WIDE = {**MHA, "hidden_size": 64, "intermediate_size": 256}
 
 
-def write_phi(path: Path, peer: PreTrainedModel, kind: str, *, fused: bool, **metadata: int | float) -> None:
-    """As llama.cpp's converter does from files of today, or of 2023 (`fused`)."""
+def write_phi(path: Path, peer: PreTrainedModel, type_name: str, *, fused: bool, **metadata: int | float) -> None:
+    """Write a GGUF as llama.cpp's converter does, from today's files or from those of 2023 (`fused`)."""
     c, tensors = peer.config, {}
-    for name, array in stored(peer, kind).items():
+    for name, array in stored(peer, type_name).items():
         module, _, end = name.rpartition(".")
         if module.startswith("model.layers."):
             number, part = module.removeprefix("model.layers.").split(".", 1)
@@ -253,39 +254,43 @@ def write_phi(path: Path, peer: PreTrainedModel, kind: str, *, fused: bool, **me
         "attention.layer_norm_epsilon": c.layer_norm_eps,
         "rope.dimension_count": int(c.rope_parameters["partial_rotary_factor"] * c.hidden_size) // 4,
     }
-    write_file(path, "phi2", {**known, **{key.replace("__", "."): v for key, v in metadata.items()}}, tensors, kind)
+    write_file(
+        path, "phi2", {**known, **{key.replace("__", "."): v for key, v in metadata.items()}}, tensors, type_name
+    )
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("type_name", ["F32", "F16", "Q8_0", "Q4_0", "Q5_1"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_gguf_gives_the_logits_of_the_weights_that_it_holds(tmp_path: Path, fused: bool, kind: str) -> None:
+def test_gguf_logits_match_transformers(tmp_path: Path, fused: bool, type_name: str) -> None:
     file, peer = tmp_path / "m.gguf", tiny_peer(**WIDE, partial_rotary_factor=0.25, layer_norm_eps=0.01)
-    write_phi(file, peer, kind, fused=fused)
+    write_phi(file, peer, type_name, fused=fused)
     network, ids = network_of(file), random_ids(60)
     assert_equal_logits(logits_of(network, ids), peer_logits(peer, ids))
     assert network.config.rotary_dim == 4
     assert network.config.partial_rotary_factor == 0.25
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_0"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-def test_kept_quantized(tmp_path: Path, fused: bool, tied: bool, kind: str) -> None:
-    """The bias of a head that is rounded to int8 rows too."""
+def test_quantized_weights_are_about_as_accurate_as_bfloat16(
+    tmp_path: Path, fused: bool, tied: bool, type_name: str
+) -> None:
+    """A head in int8 rows keeps its bias."""
     file, peer = tmp_path / "m.gguf", tiny_peer(**WIDE, tie_word_embeddings=tied)
-    write_phi(file, peer, kind, fused=fused)
+    write_phi(file, peer, type_name, fused=fused)
     kept = network_of(file, torch.bfloat16)
     plain = network_of(file, torch.bfloat16, quantized="none")
     blocks = [part for part in kept.modules() if isinstance(part, QuantizedLinear)]
-    assert len(blocks) == (kind == "Q4_0") * (2 * 6 + (not tied))
-    assert isinstance(kept.head, RowwiseInt8Linear) == (tied or kind == "Q8_0")
+    assert len(blocks) == (type_name == "Q4_0") * (2 * 6 + (not tied))
+    assert isinstance(kept.head, RowwiseInt8Linear) == (tied or type_name == "Q8_0")
     for tokens in (1, 40, 150):
         ids = random_ids(tokens)
         exact = peer_logits(peer, ids)
         assert rms(logits_of(kept, ids) - exact) < 2 * rms(logits_of(plain, ids) - exact) + 0.01
 
 
-def test_gguf_and_folder_are_the_same_network(tmp_path: Path) -> None:
+def test_a_float32_gguf_gives_the_same_bits_as_the_folder(tmp_path: Path) -> None:
     tiny = tiny_checkpoint(tmp_path / "hf", **WIDE)
     write_phi(tmp_path / "m.gguf", tiny.peer, "F32", fused=True)
     folder, file = network_of(tmp_path / "hf"), network_of(tmp_path / "m.gguf")
@@ -293,13 +298,13 @@ def test_gguf_and_folder_are_the_same_network(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs), name
 
 
-def test_gguf_that_rotates_too_much(tmp_path: Path) -> None:
+def test_a_gguf_with_too_many_rotary_dimensions_is_refused(tmp_path: Path) -> None:
     write_phi(tmp_path / "m.gguf", tiny_peer(**WIDE), "F32", fused=False, rope__dimension_count=18)
     assert "phi2.rope.dimension_count is 18" in refused(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf"])
-def test_a_config_is_read_as_it_is_written(tmp_path: Path, format: str) -> None:
+def test_a_written_config_reads_back(tmp_path: Path, format: str) -> None:
     tiny_checkpoint(tmp_path, **MHA, partial_rotary_factor=0.25, layer_norm_eps=0.01)
     checkpoint = pentad.weights.open(tmp_path)
     config = read_family_config(phi.FAMILY, checkpoint)
