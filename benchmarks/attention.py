@@ -25,7 +25,7 @@ from pentad.nn.cache import PagedCache
 
 PAGE = 256
 NEW = 32  # tokens decoded in one measurement
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the largest difference
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # bounds of the largest difference
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 

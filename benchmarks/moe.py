@@ -35,7 +35,7 @@ from pentad.nn.moe.experts import SwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import Routing, mixtral_top_k
 
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest difference, relative to the largest value
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # bounds of max |difference| / max |value|
 PEERS = ("eager", "batched_mm", "grouped_mm")  # transformers' experts_implementation
 FACTORS = (1.0, 1.25, 2.0)  # capacity factors
 Run = Callable[[Tensor], Tensor]

@@ -129,7 +129,7 @@ def test_an_architecture_with_a_similar_name_is_refused(name: str) -> None:
 
 
 def test_the_error_for_an_unknown_architecture_lists_the_known_ones() -> None:
-    with pytest.raises(BadInput, match=r"'whisper' is not supported; supported: .*llama"):
+    with pytest.raises(BadInput, match=r"'whisper' .*supported: .*llama"):
         family_of(config(model_type="whisper"))
     with pytest.raises(BadInput, match="no 'model_type'"):
         family_of(config(model_type=None))

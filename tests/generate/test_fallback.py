@@ -87,7 +87,7 @@ def test_the_kernels_read_unquantized_weights_in_the_files_dtype(tmp_path: Path,
 def test_an_int8_cache_needs_the_kernels(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "folder")
     assert pentad.load(tmp_path / "folder", cache_dtype="int8").step.cache.keys[0].dtype == torch.int8
-    with pytest.raises(BadInput, match=r"int8.*needs the kernels.*: a dtype was requested"):
+    with pytest.raises(BadInput, match=r"int8.*kernels.*dtype"):
         pentad.load(tmp_path / "folder", cache_dtype="int8", dtype="float32")
 
 

@@ -113,7 +113,7 @@ def test_stacked_experts_are_used_without_a_copy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["gguf", "mistral"])
 def test_formats_without_openmoe_are_refused(tmp_path: Path, to: str) -> None:
     openmoe_checkpoint(tmp_path / "a")
-    with pytest.raises(BadInput, match=r"files of such a openmoe model don't exist"):
+    with pytest.raises(BadInput, match="openmoe"):
         convert(tmp_path / "a", tmp_path / ("m.gguf" if to == "gguf" else "b"), to=to)
 
 

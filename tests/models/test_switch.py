@@ -225,7 +225,7 @@ def test_a_written_config_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["gguf", "mistral"])
 def test_formats_without_switch_transformers_are_refused(tmp_path: Path, to: str) -> None:
     switch_checkpoint(tmp_path / "a")
-    with pytest.raises(BadInput, match=r"files can't store this switch_transformers"):
+    with pytest.raises(BadInput, match="switch_transformers"):
         convert(tmp_path / "a", tmp_path / ("b.gguf" if to == "gguf" else "b"), to=to)
 
 

@@ -279,8 +279,8 @@ def test_memory_is_bounded_by_the_window(chunk: int, page_size: int) -> None:
     token_bytes = 2 * 2 * 2 * 4  # keys and values, 2 layers, head_dim 2, float32
     for count in [*[chunk] * (4 * window // chunk), *[1] * (2 * window)]:
         write_positions(c, [(sequence, count)])
-        held = min(sequence.length, window + count + page_size)
-        assert len(sequence.pages) * page_size < held + page_size
+        max_tokens = min(sequence.length, window + count + page_size)
+        assert len(sequence.pages) * page_size < max_tokens + page_size
         largest = min(sequence.length, window + chunk + page_size) + page_size
         assert c.nbytes <= 1.5 * largest * token_bytes + page_size * token_bytes  # pools grow by half
         last = positions_held(c, sequence)[1 - window :]

@@ -214,7 +214,7 @@ def test_inconsistent_split_files_are_refused(tmp_path: Path) -> None:
         pentad.weights.open(tmp_path / "m.gguf")
     for number in range(3):
         write_part(tmp_path, number, total=4)
-    with pytest.raises(BadInput, match=r"split\.tensors\.count is 4, the parts have 3 tensors"):
+    with pytest.raises(BadInput, match=r"split\.tensors\.count is 4\b.*\b3 tensors"):
         pentad.weights.open(parts[0])
     write_part(tmp_path, 0).rename(parts[1])
     write_part(tmp_path, 0)
