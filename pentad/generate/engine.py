@@ -19,6 +19,7 @@ from torch import Tensor
 from pentad.errors import BadInput, PentadError
 from pentad.generate.sampling import Choice, Sampling, argmax, sample
 from pentad.generate.step import Step
+from pentad.memory import return_free_memory
 from pentad.nn.cache import CachedSequence
 
 NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite): its weights are damaged"
@@ -335,6 +336,7 @@ class Engine:
         pages = sum(len(sequence.pages) for sequence in kept)
         if cache.nbytes > MIN_SHRUNK_BYTES and cache.pages_in_use == pages < cache.pages / 4:
             cache.compact(*kept)
+            return_free_memory()
 
     def _bytes(self, request: Request) -> int:
         """The KV cache that a request needs at most."""

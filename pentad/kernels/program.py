@@ -8,10 +8,10 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Program:
         self._step = CStep(threads=threads, fast=fast, isa=isas()[isa or next(iter(isas()))])
         self._step.padded_dim = pool_dim(head_dim, torch.float32)
         self._buffers = [torch.empty(0) for _ in Buffer]
-        self._pools: tuple[Tensor, ...] = ()  # `_step` points to them
+        self._pools: list[weakref.ref[Tensor]] = []  # `_step` points to them; the cache owns them
         self._pool_tokens = 0
         self._rotation: Tensor | None = None  # the last table that was checked
         self._array: ctypes.Array[COp] | None = None
@@ -357,14 +357,16 @@ class Program:
     def _point_to(self, pools: CachePools) -> None:
         """Make the step point to the pools, if they changed: a cache gets new pools when it grows."""
         tensors = (*pools.keys, *pools.values)
-        if len(tensors) == len(self._pools) and all(map(is_, tensors, self._pools)):
+        if len(tensors) == len(self._pools) and all(
+            tensor is ref() for tensor, ref in zip(tensors, self._pools, strict=True)
+        ):
             return
         pools.check(self.layers, self.kv_heads, self.head_dim)
         pointers = ctypes.c_void_p * self.layers
         self._pool_pointers = [pointers(*(pool.data_ptr() for pool in each)) for each in (pools.keys, pools.values)]
         self._step.keys, self._step.values = (ctypes.addressof(each) for each in self._pool_pointers)
         self._step.cache_type = CACHE_TYPES[tensors[0].dtype]
-        self._pools, self._pool_tokens = tensors, len(tensors[0])
+        self._pools, self._pool_tokens = list(map(weakref.ref, tensors)), len(tensors[0])
 
     def _reserve(self, ops: ctypes.Array[COp], wanted: int) -> Tensor:
         """Enlarge the buffers that are too small for the step, and return a new one for the result."""
