@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -12,6 +13,11 @@ from typing import BinaryIO
 
 from pentad.errors import BadInput, PentadError
 from pentad.weights.cache import FULL_DISK, Progress, check_space, task
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _RENAME = "choose another name, or remove it"
 _FREE_SPACE = "free some, or write to another disk"
@@ -53,10 +59,12 @@ def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> l
     with _made(folder, needed):
         with _disk_errors(folder, needed):
             check_space(folder, needed, _FREE_SPACE)
+        for file in files:
+            _clear_leftovers(file.path)
         try:
-            with task(progress, "Writing", needed):
+            with contextlib.ExitStack() as locks, task(progress, "Writing", needed):
                 for file, partial in zip(files, partials, strict=True):
-                    _write(partial, file, needed, progress)
+                    _write(partial, file, needed, progress, locks)
             for file, partial in zip(files, partials, strict=True):
                 placed.append(file.path)
                 with _disk_errors(file.path, needed):
@@ -88,9 +96,35 @@ def _made(folder: Path, needed: int | None = None) -> Iterator[None]:
         raise
 
 
-def _write(partial: Path, file: NewFile, needed: int, progress: Progress) -> None:
+def _clear_leftovers(target: Path) -> None:
+    """Remove the hidden parts of a file or folder that killed processes left.
+
+    Raises:
+        BadInput: another process is writing `target`.
+    """
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        try:
+            with contextlib.ExitStack() as locks:
+                _lock(part, locks)
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+        except BlockingIOError:
+            raise BadInput(f"{target}: another process is writing it; choose another name") from None
+        except OSError:
+            continue  # it is gone, or belongs to another user
+
+
+def _lock(path: Path, locks: contextlib.ExitStack) -> None:
+    """Lock a file or folder as long as `locks` is open. Raises BlockingIOError if another process has locked it."""
+    if fcntl is not None:
+        descriptor = os.open(path, os.O_RDONLY)
+        locks.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _write(partial: Path, file: NewFile, needed: int, progress: Progress, locks: contextlib.ExitStack) -> None:
     with _disk_errors(file.path, needed):
         out = open_new(partial)
+        _lock(partial, locks)
     try:
         for piece in file.pieces:
             with _disk_errors(file.path, needed):
@@ -140,9 +174,11 @@ def new_folder(destination: Path) -> Iterator[Path]:
     with _disk_errors(destination):
         _check_new(destination, target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    with _made(target.parent):
+    with _made(target.parent), contextlib.ExitStack() as locks:
+        _clear_leftovers(target)
         with _disk_errors(destination):
             partial.mkdir()
+            _lock(partial, locks)
         try:
             try:
                 yield partial

@@ -277,3 +277,33 @@ def test_folders_in_use_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(BadInput, match="/x is a file"), new_folder(tmp_path / "full/x/y"):
         raise AssertionError("not entered")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_parts_of_a_killed_process_are_removed(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "new[1]"
+    (tmp_path / ".new[1].0123.part").touch()
+    (tmp_path / ".new[1].4567.part").mkdir()
+    (tmp_path / ".other.0123.part").touch()
+    if kind == "file":
+        write_files([NewFile(target, 1, [b"a"])])
+    else:
+        with new_folder(target):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == {"new[1]", ".other.0123.part"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_a_second_writer_is_refused_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "new"
+
+    def pieces() -> Iterator[bytes]:
+        with pytest.raises(BadInput, match="another process"):
+            write_files([NewFile(target, 1, [b"b"])])
+        yield b"a"
+
+    write_files([NewFile(target, 1, pieces())])
+    assert target.read_bytes() == b"a"
+    again = new_folder(tmp_path / "folder")
+    with new_folder(tmp_path / "folder"), pytest.raises(BadInput, match="another process"), again:
+        pass
