@@ -12,8 +12,8 @@ def load(checkpoint: Source, vocab_size: int | None = None) -> Tokenizer | None:
     """Load a checkpoint's tokenizer.
 
     Args:
-        checkpoint: a GGUF file, whose metadata hold the vocabulary, or a folder, which holds its files.
-        vocab_size: the number of rows of the network's embedding. The vocabulary may be smaller, not larger.
+        checkpoint: a GGUF file with the vocabulary in its metadata, or a folder with the tokenizer's files.
+        vocab_size: the number of rows of the embedding. The vocabulary may be smaller, but not larger.
 
     Returns:
         The tokenizer, or None if the checkpoint has none.

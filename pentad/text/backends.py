@@ -1,4 +1,4 @@
-"""The libraries that encode, `tokenizers` and `sentencepiece`, behind one small interface."""
+"""One interface to the libraries that encode text: `tokenizers` and `sentencepiece`."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class TokenizersBackend:
 
     Attributes:
         pipeline: the library's object; read only.
-        byte_level: the characters of its tokens stand for one byte each; otherwise tokens are text, with `<0x0A>` for
-            a byte.
+        byte_level: True if each character of a token stands for one byte. Otherwise tokens are text, and a token such
+            as `<0x0A>` stands for a byte.
     """
 
     def __init__(self, pipeline: Tokenizer, vocab_size: int | None = None) -> None:
@@ -59,7 +59,7 @@ class TokenizersBackend:
 
         Args:
             pipeline: the library's object; its settings are changed.
-            vocab_size: the largest id plus one, if known; finding it takes a while.
+            vocab_size: the largest id plus one. If it is None, it is computed, which takes a while.
 
         Raises:
             BadInput: the decoder of the pipeline is of an unsupported type.
@@ -67,7 +67,7 @@ class TokenizersBackend:
         pipeline.no_truncation()
         pipeline.no_padding()
         self.pipeline = pipeline
-        # `encode_special_tokens` belongs to the pipeline, not to a call.
+        # `encode_special_tokens` is set on the pipeline, not passed to a call.
         self._lock = threading.Lock()
         added = pipeline.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
@@ -115,7 +115,7 @@ class TokenizersBackend:
             if isinstance(part, int):
                 ids.append(part)
             elif number and self._prefixes_first_only:
-                opening = self.encode("\n", special=False)  # takes the prefix in place of the text
+                opening = self.encode("\n", special=False)  # the prefix goes to this newline instead of the part
                 ids += self.encode("\n" + part, special=False)[len(opening) :]
             else:
                 ids += self.encode(part, special=False)
@@ -158,7 +158,7 @@ class SentencePieceBackend:
 
     Attributes:
         model: the serialized ModelProto.
-        special_tokens: role (`bos_token`, `eos_token`, `unk_token`, `pad_token`) -> piece, as the model has it.
+        special_tokens: role (`bos_token`, `eos_token`, `unk_token`, `pad_token`) -> the model's piece.
     """
 
     def __init__(self, model: bytes, *, prefix_after_control: bool = True) -> None:
@@ -239,9 +239,9 @@ def _piece_bytes(piece: str) -> bytes:
 
 
 def _unknown_of(pipeline: Tokenizer) -> int | None:
-    """The id of a Unigram vocabulary without bytes for an unknown character.
+    """The id for unknown characters in a Unigram vocabulary without byte tokens.
 
-    Its files call this token control, but any text may contain it.
+    tokenizer.json marks this token as a control token, but any text may be encoded to it.
     """
     from tokenizers import models
 
@@ -252,7 +252,7 @@ def _unknown_of(pipeline: Tokenizer) -> int | None:
 
 
 def _steps(part: Any, key: str) -> list[dict[str, Any]]:
-    """The steps of a decoder or pre-tokenizer as in tokenizer.json, which is its pickled state."""
+    """The steps of a decoder or pre-tokenizer in tokenizer.json's form, which is also its pickled state."""
     if part is None:
         return []
     state: dict[str, Any] = json.loads(part.__getstate__())

@@ -1,6 +1,6 @@
 """Byte-level BPE (Radford et al. 2019): bytes as characters, the splits into words, merges.
 
-llama.cpp, src/llama-vocab.cpp, defines the split of each name of `tokenizer.ggml.pre`.
+llama.cpp (src/llama-vocab.cpp) defines how each value of `tokenizer.ggml.pre` splits a text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TEKKEN = (
 )
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", *_GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
-# tokenizer.ggml.pre -> regular expressions, applied one after the other. Exports use the first of equal names.
+# tokenizer.ggml.pre -> regular expressions, applied in order. Of names with equal splits, exports use the first.
 SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "minerva-7b"), _STARCODER),
@@ -45,10 +45,10 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "tekken": _TEKKEN,
     "default": _DEFAULT,
 }
-# These encode a word of the vocabulary without merges, and add BOS unless the file says otherwise.
+# With these names, a word of the vocabulary is encoded without merges, and BOS is added unless the file disables it.
 WHOLE_WORDS = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"})
 
-# GPT-2's table: printable bytes are their own characters, the others follow from U+0100 on.
+# GPT-2's table: printable bytes are their own characters, the other bytes become U+0100, U+0101, …
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
 CHARACTER_OF = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(_UNPRINTABLE)}
@@ -69,11 +69,11 @@ def decode_base64(encoded: str | bytes, where: str) -> str:
 
 
 def merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """The merges of a BPE that joins the pair whose word comes first in `words`, of equal pairs the leftmost.
+    """List the merges of a BPE that always merges the pair whose word comes first in `words`, leftmost first.
 
-    tiktoken does so by rank, sentencepiece by score. All ways to split a word into two words are listed, and none is
-    wrong: within a word, merges come in the order in which they come for the word alone. So its last two parts are
-    always the same, and other pairs of parts never lie side by side.
+    tiktoken orders words by rank, sentencepiece by score. Every split of a word into two words is listed. The extra
+    merges do no harm: inside a longer text a word is merged in the same order as alone. So the same two parts always
+    form the word, and the parts of its other splits never become neighbors.
 
     Raises:
         BadInput: a word is longer than any published one.
@@ -105,14 +105,14 @@ def build(
     Args:
         vocabulary: string -> id; words in the form of `characters`, added tokens as they are.
         pairs: the merges, in order.
-        splits: regular expressions; each splits the pieces that the one before left whole.
+        splits: regular expressions; each splits the pieces that the previous one produced.
         whole_words: encode a word of the vocabulary without merges.
         control: the control tokens.
         user_defined: the other added tokens.
         nfc: compose characters (NFC) before encoding.
 
     Raises:
-        Exception: the `tokenizers` library refuses the vocabulary; it has no narrower class.
+        Exception: the `tokenizers` library refuses the vocabulary; it raises no narrower class.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -132,7 +132,7 @@ def build(
 def build_ranked(
     tokens: Sequence[str], words: Sequence[str], pattern: str, *, control: Sequence[str], nfc: bool = False
 ) -> Tokenizer:
-    """Build the pipeline of a BPE whose words are listed by rank, as tiktoken has it.
+    """Build the pipeline of a BPE whose words are listed by rank, as in tiktoken.
 
     Args:
         tokens: all tokens by id.
@@ -142,7 +142,7 @@ def build_ranked(
         nfc: compose characters (NFC) before encoding.
 
     Raises:
-        BadInput: a byte is no word, a token is listed twice, or a word is longer than any published one.
+        BadInput: a byte is missing from the words, a token is listed twice, or a word is longer than any published one.
     """
     missing = sorted(BYTE_OF[character] for character in BYTE_OF.keys() - set(words))
     if missing:

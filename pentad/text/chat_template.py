@@ -1,6 +1,6 @@
 """Render a conversation by a model's own jinja template.
 
-A template may use what transformers' utils/chat_template_utils.py allows, and renders to the same text.
+Templates may use the features that transformers' utils/chat_template_utils.py allows, and render to the same text.
 """
 
 import json
@@ -32,7 +32,7 @@ class ChatTemplate:
 
     Attributes:
         source: the template.
-        literals: the strings that are written in it.
+        literals: the string constants in the template.
         takes_parts: true if it reads the text of content parts (``{"type": "text", "text": …}``).
     """
 
@@ -79,16 +79,16 @@ class ChatTemplate:
 def render_guarded(
     template: ChatTemplate, control: ControlStrings, inputs: Mapping[str, Any], trusted: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """Render a template so that the control strings of its inputs can be told from its own.
+    """Render a template so that control strings in its inputs can be distinguished from the template's own.
 
     Args:
         template: the template.
         control: the control strings of the vocabulary.
-        inputs: variables, with `messages` among them, in which a sentinel breaks every control string.
-        trusted: variables that stay as they are.
+        inputs: untrusted variables, including `messages`; a sentinel is inserted into each of their control strings.
+        trusted: variables that are passed unchanged.
 
     Returns:
-        The text, and the sentinel: a character that none of the inputs holds.
+        The text, and the sentinel: a character that occurs in no input.
 
     Raises:
         BadInput: the inputs are malformed, or the template raises an error.
@@ -109,7 +109,7 @@ def render_guarded(
         raise BadInput("messages hold every private-use character (U+E000 to U+F8FF); remove one of them")
 
     def guard(text: str) -> str:
-        # The template compares its own words (roles, types) with the inputs, so these words stay as they are.
+        # The template compares its literals (roles, types) with the inputs, so these literals stay unchanged.
         return text if text in template.literals and text.isalnum() else control.guard(text, sentinel)
 
     guarded = {**trusted, **_map_strings(copied, guard)}
@@ -149,7 +149,7 @@ def _text_of(part: Any, where: str) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy of `value` in JSON's types: a template could call the methods of other types."""
+    """Copy `value` into JSON's types, because a template could call methods of other types."""
     match value:
         case None | bool():
             return value
@@ -186,7 +186,7 @@ def _environment(variables: Mapping[str, Any]) -> Sandbox:
 
 
 class _Generation(Extension):
-    """The tags `{% generation %}…{% endgeneration %}` around a reply, for training; for rendering only a scope."""
+    """The tags `{% generation %}…{% endgeneration %}` mark replies for training; here they only open a scope."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 

@@ -17,7 +17,7 @@ END_OF_TURN = (
 def is_control(string: str) -> bool:
     """Recognize a control string that its file lists as an ordinary added token.
 
-    Fine-tuners add `<|im_start|>` and its like as ordinary tokens; if they stayed so, any user could write them.
+    Fine-tuners add `<|im_start|>` and its like as ordinary tokens. Left ordinary, they could be forged by any user.
     """
     return string in END_OF_TURN or re.fullmatch(r"<[|\uff5c][^|\uff5c\s]+[|\uff5c]>", string) is not None
 
@@ -30,7 +30,7 @@ class ControlStrings:
     """
 
     def __init__(self, ids: Mapping[str, int], strips: Mapping[str, tuple[bool, bool]] | None = None) -> None:
-        """Make a set from `ids` and `strips`: string -> its token swallows white space (on its left, on its right)."""
+        """Make a set from `ids` and `strips`: string -> (strips white space on its left, strips it on its right)."""
         self.ids = dict(ids)
         self._strips = dict(strips or {})
 
@@ -44,7 +44,7 @@ class ControlStrings:
 
     @cached_property
     def _forged(self) -> re.Pattern[str]:
-        # In any case: a template may write a message in capitals.
+        # Ignore case: a template may convert a message to upper case.
         return self._pattern(f"[{self._singles}]" if self._singles else "", re.IGNORECASE)
 
     @cached_property
@@ -62,7 +62,7 @@ class ControlStrings:
 
         Args:
             text: any text.
-            sentinel: a character (see `guard`) that breaks the control strings it stands in.
+            sentinel: the character that `guard` inserts; a control string that contains it is plain text.
 
         Returns:
             Runs of plain text without the sentinel, and ids of control strings.
@@ -79,10 +79,10 @@ class ControlStrings:
         return [*parts, run] if run else parts
 
     def guard(self, text: str, sentinel: str) -> str:
-        """Insert `sentinel` into each control string of `text`, and into what could become one beside other text.
+        """Insert `sentinel` into each control string of `text`, and at edges where a neighbor could complete one.
 
-        Two texts could join to a control string if one ends in `<|im_` and the next opens with `end|>`, also after
-        white space is trimmed.
+        Two texts form a control string if one ends in `<|im_` and the next opens with `end|>`. The template may trim
+        white space before it joins texts.
         """
         broken = self._forged.sub(lambda match: match[0][0] + sentinel + match[0][1:], text)
         starts, ends, longest = self._edges

@@ -22,7 +22,7 @@ class Detokenizer:
 
         Args:
             tokenizer: the vocabulary of the ids.
-            special: keep control tokens, as their text.
+            special: write control tokens as text; by default they are dropped.
             continues: text precedes the first id, so the leading space of a SentencePiece vocabulary is kept.
         """
         self._tokenizer = tokenizer
@@ -34,7 +34,7 @@ class Detokenizer:
         """Decode one more id.
 
         Returns:
-            The text that it completes; empty in the middle of a character.
+            The text that the id completes; empty if the last character is incomplete.
 
         Raises:
             BadInput: `token` is negative.

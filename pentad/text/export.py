@@ -26,14 +26,14 @@ def hf_files(checkpoint: Source) -> dict[str, bytes]:
     """Write the tokenizer's files for a folder that transformers reads.
 
     The checkpoint's own files are copied. If transformers can't read them (GGUF, tekken.json, qwen.tiktoken, a
-    SentencePiece model by itself), a tokenizer.json is added, and tokenizer_config.json is written or completed. More
-    ids that end a reply than that of `eos_token` belong in generation_config.json (`Tokenizer.eos_ids`).
+    SentencePiece model by itself), a tokenizer.json is added, and tokenizer_config.json is written or completed. The
+    caller writes `Tokenizer.eos_ids` to generation_config.json, because `eos_token` is only one of these ids.
 
     Returns:
         Name -> content; empty if the checkpoint has no tokenizer.
 
     Raises:
-        BadInput: as `text.load`, and if the tokenizer.json would give other ids.
+        BadInput: as `text.load`, or the new tokenizer.json would give other ids.
     """
     files = _copied(checkpoint)
     if files.keys() & {"tokenizer.json", "spiece.model"} or ("tokenizer.model" in files and _CONFIG in files):
@@ -57,7 +57,7 @@ def hf_files(checkpoint: Source) -> dict[str, bytes]:
 
 
 def consolidated_files(checkpoint: Source) -> dict[str, bytes]:
-    """Name -> content of the tokenizer's files beside a params.json: copies, or for a GGUF file those of `hf_files`."""
+    """Name -> content of the tokenizer's files for the consolidated layout: copies, or for GGUF those of `hf_files`."""
     return hf_files(checkpoint) if checkpoint.format == "gguf" else _copied(checkpoint)
 
 
@@ -72,7 +72,7 @@ def gguf_metadata(checkpoint: Source, vocab_size: int | None = None) -> dict[str
         Key -> a string, int, bool or a list of strings, of ints (int32) or of floats (float32).
 
     Raises:
-        BadInput: as `text.load`, and if GGUF has no form for the tokenizer.
+        BadInput: as `text.load`, or GGUF can't represent the tokenizer.
     """
     tokenizer = text.load(checkpoint, vocab_size)
     if tokenizer is None:
@@ -87,7 +87,7 @@ def gguf_metadata(checkpoint: Source, vocab_size: int | None = None) -> dict[str
 
 
 def keeps_spacing(checkpoint: Source, keys: Mapping[str, Any]) -> bool:
-    """Compare the ids of text after a control token with those by `gguf_metadata`'s keys.
+    """Check that a GGUF tokenizer with `keys` encodes text after a control token as the checkpoint's tokenizer does.
 
     llama.cpp always puts a space in front of such text; some SentencePiece vocabularies don't.
 
@@ -191,8 +191,8 @@ def _sentencepiece_pipeline(backend: SentencePieceBackend) -> dict[str, Any]:
 def _by_priority(pieces: list[Piece]) -> list[Piece]:
     """The normal pieces in the order of their merges.
 
-    Of equal scores (runs of spaces) the longer piece comes first. So a run grows from its left end, as if the leftmost
-    pair were merged.
+    If scores are equal (runs of spaces), the longer piece comes first. So a run grows from its left end, as in
+    sentencepiece, which merges the leftmost pair.
     """
     words = [piece for piece in pieces if piece.type == PieceType.NORMAL]
     return sorted(words, key=lambda piece: (-piece.score, -len(piece.text)))

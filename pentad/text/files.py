@@ -14,14 +14,14 @@ _MAX_BYTES = 200_000_000  # ten times the largest published file
 
 
 def one_line(error: BaseException, limit: int = 500) -> str:
-    """The message of `error` in one line of at most `limit` characters; its class if it has no message."""
+    """The message of `error`, or its class if there is none, in one line of at most `limit` characters."""
     message = " ".join(str(error)[:10_000].split()) or type(error).__name__
     return message if len(message) <= limit else message[:limit] + "…"
 
 
 @contextlib.contextmanager
 def refusing(subject: str, *, prefix: bool = False) -> Iterator[None]:
-    """Turn errors of the libraries that read untrusted files, panics of Rust code included, into `BadInput`.
+    """Convert exceptions and Rust panics of the libraries that read untrusted files to `BadInput`.
 
     Args:
         subject: the beginning of the message.

@@ -28,7 +28,7 @@ _TEKKEN_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", 
 
 
 class _Vocabulary(NamedTuple):
-    """The content of a vocabulary's file; the files beside it may override it."""
+    """The content of a vocabulary file; other files of the folder may override it."""
 
     backend: Backend
     adds_bos: bool
@@ -178,9 +178,9 @@ def _added_piece(token: str, special: bool) -> Piece:
 
 
 def _version(file: Path, model: SentencePieceBackend, checkpoint: Source) -> str | None:
-    """The version of a SentencePiece model of Mistral's, by its name or its control tokens; None for other models.
+    """The version of a Mistral SentencePiece model, by file name or control tokens; None for other models.
 
-    Mistral's version 1 has the control tokens of Llama 2; only its params.json has `hidden_dim`.
+    Version 1 has the same control tokens as Llama 2, but only Mistral's params.json has `hidden_dim`.
     """
     named = _VERSIONED.fullmatch(file.name)
     if named:

@@ -25,7 +25,7 @@ __all__ = ["NONE", "PROBE", "load", "metadata", "pad"]
 
 NONE = "none"  # `tokenizer.ggml.model` of a file without a vocabulary; llama.cpp requires the key
 
-# A text that different tokenizers split differently. It is composed (NFC), because some tokenizers compose.
+# A text that different tokenizers split differently. It is in NFC, because some tokenizers normalize to NFC.
 PROBE = (
     "Hello,  world! it's WE'LL don't\n\n\n  \t x\r\n \n   def f(x):\n        return {'a': 12345.678, \"b\": x**2 != y}"
     "  #/// café naïve Ünïcödé ÀÉÎ Ελληνικά Кириллица 日本語の文章。 한국어 مرحبا नमस्ते ไทย 😀👍🏽 ½ ² ٣٤٥ "
@@ -34,7 +34,7 @@ PROBE = (
 
 _ADDED_SCORE = -1000.0  # llama.cpp's converter gives it to added tokens
 
-# The names of GGUF -> those of chat templates
+# GGUF's name of a role -> its name in chat templates
 _ROLES = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unknown": "unk", "padding": "pad"}
 
 
@@ -146,7 +146,7 @@ def _sentencepiece_model(tokens: Sequence[str], types: Sequence[int], scores: Se
     pieces = []
     for i, (token, score, type_) in enumerate(zip(tokens, scores, types, strict=True)):
         if type_ == PieceType.UNKNOWN and i != unknown:
-            type_ = PieceType.CONTROL  # a placeholder: sentencepiece takes one unknown token only
+            type_ = PieceType.CONTROL  # a placeholder: sentencepiece accepts only one unknown token
         elif type_ == PieceType.USER_DEFINED:
             token = token.replace(" ", SPACE)
         pieces.append(Piece(token, score, type_))
@@ -156,14 +156,14 @@ def _sentencepiece_model(tokens: Sequence[str], types: Sequence[int], scores: Se
 def metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     """Write the keys of a tokenizer.
 
-    Features that llama.cpp lacks are lost: composing text (NFC) before it is encoded, and leaving out the space before
-    text that follows a control token (`"legacy": false`) or begins with a space (`Metaspace` in a tokenizer.json).
+    Two features that llama.cpp lacks are lost. Text isn't normalized to NFC. A space is always put before text that
+    follows a control token (despite `"legacy": false`) or begins with a space (despite `Metaspace`).
 
     Returns:
         Key -> a string, int, bool, or a list of strings, of ints (int32) or of floats (float32).
 
     Raises:
-        BadInput: GGUF has no form for the vocabulary.
+        BadInput: GGUF can't represent the vocabulary.
     """
     backend = tokenizer.backend
     if isinstance(backend, SentencePieceBackend):
@@ -193,7 +193,7 @@ def pad(keys: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
 
 def _special(tokenizer: Tokenizer) -> dict[str, Any]:
     control, roles = tokenizer.control, tokenizer.special_tokens
-    known = {control.get(string) for string in END_OF_TURN}  # readers end a reply there without a key
+    known = {control.get(string) for string in END_OF_TURN}  # readers end a reply at these even without a key
     ids = {
         "bos": tokenizer.bos_id,
         "eos": next(iter(tokenizer.eos_ids), None),
@@ -218,7 +218,7 @@ def _sentencepiece(backend: SentencePieceBackend) -> dict[str, Any]:
 
 
 def _byte_fallback(backend: TokenizersBackend, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A SentencePiece vocabulary from a tokenizer.json; pieces that are merged earlier have higher scores."""
+    """A SentencePiece vocabulary from a tokenizer.json; the earlier a merge, the higher its score."""
     tokens, types = _tokens(backend, state)
     scores = [_ADDED_SCORE if type_ != PieceType.NORMAL else 0.0 for type_ in types]
     vocabulary = state["model"]["vocab"]
@@ -269,7 +269,7 @@ def _plain(token: str, type_: int) -> str:
 
 
 def _pre(backend: TokenizersBackend, state: Mapping[str, Any]) -> str:
-    """The `tokenizer.ggml.pre` that splits the probe, and treats whole words, as the pipeline does."""
+    """The value of `tokenizer.ggml.pre` with the pipeline's split of PROBE and, if possible, its `ignore_merges`."""
     if (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
         raise BadInput(f"its normalizer is {state['normalizer']['type']}; llama.cpp supports no normalizer")
     if not state["model"]["merges"] and not state["model"]["ignore_merges"]:

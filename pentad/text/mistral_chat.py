@@ -1,8 +1,8 @@
 """The chat templates of Mistral's instruct models, by the version of their tokenizer.
 
 mistral-common (tokens/tokenizers/instruct.py) defines them. It encodes each message separately; here the control
-tokens around a message have the same effect. In version 1 `[INST]` is plain text and the system message opens the
-first user message; in versions 2 and 3 it opens the last one; from 7 on it has control tokens of its own.
+tokens around a message have the same effect. In version 1, `[INST]` is plain text. The system message opens the first
+user message in version 1, and the last one in versions 2 and 3; from version 7 on it has its own control tokens.
 """
 
 __all__ = ["template"]
@@ -49,6 +49,6 @@ _TEMPLATES = {"v1": _V1, "v2": _V3, "v3": _V3, "v7": _V7, "v11": _V7, "v13": _V7
 def template(version: str) -> str | None:
     """The jinja source for a tokenizer of `version` (such as "v3"), or None if the version is unknown.
 
-    The templates support text only: no tools, no images, no reply to be continued.
+    The templates support text only: no tools, no images, no continuation of a reply.
     """
     return _TEMPLATES.get(version)

@@ -16,7 +16,7 @@ __all__ = ["CHATML", "END", "load"]
 END = "<|endoftext|>"
 _CONTROL = (END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
-# The text that `make_context` of qwen_generation_utils.py writes, with the system message of `chat` there.
+# Renders as `make_context` of qwen_generation_utils.py does, with the default system message of that file's `chat`.
 CHATML = """\
 {%- set system = 'You are a helpful assistant.' -%}
 {%- if messages[0].role != 'system' -%}
@@ -33,7 +33,7 @@ CHATML = """\
 def load(file: Path) -> TokenizersBackend:
     """Load the words, then the 208 control tokens (from id 151643 on in the published file).
 
-    Texts are composed (NFC) before they are encoded.
+    Texts are normalized to NFC before they are encoded.
 
     Raises:
         BadInput: the file is broken; the message names the file and the line.

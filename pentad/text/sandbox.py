@@ -1,10 +1,10 @@
-"""A jinja environment for untrusted templates: they reach no Python internals, and their work is limited.
+"""A jinja environment for untrusted templates: it hides Python internals and limits time and memory.
 
 Jinja's sandbox hides unsafe attributes and methods, but a template may still loop forever or fill the memory. Here
 each rendering has a budget, and every step is charged to it before the step runs. A unit is about one byte read or
-written, or half a node of the template. `_Generator` compiles charges into what becomes plain Python (blocks, loop
-tests, comparisons, slices, `~`, dict keys); `Sandbox` charges what jinja hands to the environment (operators, calls,
-filters, tests, output). Filters and functions that no chat template needs are left out.
+written, or half a node of the template. `_Generator` adds charges to constructs that jinja compiles to plain Python
+(blocks, loop tests, comparisons, slices, `~`, dict keys). `Sandbox` charges for those that call the environment
+(operators, calls, filters, tests, output). Filters and functions that no chat template needs are left out.
 """
 
 import functools
@@ -23,11 +23,11 @@ from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 
 __all__ = ["Sandbox"]
 
-_BUDGET = 1 << 22  # units for the template itself
-_BUDGET_PER_UNIT = 200  # more units for each unit of the variables
+_BUDGET = 1 << 22  # units for any template
+_BUDGET_PER_UNIT = 200  # additional units for each unit of the variables
 _NODE, _ITEM, _CALL = 2, 64, 64  # units of a template node, an item of a list, a call
 _MAX_BITS = 4096  # of an integer
-_MAX_DEPTH = 500  # of a list in lists: Python hashes nested tuples without checking its stack
+_MAX_DEPTH = 500  # of nested lists: Python hashes nested tuples without checking its stack
 
 
 def _names(text: str) -> frozenset[str]:
@@ -39,11 +39,11 @@ _FILTERS = _names(
     "join last length list lower map max min reject rejectattr replace reverse round safe select selectattr slice sort "
     "string sum title trim truncate unique upper urlencode wordcount"
 )
-_SHALLOW = _names(  # filters and tests that don't look into the items of their value
+_SHALLOW = _names(  # filters and tests that don't read the items of their value
     "abs attr batch count d default first items last length list map reject rejectattr reverse select selectattr slice "
     "boolean callable defined escaped false integer iterable mapping none number sameas sequence true undefined"
 )
-# These compare items log n times, write up to twelve characters for one, or split a text into words.
+# These sort, write up to twelve characters for each character, or split a text into words.
 _SLOW = _names("dictsort e escape groupby max min sort splitlines title unique urlencode wordcount")
 _UNSAFE_METHODS = _names("encode maketrans striptags translate unescape")
 _METHOD_OWNERS = (str, dict, list, tuple, LoopContext, Cycler)
@@ -51,11 +51,11 @@ _CALLABLE = (BlockReference, Cycler, Joiner, LoopContext, Undefined)
 
 
 class _Generator(CodeGenerator):
-    """A compiler that adds charges to what jinja compiles to plain Python."""
+    """A compiler that adds charges to the code that jinja compiles to plain Python."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._charged: dict[int, str] = {}  # id of a node -> call of the sandbox's method that takes its value
+        self._charged: dict[int, str] = {}  # id of a node -> the call that its value is wrapped in
 
     def blockvisit(self, nodes: Iterable[nodes.Node], frame: Frame) -> None:
         statements = list(nodes)
@@ -68,7 +68,7 @@ class _Generator(CodeGenerator):
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> None:
         match node:
-            case nodes.For(test=nodes.Expr() as test):  # it also runs for the items that it drops
+            case nodes.For(test=nodes.Expr() as test):  # the test also runs for items that it drops
                 node.test = nodes.Or(nodes.EnvironmentAttribute(_charge([test])), test, lineno=node.lineno)
             case nodes.Concat():
                 self._charged |= {id(part): "environment.finalize(context, " for part in node.nodes}
@@ -78,7 +78,7 @@ class _Generator(CodeGenerator):
                     method = "search" if operand.op in ("in", "notin") else "read"
                     self._charged[id(operand.expr)] = f"environment.{method}("
             case nodes.Getitem():
-                self._charged[id(node.arg)] = "environment.read("  # hashing reads all of a key
+                self._charged[id(node.arg)] = "environment.read("  # hashing reads the whole key
             case nodes.Dict():
                 self._charged |= {id(pair.key): "environment.read(" for pair in node.items}
             case nodes.Const(value=int() as number) if number.bit_length() > _MAX_BITS:
@@ -94,7 +94,7 @@ class _Generator(CodeGenerator):
 
 
 def _charge(statements: Iterable[nodes.Node]) -> str:
-    """Write the call that charges for running `statements` once, without the blocks inside them."""
+    """Write the call that charges for one run of `statements`, excluding their inner blocks."""
     return f"charge({_NODE * (1 + sum(map(_count, statements)))})"
 
 
@@ -109,7 +109,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self, variables: Mapping[str, Any], **options: Any) -> None:
-        """Make an environment with a budget for `variables`, and with `options` of `jinja2.Environment`."""
+        """Make an environment. The size of `variables` sets the budget; `options` go to `jinja2.Environment`."""
         super().__init__(**options, optimized=False, finalize=self._finalize)
         self._left = _BUDGET + _BUDGET_PER_UNIT * _size(variables)
         filters: dict[str, Any] = self.filters
@@ -120,22 +120,22 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals = {"range": safe_range, "dict": dict, "namespace": Namespace, "cycler": Cycler, "joiner": Joiner}
 
     def charge(self, units: int) -> None:
-        """Take `units` off the budget. Raises `SecurityError` when the budget is spent."""
+        """Subtract `units` from the budget. Raises `SecurityError` when the budget is spent."""
         self._left -= units
         if self._left < 0:
             raise SecurityError("the work limit is exceeded; is there an endless loop, or a huge output?")
 
     def read(self, value: Any) -> Any:
-        """Charge for all that is in `value`, and return it."""
+        """Charge for reading all of `value`, and return `value`."""
         self.charge(len(value) + 1 if isinstance(value, str) else _size(value, self._left))
         return value
 
     def search(self, container: Any) -> Any:
-        """Charge for a search in `container`, and return it."""
+        """Charge for a search in `container`, and return `container`."""
         return container if isinstance(container, dict) else self.read(_items(container))
 
     def made(self, value: Any) -> Any:
-        """Charge for a new value without its items, and return it; an iterator charges later, for each item."""
+        """Charge for a new value without its items, and return the value. An iterator is charged later, by item."""
         self.charge(_span(value))
         return self._each(value) if isinstance(value, Iterator) else value
 
@@ -145,7 +145,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             yield item
 
     def concat(self, texts: Iterable[str]) -> str:
-        """Join texts, after a charge for each."""
+        """Charge for each text, then join the texts."""
         return "".join([self.made(text) for text in texts])
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -201,7 +201,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _tojson(
         self, value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
-        """Write JSON without HTML's escapes. Private-use characters stay, because the sentinel is one of them."""
+        """Write JSON without HTML escapes. Private-use characters aren't escaped: the sentinel is one of them."""
         if (len(indent) if isinstance(indent, str) else indent or 0) > 16:
             raise SecurityError("the JSON indent is too wide; expected at most 16")
         encoder = json.JSONEncoder(ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -215,7 +215,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _growth(name: str, value: Any, args: Sequence[Any]) -> int:
-    """Bound the units that a filter, test or string method needs besides those for reading its arguments once."""
+    """An upper bound of the units of a filter, test or string method, excluding one reading of its arguments."""
     sizes = (abs(item) if isinstance(item, int) else len(item) if isinstance(item, Collection) else 1 for item in args)
     length, largest = len(value) if isinstance(value, Collection) else 1, max(sizes, default=0)
     match name:
@@ -257,7 +257,7 @@ def _span(value: Any) -> int:
 
 
 def _size(value: Any, limit: int = 1 << 62) -> int:
-    """Count the units of a value with its items, each as often as it occurs, until they exceed `limit`."""
+    """Count the units of a value and of every occurrence of its items; stop when they exceed `limit`."""
     total, level = 0, [value]
     for _ in range(_MAX_DEPTH):
         for item in level:

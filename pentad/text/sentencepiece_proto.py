@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space in a piece
-BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # stands for a byte of a character that is not a piece
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # stands for one byte of a character that has no piece
 
 # Field numbers of ModelProto, SentencePiece, TrainerSpec, NormalizerSpec; values of TrainerSpec.model_type
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
@@ -53,7 +53,7 @@ def added_type(token: str, special: bool = False) -> PieceType:
 
 
 def write_model(pieces: Iterable[Piece], *, prefix: bool) -> bytes:
-    """Serialize a BPE by score that doesn't normalize text, and puts a space in front of it if `prefix`."""
+    """Serialize a BPE by score without normalization; `prefix` makes it put a space in front of a text."""
     pieces = list(pieces)
     model = b"".join(_field(_PIECES, _piece(piece)) for piece in pieces)
     byte_fallback = any(piece.type == PieceType.BYTE for piece in pieces)

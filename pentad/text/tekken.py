@@ -1,4 +1,4 @@
-"""Read Mistral's tekken.json: a byte-level BPE by rank; control tokens precede its words.
+"""Read Mistral's tekken.json: a byte-level BPE, words by rank; control tokens have the first ids.
 
 Defined by mistral-common, tokens/tokenizers/tekken.py.
 """
@@ -14,7 +14,7 @@ from pentad.text.files import read_json, refusing
 
 __all__ = ["load"]
 
-# The control tokens of files that list none (up to version 7). The rest of the 1000 are <SPECIAL_20>, …
+# The control tokens of files that don't list them (up to version 7). The other reserved ids are <SPECIAL_20>, …
 _CONTROL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
     *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),

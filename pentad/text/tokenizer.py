@@ -1,4 +1,4 @@
-"""The tokenizer: one class for all vocabularies, which a `backends.Backend` encodes and decodes."""
+"""The tokenizer: one class for all vocabularies, on top of a `backends.Backend`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Source", "Tokenizer"]
 
 
 class Source(Protocol):
-    """The parts of a checkpoint that its tokenizer is read from."""
+    """The parts of a checkpoint from which its tokenizer is read."""
 
     @property
     def path(self) -> Path:
@@ -45,7 +45,7 @@ class Tokenizer:
         bos_id: the id that begins a sequence, or None.
         eos_ids: the ids that end a reply: those that the tokenizer's files and generation_config.json name, then
             every control token of `END_OF_TURN`.
-        adds_bos: a plain prompt begins with `bos_id`, according to the files.
+        adds_bos: True if the files ask for `bos_id` at the beginning of a plain prompt.
         special_tokens: role (such as `eos_token`) -> string.
         templates: name ("default", "tool_use") -> jinja source of a chat template.
         backend: encodes and decodes.
@@ -110,7 +110,7 @@ class Tokenizer:
         """Decode ids.
 
         Args:
-            ids: token ids; those past the vocabulary stand for no text.
+            ids: token ids; ids past the vocabulary give no text.
             special: keep control tokens, as their text. By default they are dropped.
             continues: text precedes the first id, so the leading space of a SentencePiece vocabulary is kept.
 
@@ -168,7 +168,7 @@ class Tokenizer:
     ) -> list[int]:
         """Encode a conversation by the model's own template, which also writes BOS.
 
-        Only the template's own text gives control tokens: a control string in a message, tool or variable is encoded
+        Only the template's own text produces control tokens. A control string in a message, tool or variable is encoded
         as plain text.
 
         Args:
