@@ -1,7 +1,7 @@
 """C++ kernels for the CPU: the operations of a plan, and the threads that run them.
 
-They are optional: `isas()` is empty if there is no library (no compiler when pentad was installed), if this CPU has
-none of its instruction sets, or with ``PENTAD_KERNELS=off`` in the environment. `reason()` says why.
+They are optional. `isas()` is empty if the library wasn't built (no compiler at install time), if this CPU has none of
+its instruction sets, or if the environment has ``PENTAD_KERNELS=off``. `reason()` tells which.
 """
 
 from pentad.kernels.arguments import CachePools, Tokens, pool_dim

@@ -26,8 +26,8 @@ const Kernels* const isas[] = {
 };
 constexpr int ISAS = sizeof isas / sizeof *isas;
 
-// Python compares these with its own declarations (binding.py): "Enum.NAME", "Struct.field" (its offset) and "Struct" (its
-// size). Constants without a dot are defined here only; Python reads them.
+// binding.py compares these with its declarations: "Enum.NAME", "Struct.field" (its offset) and "Struct" (its size). It
+// doesn't declare the other constants; it reads them here.
 struct Constant {
   const char* name;
   int64_t value;
@@ -59,7 +59,7 @@ struct PlanContext {
   const Step* step;
   const Kernels* kernels;
 };
-constexpr int MAX_OPS_TO_PRODUCT = 8;  // from one product to the next
+constexpr int MAX_OPS_TO_PRODUCT = 8;  // from one matmul to the next
 
 struct PackContext {
   int type, rows, columns;
@@ -68,8 +68,8 @@ struct PackContext {
 };
 constexpr int TILES_PER_CHUNK = 8;
 
-// A step reads all weights once, page by page. With large pages a matrix of tens of megabytes is read a third faster. Only
-// the large pages that the matrix covers entirely are requested, so no memory is wasted.
+// Requests large pages for a matrix: matrices of tens of megabytes are then read a third faster. Only large pages that
+// the matrix covers entirely are requested, so no memory is wasted.
 void request_large_pages([[maybe_unused]] uint8_t* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t page = 1 << 21;
@@ -138,7 +138,7 @@ EXPORT void pentad_run(const Op* ops, int count, const Step* step) {
   run_on_pool({count, chunks, work, prefetch, &plan}, step->threads);
 }
 
-// The chunks of an operation, for benchmarks/roofline.py.
+// The number of chunks of an operation, for benchmarks/roofline.py.
 EXPORT int pentad_chunks(const Op* op, const Step* step) { return isas[step->isa]->chunks(*op, *step); }
 
 }  // extern "C"

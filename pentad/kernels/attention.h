@@ -2,7 +2,7 @@
 //
 // A page of the cache holds `page_size` tokens of one layer, head after head. Values are stored as [tokens][dims]. Keys are
 // stored in tiles of 16 tokens as [dims][16], so that one register holds one dimension of 16 keys, and scores need no sum
-// over lanes. I8 stores integers up to 127; a float scale for each token follows the head's integers.
+// over lanes. I8 stores integers from -127 to 127; one float scale per token follows the head's integers.
 #pragma once
 #include <cmath>
 
@@ -57,7 +57,7 @@ template <int T> struct Cache {  // one head of one sequence
   }
 };
 
-// Converts a head to integers up to 127, and returns their scale.
+// Converts a head to integers from -127 to 127, and returns their scale.
 INLINE float to_bytes(const float* x, int dim, int8_t* out) {
   F in[MAX_HEAD_DIM / LANES] = {};
   I n[MAX_HEAD_DIM / LANES];
@@ -103,7 +103,7 @@ template <int T> INLINE void write_to_cache(const Cache<T>& cache, int position,
   }
 }
 
-// The factor of a query at a position, besides the scale of the scores.
+// The factor by which a query grows with its position (log_scale_after).
 INLINE float log_scale(const Op& op, int position) {
   return op.log_scale_after && position + 1 > op.log_scale_after
              ? float(std::log(double(position + 1)) / std::log(double(op.log_scale_after)))
@@ -131,10 +131,10 @@ template <int T> void rotate_rows(const Op& op, const Step& s, int chunk) {
   }
 }
 
-constexpr int KEYS_PER_SPLIT = 128;   // their softmax is computed as one part
-constexpr int MAX_SPLIT_QUERIES = 4;  // with more queries in a sequence, queries instead of keys are divided among threads
+constexpr int KEYS_PER_SPLIT = 128;   // one partial softmax covers this many keys
+constexpr int MAX_SPLIT_QUERIES = 4;  // a sequence with more queries divides queries, not keys, among threads
 
-// The softmax of one query of one head over some of the keys.
+// A partial softmax: one query of one head over some of the keys.
 struct PartialSoftmax {
   float max, sum;
   float y[MAX_HEAD_DIM];  // the sum of values, weighted by e^(score - max)
@@ -269,7 +269,7 @@ void attend_split(const Cache<T>& cache, const Query* queries, int split, int di
   for (; i < cache.dims; i += LANES) add_values<T, R, 1>(cache, from, to, i, scores, partials);
 }
 
-// One chunk of ATTEND: some queries of a sequence on one key/value head, with one split of the keys or all of them.
+// One chunk of ATTEND: some queries of a sequence, one key/value head, and one split of the keys or all keys.
 struct KeySplit {
   int sequence, head;
   int first, last;     // queries, relative to the sequence
@@ -279,10 +279,10 @@ struct KeySplit {
 };
 INLINE int queries_per_chunk(const Op& op) { return max(1, 64 * op.kv_heads / op.heads); }
 
-// A sequence's queries and the splits of keys that they see.
+// A sequence's queries, and the splits of the keys visible to them.
 struct AttentionRange {
   int queries, past, first_split, splits;
-  bool split_keys;  // the keys, instead of the queries, are divided among threads
+  bool split_keys;  // divide keys, not queries, among threads
   int64_t partials(const Op& op) const { return split_keys ? int64_t(queries) * op.heads * splits : 0; }
 };
 INLINE AttentionRange attention_range(const Op& op, const Step& s, int b) {

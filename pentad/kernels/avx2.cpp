@@ -27,7 +27,7 @@ struct Isa : AnyLanes {
     std::memcpy(s, &sum, 64), std::memcpy(v, &w, 64);
     const __m256i b = _mm256_set1_epi32(x), low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
     for (int i = 0; i < 2; i++)
-      if (Wide) {  // bytes above 127 are split into nibbles, whose products don't saturate 16 bits
+      if (Wide) {  // bytes above 127 are split into nibbles, so that products don't saturate 16 bits
         const __m256i l = _mm256_maddubs_epi16(_mm256_and_si256(v[i], low), b);
         const __m256i h = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v[i], 4), low), b);
         s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(l, one));

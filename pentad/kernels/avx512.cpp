@@ -32,7 +32,7 @@ struct Isa {
   template <int N> static inline B shift_right(B v) { return (B)_mm512_srli_epi16((__m512i)v, N); }
   template <int N> static inline B shift_left(B v) { return (B)_mm512_slli_epi16((__m512i)v, N); }
   static inline F half(const void* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-  // sums up to 16 registers together: each step adds halves of two registers, and leaves half as many registers
+  // sums up to 16 registers at once: each step adds halves of two registers, which halves the number of registers
   template <int N> static inline void sum_lanes_of(const F (&v)[N], float* sums) {
     static_assert(N <= 16);
     __m512 x[16];

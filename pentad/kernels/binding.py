@@ -1,6 +1,6 @@
-"""The shared library, loaded with ctypes, and its enumerations and structures, as plan.h declares them.
+"""Load the shared library with ctypes, and declare the enumerations and structures of plan.h.
 
-The library exports its values of all these, and a library that differs is refused when it is loaded.
+The library exports its own declarations; pentad refuses to load a library whose declarations differ.
 """
 
 import ctypes
@@ -54,7 +54,7 @@ class CStep(ctypes.Structure):
 
 
 def _declared() -> Iterator[tuple[str, int]]:
-    """The values that the library must have too: "Enum.NAME", "Struct.field" (its offset) and "Struct" (its size)."""
+    """The values that the library must match: "Enum.NAME", "Struct.field" (its offset) and "Struct" (its size)."""
     for enum in (Type, OpKind, Flag, Activation, Buffer):
         yield from ((f"{enum.__name__}.{member.name}", member.value) for member in enum)
     structs: dict[str, type[ctypes.Structure]] = {"Matrix": CMatrix, "Op": COp, "Step": CStep}
@@ -67,7 +67,7 @@ def _declared() -> Iterator[tuple[str, int]]:
 
 @cache
 def _load() -> tuple[ctypes.CDLL, dict[str, int]] | str:
-    """The library and the constants that only it defines, or the reason why there is none."""
+    """The library and the values of LIMITS, or the reason why there is no library."""
     if os.environ.get("PENTAD_KERNELS", "").lower() in ("off", "0"):
         return "PENTAD_KERNELS is off"
     if not _LIBRARY.exists():
@@ -116,7 +116,7 @@ def limit(name: str) -> int:
 def isas() -> dict[str, int]:
     """The instruction sets that this CPU and this build have, fastest first, and their indices in the library.
 
-    The environment variable ``PENTAD_KERNELS`` may name the only one to use.
+    The environment variable ``PENTAD_KERNELS`` restricts them to the one that it names.
     """
     loaded, found = _load(), dict[str, int]()
     if isinstance(loaded, str):

@@ -7,7 +7,7 @@
 namespace pentad {
 namespace {
 
-// `bytes`: one of ggml's blocks, which has span * BLOCK columns. In a tile, `span` blocks share a head of `head` bytes;
+// `bytes`: the size of one of ggml's blocks, of span * BLOCK columns. In a tile, `span` blocks share a head of `head` bytes;
 // a block is `integers` bytes of integers, followed by the scales. `shift`: integers are stored with an offset of
 // 2^shift (-1: none). `minimum`: a number is d * integer + m. `halves`: columns 0-15 and 16-31 have separate scales.
 template <int T> struct Format;

@@ -1,5 +1,5 @@
-// Mixtures of experts: routing rows to experts, and combining the results. In between, the rows of a product are (row,
-// expert) pairs, sorted by expert (rows.h).
+// Mixtures of experts: routing rows to experts, and combining the results. In between, matmuls run on (row, expert)
+// pairs, sorted by expert (rows.h).
 #pragma once
 #include "rows.h"
 
@@ -42,8 +42,8 @@ INLINE void choose(const Op& op, const float* scores, int32_t* experts, float* w
   for (int k = 0; k < op.count; k++) weight[k] = exponential(broadcast(scores[experts[k]] - max_score))[0] / sum;
 }
 
-// One thread routes all rows. If an expert has a capacity, all rows' first choices, in order of position, are served
-// before any second choice.
+// One thread routes all rows. With a capacity, all rows' first choices are routed, in order of position, before any
+// second choice.
 void route(const Op& op, const Step& s) {
   const Routes r(op, s);
   const int K = op.count;

@@ -1,4 +1,4 @@
-// The code that both Arm instruction sets share. Four of their registers, of four floats each, make one of ours.
+// The code that both Arm instruction sets share. Four NEON registers (of four floats each) form one 16-lane register.
 #pragma once
 #include <arm_neon.h>
 
@@ -25,7 +25,7 @@ struct Neon : AnyLanes {
     std::memcpy(&c, z, 64);
     return c;
   }
-  // dot4 multiplies signed bytes, in four lanes. For bytes above 127, 128 is subtracted, and the sum is corrected.
+  // dot4 multiplies signed bytes. From bytes that may exceed 127, 128 is subtracted, and the sum is corrected.
   template <bool Wide, class Dot4> static inline __attribute__((always_inline)) I signed_dot(I sum, B w, int32_t x, Dot4 dot4) {
     int32x4_t s[4];
     int8x16_t v[4];

@@ -15,8 +15,8 @@ uint32_t word(const uint8_t* p) {
 void put(uint8_t* p, uint32_t x) { std::memcpy(p, &x, 4); }
 constexpr uint32_t LOW = 0x0f0f0f0f, HIGH = 0xf0f0f0f0;
 
-// Each function packs one of ggml's blocks, which belongs to row `lane` of the tile. In ggml's types with blocks of 32,
-// nibbles are in our order already: byte j holds column j in its low nibble and column j + 16 in its high nibble.
+// Each function packs one of ggml's blocks into row `lane` of the tile. In ggml's types with blocks of 32, nibbles are in
+// the tile's order already: byte j holds column j in its low nibble and column j + 16 in its high nibble.
 void nibbles_32(const uint8_t* q, int lane, uint8_t* out) {
   for (int g = 0; g < 4; g++) put(out + 64 * g + 4 * lane, word(q + 4 * g));
 }
@@ -32,7 +32,7 @@ void q4_1(const uint8_t* in, int lane, uint8_t* out) {
   std::memcpy(out + 288 + 2 * lane, in + 2, 2);
 }
 
-// The fifth bits: ggml stores column j's in bit j.
+// The fifth bits: ggml stores that of column j in bit j.
 void bits_32(const uint8_t* q, int lane, uint8_t* out) {
   uint32_t bits = 0;
   for (int j = 0; j < 32; j++) bits |= (word(q) >> j & 1) << (j % 4 * 8 + j / 4);
@@ -107,7 +107,7 @@ void q6_k(const uint8_t* in, int lane, uint8_t* out) {
 }
 
 struct Packer {
-  int columns, bytes, tile;  // columns and bytes of one of ggml's blocks; bytes of 16 of them in a tile
+  int columns, bytes, tile;  // columns and bytes of one of ggml's blocks; bytes of 16 such blocks in a tile
   void (*pack)(const uint8_t* in, int lane, uint8_t* out);
 };
 template <int T> constexpr Packer make(void (*pack)(const uint8_t*, int, uint8_t*)) {

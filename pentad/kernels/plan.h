@@ -13,8 +13,8 @@ enum Type : int32_t { F32, BF16, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, Q5_0, Q5_1, 
 constexpr int LANES = 16;                 // floats a register; rows a tile; page sizes are a multiple of it
 constexpr int BLOCK = 32;                 // columns a block
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int MAX_STEP_ROWS = 1 << 17;    // keeps the number of an operation's chunks below 2^20
-constexpr int64_t MAX_SIZE = 1 << 30;     // rows or columns: their products with a block's bytes fit in 64 bits
+constexpr int MAX_STEP_ROWS = 1 << 17;    // keeps an operation below 2^20 chunks
+constexpr int64_t MAX_SIZE = 1 << 30;     // of rows or columns: sizes in bytes fit in 64 bits
 
 struct Matrix {
   const uint8_t* data;  // quantized: tiles, aligned to 64 bytes
@@ -100,7 +100,7 @@ struct Step {
 };
 
 // The functions of one instruction set. An operation is divided into `chunks`, which threads may run in any order;
-// results are bit-identical however it is divided. `weight_addresses` gives the addresses (up to 3) where a chunk's
+// the division doesn't change a bit of the results. `weight_addresses` gives the addresses (up to 3) where a chunk's
 // weights begin, so that they can be prefetched. `buffer_sizes` gives the floats that a step needs in each buffer.
 struct Kernels {
   const char* name;

@@ -24,8 +24,8 @@ using std::chrono::milliseconds;
 
 // If a thread waits STALL longer than the whole phase has taken so far, the thread it waits for has probably been
 // descheduled in favor of another process. If a large part of a step is lost in stalls, that process is likely to go on,
-// so the pool uses one thread fewer for a while (a retreat). A retreat is twice as long if stalls return right after the
-// last one. A thread that has stalled for SPIN_STALLED sleeps, which frees its core for the missing thread; it doesn't
+// so the pool uses one thread fewer for a while (a retreat). If stalls return right after a retreat, the next retreat is
+// twice as long. A thread that has stalled for SPIN_STALLED sleeps, which frees its core for the missing thread; it doesn't
 // sleep earlier, because waking it may take a millisecond.
 constexpr auto STALL = microseconds(200);
 constexpr auto SPIN_STALLED = microseconds(2000);
@@ -35,8 +35,8 @@ constexpr Clock::duration MAX_RETREAT = milliseconds(500);
 constexpr int MAX_THREADS = 64;
 constexpr uint32_t DONE = 1;
 
-// How many 64-byte cache lines of its next weights a thread prefetches: while it waits for the next phase, and before it
-// opens that phase itself. The hardware prefetchers start only after some misses.
+// The number of 64-byte cache lines of its next weights that a thread prefetches while it waits for the next phase, and
+// before it opens that phase itself. The hardware prefetchers start only after some misses.
 constexpr int LINES_WHILE_WAITING = 256, LINES_BEFORE_OPENING = 48;
 
 inline void fetch(const Prefetch& prefetch, int first, int end) {
@@ -66,12 +66,12 @@ bool spin(Clock::duration limit, Ready ready) {
 }
 
 // A thread's share of a phase: neighboring chunks, in order, so that the thread reads memory in order too. A thread whose
-// queue is empty steals from the others. All that a thread must know about a phase is in this one cache line, because
-// moving a line from another core takes about as long as a small phase.
+// queue is empty steals from the others. This one cache line holds all that a thread needs about a phase, because
+// fetching a line from another core takes about as long as a small phase.
 struct alignas(128) WorkQueue {
   std::atomic<uint64_t> chunks{0};    // upper half: end, lower half: next chunk; a late thread can't pop from a past phase
-  std::atomic<uint32_t> state{DONE};  // changes with each phase; the lowest bit says that the job is done
-  int phase = 0;                      // safe to read for a thread that holds a chunk: its phase can't end before
+  std::atomic<uint32_t> state{DONE};  // changes with each phase; the lowest bit is set when the job is done
+  int phase = 0;                      // safe to read while holding a chunk: the chunk's phase can't end
   std::atomic<Clock::rep> opened_at{0};
 
   int pop() {  // -1: empty
@@ -179,7 +179,7 @@ class Pool {
     }
   }
 
-  // Publishes a phase, or that the job is done; after that, this thread must not touch the job.
+  // Publishes a phase, or the end of the job. After either, this thread must not touch the job.
   void open(int count, uint32_t done) {
     const int threads = threads_.load(std::memory_order_relaxed), shares = active_.load(std::memory_order_relaxed) + 1;
     const int phase = phase_;
@@ -194,7 +194,7 @@ class Pool {
       queue.chunks.store(end << 32 | first, std::memory_order_release);
       queue.state.store(state, std::memory_order_release);
     }
-    // A write, not only a read: a thread that goes to sleep either sees the new state or is counted here.
+    // A read-modify-write, not a load: a thread that goes to sleep either sees the new state or is counted here.
     if (sleepers_.fetch_add(0, std::memory_order_acq_rel) > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       woken_.notify_all();

@@ -10,7 +10,7 @@ struct Prefetch {
 };
 
 // Phases that run one after the other. Any thread may run any chunk of the current phase. Each phase is divided into
-// shares of neighboring chunks; `prefetch` gives the addresses where a share of the phases after `phase` begins to read.
+// shares of neighboring chunks. `prefetch` gives the addresses that a share will read first after `phase`.
 struct Job {
   int phases;
   int (*chunks)(const void* context, int phase);

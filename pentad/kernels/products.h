@@ -17,8 +17,8 @@
 // ACTIVATIONS. A row is divided into blocks of 32 too. "Exact": 16-bit integers with one scale per block, each split into
 // two bytes, x = scale * (256 * high + low). "Fast": one byte, with a scale for each half of a block.
 //
-// Products of integers are exact, and floats are always added in the order of the blocks. So a row's result does not
-// depend on the other rows of the step, on the chunk, or on the thread.
+// Products of integers are exact, and floats are always added in the order of the blocks. So a row's result is independent of
+// the step's other rows, the chunk and the thread.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -38,7 +38,7 @@ using H16 = uint16_t __attribute__((vector_size(32)));
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")  // keeps small arrays in registers
 
-constexpr int ROWS_PER_PASS = Isa::ROWS;  // rows of activations that share one pass over a tile, or queries over the keys
+constexpr int ROWS_PER_PASS = Isa::ROWS;  // rows of activations per pass over a tile; queries per pass over the keys
 constexpr int PREFETCH_BYTES = 3072;      // how far ahead weights are prefetched
 
 template <class V> INLINE V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
@@ -97,12 +97,12 @@ template <> struct Activations<false> {
   int32_t negative_sum() const { return 0; }
 };
 
-// Sets integers n with |n| <= Limit and returns a scale, such that x is close to n * scale. If x isn't finite, the scale
+// Computes integers n with |n| <= Limit and returns a scale, so that x is about n * scale. If x isn't finite, the scale
 // isn't finite either, and n is 0.
 template <int Limit, int N> INLINE float to_integers(const F (&x)[N], I (&n)[N]) {
   I largest = as_integers(x[0]) & 0x7fffffff;
   for (int i = 1; i < N; i++) {
-    const I size = as_integers(x[i]) & 0x7fffffff;  // bit patterns of absolute values sort like them, NaN above infinity
+    const I size = as_integers(x[i]) & 0x7fffffff;  // bit patterns of absolute values sort like the values, NaN above infinity
     largest = size > largest ? size : largest;
   }
   const int32_t max_bits = Isa::max_lanes(largest);
@@ -117,7 +117,7 @@ template <int Limit, int N> INLINE float to_integers(const F (&x)[N], I (&n)[N])
 INLINE void quantize_block(const float* x, Activations<true>& out) {
   const F in[2] = {load<F>(x), load<F>(x + LANES)};
   I n[2];
-  out.scale[0] = to_integers<32512>(in, n);  // 127 * 256, so that the high byte never passes 127
+  out.scale[0] = to_integers<32512>(in, n);  // 127 * 256, so that the high byte never exceeds 127
   for (int i = 0; i < 2; i++) {
     const I high = (n[i] + 128) >> 8;
     store(out.high + i * LANES, __builtin_convertvector(high, S16));

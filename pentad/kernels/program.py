@@ -1,4 +1,4 @@
-"""A plan: a flat list of operations, checked as it is written. One call runs it for the tokens of a step.
+"""A plan: a flat list of operations, each checked when it is added. One call runs the plan for the tokens of a step.
 
 Legend: N tokens of a step, M rows whose logits are wanted, B sequences.
 """
@@ -50,7 +50,7 @@ class Program:
     """Operations in order, the weights that they read and the buffers between them.
 
     Threads may share a program. The steps of all programs run one after the other, on one pool of threads. A forked
-    child of the process starts threads of its own.
+    child starts its own threads.
 
     Args:
         head_dim, kv_heads, layers: the shape of the KV cache.
@@ -80,12 +80,12 @@ class Program:
             )
         if not 0 < self.rotary_dim <= head_dim or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim is {self.rotary_dim}; expected an even number up to {head_dim}")
-        self._experts = self._top_k = 0  # of the last router
+        self._experts = self._top_k = 0  # of the last `route`
         self._paired: set[int] = set()  # buffers whose rows are (row, expert) pairs
         self._capacities: list[Callable[[int], int]] = []
         self._ops: list[COp] = []
         self._alive: list[Weight | Tensor] = []  # the operations point to their memory
-        self._widths = [0] * len(Buffer)  # floats a row, as left by the last operation
+        self._widths = [0] * len(Buffer)  # floats per row, as the last operation wrote them
         self._quantized: int | None = None  # the buffer that the int8 blocks were computed from
         self._vocab = limit("MAX_SIZE")
         self._step = CStep(threads=threads, fast=fast, isa=isas()[isa or next(iter(isas()))])
@@ -112,7 +112,7 @@ class Program:
         self._add(OpKind.NORM, flags, Buffer.RESIDUAL, Buffer.NORMED, width, width, vectors=vectors, eps=norm.eps)
 
     def quantize(self, source: int) -> None:
-        """Write the int8 blocks of a buffer, for the products that follow."""
+        """Write the int8 blocks of a buffer, for the matmuls that follow."""
         self._add(OpKind.QUANTIZE, 0, source, source, self._widths[source], self._widths[source])
 
     def matmul(
@@ -160,7 +160,7 @@ class Program:
         k_norm: Norm | None = None,
         log_scale_after: int = 0,
     ) -> None:
-        """ATTENDED = attention of the queries in PROJECTED, whose keys and values are first written to the cache.
+        """Write PROJECTED's keys and values to the cache, then ATTENDED = attention of PROJECTED's queries.
 
         The arguments are those of `pentad.nn.attention.Attention`.
         """
@@ -195,8 +195,8 @@ class Program:
 
         Args:
             top_k: experts per row.
-            normalized: weights are a softmax over the chosen experts only, not over all of them.
-            capacity: maps a sequence's number of rows to the most rows that an expert accepts; None: no limit.
+            normalized: compute the softmax over the chosen experts only, instead of over all experts.
+            capacity: maps a sequence's number of rows to the maximum that an expert accepts; None: no limit.
         """
         experts = self._widths[Buffer.SCORES]
         if not 0 < top_k <= experts:
@@ -355,7 +355,7 @@ class Program:
             tokens.check(pools.page_size, self._pool_tokens // pools.page_size)
 
     def _point_to(self, pools: CachePools) -> None:
-        """Make the step point to the pools, if they changed: a cache gets new pools when it grows."""
+        """Make the step point to the pools if they changed; a cache gets new pools when it grows."""
         tensors = (*pools.keys, *pools.values)
         if len(tensors) == len(self._pools) and all(
             tensor is ref() for tensor, ref in zip(tensors, self._pools, strict=True)
@@ -369,7 +369,7 @@ class Program:
         self._pools, self._pool_tokens = list(map(weakref.ref, tensors)), len(tensors[0])
 
     def _reserve(self, ops: ctypes.Array[COp], wanted: int) -> Tensor:
-        """Enlarge the buffers that are too small for the step, and return a new one for the result."""
+        """Enlarge the buffers that are too small for the step, and return a new LOGITS buffer."""
         sizes = (ctypes.c_int64 * len(Buffer))()
         library().pentad_buffer_sizes(ops, len(ops), self._step, sizes)
         for index, size in enumerate(sizes):

@@ -15,7 +15,7 @@ INLINE int rows_of(const Op& op, const Step& s) {
   return op.flags & PAIRS ? ends_of(s)[op.experts - 1] : op.flags & WANTED ? s.wanted : s.rows;
 }
 
-// The division of a product's tiles and rows into chunks. The rows of pairs are divided expert by expert.
+// The division of a matmul's tiles and rows into chunks. With PAIRS, each expert's rows are divided separately.
 struct Tiling {
   int tiles, tiles_per_chunk, chunks_across, rows_per_chunk;  // chunks_across: chunks that cover all tiles
 };
@@ -36,7 +36,7 @@ INLINE int chunks_of_product(const Op& op, const Step& s) {
   return c.chunks_across * count;
 }
 
-// One chunk of a product.
+// One chunk of a matmul.
 struct Chunk {
   int first, last;  // tiles
   int first_row, last_row;
@@ -153,7 +153,7 @@ INLINE void normalize(const float* x, const float* weight, const float* bias, bo
   }
 }
 
-// For operations that process each row alone. One chunk is small enough to run on one thread while the others wait.
+// For operations that process rows independently. A chunk is small enough to run on one thread while the others wait.
 constexpr int rows_per_chunk(const Op& op) { return op.kind == ROTATE ? 2 : 4; }
 
 INLINE int last_row_of(const Op& op, const Step& s, int chunk) {

@@ -97,7 +97,7 @@ class Weight:
 
 
 def packs(type: str | None, columns: int) -> bool:
-    """Whether `Weight.packed` supports this type with rows of this length."""
+    """Return True if `Weight.packed` supports this type with rows of `columns` numbers."""
     known = type is not None and type.upper() in Type.__members__ and 0 < columns <= limit("MAX_SIZE")
     return known and library().pentad_row_bytes(Type[str(type).upper()], columns) > 0
 
