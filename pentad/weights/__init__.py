@@ -1,4 +1,4 @@
-"""Files <-> named tensors; knows no model.
+"""Read and write files of named tensors, for any model.
 
 Importing this package imports no torch; opening the first file does.
 """
@@ -15,7 +15,7 @@ __all__ = ["open"]
 
 
 def open(path: str | Path) -> Checkpoint:
-    """Open a checkpoint of any format: read its headers and map its weights, which are not read.
+    """Open a checkpoint of any format: read its headers, and map its weights without reading them.
 
     Args:
         path: a GGUF file (or any part of a split one); a folder in Hugging Face's layout, or its config.json, weights
@@ -23,7 +23,7 @@ def open(path: str | Path) -> Checkpoint:
             file; or a config alone (any .json file; consolidated only as params.json), which gives no tensors.
 
     Raises:
-        BadInput: in one line that names the file: it is none of these, or is damaged or incomplete.
+        BadInput: the path is none of these, or a file is damaged or incomplete; the message names the file.
     """
     from pentad.weights.checkpoint import Checkpoint
     from pentad.weights.consolidated import is_consolidated

@@ -23,7 +23,7 @@ class TensorEntry:
         dtype: None if the tensor is quantized.
         quantization: a key of `pentad.weights.quantized.BLOCKS`; None if it isn't quantized.
         nbytes: its size in the file.
-        read: gives the tensor: a view of the mapped file, or a new one joined from the slices in several files.
+        read: returns the tensor: a view of the mapped file, or a new tensor joined from the slices in several files.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Checkpoint:
     """A checkpoint's files, opened: only headers have been read.
 
     Attributes:
-        path: the folder; of GGUF the file, and of a split one its first part.
+        path: the folder or, for GGUF, the file (the first part of a split one).
         format: "hf" (config.json beside the weights), "consolidated" (params.json) or "gguf".
         config: config.json, params.json, or a GGUF's metadata under the file's own keys.
         generation: generation_config.json; empty if there is none.

@@ -14,7 +14,7 @@ MAX_LAYERS = 1000
 
 
 def read_config(cls: type[C], values: Mapping[str, Any], source: object) -> C:
-    """Make a dataclass from the values that it has fields for.
+    """Make a dataclass from the config values that match its fields.
 
     Args:
         cls: a dataclass. Its numbers must be above 0, or at least a field's ``metadata["least"]``.

@@ -1,4 +1,4 @@
-"""Weights in the consolidated layout: params.json, and weights called consolidated.
+"""Weights in the consolidated layout: a params.json and files named consolidated.
 
 One file (`consolidated.safetensors`, `consolidated.00.pth`), or several: numbered (`consolidated.00.pth`,
 `consolidated.01.pth`, …) or counted (`consolidated-00001-of-00003.safetensors`, usually with an index). Several files
@@ -31,16 +31,16 @@ _SLICED_COLUMNS = re.compile(r"tok_embeddings\.weight|.*\.(?:wo|w2)\.weight")
 
 
 def is_consolidated(name: str) -> bool:
-    """Whether a file of this name is such weights, or their index."""
+    """Return True if `name` is a file of consolidated weights, or their index."""
     return name == _INDEX or _WEIGHTS.fullmatch(name) is not None
 
 
 def find_sets(folder: Path) -> dict[str, list[Path]]:
-    """A folder's sets of weights; each set is a whole model.
+    """Find a folder's sets of weights; each set is a whole model.
 
     Returns:
-        For each set, the pattern of its names (`consolidated.*.pth`; with an index, the index's name) and its files in
-        order, including those that the index names and that are missing.
+        Pattern of a set's file names (`consolidated.*.pth`; with an index, the index's name) -> the set's files in
+        order. Files that an index names are included even if they are missing.
     """
     sets: dict[str, list[Path]] = {}
     index = folder / _INDEX
@@ -61,7 +61,7 @@ def read_consolidated(
 
     Args:
         folder: holds them.
-        params: params.json, which tells how slices are joined.
+        params: the content of params.json, which determines how slices are joined.
         sets: from `find_sets`.
         named: the file that the user named, which selects a set; None selects the only set.
 
@@ -95,7 +95,7 @@ def _expected(pattern: str, paths: Sequence[Path]) -> list[Path]:
 def _unite(
     folder: Path, shards: Mapping[str, dict[str, TensorEntry]], params: Mapping[str, Any]
 ) -> dict[str, TensorEntry]:
-    """The tensors of files that hold different ones, or slices of the same ones."""
+    """The tensors of files that hold different tensors, or slices of the same tensors."""
     files_of: dict[str, list[str]] = {}
     for file, entries in shards.items():
         for name in entries:
@@ -116,8 +116,8 @@ def _join(folder: Path, name: str, slices: Mapping[str, TensorEntry], params: Ma
 
     The slices are those of https://github.com/meta-llama/llama/blob/main/llama/model.py, by the layers of
     https://github.com/facebookresearch/fairscale/blob/main/fairscale/nn/model_parallel/layers.py. Tensors with one
-    dimension are whole in every file. Embeddings are sliced along their rows or their columns: the width in
-    params.json tells which.
+    dimension are whole in every file. Embeddings are sliced along their rows or their columns, depending on
+    the width in params.json.
     """
     (first_file, first), *others = slices.items()
     for file, entry in others:
@@ -136,7 +136,7 @@ def _join(folder: Path, name: str, slices: Mapping[str, TensorEntry], params: Ma
 
 
 def _check_count(folder: Path, count: int, tensors: Mapping[str, TensorEntry], params: Mapping[str, Any]) -> None:
-    """Raise BadInput if the embedding is a fraction of the size in params.json: then the last slices are missing."""
+    """Raise BadInput if the embedding is smaller than params.json says, because the last slices are missing."""
     embedding = tensors.get(_EMBEDDING)
     for size, key in zip(embedding.shape if embedding else (), ("vocab_size", "dim"), strict=False):
         whole = params.get(key)

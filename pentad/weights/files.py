@@ -1,4 +1,4 @@
-"""Reading JSON and the start of files with care, and errors about files."""
+"""Read JSON and the start of untrusted files, and raise errors about files."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Folders: which layout one has, and its checkpoint."""
+"""Detect the layout of a folder, and open its checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ _READERS: dict[str, Reader] = {"model.safetensors": read_safetensors, "pytorch_m
 def open_folder(folder: Path) -> Checkpoint:
     """A folder's checkpoint: Hugging Face's layout, else the consolidated one, else its only GGUF, else a config alone.
 
-    Some repositories hold their weights twice, in the first two layouts.
+    Some repositories contain the first two layouts, each with all weights.
     """
     for name, reader in _READERS.items():
         weights, index = folder / name, folder / (name + INDEX)
@@ -59,7 +59,7 @@ def open_consolidated(folder: Path, named: str | None = None) -> Checkpoint:
 
 
 def open_weights(path: Path, reader: Reader) -> Checkpoint:
-    """The checkpoint that a weight file belongs to: with all shards, if an index names the file."""
+    """Open the checkpoint that a weight file belongs to, with all shards if an index names the file."""
     if is_consolidated(path.name):
         return open_consolidated(path.parent, path.name)
     for name, shard_reader in _READERS.items():

@@ -36,7 +36,7 @@ TYPES = {
     26: "i32", 27: "i64", 28: "f64", 29: "iq1_m", 30: "bf16", 34: "tq1_0", 35: "tq2_0",
     39: "mxfp4", 40: "nvfp4",
 }
-"""ggml_type of ggml.h -> name; numbers that are missing were withdrawn, or are never in a file."""
+"""ggml_type of ggml.h -> name; the missing numbers were withdrawn, or never occur in files."""
 # fmt: on
 STRING, ARRAY = 8, 9
 NUMBERS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}
@@ -89,7 +89,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def first_part(path: Path) -> Path:
-    """The first part of the split GGUF file to which a part belongs by its name; else the file itself."""
+    """The first part of a split GGUF file, from the name of any part; any other file is returned as it is."""
     match = _PART.fullmatch(path.name)
     return path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf") if match else path
 

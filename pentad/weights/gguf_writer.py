@@ -1,8 +1,8 @@
 """Metadata and named tensors -> GGUF files, with one tensor in memory at a time.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3, little endian. The writer of ggml's
-own package isn't used: it needs tensors as whole arrays, drops empty strings, and does not tell a full disk from other
-errors.
+own package isn't used: it needs tensors as whole arrays, drops empty strings, and reports a full disk like any
+other error.
 """
 
 import struct
@@ -40,7 +40,7 @@ def write_gguf(
             `general.alignment` is obeyed; keys that begin with "split." are replaced.
         tensors: in the order of the file, of one to four dimensions.
         shard_bytes: limit for the tensors of one part; a larger tensor gets a part for itself.
-        progress: is told of the bytes written.
+        progress: receives the number of bytes written.
 
     Returns:
         The paths of all files.

@@ -1,4 +1,4 @@
-"""From a file's tensors to a network's and back: one table, read in both directions."""
+"""Map a file's tensors to a network's and back, with one table for both directions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Identity(Operation):
-    """The tensor as it is, in the file's memory."""
+    """The unchanged tensor, without a copy."""
 
     def load(self, theirs: Sequence[Value]) -> Sequence[Value]:
         return theirs
@@ -176,13 +176,13 @@ def _take_rows(value: Value, index: Tensor) -> Value:
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a table: names of modules here and in the file, for their ``weight`` and their ``bias``.
+    """One row of a table: module names in the network and in the file, for ``weight`` and ``bias``.
 
     Args:
         ours: ``*`` stands for a layer's number; a name with a number is for that layer only.
         theirs: as `ours`.
         operation: how the tensors are converted.
-        bare: whether the file's tensors have the modules' names without ``.weight``.
+        bare: True if the file's tensors have the modules' names, without ``.weight``.
     """
 
     ours: str | tuple[str, ...]
@@ -192,7 +192,7 @@ class Rule:
 
 
 class Group(NamedTuple):
-    """Tensors that one rule ties together, by their full names here and in the file."""
+    """Tensors that one rule converts together, by their full names in the network and in the file."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -211,8 +211,8 @@ class KeyTable:
     """All rules of a family for one layout of file.
 
     Args:
-        rules: of two rules for the same module the later one holds.
-        ignored: regular expressions for names of the file's tensors that carry no weight of the network.
+        rules: a later rule for a module overrides an earlier one.
+        ignored: regular expressions for names of the file's tensors that the network doesn't need.
     """
 
     def __init__(self, rules: Iterable[Rule], ignored: Sequence[str] = ()) -> None:
@@ -221,7 +221,7 @@ class KeyTable:
         self._rule_of = {module: rule for rule in self.rules for module in _names(rule.ours)}
 
     def groups(self, names: Iterable[str]) -> list[Group]:
-        """The network's tensors `names`, each with all tensors that its rule ties together.
+        """Group the network's tensors `names` by rule, with the file's tensors of each group.
 
         Raises:
             LookupError: there is no rule for a name.
@@ -251,7 +251,7 @@ class KeyTable:
             source: names the file in errors.
 
         Raises:
-            BadInput: names all tensors that are missing, not used or of the wrong shape.
+            BadInput: tensors are missing, not used or of the wrong shape; the message names them.
         """
         pairs: list[Pairing] = []
         used: set[str] = set()
@@ -279,12 +279,12 @@ class KeyTable:
         return pairs
 
     def found(self, tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> int:
-        """How many of this layout's tensors for the network's `names` are in a file."""
+        """Count the tensors in a file that this layout expects for the network's `names`."""
         return sum(name in tensors for group in self.groups(names) for name in group.theirs)
 
 
 def best_table(tables: Sequence[KeyTable], tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> KeyTable:
-    """Among the tables of a family's published layouts, the one that names most of a file's tensors."""
+    """Choose the table that finds the most tensors in a file, among a family's published layouts."""
     names = list(names)
     return max(tables, key=lambda table: table.found(tensors, names))
 

@@ -20,7 +20,7 @@ def map_file(path: Path) -> Tensor:
     """
     with contextlib.suppress(RuntimeError):
         return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    # A writable mapping counts as memory, of which there is less than the file needs. A read-only one doesn't count.
+    # The system counts a writable mapping as memory, and the file is too large for it. Read-only mappings don't count.
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
@@ -30,9 +30,9 @@ def map_file(path: Path) -> Tensor:
 
 
 def own_storage(view: Tensor) -> Tensor:
-    """The memory of a view of a mapped file, under a storage of its own.
+    """Give a view of a mapped file its own storage, without copying the memory.
 
-    A tensor is pickled, saved and deep-copied with all of its storage: a plain view, with the whole file.
+    Pickling, saving or deep-copying a tensor includes its whole storage, which for a plain view is the whole file.
     """
     if not view.numel():
         return view.clone()
@@ -42,7 +42,7 @@ def own_storage(view: Tensor) -> Tensor:
 def drop_pages(view: Tensor) -> None:
     """Free the memory of a view of a mapped file; the next access reads the file again.
 
-    Only whole pages are freed, since the others may belong to neighbors too. If torch has written to the mapping,
+    Only whole pages are freed, because neighboring tensors may share the others. If torch has written to the mapping,
     nothing is freed, because the changes would be lost.
     """
     if not hasattr(mmap, "MADV_DONTNEED") or view.is_inference() or view._version:

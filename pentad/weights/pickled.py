@@ -15,7 +15,7 @@ _SAFE = "ask for the model as safetensors"
 
 
 def is_pickled(start: bytes) -> bool:
-    """Whether a file that starts with these bytes is a zip archive or a pickle: torch.save writes both."""
+    """Return True if `start` begins a zip archive or a pickle: torch.save writes both."""
     return start.startswith((_ZIP, b"\x80"))
 
 

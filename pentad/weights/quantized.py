@@ -43,7 +43,7 @@ class QuantizedTensor:
         type: a key of BLOCKS.
         shape: of the dequantized weight, in torch's order. All dimensions but the last are flattened into rows.
         order: int64, the row of `stored` for each row of the weight; None if both are in the same order.
-        mapped: whether `stored` is a view of a mapped file.
+        mapped: True if `stored` is a view of a mapped file.
 
     Raises:
         ValueError: these do not fit together.
@@ -69,7 +69,7 @@ class QuantizedTensor:
             raise ValueError(f"{blocks} are {self.stored.dtype} {found}; expected torch.uint8 {expected}")
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are the same rows in the same memory, so that they can share a packed form."""
+        """Return True if both are the same rows in the same memory, so that they can share a packed form."""
         if not isinstance(other, QuantizedTensor):
             return NotImplemented
         same_memory = self.stored is other.stored and self.order is other.order
@@ -92,7 +92,7 @@ class QuantizedTensor:
         return replace(self, stored=stored, shape=(len(stored), self.shape[-1]))
 
     def chunk(self, count: int, dim: int = -2) -> tuple[QuantizedTensor, ...]:
-        """As `Tensor.chunk` along the rows: the matrix, or each one of a stack, in `count` parts of equal height.
+        """Split the matrix, or each matrix of a stack, into `count` equal parts along its rows, as `Tensor.chunk`.
 
         Raises:
             ValueError: `count` does not divide the rows, or `dim` is another dimension.

@@ -1,4 +1,4 @@
-"""Names to files: pentad's own few names, repositories of the Hugging Face hub, plain paths."""
+"""Resolve a model's name to files: pentad's own names, Hugging Face hub repositories and paths."""
 
 import os
 from collections.abc import Mapping
@@ -60,11 +60,11 @@ def locate(name_or_path: str | os.PathLike[str], *, progress: Progress | None = 
     Args:
         name_or_path: looked up in this order: one of pentad's own names (`./smollm2` is a file of that name); an
             existing path; a hub name, `org/name[@revision][:quantization]`.
-        progress: is told of the bytes of a pull.
+        progress: receives the number of bytes pulled.
 
     Returns:
-        An existing path as it is; of a hub name the snapshot's folder or, if the repository holds GGUF files, the file
-        (of a split one the first part).
+        An existing path unchanged. For a hub name, the snapshot's folder or, if the repository holds GGUF files, the
+        file (the first part of a split one).
 
     Raises:
         BadInput: a missing path, an unknown name, or an absent repository, revision or file.
@@ -115,7 +115,7 @@ def remove(name: str) -> int:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    """Whether the user meant a file: no hub name starts, ends or is divided like this."""
+    """Return True if `name` must be a path, because no hub name has its form."""
     return (
         name.startswith((".", "~", os.sep))
         or "\\" in name

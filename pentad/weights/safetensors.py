@@ -1,4 +1,4 @@
-"""One safetensors file -> named tensors, mapped, by the library, which checks the header.
+"""Read one safetensors file as named, mapped tensors; the library checks the header.
 
 The format: https://github.com/huggingface/safetensors#format.
 """
@@ -29,15 +29,15 @@ DTYPES = {
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Whether a file that starts with these bytes (at least 9) is meant to be safetensors."""
+    """Return True if `start` (at least 9 bytes) looks like the start of a safetensors file."""
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_JSON_BYTES
 
 
 def read_safetensors(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file, none of which is read.
+    """The tensors of one file, without reading their data.
 
     Raises:
-        BadInput: names the file and the tensor that is wrong.
+        BadInput: the file is invalid; the message names the file and the tensor.
         PentadError: the system cannot map the file.
     """
     read_start(path)
@@ -68,7 +68,7 @@ def _unknown_dtype(name: str, dtype: object) -> str:
 
 
 def _diagnose(path: Path) -> str | None:
-    """The problem of a file that the library refused, in more detail than the library gives; None if unclear."""
+    """Describe why the library refused a file, in more detail than its message; None if unclear."""
     size = path.stat().st_size
     start = read_start(path)
     length = int.from_bytes(start[:8], "little")

@@ -31,7 +31,7 @@ def write_safetensors(
         stem: "model" in Hugging Face's layout, "consolidated" in the other.
         tensors: distributed over the shards in this order; each `type` is a dtype.
         shard_bytes: limit for the tensors of one file; a larger tensor gets a file for itself.
-        progress: is told of the bytes written.
+        progress: receives the number of bytes written.
 
     Returns:
         The paths of all files.

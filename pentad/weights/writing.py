@@ -1,4 +1,4 @@
-"""Tensors on their way into a file, one at a time and in pieces, so that no file is ever in memory."""
+"""Write tensors to files one at a time and in pieces, so that no whole file is in memory."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +26,8 @@ class PendingTensor:
     Attributes:
         name: its name in the file.
         shape: in torch's order.
-        type: in the file: a dtype, or (GGUF only) a key of BLOCKS.
-        make: gives the tensor, of `shape`, in `type` or any floating-point dtype or quantization. It is called once,
+        type: the type in the file: a dtype, or (GGUF only) a key of BLOCKS.
+        make: returns the tensor, of `shape`, in `type` or any floating-point dtype or quantization. It is called once,
             when the tensor is written, and its result is dropped afterwards.
     """
 
@@ -49,7 +49,7 @@ class PendingTensor:
 
 
 def split(tensors: Sequence[PendingTensor], shard_bytes: int | None) -> list[list[PendingTensor]]:
-    """Tensors by file, in order: each file gets at least one, and no more than fit into `shard_bytes`."""
+    """Distribute tensors over files, in order. A file gets at least one tensor, and at most `shard_bytes` of them."""
     shards: list[list[PendingTensor]] = [[]]
     left = limit = math.inf if shard_bytes is None else shard_bytes
     for tensor in tensors:
@@ -75,9 +75,9 @@ def file_of(path: Path, header: bytes, tensors: Sequence[PendingTensor], alignme
 
 
 def pieces(tensor: PendingTensor) -> Iterator[memoryview]:
-    """A tensor's bytes as the file has them, little endian: buffers of a few MiB, each made when it is asked for.
+    """Yield a tensor's bytes as the file stores them, little endian, in buffers of a few MiB.
 
-    Blocks that already are of the right type are passed on bit for bit.
+    Blocks that already have the right type are copied bit for bit.
 
     Raises:
         BadInput: a number is too large for `type`, or is NaN and to be quantized.
