@@ -218,6 +218,14 @@ def test_an_older_yarn_config_scales_from_max_position_embeddings(tmp_path: Path
     assert_equal_logits(logits_of(network_of(tmp_path), ids), peer_logits(tiny.peer, ids))
 
 
+def test_a_null_factor_of_yarn_is_derived_as_in_transformers(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    tiny = tiny_checkpoint(tmp_path, rope_parameters=rope, max_position_embeddings=256)
+    edit_json(tmp_path / "config.json", rope_parameters={**rope, "factor": None})
+    ids = random_ids(60)
+    assert_equal_logits(logits_of(network_of(tmp_path), ids), peer_logits(tiny.peer, ids))
+
+
 # --- what is loaded -------------------------------------------------------------------------------
 
 

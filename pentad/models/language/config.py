@@ -155,6 +155,9 @@ def _from_hf(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]
     rope = dict(rope) if isinstance(rope, Mapping) else {"rope_type": rope}  # not a mapping: `scaling` reports it
     length = config.get("max_position_embeddings", 2048)
     trained = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or length
+    is_yarn = "yarn" in (rope.get("rope_type"), rope.get("type"))
+    if is_yarn and rope.get("factor") is None and all(isinstance(n, int) and n > 0 for n in (length, trained)):
+        rope["factor"] = length / trained  # as in transformers
     return {
         **config,
         "rope_theta": rope.get("rope_theta") or config.get("rope_theta"),
