@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["Backend", "SentencePieceBackend", "TokenizersBackend"]
+
+_MAX_GROWTH = 100
+_NESTED_REPETITION = re.compile(r"\((?:[^()\\]|\\.)*[^\\][+*](?:[^()\\]|\\.)*\)[+*{]")
 
 
 class Backend(Protocol):
@@ -62,8 +66,9 @@ class TokenizersBackend:
             vocab_size: the largest id plus one. If it is None, it is computed, which takes a while.
 
         Raises:
-            BadInput: the decoder of the pipeline is of an unsupported type.
+            BadInput: the decoder of the pipeline is of an unsupported type, or encoding might never end.
         """
+        _check_cost(pipeline)
         pipeline.no_truncation()
         pipeline.no_padding()
         self.pipeline = pipeline
@@ -251,9 +256,26 @@ def _unknown_of(pipeline: Tokenizer) -> int | None:
     return ids[0] if len(ids) == 1 else None
 
 
+def _check_cost(pipeline: Tokenizer) -> None:
+    """Raise BadInput if a normalizer lets texts grow without bounds, or a regex may backtrack without end."""
+    normalizers = _steps(pipeline.normalizer, "normalizers")
+    growth = 1.0
+    for step in (step for step in normalizers if step["type"] == "Replace"):
+        growth *= max(1.0, len(step["content"]) / max(1, len(step["pattern"].get("String", ""))))
+    if growth > _MAX_GROWTH:
+        raise BadInput(f"its normalizer makes texts {growth:.3g} times longer; expected at most {_MAX_GROWTH}")
+    for step in (*normalizers, *_steps(pipeline.pre_tokenizer, "pretokenizers")):
+        pattern = step.get("pattern")
+        if isinstance(pattern, dict) and _NESTED_REPETITION.search(pattern.get("Regex", "")):
+            raise BadInput(f"its regex {pattern['Regex'][:100]!r} repeats a repetition, and may take forever")
+
+
 def _steps(part: Any, key: str) -> list[dict[str, Any]]:
-    """The steps of a decoder or pre-tokenizer in tokenizer.json's form, which is also its pickled state."""
+    """The steps of a decoder, normalizer or pre-tokenizer in tokenizer.json's form, which is also its pickled state."""
     if part is None:
         return []
-    state: dict[str, Any] = json.loads(part.__getstate__())
-    return state[key] if state["type"] == "Sequence" else [state]
+    return _flat(json.loads(part.__getstate__()), key)
+
+
+def _flat(state: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    return [step for part in state[key] for step in _flat(part, key)] if state["type"] == "Sequence" else [state]
