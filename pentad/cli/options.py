@@ -81,10 +81,12 @@ class Loading:
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         loaded = load(values.pop("model"), **values, progress=output.progress())
-        on_cpu = isinstance(loaded, LanguageModel) and loaded.network.device.type == "cpu"
-        if on_cpu and kernels.isas() and (self.dtype or self.quantize):
-            option = "--dtype" if self.dtype else "--quantize"
-            output.note(f"pentad: {option} turns the CPU kernels off: plain PyTorch runs the model, more slowly")
+        if isinstance(loaded, LanguageModel) and loaded.network.device.type == "cpu":
+            why = loaded.step.backend.removeprefix("as plain torch: ")
+            if kernels.isas() and (self.dtype or self.quantize):
+                why = f"{'--dtype' if self.dtype else '--quantize'} turns the CPU kernels off"
+            if why != loaded.step.backend:
+                output.note(f"pentad: plain PyTorch runs the model, more slowly than the CPU kernels: {why}")
         return loaded
 
     def load_decoder_only(self, verb: str) -> LanguageModel:

@@ -43,6 +43,10 @@ class Stream(Iterator[str]):
         self._first_token: float | None = None
         self._last_token = self._started
 
+    def __repr__(self) -> str:
+        state = self._request.finish_reason or "running"
+        return f"<Stream of {self._runner.name!r}: {len(self._request.generated)} tokens, {state}>"
+
     def __next__(self) -> str:
         while len(self._transcript.text) == self._text_read:
             if self._request.error is not None:

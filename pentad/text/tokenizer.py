@@ -73,6 +73,9 @@ class Tokenizer:
         self.eos_ids = tuple(dict.fromkeys([*eos_ids, *ends]))
         self.adds_bos = adds_bos and bos_id is not None
 
+    def __repr__(self) -> str:
+        return f"<Tokenizer: {self.vocab_size} ids, {len(self.control)} control tokens>"
+
     @cached_property
     def max_token_bytes(self) -> float:
         """The length of the longest token; infinite if a token can stand for any number of unknown characters."""

@@ -1,6 +1,7 @@
 """`pentad chat`, `complete` and `score` on SmolLM2, and their errors."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -199,3 +200,14 @@ def test_a_prompt_in_another_encoding_is_refused_at_once(pentad) -> None:
         done = pentad(*arguments, "--model", "no such model")
         assert done.code == 2
         assert "LC_ALL=C.UTF-8" in done.error
+
+
+def test_a_run_without_kernels_is_noted(smollm2: Path) -> None:
+    command = ["complete", "Hello", "--model", str(smollm2), "--max-tokens", "1"]
+    environment = {**os.environ, "PENTAD_KERNELS": "off"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pentad", *command], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0
+    assert "PENTAD_KERNELS is off" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -359,3 +359,10 @@ def test_prompts_that_memory_cannot_hold_are_refused_with_the_numbers(
     monkeypatch.setattr("pentad.generate.runner.available_memory", lambda device: 1000)
     with pytest.raises(BadInput, match=r"GB of KV cache.* 0\.0 GB"):
         model.complete(["a b c", "d e f"])
+
+
+def test_reprs_say_what_matters(model: LanguageModel) -> None:
+    with model.stream("a b c", max_tokens=3) as stream:
+        next(stream)
+        assert repr(stream).endswith("tokens, running>")
+    assert f"{model.tokenizer.vocab_size} ids" in repr(model.tokenizer)
