@@ -284,11 +284,10 @@ def default_dtype(checkpoint: Checkpoint) -> torch.dtype:
     sizes = Counter[torch.dtype]()
     for entry in checkpoint.tensors.values():
         sizes[entry.dtype or torch.bfloat16] += entry.nbytes
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if not sizes:
-        named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
         default = torch.bfloat16 if checkpoint.format == "consolidated" else torch.float32
         return DTYPES.get(str(named), default)
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if checkpoint.format == "hf" and named is not None and str(named) not in DTYPES:
         _logger.warning("%s: torch_dtype %r is unknown and is ignored", checkpoint.path, str(named)[:40])
     dtype = sizes.most_common(1)[0][0]

@@ -324,7 +324,7 @@ def _rope(network: Decoder) -> Rope | None:
 
 
 def _same_rotation(one: Rope | None, other: Rope | None, length: int) -> bool:
-    """Whether two RoPEs (or none) rotate a sequence of `length` tokens equally."""
+    """True if two RoPEs (or none) rotate a sequence of `length` tokens equally."""
     if one is None or other is None:
         return one is other
     if one.dim != other.dim or abs(one.scaling.attention_scaling() - other.scaling.attention_scaling()) > 1e-6:

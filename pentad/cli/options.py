@@ -90,7 +90,7 @@ class Loading:
         return loaded
 
     def load_decoder_only(self, verb: str) -> LanguageModel:
-        """The same; raises BadInput if the model is an encoder-decoder, for which `verb` is not defined."""
+        """`load`; raises BadInput if the model is an encoder-decoder, for which `verb` is not defined."""
         return decoder_only(self.load(), verb)
 
 
@@ -161,19 +161,23 @@ DECLARED: dict[str, Any] = {}
 
 def expected(name: str) -> str:
     """A description of the values that an option takes: "a number from 0 to 100"."""
-    kind, *rest = get_args(DECLARED[name])
+    kind = get_args(DECLARED[name])[0]
     kind = next((one for one in get_args(kind) if one is not NoneType), kind)
-    low, high = (getattr(rest[0], bound, None) for bound in ("min", "max"))
+    low, high = _range(name)
     if issubclass(kind, StrEnum):
         return "one of " + ", ".join(kind)
     words = {float: "a number", int: "a whole number"}.get(kind, "a text")
     return words + (f" from {low:g}" if low is not None else "") + (f" to {high}" if high is not None else "")
 
 
+def _range(name: str) -> tuple[float | None, float | None]:
+    info = get_args(DECLARED[name])[1]
+    return getattr(info, "min", None), getattr(info, "max", None)
+
+
 def check(name: str, value: float) -> None:
     """Raise BadInput if a value is outside an option's range, or NaN."""
-    info = get_args(DECLARED[name])[1]
-    low, high = (getattr(info, bound, None) for bound in ("min", "max"))
+    low, high = _range(name)
     if not (-math.inf if low is None else low) <= value <= (math.inf if high is None else high):
         raise BadInput(f"{name} is {value}; expected {expected(name)}")
 

@@ -56,7 +56,7 @@ class EncoderDecoderModel(Runner):
         return torch.cat(request.logits)
 
     def is_full(self, completion: Completion) -> bool:
-        """Whether a completion has filled the decoder's context."""
+        """True if a completion has filled the decoder's context."""
         return completion.completion_tokens >= self.context_length - 1
 
     def _check_room(self, ids: Sequence[int]) -> int:

@@ -343,7 +343,7 @@ class Engine:
         return self.executor.cache.bytes_for(len(request.prompt) + getattr(request, "max_tokens", 0))
 
     def _fits(self, request: Request, *, kept: bool = False) -> bool:
-        """Whether a request fits into the cache with the running ones, and also with the kept pages if `kept`."""
+        """True if a request fits into the cache with the running ones, and also with the kept pages if `kept`."""
         cache, limit = self.executor.cache, self.config.max_cache_bytes
         if limit is None:
             return True

@@ -71,6 +71,6 @@ def expert_use(network: Decoder, ids: Sequence[int], *, window: int = 1024, freq
 
 
 def has_experts(network: nn.Module) -> bool:
-    """Whether any layer, or any layer of the encoder, is a mixture of experts."""
+    """True if any layer, or any layer of the encoder, is a mixture of experts."""
     stack = network.encoder if isinstance(network, EncoderDecoder) else network
     return any(isinstance(part, MixtureOfExperts) for part in stack.modules())

@@ -16,7 +16,7 @@ class UnsupportedByKernels(Exception):
 
 
 def has_hooks(part: nn.Module) -> bool:
-    """Whether calling a module runs more than its class's ``forward``."""
+    """True if calling a module runs more than its class's ``forward``."""
     return "forward" in vars(part) or any(getattr(part, hooks) for hooks in HOOKS)
 
 
@@ -66,7 +66,7 @@ class Guards:
         return value
 
     def unchanged(self) -> bool:
-        """Whether the network still is as it was read, and has no hooks."""
+        """True if the network still is as it was read, and has no hooks."""
         try:
             return (
                 not any(self._hooks)

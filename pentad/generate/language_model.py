@@ -114,7 +114,7 @@ class LanguageModel(Runner):
         return torch.cat(request.logits)
 
     def is_full(self, completion: Completion) -> bool:
-        """Whether a completion and its prompt have filled the context."""
+        """True if a completion and its prompt have filled the context."""
         return completion.prompt_tokens + completion.completion_tokens >= self.context_length
 
     def _check_room(self, ids: Sequence[int]) -> int:

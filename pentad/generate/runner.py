@@ -247,7 +247,7 @@ class Runner:
         return self.tokenizer.encode(text, bos=self.tokenizer.adds_bos, special=special)
 
     def is_full(self, completion: Completion) -> bool:
-        """Whether a completion reached the end of the context."""
+        """True if a completion reached the end of the context."""
         raise NotImplementedError
 
     def _detokenizer(self) -> Detokenizer:

@@ -61,7 +61,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the token is simply the argmax of the logits."""
+        """True if the token is simply the argmax of the logits."""
         return self.temperature < MIN_TEMPERATURE and not self.penalizes
 
     @property

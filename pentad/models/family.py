@@ -78,7 +78,7 @@ class Family:
     init_std: Callable[[Any, str], float] | None = None
 
     def matches(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint belongs to this family, by its config."""
+        """True if a checkpoint belongs to this family, by its config."""
         if self.recognizes is not None:
             return self.recognizes(checkpoint.format, checkpoint.config)
         if checkpoint.format == "gguf":

@@ -63,7 +63,7 @@ class SequenceLayout:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether all sequences have the same length, so that the rows form a rectangle."""
+        """True if all sequences have the same length, so that the rows form a rectangle."""
         return len(set(self.lengths)) == 1
 
     def __len__(self) -> int:

@@ -132,7 +132,7 @@ class PagedCache:
         sequence.length = sequence.dropped = 0
 
     def can_truncate(self, sequence: CachedSequence, length: int) -> bool:
-        """Whether the sequence still holds all pages of the window that ends at `length` tokens."""
+        """True if the sequence still holds all pages of the window that ends at `length` tokens."""
         return not sequence.dropped or sequence.dropped <= length - (self.window or 0) + 1
 
     def truncate(self, sequence: CachedSequence, length: int) -> None:

@@ -150,7 +150,7 @@ class QuantizedLinear(QuantizedWeight):
 
     @staticmethod
     def has_operator(quantization: str | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether torch has a fast operator for such a weight: bfloat16 on a CPU, rows in tiles of 16."""
+        """True if torch has a fast operator for such a weight: bfloat16 on a CPU, rows in tiles of 16."""
         fits = len(shape) == 2 and shape[0] % 16 == 0 and shape[1] % 32 == 0
         return quantization in AFFINE4 and fits and dtype == torch.bfloat16 and device.type == "cpu"
 
@@ -300,7 +300,7 @@ class RowwiseInt8Linear(nn.Module):
 
     @staticmethod
     def has_operator(dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether torch has a fast operator for int8 rows: bfloat16 on a CPU."""
+        """True if torch has a fast operator for int8 rows: bfloat16 on a CPU."""
         return dtype == torch.bfloat16 and device.type == "cpu"
 
     def forward(self, x_NI: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> l
         with _disk_errors(folder, needed):
             check_space(folder, needed, _FREE_SPACE)
         for file in files:
-            _clear_leftovers(file.path)
+            clear_leftovers(file.path)
         try:
             with contextlib.ExitStack() as locks, task(progress, "Writing", needed):
                 for file, partial in zip(files, partials, strict=True):
@@ -96,7 +96,7 @@ def _made(folder: Path, needed: int | None = None) -> Iterator[None]:
         raise
 
 
-def _clear_leftovers(target: Path) -> None:
+def clear_leftovers(target: Path) -> None:
     """Remove the hidden parts of a file or folder that killed processes left.
 
     Raises:
@@ -175,7 +175,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
         _check_new(destination, target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     with _made(target.parent), contextlib.ExitStack() as locks:
-        _clear_leftovers(target)
+        clear_leftovers(target)
         with _disk_errors(destination):
             partial.mkdir()
             _lock(partial, locks)

