@@ -65,7 +65,8 @@ def draw(use: ExpertUse, names: Sequence[str], layers: Sequence[int], path: Path
     upper.colorbar(image, pad=0.01)
     times = torch.tensor([count for _, count in use.frequent])
     lower.suptitle("Experts of the most frequent tokens, in percent", fontsize=12)
-    labels = [f"{_shortened(name, 14)}  {count:,}" for name, (_, count) in zip(names, use.frequent, strict=True)]
+    visible = [_shortened(name.replace(" ", "\xb7"), 14) for name in names]
+    labels = [f"{name}  {count:,}" for name, (_, count) in zip(visible, use.frequent, strict=True)]
     row = lower.subplots(1, len(layers), squeeze=False)[0]
     for layer, axes in zip(layers, row, strict=True):
         axes.set(title=f"layer {layer}", xlabel="expert")
