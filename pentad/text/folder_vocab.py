@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pentad.errors import BadInput
-from pentad.text import mistral_chat, qwen_tiktoken, tekken
+from pentad.text import mistral_chat, tekken, tiktoken
 from pentad.text.backends import Backend, SentencePieceBackend, TokenizersBackend
 from pentad.text.files import read_bytes, read_json, read_text, refusing
 from pentad.text.sentencepiece_proto import SPACE, Piece, added_type, append_pieces
@@ -86,7 +86,7 @@ def _read(file: Path, config: Mapping[str, Any], generation: Mapping[str, Any], 
     """Read the vocabulary in `file`.
 
     Without a tokenizer_config.json, the chat template follows the publisher's code: Mistral's by the version of the
-    tokenizer, Qwen's by `chat_format`.
+    tokenizer, Qwen's by `chat_format`; all Llama 3 models get the instruct models' template.
     """
     bare = not file.with_name(_CONFIG).is_file()
     if file.name == "tokenizer.json":
@@ -96,9 +96,13 @@ def _read(file: Path, config: Mapping[str, Any], generation: Mapping[str, Any], 
         roles = {role: string for role, string in _TEKKEN_ROLES.items() if string in backend.control.ids}
         return _Vocabulary(backend, True, roles, mistral_chat.template(version) if bare else None)
     if file.name == "qwen.tiktoken":
-        chat = qwen_tiktoken.CHATML if generation.get("chat_format") == "chatml" else None
-        return _Vocabulary(qwen_tiktoken.load(file), False, {"eos_token": qwen_tiktoken.END}, chat)
-    model = _sentencepiece(file, config)
+        chat = tiktoken.CHATML if generation.get("chat_format") == "chatml" else None
+        return _Vocabulary(tiktoken.load_qwen(file), False, tiktoken.QWEN_ROLES, chat)
+    content = read_bytes(file)
+    if tiktoken.is_tiktoken(content):
+        words = tiktoken.load_llama3(file, tool_use=bool(checkpoint.config.get("use_scaled_rope")))
+        return _Vocabulary(words, True, tiktoken.LLAMA3_ROLES, tiktoken.LLAMA3_CHAT if bare else None)
+    model = _sentencepiece(file, content, config)
     version_of_model = _version(file, model, checkpoint) if bare else None
     template = mistral_chat.template(version_of_model) if version_of_model else None
     return _Vocabulary(model, True, model.special_tokens, template)
@@ -136,9 +140,8 @@ def _add_tokens(pipeline: Any, config: Mapping[str, Any]) -> None:
     pipeline.add_special_tokens([AddedToken(content) for content in special if content not in present])
 
 
-def _sentencepiece(file: Path, config: Mapping[str, Any]) -> SentencePieceBackend:
-    model = read_bytes(file)
-    with refusing(f"{file}: not a SentencePiece model", prefix=True):
+def _sentencepiece(file: Path, model: bytes, config: Mapping[str, Any]) -> SentencePieceBackend:
+    with refusing(f"{file}: neither a SentencePiece model nor tiktoken's lines", prefix=True):
         size = SentencePieceBackend(model).vocab_size
     extra = {i: piece for i, piece in _added(file, config).items() if i >= size}
     if file.name == _T5 and not extra:

@@ -78,8 +78,8 @@ def tekken(**change: Any) -> dict[str, Any]:
     return content
 
 
-def qwen_tiktoken(words: list[bytes]) -> bytes:
-    """A qwen.tiktoken: lines of base64 and rank."""
+def tiktoken_file(words: list[bytes]) -> bytes:
+    """A qwen.tiktoken, or a tokenizer.model of Llama 3: lines of base64 and rank."""
     return b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(words))
 
 

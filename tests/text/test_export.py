@@ -23,7 +23,7 @@ from tests.helpers.vocabularies import (
     SHORT,
     TEKKEN,
     published,
-    qwen_tiktoken,
+    tiktoken_file,
     sentencepiece_model,
     source,
     tekken,
@@ -61,7 +61,7 @@ def tekken_folder(folder: Path) -> SimpleNamespace:
 
 def qwen_folder(folder: Path) -> SimpleNamespace:
     files = {
-        "qwen.tiktoken": qwen_tiktoken(words_by_rank(QWEN)),
+        "qwen.tiktoken": tiktoken_file(words_by_rank(QWEN)),
         "generation_config.json": {"chat_format": "chatml"},
         "tokenizer_config.json": {"tokenizer_class": "QWenTokenizer", "auto_map": {"AutoTokenizer": ["x.Y", None]}},
     }

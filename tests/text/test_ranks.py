@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pentad.errors import BadInput
 from pentad.text import Tokenizer, byte_level, load
-from tests.helpers.vocabularies import QWEN, SHORT, qwen_tiktoken, source, words_by_rank
+from tests.helpers.vocabularies import QWEN, SHORT, tiktoken_file, source, words_by_rank
 
 WORDS = words_by_rank(QWEN)
 RANKS = {word: rank for rank, word in enumerate(WORDS)}
@@ -39,7 +39,7 @@ def by_loop(text: str) -> list[int]:
 
 def qwen(folder: Path, **generation: Any) -> Tokenizer:
     files = {
-        "qwen.tiktoken": qwen_tiktoken(WORDS),
+        "qwen.tiktoken": tiktoken_file(WORDS),
         "generation_config.json": {"eos_token_id": len(WORDS), **generation},
     }
     tokenizer = load(source(folder, files))
@@ -116,16 +116,16 @@ def line(word: bytes, rank: int) -> bytes:
     ("content", "message"),
     [
         (b"", ".*256 of the 256 bytes.* 0x00"),
-        (qwen_tiktoken(WORDS[:100]), ".*156 of the 256 bytes.* 0x64"),
+        (tiktoken_file(WORDS[:100]), ".*156 of the 256 bytes.* 0x64"),
         (b"AA= 0\n", "line 1 is b'AA=', .*base64"),
         (b"!!!! 0\n", "line 1 is b'!!!!', .*base64"),
         (b"AAAA\n", "line 1 is b'AAAA'; .* 0$"),
         (b"AAAA 1\n", "line 1 is b'AAAA .* 0$"),
         (b"AAAA zero\n", "line 1 is b'AAAA .* 0$"),
-        (qwen_tiktoken(WORDS) + line(b"xyz", len(WORDS) + 1), f"line {len(WORDS) + 1} "),
-        (qwen_tiktoken(WORDS) + line(WORDS[300], len(WORDS)), "1 .*twice"),
-        (qwen_tiktoken(WORDS) + line(b"<|im_end|>", len(WORDS)), "1 .*twice"),
-        (qwen_tiktoken(WORDS) + line(b"x" * 10**6, len(WORDS)), ".*1000000 bytes"),
+        (tiktoken_file(WORDS) + line(b"xyz", len(WORDS) + 1), f"line {len(WORDS) + 1} "),
+        (tiktoken_file(WORDS) + line(WORDS[300], len(WORDS)), "1 .*twice"),
+        (tiktoken_file(WORDS) + line(b"<|im_end|>", len(WORDS)), "1 .*twice"),
+        (tiktoken_file(WORDS) + line(b"x" * 10**6, len(WORDS)), ".*1000000 bytes"),
         (b"\x93NUMPY\x01\x00v\x00" * 99, "line 1"),
     ],
 )
