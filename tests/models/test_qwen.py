@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import pentad.weights
+from pentad.convert import convert
+from pentad.generate.plan_step import PlanStep
 from pentad.generate.step import PlainStep
 from pentad.models.language import qwen
 from pentad.models.language.config import read_family_config, write_family_config
@@ -112,9 +116,9 @@ def reference_logits(folder: Path, ids: list[int], prompt: int) -> torch.Tensor:
         return x / math.sqrt((x * x).mean() + c["layer_norm_epsilon"]) * w[f"{name}.weight"]
 
     def rotate(x: np.ndarray, position: int) -> np.ndarray:
-        y = np.empty(dim)
-        for i in range(dim // 2):
-            angle, j = position * base ** (-2 * i / dim), i + dim // 2
+        y, turned = x.copy(), int(dim * c["rotary_pct"])
+        for i in range(turned // 2):
+            angle, j = position * base ** (-2 * i / turned), i + turned // 2
             y[i] = x[i] * math.cos(angle) - x[j] * math.sin(angle)
             y[j] = x[j] * math.cos(angle) + x[i] * math.sin(angle)
         return y
@@ -178,7 +182,7 @@ def test_biases_and_partial_rotation(tmp_path: Path) -> None:
     network = network_of(_with_biases(tmp_path, state, parts, 0.5))
     assert_equal_logits(logits_of(network, random_ids(20)), reference_logits(tmp_path, random_ids(20), 20))
     edit_json(tmp_path / "config.json", rotary_pct=0.5)
-    assert network_of(tmp_path).layers[0].attention.rope.dim == 4
+    assert_equal_logits(logits_of(network_of(tmp_path), random_ids(20)), reference_logits(tmp_path, random_ids(20), 20))
 
 
 def _with_biases(folder: Path, state: Mapping[str, torch.Tensor], parts: list[str], size: float) -> Path:
@@ -217,9 +221,8 @@ def test_seq_length_is_optional_without_dynamic_ntk_and_log_n(tmp_path: Path) ->
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("type_name", ["F32", "BF16", "Q8_0", "Q4_1"])
-def test_gguf_logits_match_transformers(tmp_path: Path, type_name: str) -> None:
-    peer = tiny_peer(family="qwen2", num_key_value_heads=4, hidden_size=64, intermediate_size=96)
+def write_qwen(path: Path, peer: nn.Module, type_name: str = "F32", **metadata: int) -> Path:
+    """Write a GGUF as llama.cpp's converter does; `metadata` has "__" for dots."""
     c, tensors = peer.config, {}
     for name, array in stored(peer, type_name).items():
         module, _, end = name.rpartition(".")
@@ -232,19 +235,54 @@ def test_gguf_logits_match_transformers(tmp_path: Path, type_name: str) -> None:
         for end in ("weight", "bias"):
             qkv = [tensors.pop(f"blk.{layer}.attn_{p}.{end}") for p in "qkv"]
             tensors[f"blk.{layer}.attn_qkv.{end}"] = np.concatenate(qkv)
-    metadata = {
+    known = {
         "context_length": 256,
         "block_count": 2,
-        "embedding_length": 64,
-        "feed_forward_length": 2 * 96,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": 2 * c.intermediate_size,
         "rope.freq_base": 10000.0,
-        "rope.dimension_count": 16,
+        "rope.dimension_count": c.hidden_size // 4,
         "attention.head_count": 4,
         "attention.layer_norm_rms_epsilon": 1e-5,
     }
-    write_file(tmp_path / "m.gguf", "qwen", metadata, tensors, type_name)
-    ids = random_ids(60)
-    assert_equal_logits(logits_of(network_of(tmp_path / "m.gguf"), ids), peer_logits(peer, ids))
+    given = {key.replace("__", "."): value for key, value in metadata.items()}
+    write_file(path, "qwen", {**known, **given}, tensors, type_name)
+    return path
+
+
+@pytest.mark.parametrize("type_name", ["F32", "BF16", "Q8_0", "Q4_1"])
+def test_gguf_logits_match_transformers(tmp_path: Path, type_name: str) -> None:
+    peer = tiny_peer(family="qwen2", num_key_value_heads=4, hidden_size=64, intermediate_size=96)
+    file, ids = write_qwen(tmp_path / "m.gguf", peer, type_name), random_ids(60)
+    assert_equal_logits(logits_of(network_of(file), ids), peer_logits(peer, ids))
+
+
+@pytest.mark.parametrize("dims", [2, 6, 8])
+def test_a_gguf_may_rotate_a_part_of_each_head(tmp_path: Path, dims: int) -> None:
+    tiny, ids = qwen_checkpoint(tmp_path / "hf", rotary_pct=dims / 8), random_ids(60)
+    files = [write_qwen(tmp_path / "a.gguf", tiny.peer, rope__dimension_count=dims)]
+    files += convert(tiny.folder, tmp_path / "b.gguf", to="gguf").files
+    expected = reference_logits(tiny.folder, ids, len(ids))
+    for network in map(network_of, (tiny.folder, *files)):
+        assert network.config.rotary_dim == dims
+        assert_equal_logits(logits_of(network, ids), expected)
+        kernels = PlanStep(network)
+        assert_equal_logits(kernels([(kernels.cache.open(len(ids)), ids)], range(len(ids))), expected)
+
+
+@pytest.mark.parametrize(("dims", "head"), [(30, 44), (26, 46), (62, 78)])
+def test_a_share_of_a_head_that_is_no_round_number(dims: int, head: int) -> None:
+    config = qwen.QwenConfig(
+        vocab_size=8, hidden_size=head, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=head
+    )
+    assert replace(config, rotary_pct=dims / head).rotary_dim == dims
+
+
+@pytest.mark.parametrize("dims", [0, 3, 10])
+def test_a_gguf_that_rotates_an_impossible_part_is_refused(tmp_path: Path, dims: int) -> None:
+    tiny = qwen_checkpoint(tmp_path / "hf")
+    file = write_qwen(tmp_path / "m.gguf", tiny.peer, rope__dimension_count=dims)
+    assert f"qwen.rope.dimension_count is {dims}; expected an even number up to 8" in refused(file)
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pentad.convert import convert
-from tests.helpers.tiny import assert_equal_logits, peer_logits, random_ids, tiny_checkpoint
+from tests.helpers.tiny import assert_equal_logits, logits_of, network_of, peer_logits, random_ids, tiny_checkpoint
 from tests.helpers.tiny_qwen import qwen_checkpoint
 from tests.parity.golden import apart
 
@@ -54,6 +54,14 @@ def scores(ids: list[int], path: Path) -> np.ndarray[Any, Any]:
     model = llama_cpp.Llama(model_path=str(path), n_ctx=256, logits_all=True, verbose=False)
     model.eval(ids)
     return model.scores[: len(ids)].copy()
+
+
+@pytest.mark.parametrize("dims", [2, 6])
+def test_llama_cpp_rotates_a_part_of_each_head_as_pentad_does(dims: int, tmp_path: Path) -> None:
+    """Only qwen and phi2 files may do so: llama.cpp refuses others. CONFIGS compares phi2, which rotates half."""
+    file = convert(qwen_checkpoint(tmp_path / "a", rotary_pct=dims / 8).folder, tmp_path / "b.gguf", to="gguf").path
+    theirs = torch.from_numpy(apart(partial(scores, IDS), file))
+    assert_equal_logits(theirs, logits_of(network_of(file), IDS), BOUND)
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "qwen"])

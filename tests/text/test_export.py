@@ -23,10 +23,10 @@ from tests.helpers.vocabularies import (
     SHORT,
     TEKKEN,
     published,
-    tiktoken_file,
     sentencepiece_model,
     source,
     tekken,
+    tiktoken_file,
     words_by_rank,
 )
 

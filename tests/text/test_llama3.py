@@ -15,7 +15,8 @@ from pentad.text.export import gguf_metadata, hf_files
 from tests.helpers.vocabularies import SHORT, published, source, tiktoken_file, words_by_rank
 
 SPLIT = (  # of meta-llama/llama3: llama/tokenizer.py
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 RESERVED = "<|reserved_special_token_{}|>".format
 NAMES = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pentad.errors import BadInput
 from pentad.text import Tokenizer, byte_level, load
-from tests.helpers.vocabularies import QWEN, SHORT, tiktoken_file, source, words_by_rank
+from tests.helpers.vocabularies import QWEN, SHORT, source, tiktoken_file, words_by_rank
 
 WORDS = words_by_rank(QWEN)
 RANKS = {word: rank for rank, word in enumerate(WORDS)}

@@ -78,7 +78,9 @@ def read_family_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
         key = f"{checkpoint.config['general.architecture']}.{GGUF_FIELDS['rotary_dim']}"
         dims = checkpoint.config.get(key, config.rotary_dim)
         if dims != config.rotary_dim:
-            raise BadInput(f"{checkpoint.path}: {key} is {str(dims)[:40]}; expected {config.rotary_dim}")
+            raise BadInput(
+                f"{checkpoint.path}: {key} is {str(dims)[:40]}; expected {config.rotary_dim}, as in llama.cpp"
+            )
     return config
 
 

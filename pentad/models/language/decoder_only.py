@@ -100,6 +100,19 @@ def _hf_rope_scaling(config: DecoderConfig, rope: Mapping[str, Any]) -> dict[str
     return {**{key: value for key, value in rope.items() if value is not None}, "rope_type": name}
 
 
+def rotary_share(config: DecoderConfig, checkpoint: Checkpoint, key: str) -> float:
+    """The part of a head that RoPE rotates, if `key` of the file has it in dimensions.
+
+    Raises:
+        BadInput: it is not an even number from 2 to the head's size.
+    """
+    dims = checkpoint.config.get(key, config.rotary_dim)
+    if not isinstance(dims, int) or not 0 < dims <= config.head_dim or dims % 2:
+        expected = f"an even number up to {config.head_dim}"
+        raise BadInput(f"{checkpoint.path}: {key} is {str(dims)[:40]}; expected {expected}")
+    return dims / config.head_dim
+
+
 def check_experts(config: DecoderConfig, experts: int, top_k: int, path: object) -> None:
     """Raise BadInput if a mixture can't have `experts` experts, or a token can't use `top_k` of them."""
     if experts > MAX_EXPERTS or experts * config.hidden_size * config.intermediate_size > MAX_SIZE**2:

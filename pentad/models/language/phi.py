@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
-from pentad.models.language.decoder_only import DecoderConfig, DecoderOnly, self_attention
+from pentad.models.language.decoder_only import DecoderConfig, DecoderOnly, rotary_share, self_attention
 from pentad.nn.block import ParallelBlock
 from pentad.nn.feedforward import GeluMLP
 from pentad.nn.norm import LayerNorm
@@ -48,11 +47,8 @@ class PhiConfig(DecoderConfig):
     def resolve(self, checkpoint: Checkpoint) -> Self:
         intermediate_size = self.intermediate_size or 4 * self.hidden_size
         config = super(PhiConfig, replace(self, intermediate_size=intermediate_size)).resolve(checkpoint)
-        key, head_dim = "phi2.rope.dimension_count" if checkpoint.format == "gguf" else "rotary_dim", config.head_dim
-        rotary = checkpoint.config.get(key, config.rotary_dim)
-        if not isinstance(rotary, int) or not 0 < rotary <= head_dim or rotary % 2:
-            raise BadInput(f"{checkpoint.path}: {key} is {str(rotary)[:40]}; expected an even number up to {head_dim}")
-        return replace(config, partial_rotary_factor=rotary / head_dim)
+        key = "phi2.rope.dimension_count" if checkpoint.format == "gguf" else "rotary_dim"
+        return replace(config, partial_rotary_factor=rotary_share(config, checkpoint, key))
 
 
 class Phi(DecoderOnly):

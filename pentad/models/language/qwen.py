@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
-from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, self_attention
+from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, rotary_share, self_attention
 from pentad.nn.feedforward import SwiGLU
 from pentad.nn.rope_scaling import DefaultRope, DynamicSteps
 from pentad.weights.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ class QwenConfig(PreNormConfig):
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.rotary_pct)
+        return int(self.head_dim * self.rotary_pct + 1e-6)  # a share read from a GGUF is rounded
 
     @property
     def rope_scaling(self) -> DefaultRope:
@@ -64,7 +64,8 @@ class QwenConfig(PreNormConfig):
     def resolve(self, checkpoint: Checkpoint) -> Self:
         config = super().resolve(checkpoint)
         if checkpoint.format == "gguf":  # GGUF can't store the extras
-            return replace(config, use_dynamic_ntk=False, use_logn_attn=False)
+            share = rotary_share(config, checkpoint, "qwen.rope.dimension_count")
+            return replace(config, rotary_pct=share, use_dynamic_ntk=False, use_logn_attn=False)
         if (self.use_dynamic_ntk or self.use_logn_attn) and (self.seq_length or 0) < 2:
             raise BadInput(f"{checkpoint.path}: use_dynamic_ntk and use_logn_attn need a seq_length of at least 2")
         return config
