@@ -189,7 +189,7 @@ def _run(command: list[str], folder: Path, progress: Progress) -> str | None:
                     _, stderr = process.communicate(timeout=0.2)
                     break
                 except subprocess.TimeoutExpired:
-                    nbytes = _nbytes(folder)
+                    nbytes = _largest(folder)
                     progress.advance(max(0, nbytes - counted))
                     counted = max(counted, nbytes)
         except BaseException:
@@ -201,9 +201,10 @@ def _run(command: list[str], folder: Path, progress: Progress) -> str | None:
     return error[:300] or f"exit code {process.returncode}"
 
 
-def _nbytes(folder: Path) -> int:
-    total = 0
+def _largest(folder: Path) -> int:
+    """The size of the largest file: pip has up to three copies of the wheel while it downloads it."""
+    sizes = [0]
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # temporary files of a running pip come and go
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+            sizes.append(path.stat().st_size if path.is_file() else 0)
+    return max(sizes)

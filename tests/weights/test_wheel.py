@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pentad.errors import PentadError
 from pentad.weights import registry
 from pentad.weights.cache import Progress
 from pentad.weights.registry import known, locate, remove
@@ -260,6 +261,24 @@ def test_uv_is_used_without_pip(cache: Path, tools: Path) -> None:
     write_tool(tools / "uv", UV)
     assert locate("tiny").read_bytes() == CONTENT
     assert cached_files(cache) == ["models", "models/tiny.gguf"]
+
+
+PIP = """
+import time
+folder = Path(sys.argv[sys.argv.index("--dest") + 1])
+for copy in ("body.tmp", "unpacked.whl"):
+    (folder / copy).write_bytes(bytes(1000))
+time.sleep(1)
+sys.exit("ERROR: no index")
+"""
+
+
+def test_copies_that_pip_makes_are_counted_once(cache: Path, tools: Path) -> None:
+    write_tool(tools / "pip", PIP)
+    watcher = Watcher()
+    with pytest.raises(PentadError):
+        locate("tiny", progress=watcher)
+    assert watcher.counts == [1000]
 
 
 def test_uv_is_used_if_pip_fails(cache: Path, tools: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
