@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ def answer(loading: Loading, begin: Callable[[Any], Stream], *, as_json: bool) -
             model = loading.load()
             ctrl_c.gently = True
             stream = begin(model)
-            follow(stream, (lambda _: None) if as_json else output.write, ctrl_c)
+            with nullcontext(lambda _: None) if as_json else output.generated() as write:
+                follow(stream, write, ctrl_c)
         except KeyboardInterrupt:
             pass  # the stream has the reply so far
         completion = None if stream is None else stream.completion

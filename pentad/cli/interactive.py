@@ -114,7 +114,8 @@ class Loop:
             with CtrlC(gently=True) as ctrl_c:
                 if dropped := conversation.fit():
                     output.note(f"(dropped {_turns(dropped)} to make room)")
-                reply = follow(conversation.stream(), output.write, ctrl_c)
+                with output.generated() as write:
+                    reply = follow(conversation.stream(), write, ctrl_c)
         except BaseException:
             conversation.undo()
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,32 @@ if TYPE_CHECKING:
 # Shown as U+2400…: neither a model's text nor a file's name can send commands to the terminal.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+_CELL = {**_CONTROLS, **{ord(character): 0x2400 + ord(character) for character in "\n\t"}}
+_JSON = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}  # those that json.dumps leaves as they are
 
 
 def write(text: str) -> None:
-    """Write to standard output and flush; on a terminal, control characters are shown as symbols."""
-    _send(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+    """Write to standard output and flush; control characters are shown as symbols."""
+    _send(text.translate(_CONTROLS))
+
+
+@contextmanager
+def generated() -> Iterator[Callable[[str], None]]:
+    """A function that writes the pieces of a model's text; the end of the ``with`` block completes the last line.
+
+    A file or pipe gets the text unchanged. A terminal gets symbols for control characters, and lines that end between
+    words.
+    """
+    if not sys.stdout.isatty():
+        yield _send
+        return
+    from pentad.cli.wrapping import WordWrap
+
+    lines = WordWrap(write)
+    try:
+        yield lines.write
+    finally:
+        lines.flush()
 
 
 def _send(text: str) -> None:
@@ -43,12 +64,12 @@ def write_json(value: object) -> None:
         ValueError: a number is NaN or infinite, which JSON can't express.
     """
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    _send(json.dumps(value, ensure_ascii=not unicode, allow_nan=False) + "\n")
+    _send(json.dumps(value, ensure_ascii=not unicode, allow_nan=False).translate(_JSON) + "\n")
 
 
 def write_table(rows: Iterable[Sequence[object]]) -> None:
     """Write rows as aligned columns."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[str(cell).translate(_CELL) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -114,7 +135,7 @@ class Bars(Progress):
         if total is not None:
             columns += [DownloadColumn(), Remaining()]
         self._bars = RichProgress(*columns, console=Console(stderr=True), transient=True)
-        self._bars.add_task(description, total=total)
+        self._bars.add_task(description.translate(_CELL), total=total)
         self._bars.start()
 
     def advance(self, n: int) -> None:

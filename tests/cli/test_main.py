@@ -181,12 +181,22 @@ def test_sizes() -> None:
     assert written == ["0 bytes", "999 bytes", "1.0 kB", "98.4 MB", "7.0 GB", "3000.0 TB"]
 
 
-def test_control_characters_are_replaced_on_a_terminal(capsys, monkeypatch) -> None:
+def test_control_characters_are_shown_as_symbols(capsys) -> None:
     output.write("\x1b[2J\n\tü\x9b")
-    assert capsys.readouterr().out == "\x1b[2J\n\tü\x9b"  # a file gets the text unchanged
+    output.write_table([("a\nb", "\x1b[2J"), ("c", "\t")])
+    assert capsys.readouterr().out == "␛[2J\n\tü\ufffda␊b  ␛[2J\nc    ␉\n"
+    output.write_json("\x1b\x9b")
+    assert capsys.readouterr().out == '"\\u001b\\u009b"\n'
+
+
+def test_generated_text_is_unchanged_in_a_file(capsys, monkeypatch) -> None:
+    with output.generated() as write:
+        write("\x1b[2J\n\tü\x9b ")
+    assert capsys.readouterr().out == "\x1b[2J\n\tü\x9b "
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    output.write("\x1b[2J\n\tü\x9b")
-    assert capsys.readouterr().out == "␛[2J\n\tü\ufffd"
+    with output.generated() as write:
+        write("\x1b[2J\nü\x9b ")
+    assert capsys.readouterr().out == "␛[2J\nü\ufffd"
 
 
 def test_json_has_no_nan(capsys) -> None:
