@@ -32,7 +32,7 @@ def tracked_files() -> list[Path]:
     return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
 
 
-HEAVY = {"gguf", "huggingface_hub", "jinja2", "numpy", "sentencepiece", "tokenizers", "torch"}
+HEAVY = {"gguf", "huggingface_hub", "jinja2", "numpy", "prompt_toolkit", "sentencepiece", "tokenizers", "torch"}
 
 
 def test_importing_pentad_imports_no_heavy_package() -> None:
@@ -59,7 +59,15 @@ def test_a_first_answer_does_not_import_torchs_compiler(smollm2: Path) -> None:
     chat = f"import pentad\npentad.load({str(smollm2)!r}).chat('hi', max_tokens=2)"
     modules = modules_after(chat)
     assert "torch" in modules
-    assert not modules & {"torch._dynamo", "sympy", "gguf", "huggingface_hub", "rich", "sentencepiece"}
+    assert not modules & {
+        "torch._dynamo",
+        "sympy",
+        "gguf",
+        "huggingface_hub",
+        "prompt_toolkit",
+        "rich",
+        "sentencepiece",
+    }
 
 
 def test_public_names_resolve() -> None:

@@ -50,9 +50,14 @@ def chat(
     if prompt is None and sys.stdin.isatty():
         if as_json:
             raise BadInput("--json answers one prompt: give PROMPT, or standard input")
-        from pentad.cli.interactive import Loop
+        from pentad.cli.interactive import Loop, complete_line
+        from pentad.cli.quiet import quiet
 
-        Loop(Conversation(loading.load_decoder_only("chat"), chosen, system=system, truncate=truncate)).run()
+        with quiet():
+            model = loading.load_decoder_only("chat")
+            from pentad.cli.prompting import Prompt
+
+            Loop(Conversation(model, chosen, system=system, truncate=truncate), Prompt(complete_line)).run()
         return
     text = _prompt(prompt).removesuffix("\n")
     if not text.strip():

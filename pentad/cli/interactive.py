@@ -1,7 +1,6 @@
 """An interactive chat: messages in, replies out, ``/commands``."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -10,6 +9,7 @@ from pentad.cli.answer import cut_off, follow
 from pentad.cli.conversation import Conversation
 from pentad.cli.interrupts import CtrlC
 from pentad.cli.options import DECLARED, Generating, check, expected
+from pentad.cli.paths import files
 from pentad.errors import BadInput, PentadError
 
 HELP = '''\
@@ -24,12 +24,11 @@ HELP = '''\
 /load FILE         continue the last conversation of a file
 /quit              leave; so do /exit, /bye, Ctrl-D, and Ctrl-C twice
 
-End a line with \\ to continue it on the next line; begin and end a text of many lines with """.
+End a line with \\ to continue it on the next line; begin and end a text of many lines with """. A pasted text is one
+message. Tab completes commands, options and files; Ctrl-R searches what was typed before.
 Ctrl-C stops a reply, and keeps its text so far.'''
 
 FULL = "(cut off: the context is full; /reset clears it, /set truncate yes drops the oldest turns)"
-HISTORY = 1000  # lines
-QUOTES = '"""'
 
 
 def _yes_or_no(text: str) -> bool:
@@ -46,10 +45,11 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 
 
 class Loop:
-    """Reads messages and commands from the terminal until the user leaves."""
+    """Reads messages and commands with `read` until the user leaves."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: Conversation, read: Callable[[], str]) -> None:
         self.conversation = conversation
+        self._read = read
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: output.note(HELP),
             "?": lambda _: output.note(HELP),
@@ -71,27 +71,26 @@ class Loop:
         """
         model = self.conversation.model
         output.note(f"{model.name}, context {model.context_length} tokens. /help lists commands; Ctrl-D leaves.")
-        with _history():
-            leaving = False
-            while True:
-                try:
-                    message = _read_message()
-                    leaving = False
-                    if message.strip() in ("/quit", "/exit", "/bye"):
-                        return
-                    if message.strip():
-                        self._handle(message)
-                except EOFError:
-                    output.write("\n")
+        leaving = False
+        while True:
+            try:
+                message = self._read()
+                leaving = False
+                if message.strip() in ("/quit", "/exit", "/bye"):
                     return
-                except KeyboardInterrupt:
-                    output.write("\n")
-                    if leaving:
-                        raise
-                    output.note("(press Ctrl-C again, or Ctrl-D, to leave)")
-                    leaving = True
-                except UnicodeDecodeError:
-                    output.fail("the input is not valid UTF-8")
+                if message.strip():
+                    self._handle(message)
+            except EOFError:
+                output.write("\n")
+                return
+            except KeyboardInterrupt:
+                output.write("\n")
+                if leaving:
+                    raise
+                output.note("(press Ctrl-C again, or Ctrl-D, to leave)")
+                leaving = True
+            except UnicodeDecodeError:
+                output.fail("the input is not valid UTF-8")
 
     def _handle(self, message: str) -> None:
         name, _, argument = message.strip().removeprefix("/").partition(" ")
@@ -203,42 +202,21 @@ def _brief(text: str) -> str:
     return f'"{line[:40]}…"' if len(line) > 40 else f'"{line}"'
 
 
-def _read_message() -> str:
-    r"""Read a message: a line, with continuation lines after ``\``, or the lines between triple quotes.
-
-    Raises:
-        EOFError: the user pressed Ctrl-D.
-        KeyboardInterrupt: the user pressed Ctrl-C.
-    """
-    line = input("> ")
-    if line.startswith(QUOTES):
-        text = line.removeprefix(QUOTES)
-        while not text.rstrip().endswith(QUOTES):
-            text += "\n" + input("... ")
-        return text.rstrip().removesuffix(QUOTES).strip("\n")
-    while line.endswith("\\"):
-        line = line.removesuffix("\\") + "\n" + input("... ")
-    return line
-
-
-@contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Line editing, with the history of earlier chats, if the system has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    from pentad.weights.cache import cache_folder
-
-    path = cache_folder() / "history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(HISTORY)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(path)
-            path.chmod(0o600)
+def complete_line(line: str) -> tuple[str, Iterable[str]]:
+    """The word at the end of a line that Tab completes, and what it may become."""
+    if not line.startswith("/"):
+        return "", []
+    command, space, argument = line.partition(" ")
+    if command in ("/save", "/load") and space:
+        return argument, files(argument)
+    candidates = [f"/{name} " for name in ("load", "save", "set", "system")]
+    candidates += [f"/{name}" for name in ("bye", "exit", "help", "quit", "reset", "retry", "tokens", "undo")]
+    word = command
+    if space:
+        name, space, word = argument.rpartition(" ")
+        candidates = [f"{setting} " for setting in SETTINGS]
+        if space:
+            candidates = ["yes", "no"] if name == "truncate" else []
+        if command != "/set":
+            candidates = []
+    return word, [candidate for candidate in candidates if candidate.startswith(word)]

@@ -75,12 +75,13 @@ class Loading:
 
     def load(self) -> LanguageModel | EncoderDecoderModel:
         """`pentad.load`, with progress on the terminal, and a note if an option turns the kernels off."""
-        from pentad import kernels
-        from pentad.generate import LanguageModel
-        from pentad.loading import load
+        with output.status(f"loading {self.model} …"):
+            from pentad import kernels
+            from pentad.generate import LanguageModel
+            from pentad.loading import load
 
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        loaded = load(values.pop("model"), **values, progress=output.progress())
+            values = {field.name: getattr(self, field.name) for field in fields(self)}
+            loaded = load(values.pop("model"), **values, progress=output.progress())
         if isinstance(loaded, LanguageModel) and loaded.network.device.type == "cpu":
             why = loaded.step.backend.removeprefix("as plain torch: ")
             if kernels.isas() and (self.dtype or self.quantize):

@@ -119,6 +119,19 @@ def abandon_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show a line on a terminal's standard error while the ``with`` block runs."""
+    if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        yield
+        return
+    print(text.translate(_CELL), end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 class Bars(Progress):
     """Progress of downloads and loading as bars on standard error."""
 

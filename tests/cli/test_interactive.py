@@ -1,12 +1,13 @@
 """Interactive chat: its commands in this process, and a conversation on a pseudo-terminal."""
 
-import builtins
+import json
 import os
 import pty
 import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 from torch import Tensor
 
 import pentad as package
+from pentad.cli import prompting
 from pentad.cli.conversation import Conversation
-from pentad.cli.interactive import SETTINGS, Loop
+from pentad.cli.interactive import SETTINGS, Loop, complete_line
 from pentad.generate.plan_step import PlanStep
 from pentad.generate.step import PlainStep, Step, Work
 
@@ -35,23 +37,19 @@ def conversation(model: package.LanguageModel) -> Conversation:
 
 
 @pytest.fixture
-def chat(
-    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Chat:
+def chat(conversation: Conversation, capsys: pytest.CaptureFixture[str]) -> Chat:
     """A function that types lines and then Ctrl-D, and returns standard error."""
-    monkeypatch.setenv("PENTAD_CACHE", str(tmp_path))
 
     def run(*lines: str | type[BaseException]) -> str:
         waiting = iter(lines)
 
-        def read(_: str = "") -> str:
+        def read() -> str:
             line = next(waiting, EOFError)
             if isinstance(line, str):
                 return line
             raise line
 
-        monkeypatch.setattr(builtins, "input", read)
-        Loop(conversation).run()
+        Loop(conversation, read).run()
         return capsys.readouterr().err
 
     return run
@@ -61,10 +59,37 @@ def user_messages(conversation: Conversation) -> list[str]:
     return [m["content"] for m in conversation.messages if m["role"] == "user"]
 
 
-def test_multiline_messages(chat: Chat, conversation: Conversation) -> None:
-    chat("a\\", "b", '"""', "c", "", 'd"""', '"""e"""', "", "  ", " /f")
-    assert user_messages(conversation) == ["a\nb", "c\n\nd", "e", " /f"]
-    assert len(conversation.messages) == 8
+def test_empty_messages_are_ignored(chat: Chat, conversation: Conversation) -> None:
+    chat("", "  ", " /f")
+    assert user_messages(conversation) == [" /f"]
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("/re", ["/reset", "/retry"]),
+        ("/s", ["/save ", "/set ", "/system "]),
+        ("/set top", ["top_k ", "top_p "]),
+        ("/set truncate ", ["yes", "no"]),
+        ("/set top_k ", []),
+        ("/undo ", []),
+        ("hello /re", []),
+    ],
+)
+def test_tab_completes_commands_and_options(line: str, completed: list[str]) -> None:
+    assert list(complete_line(line)[1]) == completed
+
+
+def test_tab_completes_files(tmp_path: Path) -> None:
+    (tmp_path / "my talk.jsonl").touch()
+    (tmp_path / "my talks").mkdir()
+    (tmp_path / ".hidden").touch()
+    assert complete_line(f"/load {tmp_path}/my t") == (
+        f"{tmp_path}/my t",
+        [f"{tmp_path}/my talk.jsonl", f"{tmp_path}/my talks/"],
+    )
+    assert len(list(complete_line(f"/save {tmp_path}/")[1])) == 2
+    assert complete_line("/load /no/such/folder/")[1] == []
 
 
 def test_undo_retry_reset(chat: Chat, conversation: Conversation) -> None:
@@ -199,19 +224,23 @@ def test_a_second_ctrl_c_removes_the_message(
     assert user_messages(conversation) == ["two"]
 
 
+PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
+
+
 class Terminal:
     """A process on a pseudo-terminal."""
 
     def __init__(self, *command: str, **environment: str) -> None:
         self.screen = ""
         self._terminal, child_side = pty.openpty()
+        self.modes = termios.tcgetattr(child_side)
         self.process = subprocess.Popen(
             command,
             stdin=child_side,
             stdout=child_side,
             stderr=child_side,
             cwd=ROOT,
-            env={**os.environ, "TERM": "dumb", "PYTHONUTF8": "1", **environment},
+            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONUTF8": "1", **environment},
             start_new_session=True,
         )
         os.close(child_side)
@@ -235,6 +264,20 @@ class Terminal:
                     break
         raise AssertionError(f"{text!r} was not written: {self.screen!r}")
 
+    def wait(self) -> int:
+        """Read until the process ends; returns its exit code, after a check that the terminal is as before."""
+        for _ in range(300):
+            if select.select([self._terminal], [], [], 0.1)[0]:
+                try:
+                    self.screen += os.read(self._terminal, 4096).decode(errors="replace")
+                except OSError:
+                    break
+            elif self.process.poll() is not None:
+                break
+        assert termios.tcgetattr(self._terminal) == self.modes
+        assert self.screen.rfind(PASTE_OFF) > self.screen.rfind(PASTE_ON)
+        return self.process.wait(5)
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -249,39 +292,79 @@ def terminal(smollm2: Path, tmp_path: Path) -> Iterator[Terminal]:
     terminal.close()
 
 
+def ready(terminal: Terminal, times: int = 1) -> str:
+    """Wait until a prompt is drawn; returns the output since the last call."""
+    return terminal.wait_for(">\x08\x1b[2C", times=times)
+
+
+def user_texts(file: Path) -> list[str]:
+    messages = json.loads(file.read_text().splitlines()[-1])["messages"]
+    return [message["content"] for message in messages if message["role"] == "user"]
+
+
 def test_a_conversation_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    file, history = tmp_path / "talk.jsonl", tmp_path / "history"
+    terminal.wait_for("loading ")
+    terminal.type("What is the capital of France?\r")  # before the first prompt
     terminal.wait_for("/help lists commands")
-    terminal.wait_for("> ")
-    terminal.type("What is the capital of France?\n")
-    assert "Paris" in terminal.wait_for("> ")
-    terminal.type("And of\\\n")
-    terminal.wait_for("... ")
-    terminal.type("Italy?\n")
-    assert "Rome" in terminal.wait_for("> ")
+    terminal.wait_for("Paris")
+    ready(terminal)
+    terminal.type("And of\\\rItaly?\r")
+    terminal.wait_for("Rome")
+    ready(terminal)
+    terminal.type("\x1b[200~Say\none\\\nor\ntwo.\x1b[201~\r")
+    ready(terminal)
+    terminal.type('"""a\r\rb"""\r')
+    terminal.wait_for('b"""')
+    ready(terminal)
+    terminal.type("not sent\x03/sav\t" + f"{tmp_path}/tal\x7fl" + "k.jsonl\r")
+    terminal.wait_for("(added to ")
+    assert user_texts(file) == ["What is the capital of France?", "And of\nItaly?", "Say\none\\\nor\ntwo.", "a\n\nb"]
+    ready(terminal)
 
-    terminal.type("/tokens\n")
-    before = int(terminal.wait_for(" of 8192 tokens").rpartition("(")[2])
-    terminal.type("/reset\n")
+    terminal.type("/reset\r")
     terminal.wait_for("cleared)")
-    terminal.wait_for("> ")
-
-    terminal.type("Write a very long story about a very long road.\n")
-    terminal.wait_for("road.\r\n")
-    terminal.wait_for(" ", times=3)
+    ready(terminal)
+    terminal.type("Write a very long story about a very long road.\r")
+    terminal.wait_for("road.", times=1)
+    terminal.wait_for("the ", times=2)
+    terminal.type("/tokens")  # while the reply streams
+    time.sleep(0.5)
     terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for("> ")
-    terminal.type("/tokens\n")
-    assert int(terminal.wait_for(" of 8192 tokens").rpartition("(")[2]) > 10 < before
+    assert "/tokens" not in ready(terminal)
+    terminal.type("\r")
+    assert int(terminal.wait_for(" of 8192 tokens").rpartition("(")[2]) > 10
+    ready(terminal)
 
-    terminal.wait_for("> ")
-    time.sleep(0.5)  # a signal before input() waits for a key is handled only at the next key
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.type("\x03")
     terminal.wait_for("to leave)")
-    terminal.wait_for("> ")
+    ready(terminal)
     terminal.type("\x04")
-    for _ in range(100):
-        if terminal.process.poll() is not None:
-            break
-        time.sleep(0.1)
-    assert terminal.process.returncode == 0
-    assert "What is the capital of France?" in (tmp_path / "history").read_text()
+    assert terminal.wait() == 0
+    assert "+What is the capital of France?" in history.read_text()
+    assert history.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("moment", ["loading", "prompt", "reply"])
+def test_a_terminated_conversation_restores_the_terminal(terminal: Terminal, moment: str) -> None:
+    terminal.wait_for("loading ")
+    if moment != "loading":
+        ready(terminal)
+    if moment == "reply":
+        terminal.type("Write a very long story about a very long road.\r")
+        terminal.wait_for("the ", times=2)
+    terminal.process.send_signal(signal.SIGTERM)
+    assert terminal.wait() == 143
+
+
+def test_history_is_bounded_and_kept_between_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENTAD_CACHE", str(tmp_path))
+    first = prompting.history()
+    for number in range(prompting.ENTRIES + 5):
+        first.store_string(f"message {number}\nsecond line")
+    latest, *older = prompting.history().load_history_strings()
+    assert latest == f"message {prompting.ENTRIES + 4}\nsecond line"
+    assert len(older) == prompting.ENTRIES - 1
+    first.store_string("a\udcff")
+    monkeypatch.setenv("PENTAD_CACHE", str(tmp_path / "history"))  # a file where the folder should be
+    assert list(prompting.history().load_history_strings()) == []
