@@ -18,7 +18,7 @@ from pentad.models import families, family_of
 from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import corrected_by_tensors, read_family_config
 from pentad.nn.decoder import Decoder
-from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
+from pentad.nn.linear import HeadLinear, QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
 from pentad.nn.moe.experts import GroupedLinear, QuantizedGroupedLinear
 from pentad.weights.cache import Progress, task
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QuantizedPart = type[QuantizedLinear] | type[RowwiseInt8Linear]
-KEEPS_BLOCKS = {nn.Linear, nn.Embedding, GroupedLinear}
+KEEPS_BLOCKS = {nn.Linear, HeadLinear, nn.Embedding, GroupedLinear}
 """Parts with a quantized counterpart (see `_quantized_part`)."""
 
 
@@ -204,7 +204,7 @@ def _placements(
             owner_types = {
                 type(network.get_submodule(owner)) if leaf == "weight" else None for owner, _, leaf in owners
             }
-            untied_linear = len(owners) == 1 and owner_types == {nn.Linear}
+            untied_linear = len(owners) == 1 and owner_types <= {nn.Linear, HeadLinear}
             if (untied_linear and QuantizedLinear.has_operator(quantization, shape, dtype, device)) or (
                 quantized == "all" and quantization and owner_types <= KEEPS_BLOCKS
             ):

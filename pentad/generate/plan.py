@@ -18,7 +18,7 @@ from pentad.nn.attention import Attention
 from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
 from pentad.nn.decoder import Decoder
 from pentad.nn.feedforward import GatedSwiGLU, GeluMLP, SwiGLU
-from pentad.nn.linear import QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
+from pentad.nn.linear import HeadLinear, QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
 from pentad.nn.moe.experts import GatedSwiGLUExperts, GroupedLinear, QuantizedGroupedLinear, SwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import mixtral_top_k, softmax_top_k
@@ -50,7 +50,7 @@ KNOWN_ATTRIBUTES: dict[type[nn.Module], set[str]] = {
 }
 """A part with another attribute may compute something that the plan doesn't know."""
 
-PLAIN = (nn.ModuleList, nn.Embedding, nn.Linear, Router, GroupedLinear)
+PLAIN = (nn.ModuleList, nn.Embedding, nn.Linear, HeadLinear, Router, GroupedLinear)
 QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedGroupedLinear, RowwiseInt8Linear)
 NORMALIZED = {mixtral_top_k: True, softmax_top_k: False}
 """Routing function -> whether the weights of a row's experts add up to 1."""
@@ -215,7 +215,7 @@ class Planner:
         if type(part) in (GroupedLinear, QuantizedGroupedLinear):
             return self.guards.read(part, "weight"), None
         if type(part) not in (QuantizedLinear, RowwiseInt8Linear):
-            _check_type(part, nn.Linear, Router)
+            _check_type(part, nn.Linear, HeadLinear, Router)
         return self.guards.read(part, "weight", "bias")
 
     def _weight(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> Weight:

@@ -5,25 +5,24 @@ Legend: N rows of decoder tokens, M rows of encoder tokens, D width of the resid
 
 from collections.abc import Iterable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pentad.nn.attention import Attention
 from pentad.nn.batch import Batch
 from pentad.nn.decoder import Config, Decoder, Stack
+from pentad.nn.linear import HeadLinear
 from pentad.nn.moe.routers import Routing
 
 
-class ScaledLinear(nn.Linear):
-    """A linear layer without a bias that multiplies its input by `scale`: T5's head, for a tied embedding with values
-    near 1."""
+class ScaledLinear(HeadLinear):
+    """A head without a bias whose logits are multiplied by `scale`: T5's, for a tied embedding with values near 1."""
 
     def __init__(self, in_features: int, out_features: int, *, scale: float) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.scale = scale
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return F.linear(x_ND * self.scale, self.weight)
+        return super().forward(x_ND) * self.scale
 
 
 class EncoderDecoder(Decoder):

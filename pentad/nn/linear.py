@@ -1,4 +1,4 @@
-"""Layers whose weights stay in the file's quantized blocks, and a head with an int8 copy of its weight.
+"""Layers whose weights stay in the file's quantized blocks, and heads: in float32, and with an int8 copy.
 
 Legend: N rows, I input features, O output features, D width.
 """
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from pentad.weights.quantized import AFFINE4, QuantizedTensor
 
 FEW_ROWS = 128  # with more rows, a bfloat16 matmul with the dequantized weight is faster than torch's 4-bit operator
+
+
+MAX_CONVERTED = 2**20  # numbers of a head's weight that are converted to float32 at a time, for a CPU's cache
 
 
 class Derived:
@@ -279,6 +282,32 @@ class QuantizedEmbedding(QuantizedWeight):
         return self.weight.take_rows(ids_N).dequantize()
 
 
+def float32_linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, accumulated and returned in float32 for a weight of any dtype: bfloat16 would make near logits equal.
+
+    Without gradients, no float32 copy of the whole weight is made: CUDA's operator needs none, and elsewhere parts that
+    fit a CPU's cache are converted one at a time.
+    """
+    learns = torch.is_grad_enabled() and (x_NI.requires_grad or weight.requires_grad)
+    if learns or weight.dtype == torch.float32 or x_NI.dtype != weight.dtype:
+        return F.linear(x_NI, weight, bias).float()
+    if weight.is_cuda:
+        y_NO = torch.mm(x_NI, weight.T, out_dtype=torch.float32)
+    else:
+        x_NI, y_NO = x_NI.float(), x_NI.new_empty(len(x_NI), len(weight), dtype=torch.float32)
+        parts = max(1, MAX_CONVERTED // weight.shape[1])
+        for rows, out in zip(weight.split(parts), y_NO.split(parts, 1), strict=True):  # type: ignore[no-untyped-call]
+            torch.mm(x_NI, rows.float().T, out=out)
+    return y_NO if bias is None else y_NO + bias
+
+
+class HeadLinear(nn.Linear):
+    """A language model's head: a linear layer with float32 outputs."""
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        return float32_linear(x_NI, self.weight, self.bias)
+
+
 class RowwiseInt8Linear(nn.Module):
     """A language model's bfloat16 head, with an int8 copy (one scale per row) for inputs of one or two rows.
 
@@ -306,7 +335,7 @@ class RowwiseInt8Linear(nn.Module):
     def forward(self, x_NI: Tensor) -> Tensor:
         learns = torch.is_grad_enabled() and (x_NI.requires_grad or self.weight.requires_grad)  # int8 has no derivative
         if learns or x_NI.shape[0] > 2 or not self.has_operator(self.weight.dtype, self.weight.device):
-            return F.linear(x_NI, self.weight, self.bias)
+            return float32_linear(x_NI, self.weight, self.bias)
         y_NO = torch._weight_int8pack_mm(x_NI, *self._int8.get((self.weight,), self._int8_rows))
         return y_NO if self.bias is None else y_NO + self.bias
 

@@ -3,7 +3,7 @@
 A family's file adds the config fields, parts and key tables that its paper changed.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -14,12 +14,14 @@ from pentad.models.family import ModelConfig
 from pentad.nn.attention import Attention
 from pentad.nn.block import PreNormBlock
 from pentad.nn.decoder import Decoder
+from pentad.nn.linear import HeadLinear
 from pentad.nn.norm import RMSNorm
 from pentad.nn.rope import Rope
 from pentad.nn.rope_scaling import DefaultRope, scaling
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.config import MAX_SIZE
 
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 MAX_EXPERTS = 4096  # twice as many as in the largest published model; more indicate a broken file
 
 
@@ -100,6 +102,13 @@ def _hf_rope_scaling(config: DecoderConfig, rope: Mapping[str, Any]) -> dict[str
     return {**{key: value for key, value in rope.items() if value is not None}, "rope_type": name}
 
 
+def check_layer_types(types: Collection[str] | None, layers: int, path: object) -> None:
+    """Raise BadInput unless the layers' types, if the config has them, are one known type per layer."""
+    if types and (len(types) != layers or not LAYER_TYPES.issuperset(types)):
+        known = " or ".join(sorted(LAYER_TYPES))
+        raise BadInput(f"{path}: layer_types is wrong; expected {known} for each of the {layers} layers")
+
+
 def rotary_share(config: DecoderConfig, checkpoint: Checkpoint, key: str) -> float:
     """The part of a head that RoPE rotates, if `key` of the file has it in dimensions.
 
@@ -138,7 +147,7 @@ class DecoderOnly(Decoder):
             nn.Embedding(config.vocab_size, config.hidden_size),
             blocks,
             norm,
-            nn.Linear(config.hidden_size, config.vocab_size, bias=head_bias),
+            HeadLinear(config.hidden_size, config.vocab_size, bias=head_bias),
             tied=config.tie_word_embeddings,
             config=config,
         )
