@@ -307,16 +307,22 @@ def _read_back(converter: _Converter, config: Mapping[str, Any], tensors: list[P
     lost -= {"rope_theta", "rope_parameters", "partial_rotary_factor"}  # the rotations are compared instead
     if not _same_rotation(old_rope, new_rope, 1):
         lost.add("rope_parameters")
-    if changed := sorted(lost - OPTIONAL_FIELDS):
+    optional = OPTIONAL_FIELDS
+    if format == "consolidated" and _windows(network) != _windows(converter.network):
+        optional = optional - {"layer_types"}  # every layer would have the window
+    if changed := sorted(lost - optional):
         raise BadInput(f"{path}: {format} files can't store {', '.join(changed)} of this model")
-    has_window = any(getattr(part, "window", None) for part in converter.network.modules())
     dropped = {
-        "the sliding window": format == "gguf" and has_window,
+        "the sliding window": format == "gguf" and any(_windows(converter.network)),
         "RoPE's scaling for long texts": not _same_rotation(old_rope, new_rope, 2 * before.max_position_embeddings),
         "the scaling of attention for long texts": "use_logn_attn" in lost,
     }
     notes = [f"{format} files can't store {name}: it is dropped" for name, is_dropped in dropped.items() if is_dropped]
     return family_of(written).names.family, notes
+
+
+def _windows(network: Decoder) -> list[int | None]:
+    return [part.window for part in network.modules() if isinstance(part, Attention)]
 
 
 def _rope(network: Decoder) -> Rope | None:

@@ -338,3 +338,16 @@ def test_values_outside_the_dtypes_range_are_refused(tmp_path: Path) -> None:
         convert(tmp_path / "a", tmp_path / "b", to="hf", dtype="float16")
     assert not (tmp_path / "b").exists()
     assert math.isinf(torch.tensor(1e30).half())
+
+
+def test_windows_of_single_layers_are_kept_or_refused(tmp_path: Path) -> None:
+    """A params.json has one window for all layers."""
+    types = ["sliding_attention", "full_attention"]
+    tiny_checkpoint(tmp_path / "a", family="mistral", sliding_window=8, edit={"layer_types": types})
+    with pytest.raises(BadInput, match="consolidated files can't store layer_types"):
+        convert(tmp_path / "a", tmp_path / "b", to="mistral")
+    convert(tmp_path / "a", tmp_path / "c", to="hf")
+    assert json.loads((tmp_path / "c/config.json").read_text())["layer_types"] == types
+    tiny_checkpoint(tmp_path / "d", family="mistral", sliding_window=8, edit={"layer_types": types[:1] * 2})
+    convert(tmp_path / "d", tmp_path / "e", to="mistral")
+    assert json.loads((tmp_path / "e/params.json").read_text())["sliding_window"] == 8

@@ -17,6 +17,7 @@ from tests.helpers.tiny import (
     tiny_checkpoint,
 )
 
+SILU = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 WINDOW = {"use_sliding_window": True, "sliding_window": 6}
 
 
@@ -55,10 +56,44 @@ def test_windowed_layers_match_transformers(family: str, config: dict[str, Any],
 
 
 @pytest.mark.parametrize("types", [["full_attention"], ["full_attention", "linear_attention"]], ids=str)
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
 def test_unsupported_layer_types_are_refused(family: str, types: list[str], tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, family=family, edit={"layer_types": types})
     message = refused(tmp_path)
     assert "layer_types" in message
     assert "full_attention or sliding_attention" in message
     assert "2 layers" in message
+
+
+@pytest.mark.parametrize("edit", [{}, {"model_type": "ministral"}], ids=str)
+def test_a_mistral_with_layer_types_is_a_ministral(edit: dict[str, Any], tmp_path: Path) -> None:
+    """As in transformers' Auto classes; without layer_types every layer has the window."""
+    types = ["sliding_attention", "full_attention"]
+    tiny_checkpoint(tmp_path, family="mistral", sliding_window=8, edit={"layer_types": types, **edit})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    network, ids = network_of(tmp_path), random_ids(30)
+    assert [layer.attention.window for layer in network.layers] == [8, None]
+    assert_equal_logits(logits_of(network, ids), peer_logits(theirs, ids))
+    assert network.config.to_hf()["layer_types"] == tuple(types)
+    edit_json(tmp_path / "config.json", layer_types=None)
+    network = network_of(tmp_path)
+    assert [layer.attention.window for layer in network.layers] == [8, 8]
+    assert "layer_types" not in network.config.to_hf()  # the key alone makes transformers load a Ministral
+
+
+@pytest.mark.parametrize(
+    ("config", "edit", "message"),
+    [
+        *(({"family": f}, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected silu or swish") for f in SILU),
+        ({"family": "phi"}, {"hidden_act": "silu"}, "hidden_act is 'silu'; expected gelu_new"),
+        ({}, {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5}}, "'proportional'"),
+        ({"family": "mistral"}, {"sliding_window": 0}, "sliding_window is 0"),
+    ],
+    ids=str,
+)
+def test_the_settings_that_docs_list_are_refused(
+    config: dict[str, Any], edit: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """See "What is refused" in docs/language-models.md."""
+    tiny_checkpoint(tmp_path, edit=edit, **config)
+    assert message in refused(tmp_path)

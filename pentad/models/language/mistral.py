@@ -11,12 +11,13 @@ Llama's block with the paper's three ideas (section 2):
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import llama
-from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, self_attention
+from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, check_layer_types, self_attention
 from pentad.nn.feedforward import SwiGLU
+from pentad.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,21 @@ class MistralConfig(PreNormConfig):
 
     num_key_value_heads: int = 8
     sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None  # of Ministral, where some layers have no window
+
+    def window(self, layer: int) -> int | None:
+        """A layer's window."""
+        return self.sliding_window if not self.layer_types or "sliding" in self.layer_types[layer] else None
+
+    def resolve(self, checkpoint: Checkpoint) -> Self:
+        check_layer_types(self.layer_types, self.num_hidden_layers, checkpoint.path)
+        return super().resolve(checkpoint)
+
+    def to_hf(self) -> dict[str, Any]:
+        values = super().to_hf()
+        if self.layer_types is None:
+            del values["layer_types"]  # the key alone makes transformers load a Ministral
+        return values
 
 
 class Mistral(PreNormDecoder):
@@ -33,7 +49,7 @@ class Mistral(PreNormDecoder):
     def __init__(self, config: MistralConfig) -> None:
         super().__init__(
             config,
-            lambda layer, rope: self_attention(config, layer, rope, window=config.sliding_window),
+            lambda layer, rope: self_attention(config, layer, rope, window=config.window(layer)),
             lambda: SwiGLU(config.hidden_size, config.intermediate_size),
         )
 
@@ -42,7 +58,7 @@ def recognizes(format: str, config: Mapping[str, Any]) -> bool:
     """Among dense models only Mistral's params.json has hidden_dim. Mistral's GGUF files are read as "llama"."""
     if format == "consolidated":
         return "hidden_dim" in config and not config.get("moe") and "num_experts" not in config
-    return format == "hf" and config.get("model_type") == "mistral"
+    return format == "hf" and config.get("model_type") in ("mistral", "ministral")
 
 
 FAMILY = Family(

@@ -3,14 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Self
 
-from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
-from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, self_attention
+from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, check_layer_types, self_attention
 from pentad.nn.feedforward import SwiGLU
 from pentad.weights.checkpoint import Checkpoint
-
-LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +28,7 @@ class Qwen2Config(PreNormConfig):
         return self.sliding_window if self.use_sliding_window and windowed else None
 
     def resolve(self, checkpoint: Checkpoint) -> Self:
-        types, layers = self.layer_types or (), self.num_hidden_layers
-        if types and (len(types) != layers or not LAYER_TYPES.issuperset(types)):
-            known = " or ".join(sorted(LAYER_TYPES))
-            raise BadInput(f"{checkpoint.path}: layer_types is wrong; expected {known} for each of the {layers} layers")
+        check_layer_types(self.layer_types, self.num_hidden_layers, checkpoint.path)
         return super().resolve(checkpoint)
 
 
