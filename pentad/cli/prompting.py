@@ -14,6 +14,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
+from prompt_toolkit.utils import is_dumb_terminal
 
 from pentad.cli.quiet import bracketed_paste
 from pentad.weights.cache import cache_folder
@@ -39,7 +40,7 @@ class Prompt:
             enable_suspend=True,
             history=history(),
             key_bindings=_bindings(),
-            output=create_output(always_prefer_tty=True),
+            output=None if is_dumb_terminal() else create_output(always_prefer_tty=True),
             prompt_continuation="... ",
         )
 
