@@ -140,6 +140,25 @@ def convert(
     return _to_folder(converter, destination, None if dtype is None else dtype_named(dtype), shard_bytes, progress)
 
 
+def export_network(
+    network: Decoder, source: Checkpoint, destination: Path, *, tokenizer: Checkpoint, progress: Progress | None = None
+) -> Conversion:
+    """Write a trained network as a Hugging Face folder, in float32.
+
+    Args:
+        network: a network with the config of `source`.
+        source: the checkpoint, or the config, from which the network was built.
+        destination: see `convert`.
+        tokenizer: the checkpoint whose tokenizer and chat template are written.
+        progress: reports the bytes written.
+
+    Raises:
+        BadInput, PentadError: see `convert`.
+    """
+    converter = _Converter(source, "hf", None, network)
+    return _to_folder(converter, destination, torch.float32, SHARD_BYTES, progress, tokenizer)
+
+
 class _Converter:
     """A checkpoint's tensors by parameter name, and the key table that writes them in the target format.
 
@@ -152,8 +171,10 @@ class _Converter:
         table: the key table of the new files.
     """
 
-    def __init__(self, checkpoint: Checkpoint, format: str, upcycle: Upcycling | None) -> None:
-        if not checkpoint.tensors:
+    def __init__(
+        self, checkpoint: Checkpoint, format: str, upcycle: Upcycling | None, trained: Decoder | None = None
+    ) -> None:
+        if trained is None and not checkpoint.tensors:
             raise BadInput(f"{checkpoint.path}: there are no weights next to the config")
         self.checkpoint, self.format = checkpoint, format
         self.family = family_of(checkpoint)
@@ -161,7 +182,9 @@ class _Converter:
         self.entries: dict[str, tuple[TensorEntry, ...]] = {}
         self.values: dict[str, Callable[[], Value]] = {}
         last = _LastResult()
-        for names, entries, operation in pairings(checkpoint, self.network):
+        if trained is not None:
+            self.values = {name: partial(_detached, value) for name, value in trained.named_parameters()}
+        for names, entries, operation in [] if trained is not None else pairings(checkpoint, self.network):
             load = partial(_apply, operation.load, [entry.read for entry in entries])
             for i, name in enumerate(names):
                 self.entries[name] = entries
@@ -221,28 +244,38 @@ class _LastResult:
         return self._values[index]
 
 
+def _detached(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter.detach()
+
+
 def _apply(operation: Callable[[list[Value]], Sequence[Value]], inputs: list[Callable[[], Value]]) -> Sequence[Value]:
     return operation([read() for read in inputs])
 
 
 def _to_folder(
-    converter: _Converter, folder: Path, dtype: torch.dtype | None, shard_bytes: int, progress: Progress | None
+    converter: _Converter,
+    folder: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    progress: Progress | None,
+    tokenizer_source: Checkpoint | None = None,
 ) -> Conversion:
     checkpoint, default = converter.checkpoint, default_dtype(converter.checkpoint)
     if dtype is None and checkpoint.format == "gguf":  # GGUF norms are always float32
         dtype = default
     tensors = converter.pending_tensors(lambda name, _: dtype or converter.entries[name][0].dtype or default)
     config = converter.written_config(tensors)
-    tokenizer = text.load(checkpoint, converter.config.vocab_size)  # also checks that it fits the vocabulary
+    named = tokenizer_source or checkpoint
+    tokenizer = text.load(named, converter.config.vocab_size)  # also checks that it fits the vocabulary
     files: dict[str, bytes]
     if converter.format == "hf":
         if dtype is not None or checkpoint.format != "hf":
             config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype or default).removeprefix("torch.")
-        files = {"config.json": _json(config), **export.hf_files(checkpoint)}
+        files = {"config.json": _json(config), **export.hf_files(named)}
     else:
         files = {"params.json": _json(config), **export.consolidated_files(checkpoint)}
     generation = checkpoint.generation
-    if not generation and tokenizer is not None and tokenizer.eos_ids and checkpoint.format != "hf":
+    if not generation and tokenizer is not None and tokenizer.eos_ids and named.format != "hf":
         generation = {"eos_token_id": list(tokenizer.eos_ids)}  # other formats store them with the vocabulary
     if generation:
         files["generation_config.json"] = _json(generation)

@@ -1,7 +1,7 @@
 """Find control strings (`<|im_end|>`, `</s>`) in a text, and keep users from forging them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 __all__ = ["END_OF_TURN", "ControlStrings", "is_control"]
@@ -67,16 +67,20 @@ class ControlStrings:
         Returns:
             Runs of plain text without the sentinel, and ids of control strings.
         """
-        singles = f"[{self._singles}]" + (f"(?!{sentinel})" if sentinel else "") if self._singles else ""
         parts: list[str | int] = []
         start, strip_left = 0, False
-        for match in self._pattern(singles).finditer(text):
+        for match in self.matches(text, sentinel):
             lstrip, rstrip = self._strips.get(match[0], (False, False))
             run = _run(text[start : match.start()], sentinel, strip_left, lstrip)
             parts += [run, self.ids[match[0]]] if run else [self.ids[match[0]]]
             start, strip_left = match.end(), rstrip
         run = _run(text[start:], sentinel, strip_left, False)
         return [*parts, run] if run else parts
+
+    def matches(self, text: str, sentinel: str = "") -> Iterator[re.Match[str]]:
+        """The control strings in `text`; for the arguments see `split`."""
+        singles = f"[{self._singles}]" + (f"(?!{sentinel})" if sentinel else "") if self._singles else ""
+        return self._pattern(singles).finditer(text)
 
     def guard(self, text: str, sentinel: str) -> str:
         """Insert `sentinel` into each control string of `text`, and at edges where a neighbor could complete one.

@@ -187,19 +187,38 @@ class Tokenizer:
         Raises:
             BadInput: the model has no template, a message is malformed, or the template raises an error.
         """
+        return self.encode_rendered(
+            *self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> tuple[str, str]:
+        """Render a conversation to text; for the arguments see `chat`.
+
+        Returns:
+            The text, and the sentinel: a character that stands in control strings of the inputs, and nowhere else.
+        """
         from pentad.text.chat_template import render_guarded
 
-        control = self.backend.control
-        rendered, sentinel = render_guarded(
+        return render_guarded(
             self._template("tool_use" if tools is not None else "default"),
-            control,
+            self.backend.control,
             {"messages": messages, "tools": tools, "documents": None, **variables},
             {**self.special_tokens, "add_generation_prompt": add_generation_prompt},
         )
+
+    def encode_rendered(self, rendered: str, sentinel: str) -> list[int]:
+        """Encode the text that `render` returned."""
         plain = rendered.replace(sentinel, "")
         _check_text(plain)
-        parts = control.split(rendered, sentinel)
-        if parts == control.split(plain):  # no input holds a control string
+        parts = self.backend.control.split(rendered, sentinel)
+        if parts == self.backend.control.split(plain):  # no input holds a control string
             return self.backend.encode(plain, special=True)
         return self.backend.encode_parts(parts)
 

@@ -1,0 +1,107 @@
+"""``pentad train``: train a model by a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from pentad.cli import options as o
+from pentad.cli import output
+from pentad.errors import BadInput
+
+if TYPE_CHECKING:
+    from pentad.train.loop import StepRecord
+    from pentad.train.run import TrainingRun
+
+
+def train(
+    recipe: Annotated[Path, Argument(metavar="RECIPE", help="The recipe, a TOML file; see docs/training.md.")],
+    set_: Annotated[
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="Change a setting: run.steps=100. Repeatable.")
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
+    plan: Annotated[bool, Option("--plan", help="Show rows, tokens, steps and memory, and stop.")] = False,
+    show_mask: Annotated[
+        int, Option(min=0, metavar="N", help="Show N examples, with the tokens that are learned marked, and stop.")
+    ] = 0,
+    truncate: Annotated[bool, Option("--truncate", help="Cut rows longer than run.sequence_length.")] = False,
+    skip_bad: Annotated[bool, Option("--skip-bad", help="Leave out malformed rows, and list them.")] = False,
+    threads: Annotated[int | None, Option(min=1, metavar="N", help="CPU threads.")] = None,
+    as_json: o.Json = False,
+) -> None:
+    """Train a model by a recipe, and write it as a folder that every command reads.
+
+    JSON: one line a step: step, loss, tokens, learning_rate, grad_norm, seconds; last line final, the model's folder.
+    """
+    try:
+        from pentad.train.recipe import read_recipe
+        from pentad.train.run import open_run
+    except ModuleNotFoundError as error:
+        raise BadInput(f"pentad train needs {error.name}; install it: pip install 'pentad[train]'") from error
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    flags = [f"data.{name}=true" for name, given in (("truncate", truncate), ("skip_bad", skip_bad)) if given]
+    run = open_run(read_recipe(recipe, [*(set_ or []), *flags]))
+    skipped = [line for store in run.stores for line in store.facts["skipped"]]
+    for line in skipped:
+        output.note(f"pentad: skipped: {line}")
+    if show_mask:
+        _show_mask(run, show_mask)
+        return
+    if plan:
+        facts = run.plan()
+        if as_json:
+            output.write_json(facts)
+        else:
+            shown = {**facts, "skipped": len(facts["skipped"]), "memory": output.size(facts.pop("memory_bytes"))}
+            shown.pop("memory_bytes", None)
+            output.write_table((name.replace("_", " "), _number(value)) for name, value in shown.items())
+        return
+
+    def report(record: StepRecord) -> None:
+        if as_json:
+            output.write_json({**record._asdict(), **record.metrics})
+            return
+        output.write(
+            f"step {record.step}/{run.recipe.run.steps}  loss {record.loss:.4f}  gradient {record.grad_norm:.3f}"
+            f"  lr {record.learning_rate:.2e}  {record.tokens / record.seconds:,.0f} tokens/s\n"
+        )
+
+    final = run.train(resume=resume, note=lambda line: output.note(f"pentad: {line}"), report=report)
+    if as_json:
+        output.write_json({"final": str(final)})
+    else:
+        output.write(f"{final}\n")
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+def _show_mask(run: TrainingRun, count: int) -> None:
+    """Print examples; learned tokens are green on a terminal, and stand in [brackets] elsewhere."""
+    import sys
+
+    color = sys.stdout.isatty()
+    for source, number in [pair for step in range(count) for pair in run.data.examples(step)][:count]:
+        store = run.stores[source]
+        output.write(f"{store.location(number)}\n")
+        for ids, targets in store[number]:
+            start = 0
+            for at in range(1, len(ids) + 1):
+                if at < len(ids) and targets[at] == targets[start]:
+                    continue
+                piece = run.tokenizer.decode(ids[start:at].tolist(), special=True, continues=start > 0)
+                if targets[start] and color:
+                    from rich.console import Console
+                    from rich.text import Text
+
+                    Console(highlight=False).print(Text(piece, "black on green"), end="")
+                else:
+                    output.write(f"[{piece}]" if targets[start] else piece)
+                start = at
+            output.write("\n")

@@ -1,0 +1,193 @@
+"""Tokenized examples on disk, memory-mapped, so that tokenizing happens once for the same files and options."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pentad.datasets.examples import Encoder
+from pentad.datasets.rows import files_of, read_rows
+from pentad.errors import BadInput
+from pentad.text.targets import Encoded
+from pentad.weights.atomic import clear_leftovers
+from pentad.weights.cache import cache_folder, storage_error
+
+FORMAT = 1  # changes when equal inputs would give other examples
+
+
+class Examples:
+    """A memory-mapped store of examples.
+
+    Attributes:
+        path: the Arrow file.
+        sequences: sequences of an example: 1, or 2 of a pair.
+        lengths: int64 [examples], tokens of each example, all its sequences together.
+        facts: rows, skipped (one line each), truncated, targets, ends, and the hash of each data file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self.path = path
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        metadata = reader.schema.metadata
+        self.facts: dict[str, Any] = json.loads(metadata[b"facts"])
+        self.sequences = int(metadata[b"sequences"])
+        self._ids, self._targets = [], []
+        starts: list[Any] = []
+        self.where: list[Any] = [batch.column("where") for batch in batches]
+        for batch in batches:
+            ids, targets = batch.column("ids"), batch.column("targets")
+            starts.append(ids.offsets.to_numpy())
+            self._ids.append(ids.values.to_numpy())
+            self._targets.append(targets.values.to_numpy())
+        self._starts = starts
+        counts = np.concatenate([np.diff(start) for start in starts])
+        self.sequence_lengths = counts
+        self._first = np.cumsum([0, *(len(start) - 1 for start in starts)])
+        self.lengths = counts.reshape(-1, self.sequences).sum(1)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The sequences of an example: int32 ids and uint8 targets, views of the mapped file."""
+        return [self._sequence(number * self.sequences + i) for i in range(self.sequences)]
+
+    def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = int(np.searchsorted(self._first, number, side="right")) - 1
+        start, stop = self._starts[batch][number - self._first[batch] :][:2]
+        return self._ids[batch][start:stop], self._targets[batch][start:stop]
+
+    def location(self, number: int) -> str:
+        """The file and line of an example."""
+        number *= self.sequences
+        batch = int(np.searchsorted(self._first, number, side="right")) - 1
+        return str(self.where[batch][int(number - self._first[batch])])
+
+
+def prepare(
+    path: Path,
+    encoder: Encoder,
+    fingerprint: str,
+    *,
+    skip_bad: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Examples:
+    """Tokenize a file or folder, or find the store of an earlier run.
+
+    Args:
+        path: see `files_of`.
+        encoder: makes the examples.
+        fingerprint: hash of the tokenizer and its template.
+        skip_bad: leave out malformed rows, listed in `Examples.facts`; by default they are an error.
+        progress: is told of each row.
+
+    Raises:
+        BadInput: a row is malformed or too long, a file is empty, or no end of a turn is ever a target.
+        PentadError: the disk is full.
+    """
+    files = files_of(path)
+    hashes = {str(file): _sha256(file) for file in files}
+    options = [FORMAT, fingerprint, encoder.learns, encoder.sequence_length, encoder.truncate, skip_bad]
+    key = hashlib.sha256(json.dumps([list(hashes.values()), options]).encode()).hexdigest()
+    target = cache_folder() / "examples" / f"{key[:32]}.arrow"
+    if not target.exists():
+        _write(target, files, hashes, encoder, skip_bad, progress)
+    return Examples(target)
+
+
+def _write(
+    target: Path,
+    files: Sequence[Path],
+    hashes: Mapping[str, str],
+    encoder: Encoder,
+    skip_bad: bool,
+    progress: Callable[[int], None] | None,
+) -> None:
+    import pyarrow as pa
+
+    skipped: list[str] = []
+    facts: dict[str, Any] = {"rows": 0, "targets": 0, "ends": 0, "truncated": 0, "files": dict(hashes)}
+    batches: list[Any] = []
+    sequences = 2 if encoder.learns == "pairs" else 1
+    schema = pa.schema([("ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.uint8())), ("where", pa.string())])
+    for chunk in _chunks(_examples(files, encoder, skipped if skip_bad else None, facts, progress), 1000):
+        flat = [(encoded, where) for example, where in chunk for encoded in example]
+        columns = [
+            [encoded.ids for encoded, _ in flat],
+            [list(map(int, encoded.targets)) for encoded, _ in flat],
+            [w for _, w in flat],
+        ]
+        facts["targets"] += sum(sum(encoded.targets[1:]) for encoded, _ in flat)
+        facts["ends"] += sum(encoded.ends for encoded, _ in flat)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+        batches.append(pa.record_batch(arrays, schema=schema))
+    if not batches:
+        raise BadInput(f"{files[0]}: every row was skipped; the first: {skipped[0] if skipped else 'none'}")
+    if not facts["ends"]:
+        raise BadInput(f"{files[0]}: no end of a turn is ever a target, so the model would never learn to stop")
+    metadata = {"facts": json.dumps({**facts, "skipped": skipped}), "sequences": str(sequences)}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(target)
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        try:
+            with pa.ipc.new_file(str(partial), schema.with_metadata(metadata)) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, target.parent) from error
+
+
+def _examples(
+    files: Sequence[Path],
+    encoder: Encoder,
+    skipped: list[str] | None,
+    facts: dict[str, Any],
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[list[Encoded], str]]:
+    for file in files:
+        for row in read_rows(file, skipped):
+            facts["rows"] += 1
+            if progress is not None:
+                progress(1)
+            try:
+                examples = list(encoder.examples(row))
+            except BadInput as error:
+                if skipped is None:
+                    raise
+                skipped.append(str(error))
+                continue
+            facts["truncated"] += sum(not encoded.ends for example in examples for encoded in example[-1:])
+            yield from ((example, row.where) for example in examples)
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInput(f"{file} can't be read: {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""Train language models: recipes, objectives, the loop and its checkpoints."""

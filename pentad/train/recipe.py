@@ -1,0 +1,187 @@
+"""A training recipe: a TOML file, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pentad.errors import BadInput
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Table(BaseModel):
+    """A table of a recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Table):
+    """What is trained.
+
+    Attributes:
+        base: a model's name or path.
+        config: path of a config.json, instead of `base`: training starts from random weights.
+        tokenizer: a name or path whose tokenizer is used with `config`.
+    """
+
+    base: str | None = None
+    config: str | None = None
+    tokenizer: str | None = None
+
+
+class Source(Table):
+    """Training data: a file or folder, and its share of the mixture."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Data(Table):
+    """What it learns from.
+
+    Attributes:
+        train: a file or folder, or a weighted mixture of them.
+        pack: a sequence of a step is a bin of several rows, up to `sequence_length` tokens. Rows don't see each other.
+        truncate: cut rows that are longer than `sequence_length`, which are otherwise errors.
+        skip_bad: leave out malformed rows, which are otherwise errors.
+    """
+
+    train: str | list[Source]
+    pack: bool = False
+    truncate: bool = False
+    skip_bad: bool = False
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources of the mixture."""
+        return [Source(path=self.train)] if isinstance(self.train, str) else self.train
+
+
+class Run(Table):
+    """How long it learns, and where results go.
+
+    Attributes:
+        out: the folder of the run.
+        steps: optimizer steps.
+        batch_size: sequences (of pairs: pairs) a step, over all processes.
+        sequence_length: the most tokens of a sequence.
+        seed: seed of the order of rows, dropout and initial weights.
+        dtype: what is computed in; weights and the optimizer's state are float32.
+        checkpoint_every: steps between checkpoints; 0 for none.
+        keep: the number of checkpoints to keep.
+        micro_batch_tokens: the most tokens of one forward pass; a longer sequence goes alone.
+        checkpointing: activation checkpointing, "none" or "blocks"; "auto" chooses by the memory that is available.
+    """
+
+    out: str
+    steps: Positive
+    batch_size: Positive = 8
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    keep: Positive = 2
+    micro_batch_tokens: Positive = 4096
+    checkpointing: Literal["auto", "none", "blocks"] = "auto"
+
+
+class Optimizer(Table):
+    """The optimizer and the schedule of its learning rate; see `pentad.train.optimizers`."""
+
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0, lt=100)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: list[Fraction] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    warmup: Fraction = 0.1
+    decay: Fraction = 0.2
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Preference(Table):
+    """Options of the preference objectives, named as in TRL."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+
+class Recipe(Table):
+    """A training recipe.
+
+    Attributes:
+        objective: a key of `pentad.train.objectives.OBJECTIVES`.
+    """
+
+    objective: str
+    model: Model
+    data: Data
+    run: Run
+    optimizer: Optimizer
+    preference: Preference = Preference()
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a TOML file. Relative paths in it are relative to the current folder.
+        overrides: settings ``table.key=value`` that replace the file's; the value is TOML, or else a string.
+
+    Raises:
+        BadInput: the file can't be read, a key is unknown (the nearest known one is named), or a value is refused.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path} can't be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise BadInput(f"{path}: not TOML: {error}") from error
+    for override in overrides:
+        _override(values, override)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise BadInput(f"{path}: {_explain(error)}") from error
+    if (recipe.model.base is None) == (recipe.model.config is None):
+        raise BadInput(f"{path}: [model] needs base, or config to start from random weights, and not both")
+    if recipe.model.config is not None and recipe.model.tokenizer is None:
+        raise BadInput(f"{path}: [model] has a config; it also needs tokenizer, a model whose tokenizer is used")
+    return recipe
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise BadInput(f"--set is {override!r}; expected key=value, such as run.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, key = name.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise BadInput(f"--set is {override!r}; {table} is not a table")
+    values[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        table: Any = Recipe
+        for part in first["loc"][:-1]:
+            table = table.model_fields[part].annotation if part in getattr(table, "model_fields", {}) else Source
+        near = difflib.get_close_matches(str(first["loc"][-1]), table.model_fields, 1, 0)
+        return f"unknown key {location!r}; the nearest known one is {near[0]!r}"
+    if first["type"] == "missing":
+        return f"{location} is missing"
+    return f"{location} is {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}"

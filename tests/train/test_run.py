@@ -1,0 +1,228 @@
+"""Runs of a tiny model: losses, exact resume, accumulation, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pentad.errors import BadInput, PentadError
+from pentad.text import Tokenizer
+from pentad.train import checkpoint
+from pentad.train.loop import StepRecord
+from pentad.train.recipe import Recipe, read_recipe
+from pentad.train.run import open_run
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ROWS = [
+    {"messages": [{"role": "user", "content": "add " + "1" * n}, {"role": "assistant", "content": "x" * (2 + n % 3)}]}
+    for n in range(1, 12)
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with one token a byte."""
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Pipeline
+    from tokenizers.decoders import ByteLevel as Decoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder = tmp_path_factory.mktemp("base")
+    pipeline = Pipeline(BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    pipeline.pre_tokenizer, pipeline.decoder = ByteLevel(add_prefix_space=False), Decoder()
+    pipeline.add_special_tokens([AddedToken(s, special=True) for s in ("<|im_start|>", "<|im_end|>")])
+    pipeline.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=257,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENTAD_CACHE", str(tmp_path / "cache"))
+
+
+def recipe(tmp_path: Path, base: Path, *overrides: str) -> Recipe:
+    data = tmp_path / "train.jsonl"
+    if not data.exists():
+        data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        f'objective = "sft"\n[model]\nbase = "{base}"\n[data]\ntrain = "{data}"\n'
+        f'[run]\nout = "{tmp_path}/run"\nsteps = 6\nbatch_size = 4\nsequence_length = 64\ncheckpoint_every = 2\n'
+        "[optimizer]\nlr = 1e-2\n"
+    )
+    return read_recipe(file, overrides)
+
+
+class Killed(BaseException):
+    pass
+
+
+def train(recipe: Recipe, *, resume: bool = False, kill_after: int | None = None) -> tuple[Path, list[StepRecord]]:
+    records: list[StepRecord] = []
+
+    def report(record: StepRecord) -> None:
+        records.append(record)
+        if record.step == kill_after:
+            raise Killed
+
+    try:
+        final = open_run(recipe).train(resume=resume, note=lambda _: None, report=report)
+    except Killed:
+        final = Path()
+    return final, records
+
+
+def test_losses_equal_transformers_and_the_result_loads_there(tmp_path: Path, base: Path) -> None:
+    given = recipe(tmp_path, base, "run.checkpoint_every=0")
+    run = open_run(given)
+    tokenizer: Tokenizer = run.tokenizer
+    reference = AutoModelForCausalLM.from_pretrained(base)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0)
+    final, records = train(given)
+    assert tokenizer.control["<|im_end|>"] == 257
+    for record in records:
+        sequences = [run.stores[0][number][0] for _, number in run.data.examples(record.step - 1)]
+        loss, count = torch.zeros(()), 0
+        for ids, targets in sequences:
+            labels = torch.where(torch.from_numpy(targets.copy()).bool(), torch.from_numpy(ids.copy()).long(), -100)
+            logits = reference(torch.from_numpy(ids.copy()).long()[None]).logits[0]
+            loss = loss + torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+            count += int((labels[1:] >= 0).sum())
+        optimizer.zero_grad()
+        (loss / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0).detach()
+        optimizer.param_groups[0]["lr"] = record.learning_rate
+        optimizer.step()
+        assert record.loss == pytest.approx(float(loss.detach() / count), rel=1e-5)
+        assert record.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    trained = AutoModelForCausalLM.from_pretrained(final)
+    for (name, ours), theirs in zip(trained.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4), name
+
+
+@pytest.mark.parametrize("killed", [1, 2, 3, 5])
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, base: Path, killed: int) -> None:
+    whole, records = train(recipe(tmp_path, base, "data.pack=true", "run.micro_batch_tokens=80"))
+    expected = (whole / "model.safetensors").read_bytes()
+    log = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    shutil.rmtree(tmp_path / "run")
+    given = recipe(tmp_path, base, "data.pack=true", "run.micro_batch_tokens=80")
+    train(given, kill_after=killed)
+    final, _ = train(given, resume=True)
+    assert (final / "model.safetensors").read_bytes() == expected
+    assert [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == log
+    assert len(records) == 6
+
+
+def test_a_broken_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, base: Path) -> None:
+    given = recipe(tmp_path, base)
+    train(given, kill_after=5)
+    newest = tmp_path / "run/checkpoints/step-4/state.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    saved = checkpoint.latest(tmp_path / "run/checkpoints")
+    assert saved is not None
+    assert saved.step == 2
+    assert "step-4" in saved.skipped[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path, base: Path, optimizer: str) -> None:
+    norms = []
+    for tokens in (1, 4096):  # one sequence a micro-batch, and all of them
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        _, records = train(
+            recipe(tmp_path, base, f"run.micro_batch_tokens={tokens}", "run.steps=2", f"optimizer.name={optimizer}")
+        )
+        norms.append([record.grad_norm for record in records])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_pretraining_from_a_config(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "config").mkdir()
+    shutil.copy(base / "config.json", tmp_path / "config")
+    (tmp_path / "text.jsonl").write_text('{"text": "abcabcabcabc"}\n' * 20)
+    given = recipe(
+        tmp_path, base, "objective=pretrain", f"data.train={tmp_path}/text.jsonl", "run.steps=20", "run.dtype=bfloat16"
+    )
+    given = given.model_copy(
+        update={
+            "model": given.model.model_copy(
+                update={"base": None, "config": str(tmp_path / "config"), "tokenizer": str(base)}
+            )
+        }
+    )
+    final, records = train(given)
+    assert records[-1].loss < 0.5 * records[0].loss
+    assert AutoModelForCausalLM.from_pretrained(final).config.vocab_size == 264
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.stps=3", "nearest known one is 'steps'"),
+        ("data.mix=1", "unknown key"),
+        ("optimizer.lr=-1", "optimizer.lr is -1"),
+        ("objective=sfd", "objective is 'sfd'"),
+        ("run.sequence_length=16", "more than sequence_length"),
+        ("run.sequence_length=4096", "at most 128 positions"),
+        ("run", "key=value"),
+        ("data.train=none.jsonl", "doesn't exist"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(tmp_path: Path, base: Path, override: str, expected: str) -> None:
+    with pytest.raises(BadInput, match=expected) as caught:
+        open_run(recipe(tmp_path, base, override))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_second_run_into_a_folder_and_another_recipe_are_refused(tmp_path: Path, base: Path) -> None:
+    train(recipe(tmp_path, base), kill_after=3)
+    with pytest.raises(BadInput, match="--resume"):
+        train(recipe(tmp_path, base))
+    with pytest.raises(BadInput, match=r"optimizer\.lr was 0\.01 and is 0\.02"):
+        train(recipe(tmp_path, base, "optimizer.lr=0.02"), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(PentadError, match=r"step [2-6]: the loss is .*train\.jsonl:\d"):
+        train(
+            recipe(
+                tmp_path,
+                base,
+                "optimizer.lr=99",
+                "optimizer.max_grad_norm=1e30",
+                "optimizer.warmup=0",
+                "run.steps=6",
+                "optimizer.eps=1e-30",
+                "optimizer.weight_decay=90",
+            )
+        )
+
+
+def test_the_recipe_in_the_docs_is_valid(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[2] / "docs/training.md"
+    (tmp_path / "r.toml").write_text(docs.read_text().split("```toml\n")[1].split("```")[0])
+    assert read_recipe(tmp_path / "r.toml").run.out == "runs/first"
