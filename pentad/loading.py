@@ -16,9 +16,11 @@ from pentad.generate.encoder_decoder_step import EncoderDecoderStep
 from pentad.generate.guards import UnsupportedByKernels
 from pentad.generate.plan import check_network
 from pentad.generate.plan_step import step_for
+from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep, Step
 from pentad.nn.decoder import Decoder
 from pentad.nn.encoder_decoder import EncoderDecoder
+from pentad.text.folder_settings import read_generation
 from pentad.weights.cache import Progress
 from pentad.weights.checkpoint import Checkpoint
 
@@ -97,6 +99,7 @@ def load(
     if why_torch is None and any(entry.quantization for entry in checkpoint.tensors.values()):
         torch_dtype = torch.float32  # the dtype of norms and biases
     build.fill(network, checkpoint, device=target, dtype=torch_dtype, quantized=quantized, progress=progress)
+    sampling = Sampling() if checkpoint.format == "gguf" else Sampling.recommended(*read_generation(checkpoint))
     tokenizer: text.Tokenizer | BadInput | None
     try:
         tokenizer = text.load(checkpoint, vocab_size=network.config.vocab_size)
@@ -113,9 +116,7 @@ def load(
     runner: type[EncoderDecoderModel | LanguageModel]
     runner = EncoderDecoderModel if isinstance(network, EncoderDecoder) else LanguageModel
     seconds = time.perf_counter() - started
-    return runner(
-        str(name_or_path), step, tokenizer, context=context, generation=checkpoint.generation, load_seconds=seconds
-    )
+    return runner(str(name_or_path), step, tokenizer, context=context, sampling=sampling, load_seconds=seconds)
 
 
 def kernels_decline(

@@ -106,7 +106,7 @@ def _facts(name: str, context: int | None, dtype: o.DtypeName | None, quantize: 
     family = family_of(checkpoint).names.family
     network = meta_network(checkpoint)
     precision = DTYPES[dtype] if dtype else default_dtype(checkpoint)
-    trained: int = network.config.max_position_embeddings
+    trained: int = network.config.context_length
     length = context or trained
     parameters = sum(parameter.numel() for parameter in network.parameters())
     kinds = Counter(e.quantization or str(e.dtype).removeprefix("torch.") for e in checkpoint.tensors.values())

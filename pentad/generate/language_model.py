@@ -120,7 +120,5 @@ class LanguageModel(Runner):
     def _check_room(self, ids: Sequence[int]) -> int:
         self._check_ids(ids)
         if (room := self.context_length - len(ids)) < 1:
-            raise BadInput(
-                f"the prompt has {len(ids)} tokens and leaves no room in the context of {self.context_length}"
-            )
+            raise BadInput(f"the prompt has {len(ids)} tokens and leaves no room in the context of {self._limit}")
         return room

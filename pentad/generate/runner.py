@@ -6,9 +6,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, NoReturn, Unpack, overload
+from typing import ClassVar, NoReturn, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -117,8 +117,8 @@ class Runner:
         name: the name or path that the model was loaded by.
         step: the executor of the network's steps.
         tokenizer: the tokenizer; None if the checkpoint has none, or the error that reading it raised.
-        context: maximum sequence length; the training length by default.
-        generation: the checkpoint's ``generation_config.json``, which recommends sampling options.
+        context: maximum sequence length; the model's limit by default.
+        sampling: default sampling options.
         load_seconds: duration of loading.
 
     Attributes:
@@ -136,7 +136,7 @@ class Runner:
         tokenizer: Tokenizer | BadInput | None,
         *,
         context: int | None = None,
-        generation: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
         load_seconds: float = 0.0,
     ) -> None:
         self.name = name
@@ -144,8 +144,8 @@ class Runner:
         contexts = self._context_lengths()
         if context is not None and context not in contexts:
             raise BadInput(f"context is {context}; expected {contexts.start} to {contexts.stop - 1} tokens for {name}")
-        self.context_length: int = context or step.network.config.max_position_embeddings
-        self.sampling = Sampling.recommended(generation or {})
+        self.context_length: int = context or step.network.config.context_length
+        self.sampling = sampling or Sampling()
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
         self._engine = self._engine_class(step)
@@ -238,13 +238,14 @@ class Runner:
         return completions[0] if isinstance(prompt, str) else completions
 
     def prompt_ids(self, text: str, *, special: bool = False) -> list[int]:
-        """The prompt of `complete`: the text's tokens, after BOS if the tokenizer's configuration adds it.
+        """The prompt of `complete`: the text's tokens, between the tokens that the tokenizer's files put around a text.
 
         Raises:
             BadInput: the text is much too long for the context; it is then not even tokenized.
         """
         self._check_size(text)
-        return self.tokenizer.encode(text, bos=self.tokenizer.adds_bos, special=special)
+        tokenizer = self.tokenizer
+        return [*tokenizer.encode(text, bos=tokenizer.adds_bos, special=special), *tokenizer.closing]
 
     def is_full(self, completion: Completion) -> bool:
         """True if a completion reached the end of the context."""
@@ -282,15 +283,24 @@ class Runner:
     def _check_length(self, ids: Sequence[int]) -> None:
         self._check_ids(ids)
         if len(ids) > self.context_length:
-            raise BadInput(f"{len(ids)} tokens don't fit the context of {self.context_length}")
+            raise BadInput(f"{len(ids)} tokens don't fit the context of {self._limit}")
 
     def _check_room(self, ids: Sequence[int]) -> int:
         """The number of tokens that may follow a prompt; BadInput if the context has no room for any."""
         raise NotImplementedError
 
+    @property
+    def _limit(self) -> str:
+        """The context length, and the setting that it comes from."""
+        config = self.network.config
+        source = f"max_position_embeddings {config.max_position_embeddings}"
+        if config.context_length > config.max_position_embeddings:
+            source += ", extended by RoPE's scaling"
+        return f"{self.context_length} ({'as requested' if self.context_length != config.context_length else source})"
+
     def _context_lengths(self) -> range:
         """The values that `context` may have."""
-        return range(1, self.network.config.max_position_embeddings + 1)
+        return range(1, self.network.config.context_length + 1)
 
     def _inputs(self, ids: list[int]) -> tuple[list[int], list[int] | None]:
         """The first tokens of the model's sequence, and the tokens for an encoder."""

@@ -73,9 +73,13 @@ class Sampling:
         return replace(self, **{name: value for name, value in options.items() if value is not None})
 
     @classmethod
-    def recommended(cls, generation: Mapping[str, Any]) -> Sampling:
-        """The options that a checkpoint's ``generation_config.json`` recommends; the defaults if it recommends none."""
-        named = {field.name: _number(generation, field.name) for field in fields(cls)}
+    def recommended(cls, generation: Mapping[str, Any], source: object = "generation_config.json") -> Sampling:
+        """The options that a checkpoint's settings of generation recommend; the defaults if they recommend none.
+
+        Raises:
+            BadInput: an option is not a number, or out of range; the message names `source`.
+        """
+        named = {field.name: _number(generation, field.name, source) for field in fields(cls)}
         if generation.get("do_sample") is False:
             return cls(temperature=0).replace(repetition_penalty=named["repetition_penalty"])
         samples = any(named[name] is not None for name in ("temperature", "top_p", "top_k"))
@@ -85,8 +89,8 @@ class Sampling:
         return cls(temperature=1.0, top_p=1.0).replace(**named)
 
 
-def _number(generation: Mapping[str, Any], name: str) -> Any:
-    """An option of generation_config.json: a number may be written as a string, and a top_k of -1 turns it off."""
+def _number(generation: Mapping[str, Any], name: str, source: object) -> Any:
+    """An option: a number may be written as a string, and a top_k of -1 turns it off."""
     value = generation.get(name)
     if isinstance(value, str):
         with suppress(ValueError):
@@ -98,7 +102,7 @@ def _number(generation: Mapping[str, Any], name: str) -> Any:
     try:
         Sampling().replace(**{name: value})
     except BadInput as error:
-        raise BadInput(f"generation_config.json: {error}") from None
+        raise BadInput(f"{source}: {error}") from None
     return value
 
 

@@ -43,6 +43,10 @@ class DefaultRope:
         """The factor applied to cosines and sines (published as ``attention_factor``)."""
         return 1.0
 
+    def context_length(self, trained: int) -> int:
+        """The longest sequence of a model whose config gives `trained` as ``max_position_embeddings``."""
+        return trained
+
 
 @dataclass(frozen=True)
 class Linear(DefaultRope):
@@ -52,6 +56,9 @@ class Linear(DefaultRope):
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
         return inverse_frequencies(theta, dim) / self.factor
+
+    def context_length(self, trained: int) -> int:
+        return max(trained, int(trained * self.factor))
 
 
 def _ntk_aware(theta: float, dim: int, stretch: float) -> Tensor:
@@ -73,6 +80,9 @@ class Dynamic(DefaultRope):
 
     def scaling_key(self, length: int) -> int:
         return max(length, self.max_position_embeddings)
+
+    def context_length(self, trained: int) -> int:
+        return max(trained, int(trained * self.factor))
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,9 @@ class Yarn(DefaultRope):
         if self.mscale and self.mscale_all_dim:  # published only as a pair
             return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
         return self._temperature(1.0)
+
+    def context_length(self, trained: int) -> int:
+        return max(trained, int(self.original_max_position_embeddings * self.factor))
 
     def _temperature(self, mscale: float) -> float:
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0

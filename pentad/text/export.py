@@ -9,15 +9,15 @@ from pentad.errors import BadInput
 from pentad.text import byte_level, folder_vocab, gguf_vocab
 from pentad.text.backends import Backend, SentencePieceBackend, TokenizersBackend
 from pentad.text.files import read_bytes, refusing
+from pentad.text.folder_settings import ROLES, TOKENIZER_CONFIG, folder_of
 from pentad.text.sentencepiece_proto import SPACE, Piece, PieceType, read_pieces
 from pentad.text.tokenizer import Source, Tokenizer
 
 __all__ = ["consolidated_files", "gguf_metadata", "hf_files", "keeps_spacing"]
 
-_CONFIG = "tokenizer_config.json"
 _FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json", "qwen.tiktoken", "vocab.json", "merges.txt"),
-    *(_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *(TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     "additional_chat_templates/*.jinja",
 )
 
@@ -36,7 +36,7 @@ def hf_files(checkpoint: Source) -> dict[str, bytes]:
         BadInput: as `text.load`, or the new tokenizer.json would give other ids.
     """
     files = _copied(checkpoint)
-    if files.keys() & {"tokenizer.json", "spiece.model"} or ("tokenizer.model" in files and _CONFIG in files):
+    if files.keys() & {"tokenizer.json", "spiece.model"} or ("tokenizer.model" in files and TOKENIZER_CONFIG in files):
         return files
     tokenizer = text.load(checkpoint)
     if tokenizer is None:
@@ -49,10 +49,10 @@ def hf_files(checkpoint: Source) -> dict[str, bytes]:
         files["tokenizer.json"] = content
         if isinstance(tokenizer.backend, SentencePieceBackend):
             files["tokenizer.model"] = tokenizer.backend.model
-        config = json.loads(files.get(_CONFIG, b"{}"))
+        config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
         config.pop("auto_map", None)  # names code that isn't copied
         config |= _tokenizer_config(tokenizer)
-        files[_CONFIG] = json.dumps(config, ensure_ascii=False, indent=2).encode() + b"\n"
+        files[TOKENIZER_CONFIG] = json.dumps(config, ensure_ascii=False, indent=2).encode() + b"\n"
     return files
 
 
@@ -104,7 +104,7 @@ def keeps_spacing(checkpoint: Source, keys: Mapping[str, Any]) -> bool:
 def _copied(checkpoint: Source) -> dict[str, bytes]:
     if checkpoint.format == "gguf":
         return {}
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    folder = folder_of(checkpoint)
     found = [file for pattern in _FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
     vocabulary = folder_vocab.find(folder)  # its name may be tokenizer.model.v3
     files = [vocabulary, *found] if vocabulary else found
@@ -134,11 +134,16 @@ def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
     else:
         assert isinstance(backend, TokenizersBackend)
         state = json.loads(backend.pipeline.to_str())
-    bos = next((token for token, i in tokenizer.control.items() if i == tokenizer.bos_id), None)
+    opening = [i for i in [tokenizer.bos_id] if i is not None and tokenizer.adds_bos]
+    strings = {i: token for token, i in tokenizer.control.items()}
     state["post_processor"] = None
-    if tokenizer.adds_bos and bos is not None:
-        single, special_tokens = [bos, "$A"], [(bos, tokenizer.bos_id)]
-        template = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=special_tokens)
+    if (opening or tokenizer.closing) and strings.keys() >= {*opening, *tokenizer.closing}:
+        before, after = ([strings[i] for i in ids] for ids in (opening, tokenizer.closing))
+        template = TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", "$B:1", *after],
+            special_tokens=[(strings[i], i) for i in {*opening, *tokenizer.closing}],
+        )
         state["post_processor"] = json.loads(template.__getstate__())
     return json.dumps(state, ensure_ascii=False).encode()
 
@@ -152,7 +157,8 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": tokenizer.adds_bos,
-        **{role: tokenizer.special_tokens[role] for role in folder_vocab.ROLES if role in tokenizer.special_tokens},
+        "add_eos_token": bool(tokenizer.closing),
+        **{role: tokenizer.special_tokens[role] for role in ROLES if role in tokenizer.special_tokens},
         **({"chat_template": templates} if templates else {}),
     }
 

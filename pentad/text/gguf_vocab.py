@@ -78,6 +78,7 @@ def _load(model: str, metadata: Mapping[str, Any]) -> Tokenizer:
         bos_id=ids["bos"],
         eos_ids=[i for i in (ids["eos"], ids["eot"], ids["eom"]) if i is not None],
         adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)),
+        closing=[ids["eos"]] if ids["eos"] is not None and metadata.get("tokenizer.ggml.add_eos_token") else [],
         special_tokens={f"{_ROLES[name]}_token": tokens[i] for name, i in ids.items() if i is not None},
         templates=_templates(metadata),
     )
@@ -202,7 +203,7 @@ def _special(tokenizer: Tokenizer) -> dict[str, Any]:
         "padding": control.get(roles.get("pad_token", "")),
     }
     named = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
-    return {**named, "add_bos_token": tokenizer.adds_bos}
+    return {**named, "add_bos_token": tokenizer.adds_bos, "add_eos_token": bool(tokenizer.closing)}
 
 
 def _sentencepiece(backend: SentencePieceBackend) -> dict[str, Any]:

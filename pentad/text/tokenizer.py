@@ -43,9 +43,10 @@ class Tokenizer:
         vocab_size: the number of ids.
         control: control string (such as `<|im_end|>`) -> id.
         bos_id: the id that begins a sequence, or None.
-        eos_ids: the ids that end a reply: those that the tokenizer's files and generation_config.json name, then
-            every control token of `END_OF_TURN`.
+        eos_ids: the ids that end a reply: those that the checkpoint's files name, then every control token of
+            `END_OF_TURN`.
         adds_bos: True if the files ask for `bos_id` at the beginning of a plain prompt.
+        closing: ids that the files ask for at the end of a plain prompt; almost always none.
         special_tokens: role (such as `eos_token`) -> string.
         templates: name ("default", "tool_use") -> jinja source of a chat template.
         backend: encodes and decodes.
@@ -58,6 +59,7 @@ class Tokenizer:
         bos_id: int | None,
         eos_ids: Iterable[int],
         adds_bos: bool,
+        closing: Sequence[int] = (),
         special_tokens: Mapping[str, str],
         templates: Mapping[str, str],
     ) -> None:
@@ -72,6 +74,7 @@ class Tokenizer:
         ends = [self.control[string] for string in END_OF_TURN if string in self.control]
         self.eos_ids = tuple(dict.fromkeys([*eos_ids, *ends]))
         self.adds_bos = adds_bos and bos_id is not None
+        self.closing = tuple(closing)
 
     def __repr__(self) -> str:
         return f"<Tokenizer: {self.vocab_size} ids, {len(self.control)} control tokens>"

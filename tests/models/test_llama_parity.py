@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+import pentad
+from pentad.errors import BadInput
 from pentad.generate.step import PlainStep
 from tests.helpers.tiny import (
     Tiny,
@@ -115,6 +117,27 @@ def test_rope_scalings_beyond_the_original_length(tmp_path: Path, name: str) -> 
         assert_parity(tiny, tokens)
     if name != "dynamic":  # in transformers its base changes in each step, although keys are cached
         assert_cached_parity(tiny, prompt=original + 10)
+
+
+@pytest.mark.parametrize("name", ["linear", "dynamic"])
+def test_a_scaling_extends_the_context(tmp_path: Path, name: str) -> None:
+    tiny = tiny_checkpoint(tmp_path, **scaled(SCALINGS[name]), max_position_embeddings=32)
+    model, limit = pentad.load(tmp_path), int(32 * SCALINGS[name]["factor"])
+    assert model.context_length == limit
+    for tokens in (32, 33, limit):
+        tiny.peer.model.rotary_emb = type(tiny.peer.model.rotary_emb)(tiny.peer.config)
+        assert_equal_logits(model.logits(random_ids(tokens)), peer_logits(tiny.peer, random_ids(tokens)))
+    with pytest.raises(BadInput, match=rf"context of {limit} \(max_position_embeddings 32, extended by RoPE"):
+        model.logits(random_ids(limit + 1))
+    with pytest.raises(BadInput, match=r"context of 40 \(as requested"):
+        pentad.load(tmp_path, context=40).logits(random_ids(41))
+    with pytest.raises(BadInput, match=f"expected 1 to {limit} tokens"):
+        pentad.load(tmp_path, context=limit + 1)
+
+
+def test_yarn_extends_the_context_of_its_original_length(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, **scaled({**YARN, "original_max_position_embeddings": 256, "factor": 4.0}))
+    assert pentad.load(tmp_path).context_length == 1024
 
 
 def test_a_dynamic_scaling_keeps_the_base_of_the_length_at_opening(tmp_path: Path) -> None:

@@ -199,8 +199,8 @@ def test_the_post_processor_determines_adds_bos(pipeline: Pipeline, tmp_path: Pa
     with_bos = train_pipeline()
     with_bos.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     assert load(write_folder(tmp_path, with_bos)).adds_bos  # type: ignore[union-attr]
-    source = write_folder(tmp_path, with_bos, add_bos_token=False)
-    assert not load(source).adds_bos  # type: ignore[union-attr]
+    source = write_folder(tmp_path, with_bos, add_bos_token=False)  # not read, as in transformers
+    assert load(source).adds_bos  # type: ignore[union-attr]
 
 
 def test_generation_config_adds_end_tokens(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -56,6 +56,11 @@ class DecoderConfig(ModelConfig):
         """The scaling of RoPE's frequencies for long contexts."""
         return scaling(self.rope_parameters)
 
+    @property
+    def context_length(self) -> int:
+        """The longest sequence: `max_position_embeddings`, or more if RoPE's scaling extends it."""
+        return self.rope_scaling.context_length(self.max_position_embeddings)
+
     def rope(self) -> Rope:
         """Make the rotary embedding for all layers."""
         return Rope(self.rotary_dim, self.rope_theta, self.rope_scaling)

@@ -60,6 +60,10 @@ class SwitchConfig(ModelConfig):
         """The training length."""
         return self.n_positions
 
+    @property
+    def context_length(self) -> int:
+        return self.n_positions
+
     def resolve(self, checkpoint: Checkpoint) -> Self:
         path, layers = checkpoint.path, (self.num_layers, self.num_decoder_layers or self.num_layers)
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
