@@ -54,6 +54,17 @@ def test_help_imports_no_heavy_package(arguments: list[str]) -> None:
     assert not modules & HEAVY
 
 
+def test_an_unknown_model_is_refused_before_torch_is_imported() -> None:
+    modules = modules_after(
+        "import sys\n"
+        "from pentad.cli import main\n"
+        "sys.argv = ['pentad', 'complete', 'hi', '--model', 'nonsense']\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert end.code == 2, end.code"
+    )
+    assert "torch" not in modules
+
+
 def test_a_first_answer_does_not_import_torchs_compiler(smollm2: Path) -> None:
     """Importing the compiler takes longer than a short answer."""
     chat = f"import pentad\npentad.load({str(smollm2)!r}).chat('hi', max_tokens=2)"

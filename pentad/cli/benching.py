@@ -70,7 +70,7 @@ def bench(
     *,
     loading: o.Loading,
     prompt: Prompt = "512",
-    generate: Generate = "64",
+    generate: Generate = "128",
     batch: BatchSizes = "1",
     depth: Depths = "0",
     repeat: Repeat = 3,
@@ -78,7 +78,8 @@ def bench(
 ) -> None:
     """Measure how fast a model is on this machine.
 
-    Prefill (pp) and decode (tg) in tokens per second: the median, the slowest and the fastest run.
+    The tests have llama-bench's names and defaults: pp512 is a prefill of 512 tokens, tg128 decodes 128
+    tokens one at a time. Speeds are tokens per second: the median, the slowest and the fastest run.
 
     --prompt, --generate, --batch and --depth take numbers separated by commas. Every combination is
     measured, after one warm-up run.

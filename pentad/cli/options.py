@@ -76,6 +76,9 @@ class Loading:
     def load(self) -> LanguageModel | EncoderDecoderModel:
         """`pentad.load`, with progress on the terminal, and a note if an option turns the kernels off."""
         with output.status(f"loading {self.model} …"):
+            from pentad.weights import registry
+
+            registry.locate(self.model, progress=output.progress())  # an unknown name is refused before torch's import
             from pentad import kernels
             from pentad.generate import LanguageModel
             from pentad.loading import load

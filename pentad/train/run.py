@@ -29,13 +29,21 @@ from pentad.train import checkpoint
 from pentad.train.data import TokenData
 from pentad.train.loop import Loop, StepRecord
 from pentad.train.objectives.causal import CausalLM
+from pentad.train.objectives.dpo import DPO, LOSSES, reference_log_probs
+from pentad.train.objectives.loss import Objective
 from pentad.train.optimizers import Optimizers
 from pentad.train.recipe import Recipe
 from pentad.train.schedules import learning_rate
 from pentad.weights import registry
 from pentad.weights.checkpoint import Checkpoint
 
-OBJECTIVES = {"pretrain": CausalLM(DOCUMENTS), "sft": CausalLM(REPLIES)}
+OBJECTIVES: dict[str, Objective] = {
+    "pretrain": CausalLM(DOCUMENTS),
+    "sft": CausalLM(REPLIES),
+    **{name: DPO(name) for name in LOSSES},
+}
+"""Name in a recipe -> objective."""
+
 _BYTES_A_TOKEN_AND_WIDTH = 90  # activations of a layer in float32, without checkpointing; measured with SmolLM2
 
 
@@ -120,6 +128,7 @@ class TrainingRun:
             self._check_resume(saved.info, identity, note)
         torch.manual_seed(run.seed)
         network = self._network()
+        objective = self._objective(network)  # before the checkpoint's weights: references are the base model's
         optimizers = Optimizers(network, self.recipe.optimizer)
         first = 0
         if saved is not None:
@@ -132,7 +141,7 @@ class TrainingRun:
         options = self.recipe.optimizer
         loop = Loop(
             network,
-            OBJECTIVES[self.recipe.objective],
+            objective,
             self.data,
             optimizers,
             lambda step: learning_rate(
@@ -168,6 +177,13 @@ class TrainingRun:
             return build.build(self.source, trainable=True)
         config = read_family_config(family_of(self.source), self.source)
         return build.build(config, trainable=True, seed=self.recipe.run.seed)
+
+    def _objective(self, network: Decoder) -> Objective:
+        objective, options = OBJECTIVES[self.recipe.objective], self.recipe.preference
+        if not isinstance(objective, DPO):
+            return objective
+        references = [reference_log_probs(network, s, build.DTYPES[self.recipe.run.dtype]) for s in self.stores]
+        return DPO(self.recipe.objective, options.beta, options.label_smoothing, references)
 
     def _checkpointing(self, network: Decoder) -> str:
         if self.recipe.run.checkpointing != "auto":

@@ -226,3 +226,68 @@ def test_the_recipe_in_the_docs_is_valid(tmp_path: Path) -> None:
     docs = Path(__file__).parents[2] / "docs/training.md"
     (tmp_path / "r.toml").write_text(docs.read_text().split("```toml\n")[1].split("```")[0])
     assert read_recipe(tmp_path / "r.toml").run.out == "runs/first"
+
+
+PAIRS = [
+    {"prompt": [{"role": "user", "content": "add " + "1" * n}],
+     "chosen": [{"role": "assistant", "content": "x" * (1 + n % 3)}],
+     "rejected": [{"role": "assistant", "content": "y" * (1 + n % 4)}]}
+    for n in range(1, 9)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "hinge", "robust"])
+def test_preference_losses_equal_their_formulas_on_transformers_log_probs(
+    tmp_path: Path, base: Path, objective: str
+) -> None:
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    given = recipe(
+        tmp_path, base, f"objective={objective}", f"data.train={tmp_path}/pairs.jsonl", "run.steps=8",
+        "optimizer.schedule=constant", "optimizer.warmup=0", "preference.label_smoothing=0.1",
+    )  # fmt: skip
+    run = open_run(given)
+    first = run.data.examples(0)
+    _, records = train(given)
+    beta, e = 0.1, 0.1
+    start = {"dpo": 0.693147, "ipo": 25.0, "hinge": 1.0, "robust": 0.693147}[objective]
+    assert records[0].loss == pytest.approx(start, rel=1e-5)
+    assert records[-1].metrics["accuracy"] == 1.0
+
+    def log_probs(model: torch.nn.Module) -> torch.Tensor:
+        rows = []
+        for _, number in run.data.examples(1):
+            for ids, targets in run.stores[0][number]:
+                tokens = torch.from_numpy(ids.copy()).long()
+                chosen = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+                rows.append(chosen[torch.from_numpy(targets[1:].copy()).bool()].sum())
+        return torch.stack(rows).view(-1, 2)
+
+    shutil.rmtree(tmp_path / "run")
+    after_one, _ = train(given.model_copy(update={"run": given.run.model_copy(update={"steps": 1})}))
+    with torch.no_grad():
+        policy = log_probs(AutoModelForCausalLM.from_pretrained(after_one))
+        reference = log_probs(AutoModelForCausalLM.from_pretrained(base))
+    margin = (policy - reference)[:, 0] - (policy - reference)[:, 1]
+    won, lost = -torch.sigmoid(beta * margin).log(), -torch.sigmoid(-beta * margin).log()
+    expected = {
+        "dpo": won * (1 - e) + lost * e,
+        "ipo": (margin - 5) ** 2,
+        "hinge": (1 - beta * margin).clamp(min=0),
+        "robust": (won * (1 - e) - lost * e) / (1 - 2 * e),
+    }[objective].mean()
+    assert records[1].loss == pytest.approx(float(expected), rel=1e-4)
+    assert len(first) == 4
+
+
+def test_references_are_computed_once(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pentad.train.objectives import dpo
+
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    given = recipe(tmp_path, base, "objective=dpo", f"data.train={tmp_path}/pairs.jsonl")
+    whole, _ = train(given)
+    expected = (whole / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run")
+    train(given, kill_after=3)
+    monkeypatch.setattr(dpo, "collate", None)  # only the references call it from there
+    final, _ = train(given, resume=True)
+    assert (final / "model.safetensors").read_bytes() == expected

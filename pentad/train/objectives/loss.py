@@ -24,13 +24,11 @@ class Loss(NamedTuple):
 
 
 class Objective(Protocol):
-    """An objective.
+    """An objective."""
 
-    Attributes:
-        learns: what it learns from; see `pentad.datasets.examples`.
-    """
-
-    learns: str
+    @property
+    def learns(self) -> str:
+        """What it learns from; see `pentad.datasets.examples`."""
 
     def count(self, batch: TokenBatch) -> int:
         """The number of terms in the loss's sum: target tokens, or pairs."""
