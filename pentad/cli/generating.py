@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 System = Annotated[str | None, Option(metavar="TEXT", help="The system message.")]
 Truncate = Annotated[bool, Option("--truncate", help="Drop the oldest turns when the context is full.")]
 Special = Annotated[bool, Option("--special", help="Read control tokens such as <|im_start|> in the prompt.")]
+Given = Annotated[str | None, Option(metavar="PROMPT", help="Score the text as the continuation of this prompt.")]
 Stride = Annotated[
     int | None,
     Option(min=1, metavar="N", help="Score a text longer than the context in windows, each N tokens further on."),
@@ -100,13 +101,14 @@ def complete(
     answer(loading, lambda loaded: loaded.stream(text, special=special, **chosen), as_json=as_json)
 
 
-def score(file: File, loading: o.Loading, stride: Stride = None, as_json: o.Json = False) -> None:
-    """Measure how likely a model finds a text.
+def score(file: File, loading: o.Loading, given: Given = None, stride: Stride = None, as_json: o.Json = False) -> None:
+    """Measure how likely a model finds a text, or a continuation of a prompt.
 
-    JSON: model, tokens, log_likelihood (natural, summed over all tokens but the first), perplexity.
+    JSON: model, tokens, log_likelihood (natural; summed over all tokens but the first, or over the
+    continuation), perplexity, greedy (whether each of these tokens is the most likely one).
     """
     text = o.read_text(file)
-    result = loading.load_decoder_only("score a text").score(text, stride=stride)
+    result = loading.load_decoder_only("score a text").score(text, given=given, stride=stride)
     if as_json:
         output.write_json(asdict(result))
     else:

@@ -58,9 +58,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """The log-likelihood of a text (natural, summed over all `tokens` but the first) and its perplexity."""
+    """The log-likelihood of a text, or of a continuation given a prompt.
+
+    Attributes:
+        model: the model's name.
+        tokens: tokens of the text, or of the continuation.
+        log_likelihood: natural; summed over all tokens but the text's first, or over the continuation.
+        perplexity: exp of the mean negative log-likelihood of the summed tokens.
+        greedy: whether each of these tokens is the model's most likely one.
+    """
 
     model: str
     tokens: int
     log_likelihood: float
     perplexity: float
+    greedy: bool

@@ -114,11 +114,13 @@ class Evaluation(Request):
     Attributes:
         first: index of the first token whose log-likelihood is summed; None to keep all logits instead.
         log_likelihood: the sum so far, natural.
+        greedy: whether each token of the sum so far has the largest logit.
         logits: float32 [tokens, V] of each step so far, if logits are kept.
     """
 
     first: int | None = None
     log_likelihood: float = 0.0
+    greedy: bool = True
     logits: list[Tensor] = field(default_factory=list)
 
     def pending(self, done: int) -> Sequence[int]:
@@ -272,8 +274,10 @@ class Engine:
             request.logits.append(logits_RV)
         elif rows:
             start = done - rows.stop  # position of this step's first token
-            targets = torch.tensor(request.prompt[start + rows.start + 1 : start + rows.stop + 1], dtype=torch.int64)
-            request.log_likelihood -= float(F.cross_entropy(logits_RV, targets.to(logits_RV.device), reduction="sum"))
+            tokens = request.prompt[start + rows.start + 1 : start + rows.stop + 1]
+            targets = torch.tensor(tokens, dtype=torch.int64, device=logits_RV.device)
+            request.log_likelihood -= float(F.cross_entropy(logits_RV, targets, reduction="sum"))
+            request.greedy = request.greedy and torch.equal(logits_RV.argmax(-1), targets)
             if not request.log_likelihood <= 0:
                 request.error = PentadError(NOT_NUMBERS)
                 return True
@@ -388,7 +392,7 @@ class Engine:
         """Run all tokens of a running request again, in a new sequence."""
         self._running[request] = self._open(request)
         if isinstance(request, Evaluation):
-            request.log_likelihood = 0.0
+            request.log_likelihood, request.greedy = 0.0, True
             request.logits.clear()
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -57,22 +57,51 @@ class LanguageModel(Runner):
         self._check_size(*(message.get("content") for message in messages if isinstance(message, Mapping)))
         return self.tokenizer.chat(messages)
 
-    def score(self, text: str, *, stride: int | None = None) -> Score:
-        """Compute the log-likelihood of a text, without BOS or other added tokens.
+    @overload
+    def score(self, text: str, *, given: str | None = None, stride: int | None = None) -> Score: ...
+    @overload
+    def score(self, text: list[str] | tuple[str, ...], *, given: str | Sequence[str]) -> list[Score]: ...
+    def score(
+        self,
+        text: str | list[str] | tuple[str, ...],
+        *,
+        given: str | Sequence[str] | None = None,
+        stride: int | None = None,
+    ) -> Score | list[Score]:
+        """Compute the log-likelihood of a text, without BOS or other added tokens, or of continuations of prompts.
+
+        A prompt and its continuation are encoded as lm-evaluation-harness does: together, and the continuation has the
+        tokens after those of the prompt alone; spaces at the prompt's end go to the continuation. Instead of an empty
+        prompt stands BOS or, if there is none, the token that ends a text.
 
         Args:
-            text: the text.
+            text: the text; or continuations, which run as one batch.
+            given: the prompt of the continuation, or one for each of several.
             stride: for texts longer than the context, slide a window of `context_length` tokens by this many tokens.
                 Each token is scored once, given the earlier tokens of its window.
 
         Returns:
-            The sum over all tokens but the first, and the perplexity.
+            The sum over all tokens but the first, or over the continuation, and the perplexity. Several continuations
+            give a list.
 
         Raises:
-            BadInput: the text has fewer than two tokens, or is longer than the context without a stride, or the stride
-                is out of range.
+            BadInput: there are too few tokens, or more than the context without a stride, or the stride is out of
+                range; several texts without prompts, or another number of prompts.
             PentadError: the model's logits are not numbers.
         """
+        if given is not None:
+            if stride is not None:
+                raise BadInput("stride is for texts without a prompt; leave out stride or given")
+            texts = [text] if isinstance(text, str) else list(text)
+            prompts = [given] * len(texts) if isinstance(given, str) else list(given)
+            if len(prompts) != len(texts):
+                raise BadInput(f"given has {len(prompts)} prompts, text {len(texts)} continuations; expected as many")
+            requests = [self._continuation(*pair) for pair in zip(texts, prompts, strict=True)]
+            self._evaluate(*requests)
+            scores = [self._score(r, len(r.prompt) - (r.first or 0)) for r in requests]
+            return scores[0] if isinstance(text, str) else scores
+        if not isinstance(text, str):
+            raise BadInput("several texts are scored as continuations; give their prompts as given")
         if stride is None:
             self._check_size(text)
         ids, size = self.tokenizer.encode(text), self.context_length
@@ -83,18 +112,38 @@ class LanguageModel(Runner):
             raise BadInput(f"stride is {stride}; expected 1 to {size - 1} tokens")
         if len(ids) > size and stride is None:
             raise BadInput(f"the text has {len(ids)} tokens, the context {size}; --stride N slides a window over it")
-        log_likelihood, scored = 0.0, 1
+        whole, scored = Evaluation(ids, first=1), 1
         for start in range(0, len(ids), stride or size):
             window = Evaluation(ids[start : start + size], first=scored - start)
             self._evaluate(window)
-            log_likelihood += window.log_likelihood
+            whole.log_likelihood += window.log_likelihood
+            whole.greedy &= window.greedy
             scored = start + len(window.prompt)
             if scored == len(ids):
                 break
-        loss = -log_likelihood / (len(ids) - 1)
+        return self._score(whole, len(ids))
+
+    def _continuation(self, text: str, given: str) -> Evaluation:
+        """The request that scores a continuation."""
+        self._check_size(given, text)
+        prompt = given.rstrip()
+        ids, before = self.tokenizer.encode(given + text), len(self.tokenizer.encode(prompt)) if prompt else 0
+        if not before:
+            start = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_ids[0]
+            ids, before = [start, *ids], 1
+        self._check_ids(ids)
+        if len(ids) <= before:
+            raise BadInput("the continuation has no tokens")
+        if len(ids) > self.context_length:
+            raise BadInput(f"prompt and continuation have {len(ids)} tokens, the context {self.context_length}")
+        return Evaluation(ids, first=before)
+
+    def _score(self, request: Evaluation, tokens: int) -> Score:
+        """The result of an evaluation."""
+        loss = -request.log_likelihood / (len(request.prompt) - (request.first or 0))
         if loss > 700:
             raise PentadError(f"the perplexity is e^{loss:.0f}, more than a number can hold: the weights are damaged")
-        return Score(self.name, len(ids), log_likelihood, math.exp(loss))
+        return Score(self.name, tokens, request.log_likelihood, math.exp(loss), request.greedy)
 
     def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
         """The logits after each of T tokens.

@@ -366,22 +366,26 @@ class Runner:
                 stream.close()
         return [stream.completion for stream in streams]
 
-    def _evaluate(self, request: Evaluation) -> None:
-        """Run an evaluation to its end.
+    def _evaluate(self, *requests: Evaluation) -> None:
+        """Run evaluations together to their end.
 
         Raises:
             PentadError: the logits are not numbers.
         """
         with self._lock:
-            self._engine.submit(request)
+            for request in requests:
+                self._engine.submit(request)
         try:
-            while request.finish_reason is None:
-                self._advance(request)
+            for request in requests:
+                while request.finish_reason is None:
+                    self._advance(request)
         finally:
             with self._lock:
-                self._engine.cancel(request)
-        if request.error is not None:
-            raise request.error
+                for request in requests:
+                    self._engine.cancel(request)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
 
 
 def _progress(request: Request) -> tuple[int, object]:

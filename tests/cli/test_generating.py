@@ -94,6 +94,9 @@ def test_score(pentad, smollm2: Path, tmp_path: Path) -> None:
     read = pentad("score", "-", "--model", smollm2, stdin=text.encode())
     assert read.out.startswith(f"{expected.tokens} tokens, log-likelihood ")
 
+    given = pentad("score", "-", "--given", "The capital of France is", "--model", smollm2, "--json", stdin=b" Paris")
+    assert given.json["tokens"] == 1
+    assert given.json["greedy"] is True
     short = ["score", file, "--model", smollm2, "--context", "8", "--json"]
     assert "--stride" in pentad(*short).error
     assert pentad(*short, "--stride", "4").json["tokens"] == expected.tokens
