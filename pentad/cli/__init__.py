@@ -28,7 +28,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="pentad",
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
@@ -57,6 +56,8 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
+    if "_PENTAD_COMPLETE" in os.environ:  # the shell asks for completions
+        typer.main.get_command(app)(prog_name="pentad")
     arguments = sys.argv[1:] or ["--help"]
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options

@@ -15,6 +15,7 @@ from typer import Argument, Option
 
 from pentad.cli import options as o
 from pentad.cli import output
+from pentad.cli.paths import model_names
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from pentad.generate.step import Step
     from pentad.nn.cache import CachedSequence
 
-ModelArgument = Annotated[str | None, Argument(metavar="MODEL", help="The same as --model MODEL.")]
+ModelArgument = Annotated[
+    str | None, Argument(metavar="MODEL", help="The same as --model MODEL.", autocompletion=model_names)
+]
 Prompt = Annotated[str, Option(metavar="N,…", help="Prefill prompts of N tokens; 0: skip.")]
 Generate = Annotated[str, Option(metavar="N,…", help="Decode N tokens, one at a time; 0: skip.")]
 BatchSizes = Annotated[str, Option(metavar="N,…", help="Run N sequences at once.")]

@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from pentad.cli import options as o
 from pentad.cli import output
+from pentad.cli.paths import model_names
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def convert(
-    source: Annotated[str, Argument(metavar="SRC", help="The model, as for --model.")],
+    source: Annotated[str, Argument(metavar="SRC", help="The model, as for --model.", autocompletion=model_names)],
     destination: Annotated[
         Path, Argument(metavar="DST", help="The output folder (for GGUF, the output file). It must not exist yet.")
     ],

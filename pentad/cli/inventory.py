@@ -9,9 +9,15 @@ from typer import Argument, Exit, Option
 
 from pentad.cli import output
 from pentad.cli.options import Json
+from pentad.cli.paths import model_names
 from pentad.errors import BadInput
 
-Name = Annotated[str, Argument(metavar="NAME", help="As pentad models lists it, or org/name[@revision][:Q4_K_M].")]
+Name = Annotated[
+    str,
+    Argument(
+        metavar="NAME", help="As pentad models lists it, or org/name[@revision][:Q4_K_M].", autocompletion=model_names
+    ),
+]
 
 
 def models(as_json: Json = False) -> None:

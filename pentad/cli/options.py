@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 from typer import Argument, Option
 
 from pentad.cli import output
+from pentad.cli.paths import model_names
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
@@ -59,7 +60,14 @@ class Loading:
     """Options of every command that loads a model."""
 
     model: Annotated[
-        str, Option("--model", "-m", metavar="NAME", help="A name, a file, a folder, or org/name[@revision][:Q4_K_M].")
+        str,
+        Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="A name, a file, a folder, or org/name[@revision][:Q4_K_M].",
+            autocompletion=model_names,
+        ),
     ] = DEFAULT_MODEL
     dtype: Dtype = None
     quantize: Quantize = None

@@ -1,7 +1,19 @@
-"""Completion of paths."""
+"""Completion of paths and of models' names."""
 
 import os
 from pathlib import Path
+
+
+def model_names(prefix: str) -> list[str]:
+    """The known and the cached models that begin with a text. If there are none, the shell completes paths."""
+    from pentad.weights.registry import KNOWN
+
+    # As in huggingface_hub.constants, whose import would be felt at each Tab.
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    folders = cache.glob("models--*--*") if cache.is_dir() else []
+    cached = [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
+    return [name for name in sorted([*KNOWN, *cached]) if name.startswith(prefix)]
 
 
 def files(prefix: str) -> list[str]:

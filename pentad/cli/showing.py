@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from pentad.cli import options as o
 from pentad.cli import output
+from pentad.cli.paths import model_names
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from pentad.weights.checkpoint import Checkpoint
 
 NameOrPath = Annotated[
-    str, Argument(metavar="MODEL", help="As for --model; a folder with only a config.json is enough.")
+    str,
+    Argument(
+        metavar="MODEL", help="As for --model; a folder with only a config.json is enough.", autocompletion=model_names
+    ),
 ]
 
 
