@@ -197,7 +197,7 @@ def test_experts_accept_the_first_tokens(tmp_path: Path, tokens: int, config: di
     assert routing.kept.tolist() == [[position < capacity] * 2 for position in range(tokens)]
     assert_equal_logits(ours, reference_logits(folder, ids))
     unbounded = logits_of(network_of(crowded(tmp_path / "b", **UNBOUNDED)), ids)
-    assert torch.equal(ours[:capacity], unbounded[:capacity])
+    assert_equal_logits(ours[:capacity], unbounded[:capacity])  # a matmul of fewer rows may round otherwise
     if tokens <= capacity:
         return
     assert ((ours - unbounded)[capacity:].abs().amax(-1) > 0.1).all()
