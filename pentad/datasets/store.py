@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pentad.datasets.examples import Encoder
+from pentad.datasets.examples import PAIRS, Encoder
 from pentad.datasets.rows import files_of, read_rows
 from pentad.errors import BadInput
 from pentad.text.targets import Encoded
-from pentad.weights.atomic import clear_leftovers
-from pentad.weights.cache import cache_folder, storage_error
+from pentad.weights.atomic import NewFile, cache_entry, write_files
+from pentad.weights.cache import cache_folder
 
 FORMAT = 1  # changes when equal inputs would give other examples
 
@@ -41,19 +40,12 @@ class Examples:
         metadata = reader.schema.metadata
         self.facts: dict[str, Any] = json.loads(metadata[b"facts"])
         self.sequences = int(metadata[b"sequences"])
-        self._ids, self._targets = [], []
-        starts: list[Any] = []
-        self.where: list[Any] = [batch.column("where") for batch in batches]
-        for batch in batches:
-            ids, targets = batch.column("ids"), batch.column("targets")
-            starts.append(ids.offsets.to_numpy())
-            self._ids.append(ids.values.to_numpy())
-            self._targets.append(targets.values.to_numpy())
-        self._starts = starts
-        counts = np.concatenate([np.diff(start) for start in starts])
-        self.sequence_lengths = counts
-        self._first = np.cumsum([0, *(len(start) - 1 for start in starts)])
-        self.lengths = counts.reshape(-1, self.sequences).sum(1)
+        self._where = [batch.column("where") for batch in batches]
+        self._ids = [batch.column("ids").values.to_numpy() for batch in batches]
+        self._targets = [batch.column("targets").values.to_numpy() for batch in batches]
+        self._starts = [batch.column("ids").offsets.to_numpy() for batch in batches]
+        self._first = np.cumsum([0, *(len(starts) - 1 for starts in self._starts)])
+        self.lengths = np.concatenate([np.diff(starts) for starts in self._starts]).reshape(-1, self.sequences).sum(1)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -63,15 +55,19 @@ class Examples:
         return [self._sequence(number * self.sequences + i) for i in range(self.sequences)]
 
     def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        batch = int(np.searchsorted(self._first, number, side="right")) - 1
-        start, stop = self._starts[batch][number - self._first[batch] :][:2]
+        batch, row = self._find(number)
+        start, stop = self._starts[batch][row : row + 2]
         return self._ids[batch][start:stop], self._targets[batch][start:stop]
 
     def location(self, number: int) -> str:
         """The file and line of an example."""
-        number *= self.sequences
+        batch, row = self._find(number * self.sequences)
+        return str(self._where[batch][row])
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """The record batch of a sequence, and its row there."""
         batch = int(np.searchsorted(self._first, number, side="right")) - 1
-        return str(self.where[batch][int(number - self._first[batch])])
+        return batch, int(number - self._first[batch])
 
 
 def prepare(
@@ -100,8 +96,9 @@ def prepare(
     options = [FORMAT, fingerprint, encoder.learns, encoder.sequence_length, encoder.truncate, skip_bad]
     key = hashlib.sha256(json.dumps([list(hashes.values()), options]).encode()).hexdigest()
     target = cache_folder() / "examples" / f"{key[:32]}.arrow"
-    if not target.exists():
-        _write(target, files, hashes, encoder, skip_bad, progress)
+    with cache_entry(target):
+        if not target.exists():
+            _write(target, files, hashes, encoder, skip_bad, progress)
     return Examples(target)
 
 
@@ -118,9 +115,10 @@ def _write(
     skipped: list[str] = []
     facts: dict[str, Any] = {"rows": 0, "targets": 0, "ends": 0, "truncated": 0, "files": dict(hashes)}
     batches: list[Any] = []
-    sequences = 2 if encoder.learns == "pairs" else 1
+    sequences = 2 if encoder.learns == PAIRS else 1
     schema = pa.schema([("ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.uint8())), ("where", pa.string())])
-    for chunk in _chunks(_examples(files, encoder, skipped if skip_bad else None, facts, progress), 1000):
+    examples = _examples(files, encoder, skipped if skip_bad else None, facts, progress)
+    while chunk := list(islice(examples, 1000)):
         flat = [(encoded, where) for example, where in chunk for encoded in example]
         columns = [
             [encoded.ids for encoded, _ in flat],
@@ -136,19 +134,12 @@ def _write(
     if not facts["ends"]:
         raise BadInput(f"{files[0]}: no end of a turn is ever a target, so the model would never learn to stop")
     metadata = {"facts": json.dumps({**facts, "skipped": skipped}), "sequences": str(sequences)}
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(target)
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-        try:
-            with pa.ipc.new_file(str(partial), schema.with_metadata(metadata)) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(error, target.parent) from error
+    file = pa.BufferOutputStream()
+    with pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    content = memoryview(file.getvalue())
+    write_files([NewFile(target, content.nbytes, [content])])
 
 
 def _examples(
@@ -172,17 +163,6 @@ def _examples(
                 continue
             facts["truncated"] += sum(not encoded.ends for example in examples for encoded in example[-1:])
             yield from ((example, row.where) for example in examples)
-
-
-def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _sha256(file: Path) -> str:

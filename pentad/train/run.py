@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class TrainingRun:
     tokenizer: text.Tokenizer
     stores: list[Examples]
 
-    @property
+    @cached_property
     def data(self) -> TokenData:
         """The batches."""
         run, sources = self.recipe.run, self.recipe.data.sources
@@ -85,7 +86,6 @@ class TrainingRun:
         facts, run, data = [store.facts for store in self.stores], self.recipe.run, self.data
         network = build.meta_network(self.source)
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        longest = max(int(store.lengths.max()) for store in self.stores)
         lengths = sum(int(store.lengths.sum()) for store in self.stores)
         return {
             "rows": sum(fact["rows"] for fact in facts),
@@ -98,10 +98,12 @@ class TrainingRun:
             "steps": run.steps,
             "epochs": run.steps * run.batch_size / data.units,
             "parameters": parameters,
-            "memory_bytes": 16 * parameters + self._activation_bytes(network, max(longest, run.micro_batch_tokens)),
+            "memory_bytes": 16 * parameters + self._activation_bytes(network),
         }
 
-    def _activation_bytes(self, network: Decoder, tokens: int) -> int:
+    def _activation_bytes(self, network: Decoder) -> int:
+        """Memory of the activations of the largest micro-batch, without checkpointing."""
+        tokens = max(self.recipe.run.micro_batch_tokens, *(int(store.lengths.max()) for store in self.stores))
         width, layers = network.embed.weight.shape[1], len(network.layers)
         return tokens * width * layers * _BYTES_A_TOKEN_AND_WIDTH
 
@@ -182,16 +184,14 @@ class TrainingRun:
         objective, options = OBJECTIVES[self.recipe.objective], self.recipe.preference
         if not isinstance(objective, DPO):
             return objective
-        references = [reference_log_probs(network, s, build.DTYPES[self.recipe.run.dtype]) for s in self.stores]
+        references = reference_log_probs(network, self.stores, build.DTYPES[self.recipe.run.dtype])
         return DPO(self.recipe.objective, options.beta, options.label_smoothing, references)
 
     def _checkpointing(self, network: Decoder) -> str:
         if self.recipe.run.checkpointing != "auto":
             return self.recipe.run.checkpointing
-        longest = max(int(store.lengths.max()) for store in self.stores)
-        needed = self._activation_bytes(network, max(longest, self.recipe.run.micro_batch_tokens))
         free = available_memory(network.device)
-        return "blocks" if free is not None and needed > free // 2 else "none"
+        return "blocks" if free is not None and self._activation_bytes(network) > free // 2 else "none"
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the uninterrupted one, bit for bit."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pentad.errors import BadInput, PentadError
-from pentad.weights.cache import FULL_DISK, Progress, check_space, task
+from pentad.weights.cache import FULL_DISK, Progress, check_space, storage_error, task
 
 try:
     import fcntl
@@ -94,6 +94,40 @@ def _made(folder: Path, needed: int | None = None) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def cache_entry(target: Path, progress: Progress | None = None) -> Iterator[None]:
+    """A block that makes a file of pentad's cache; of several processes one enters at a time, and the others wait.
+
+    Args:
+        target: the file; its folder is made.
+        progress: shows that a pull waits.
+
+    Raises:
+        PentadError: the disk is full or can't be written; the message says how to move the cache.
+    """
+    from filelock import FileLock, Timeout  # imported only here: it takes as long as reading a model's header
+
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            with task(progress or Progress(), f"waiting for another process that pulls {target.name}", None):
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+    except BadInput:
+        raise
+    except (OSError, PentadError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise storage_error(cause, target.parent) from cause
 
 
 def clear_leftovers(target: Path) -> None:

