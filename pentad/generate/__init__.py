@@ -2,10 +2,10 @@
 
 from pentad.generate.completion import Completion, Options, Score
 from pentad.generate.encoder_decoder import EncoderDecoderModel
-from pentad.generate.engine import TokenLogprobs
 from pentad.generate.language_model import LanguageModel, Message
-from pentad.generate.runner import Stream
+from pentad.generate.requests import TokenLogprobs
 from pentad.generate.sampling import Sampling
+from pentad.generate.stream import Stream
 
 __all__ = [
     "Completion",

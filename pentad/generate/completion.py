@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from pentad.generate.engine import TokenLogprobs
+from pentad.generate.requests import TokenLogprobs
 
 
 class Options(TypedDict, total=False):

@@ -9,8 +9,9 @@ from torch import Tensor
 from pentad.errors import BadInput
 from pentad.generate.completion import Completion, Options
 from pentad.generate.encoder_decoder_step import EncoderDecoderEngine
-from pentad.generate.engine import Evaluation
-from pentad.generate.runner import Runner, Stream, as_ids
+from pentad.generate.requests import Evaluation
+from pentad.generate.runner import Runner, as_ids
+from pentad.generate.stream import Stream
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.text import Detokenizer
 from pentad.weights.config import MAX_SIZE

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pentad.generate.engine import Engine, Request
+from pentad.generate.engine import Engine
+from pentad.generate.requests import Request
 from pentad.generate.step import Step, Work, lay_out
 from pentad.nn.cache import CachedSequence, PagedCache
 from pentad.nn.encoder_decoder import EncoderDecoder

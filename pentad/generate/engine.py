@@ -8,16 +8,16 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pentad.errors import BadInput, PentadError
-from pentad.generate.sampling import Choice, Sampling, argmax, sample
+from pentad.generate.requests import Evaluation, Event, Generation, Request, TokenLogprobs
+from pentad.generate.sampling import Choice, argmax, sample
 from pentad.generate.step import Step
 from pentad.memory import return_free_memory
 from pentad.nn.cache import CachedSequence
@@ -44,101 +44,6 @@ class EngineConfig:
     max_num_seqs: int = 32
     max_cache_bytes: int | None = None
     reserved_tokens: int = 256
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """The model's log-probabilities (natural, before temperature and filters) for one generated token.
-
-    Attributes:
-        token_id, logprob: the generated token.
-        top: the most likely tokens with their log-probabilities, in descending order.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(eq=False)
-class Request:
-    """One sequence for the engine to run.
-
-    Attributes:
-        prompt: token ids, at least one; for an encoder-decoder the first tokens of the decoder.
-        source: token ids for the encoder of an encoder-decoder.
-        finish_reason: "stop", "length", "error" or "cancelled"; None until the request has finished.
-        error: the reason for "error".
-    """
-
-    prompt: Sequence[int]
-    source: Sequence[int] | None = field(default=None, kw_only=True)
-    finish_reason: str | None = field(default=None, kw_only=True)
-    error: PentadError | None = field(default=None, kw_only=True)
-
-    def pending(self, done: int) -> Sequence[int]:
-        """The known tokens that still have to run after the first `done`."""
-        return self.prompt[done:]
-
-
-@dataclass(eq=False)
-class Generation(Request):
-    """A request for new tokens.
-
-    Attributes:
-        sampling: the sampling options.
-        generator: random numbers for this request only, so other requests don't change its text.
-        max_tokens: maximum number of new tokens.
-        end_ids: tokens that end the text and are not part of it.
-        logprobs: how many of the most likely tokens to report with each new token; None for no report.
-        generated: the new tokens so far.
-        token_logprobs: one report for each new token, if requested.
-    """
-
-    sampling: Sampling
-    generator: torch.Generator
-    max_tokens: int
-    end_ids: frozenset[int] = frozenset()
-    logprobs: int | None = None
-    generated: list[int] = field(default_factory=list)
-    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-    def pending(self, done: int) -> Sequence[int]:
-        return [*self.prompt[done:], *self.generated[max(0, done - len(self.prompt)) :]]
-
-
-@dataclass(eq=False)
-class Evaluation(Request):
-    """A request for the logits of its prompt, or for the log-likelihood of a part of it.
-
-    Attributes:
-        first: index of the first token whose log-likelihood is summed; None to keep all logits instead.
-        log_likelihood: the sum so far, natural.
-        greedy: whether each token of the sum so far has the largest logit.
-        logits: float32 [tokens, V] of each step so far, if logits are kept.
-    """
-
-    first: int | None = None
-    log_likelihood: float = 0.0
-    greedy: bool = True
-    logits: list[Tensor] = field(default_factory=list)
-
-    def pending(self, done: int) -> Sequence[int]:
-        return self.prompt[done : None if self.first is None else -1]  # the last token predicts nothing that is summed
-
-
-class Event(NamedTuple):
-    """A request's progress in one step.
-
-    Attributes:
-        request: the request.
-        token_id: its new token; None if the step generated none.
-        finish_reason: the request's, once it has finished.
-    """
-
-    request: Request
-    token_id: int | None
-    finish_reason: str | None
 
 
 class Engine:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pentad.errors import BadInput, PentadError
 from pentad.generate.completion import Completion, Options, Score
-from pentad.generate.engine import Evaluation
-from pentad.generate.runner import Runner, Stream, as_ids
+from pentad.generate.requests import Evaluation
+from pentad.generate.runner import Runner, as_ids
+from pentad.generate.stream import Stream
 
 Message = Mapping[str, Any]
 
@@ -92,13 +93,7 @@ class LanguageModel(Runner):
         if given is not None:
             if stride is not None:
                 raise BadInput("stride is for texts without a prompt; leave out stride or given")
-            texts = [text] if isinstance(text, str) else list(text)
-            prompts = [given] * len(texts) if isinstance(given, str) else list(given)
-            if len(prompts) != len(texts):
-                raise BadInput(f"given has {len(prompts)} prompts, text {len(texts)} continuations; expected as many")
-            requests = [self._continuation(*pair) for pair in zip(texts, prompts, strict=True)]
-            self._evaluate(*requests)
-            scores = [self._score(r, len(r.prompt) - (r.first or 0)) for r in requests]
+            scores = self._score_continuations([text] if isinstance(text, str) else text, given)
             return scores[0] if isinstance(text, str) else scores
         if not isinstance(text, str):
             raise BadInput("several texts are scored as continuations; give their prompts as given")
@@ -122,6 +117,14 @@ class LanguageModel(Runner):
             if scored == len(ids):
                 break
         return self._score(whole, len(ids))
+
+    def _score_continuations(self, texts: Sequence[str], given: str | Sequence[str]) -> list[Score]:
+        prompts = [given] * len(texts) if isinstance(given, str) else given
+        if len(prompts) != len(texts):
+            raise BadInput(f"given has {len(prompts)} prompts, text {len(texts)} continuations; expected as many")
+        requests = [self._continuation(*pair) for pair in zip(texts, prompts, strict=True)]
+        self._evaluate(*requests)
+        return [self._score(request, len(request.prompt) - (request.first or 0)) for request in requests]
 
     def _continuation(self, text: str, given: str) -> Evaluation:
         """The request that scores a continuation."""

@@ -15,7 +15,7 @@ from pentad.cli import app
 from pentad.errors import BadInput
 from pentad.generate import EncoderDecoderModel, encoder_decoder_step
 from pentad.generate.encoder_decoder_step import EncoderDecoderEngine, EncoderDecoderStep
-from pentad.generate.engine import Generation
+from pentad.generate.requests import Generation
 from pentad.generate.sampling import Sampling
 from pentad.nn.encoder_decoder import EncoderDecoder
 from tests.helpers.plain import read_pages

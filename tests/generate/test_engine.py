@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import pentad
 from pentad.errors import BadInput
-from pentad.generate.engine import Engine, EngineConfig, Evaluation, Event, Generation
+from pentad.generate.engine import Engine, EngineConfig
+from pentad.generate.requests import Evaluation, Event, Generation
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
 from pentad.nn.cache import CachedSequence

@@ -1,7 +1,6 @@
 """`LanguageModel`'s methods, on a tiny model whose tokens are bytes."""
 
 import gc
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,15 @@ import pentad.generate.engine
 from pentad.errors import BadInput, PentadError
 from pentad.generate import LanguageModel
 from pentad.generate.engine import Engine
-from tests.helpers.tiny import END, assert_equal_logits, logits_of, peer_logits, random_ids, talking_checkpoint
+from tests.helpers.tiny import (
+    END,
+    assert_equal_logits,
+    logits_of,
+    pages_of_requests,
+    peer_logits,
+    random_ids,
+    talking_checkpoint,
+)
 
 TEXT = "The quick brown fox jumps over the lazy dog."
 END_ID = 256
@@ -29,12 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(folder: Path) -> LanguageModel:
     return pentad.load(folder)
-
-
-def pages_of_requests(model: LanguageModel) -> int:
-    """The number of pages that unfinished requests use."""
-    model.clear_cache()
-    return model.step.cache.pages_in_use
 
 
 def test_complete(model: LanguageModel) -> None:
@@ -185,73 +186,6 @@ def test_logits_equal_transformers(tmp_path: Path) -> None:
     assert_equal_logits(model.logits(ids), peer_logits(tiny.peer, ids))
     assert torch.equal(model.logits(torch.tensor(ids)), model.logits(ids))
     assert model.logits(ids).dtype == torch.float32
-
-
-def log_likelihood(model: LanguageModel, ids: list[int]) -> list[float]:
-    rows = model.logits(ids).double().log_softmax(-1)[:-1]
-    return rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-
-
-@pytest.mark.parametrize("chunk", [256, 7, 1])
-def test_score(model: LanguageModel, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pentad.generate.engine, "MAX_EVALUATED_TOKENS", chunk)
-    score, ids = model.score(TEXT), list(TEXT.encode())
-    expected = sum(log_likelihood(model, ids))
-    assert score.tokens == len(TEXT)
-    assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
-    assert score.perplexity == pytest.approx(math.exp(-expected / (len(TEXT) - 1)), rel=1e-4)
-    assert pages_of_requests(model) == 0
-
-
-def test_continuations_are_scored_given_their_prompts(model: LanguageModel) -> None:
-    pairs = [("The quick ", "brown fox"), ("The quick", " brown fox"), ("a", "é"), (TEXT, TEXT)]
-    scores = model.score([text for _, text in pairs], given=[given for given, _ in pairs])
-    for score, (given, text) in zip(scores, pairs, strict=True):
-        ids = list((given + text).encode())
-        before = len(given.rstrip().encode())
-        logits = model.logits(ids)
-        expected = sum(log_likelihood(model, ids)[before - 1 :])
-        assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
-        assert score.tokens == len(ids) - before
-        assert score.greedy == (logits[before - 1 : -1].argmax(-1).tolist() == ids[before:])
-        assert model.score(text, given=given) == score
-    assert scores[0].log_likelihood == scores[1].log_likelihood
-    best = {chr(code): int(model.logits([code])[-1].argmax()) for code in range(33, 127)}
-    prompt, token = next((prompt, token) for prompt, token in best.items() if 33 <= token < 127)
-    assert model.score(chr(token), given=prompt).greedy
-    assert model.score("b", given="").tokens == 1
-    assert pages_of_requests(model) == 0
-
-
-@pytest.mark.parametrize(
-    ("use", "message"),
-    [
-        (lambda m: m.score(["a"]), "given"),
-        (lambda m: m.score(["a"], given=["b", "c"]), "2 prompts"),
-        (lambda m: m.score("", given="b"), "no tokens"),
-        (lambda m: m.score("a" * 5000, given="b"), "context"),
-        (lambda m: m.score("a", given="b", stride=2), "stride"),
-    ],
-)
-def test_continuations_that_can_not_be_scored(model: LanguageModel, use: Any, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        use(model)
-
-
-@pytest.mark.parametrize("stride", [1, 5, 11])
-def test_a_sliding_window_scores_each_token_once(folder: Path, stride: int) -> None:
-    """A token's context is the tokens before it in its window: at least size - stride, except in the first window."""
-    model, ids, size = pentad.load(folder, context=12), list(TEXT.encode()), 12
-    expected, done = 0.0, 1
-    for start in range(0, len(ids), stride):
-        window = ids[start : start + size]
-        expected += sum(log_likelihood(model, window)[done - start - 1 :])
-        done = start + len(window)
-        if done == len(ids):
-            break
-    score = model.score(TEXT, stride=stride)
-    assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
-    assert score.tokens == len(ids)
 
 
 @pytest.mark.parametrize(

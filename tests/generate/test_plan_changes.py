@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pentad.generate.engine import Engine, Generation
+from pentad.generate.engine import Engine
 from pentad.generate.guards import UnsupportedByKernels
 from pentad.generate.plan_step import PlanStep, step_for
+from pentad.generate.requests import Generation
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
 from pentad.nn.attention import Attention

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,7 +15,11 @@ from transformers.utils.logging import disable_progress_bar
 import pentad.weights
 from pentad.build import build
 from pentad.errors import BadInput
+from pentad.generate import LanguageModel
 from pentad.nn.batch import pack
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 disable_progress_bar()  # save_pretrained's bar would appear in the standard error that tests compare
 
@@ -87,8 +91,8 @@ def edit_json(file: Path, **values: Any) -> None:
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
-def add_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of single bytes and a chat template: ids 0 to 255, then `END`, which ends a reply."""
+def byte_pipeline(*control: str) -> "Tokenizer":
+    """Make a pipeline whose tokens are bytes: ids 0 to 255, then control tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -96,8 +100,13 @@ def add_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(END, special=True)])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
+    return tokenizer
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of single bytes and a chat template: ids 0 to 255, then `END`, which ends a reply."""
+    byte_pipeline(END).save(str(folder / "tokenizer.json"))
     settings = {"eos_token": END, "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
@@ -126,6 +135,12 @@ def logits_of(network: nn.Module, ids: list[int]) -> Tensor:
 def peer_logits(peer: nn.Module, ids: list[int]) -> Tensor:
     """Run one sequence with transformers: float32 [tokens, vocab]."""
     return peer(torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def pages_of_requests(model: LanguageModel) -> int:
+    """The number of pages that unfinished requests use."""
+    model.clear_cache()
+    return model.step.cache.pages_in_use
 
 
 def random_ids(count: int, seed: int = 0, vocab: int = 96) -> list[int]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import pentad.nn.attention
-from pentad.generate.engine import Engine, Generation
+from pentad.generate.engine import Engine
+from pentad.generate.requests import Generation
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
 from pentad.nn.attention import Attention

@@ -6,6 +6,7 @@ from pentad.errors import BadInput
 from pentad.text import Tokenizer
 from pentad.text.backends import TokenizersBackend
 from pentad.text.targets import encode_completion, encode_conversation, encode_document
+from tests.helpers.tiny import byte_pipeline
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -31,17 +32,7 @@ TURNS = [
 
 def tokenizer(template: str) -> Tokenizer:
     """One token a byte, and control tokens."""
-    from tokenizers import AddedToken
-    from tokenizers import Tokenizer as Pipeline
-    from tokenizers.decoders import ByteLevel as Decoder
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    alphabet = sorted(ByteLevel.alphabet())
-    pipeline = Pipeline(BPE({c: i for i, c in enumerate(alphabet)}, []))
-    pipeline.pre_tokenizer, pipeline.decoder = ByteLevel(add_prefix_space=False), Decoder()
-    pipeline.add_special_tokens([AddedToken(s, special=True) for s in ("<|im_start|>", "<|im_end|>", "</s>")])
-    backend = TokenizersBackend(pipeline)
+    backend = TokenizersBackend(byte_pipeline("<|im_start|>", "<|im_end|>", "</s>"))
     ends = [backend.control.ids[s] for s in ("<|im_end|>", "</s>")]
     return Tokenizer(
         backend, bos_id=None, eos_ids=ends, adds_bos=False, special_tokens={}, templates={"default": template}

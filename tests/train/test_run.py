@@ -14,6 +14,7 @@ from pentad.train import checkpoint
 from pentad.train.loop import StepRecord
 from pentad.train.recipe import Recipe, read_recipe
 from pentad.train.run import open_run
+from tests.helpers.tiny import byte_pipeline
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -28,17 +29,8 @@ ROWS = [
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with one token a byte."""
-    from tokenizers import AddedToken
-    from tokenizers import Tokenizer as Pipeline
-    from tokenizers.decoders import ByteLevel as Decoder
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
-
     folder = tmp_path_factory.mktemp("base")
-    pipeline = Pipeline(BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
-    pipeline.pre_tokenizer, pipeline.decoder = ByteLevel(add_prefix_space=False), Decoder()
-    pipeline.add_special_tokens([AddedToken(s, special=True) for s in ("<|im_start|>", "<|im_end|>")])
-    pipeline.save(str(folder / "tokenizer.json"))
+    byte_pipeline("<|im_start|>", "<|im_end|>").save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
