@@ -181,14 +181,10 @@ class _Converter:
         self.network = meta_network(checkpoint)
         self.entries: dict[str, tuple[TensorEntry, ...]] = {}
         self.values: dict[str, Callable[[], Value]] = {}
-        last = _LastResult()
-        if trained is not None:
-            self.values = {name: partial(_detached, value) for name, value in trained.named_parameters()}
-        for names, entries, operation in [] if trained is not None else pairings(checkpoint, self.network):
-            load = partial(_apply, operation.load, [entry.read for entry in entries])
-            for i, name in enumerate(names):
-                self.entries[name] = entries
-                self.values[name] = partial(last.get, load, i)
+        if trained is None:
+            self._read_checkpoint()
+        else:
+            self.values = {name: parameter.detach for name, parameter in trained.named_parameters()}
         if upcycle is not None:
             self._upcycle(upcycle)
         self.config: Any = self.network.config
@@ -202,6 +198,14 @@ class _Converter:
         if has_head and "head.weight" not in self.values:
             self.entries["head.weight"] = self.entries["embed.weight"]
             self.values["head.weight"] = self.values["embed.weight"]
+
+    def _read_checkpoint(self) -> None:
+        last = _LastResult()
+        for names, entries, operation in pairings(self.checkpoint, self.network):
+            load = partial(_apply, operation.load, [entry.read for entry in entries])
+            for i, name in enumerate(names):
+                self.entries[name] = entries
+                self.values[name] = partial(last.get, load, i)
 
     def _upcycle(self, upcycle: Upcycling) -> None:
         dense: DecoderConfig = self.network.config  # type: ignore[assignment]
@@ -242,10 +246,6 @@ class _LastResult:
             self._make, self._values = None, ()  # free the last values first
             self._make, self._values = make, make()
         return self._values[index]
-
-
-def _detached(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter.detach()
 
 
 def _apply(operation: Callable[[list[Value]], Sequence[Value]], inputs: list[Callable[[], Value]]) -> Sequence[Value]:

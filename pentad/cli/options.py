@@ -86,7 +86,7 @@ class Loading:
         with output.status(f"loading {self.model} …"):
             from pentad.weights import registry
 
-            registry.locate(self.model, progress=output.progress())  # an unknown name is refused before torch's import
+            registry.check(self.model)  # an unknown name is refused before torch's import
             from pentad import kernels
             from pentad.generate import LanguageModel
             from pentad.loading import load

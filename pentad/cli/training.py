@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,10 +59,10 @@ def train(
         facts = run.plan()
         if as_json:
             output.write_json(facts)
-        else:
-            shown = {**facts, "skipped": len(facts["skipped"]), "memory": output.size(facts.pop("memory_bytes"))}
-            shown.pop("memory_bytes", None)
-            output.write_table((name.replace("_", " "), _number(value)) for name, value in shown.items())
+            return
+        memory = output.size(facts.pop("memory_bytes"))
+        shown = {**facts, "skipped": len(facts["skipped"]), "memory": memory}
+        output.write_table((name.replace("_", " "), _number(value)) for name, value in shown.items())
         return
 
     def report(record: StepRecord) -> None:
@@ -84,24 +87,21 @@ def _number(value: object) -> str:
 
 def _show_mask(run: TrainingRun, count: int) -> None:
     """Print examples; learned tokens are green on a terminal, and stand in [brackets] elsewhere."""
-    import sys
+    from rich.console import Console
+    from rich.text import Text
 
-    color = sys.stdout.isatty()
+    console = Console(highlight=False)
     for source, number in [pair for step in range(count) for pair in run.data.examples(step)][:count]:
         store = run.stores[source]
         output.write(f"{store.location(number)}\n")
         for ids, targets in store[number]:
             start = 0
-            for at in range(1, len(ids) + 1):
-                if at < len(ids) and targets[at] == targets[start]:
-                    continue
-                piece = run.tokenizer.decode(ids[start:at].tolist(), special=True, continues=start > 0)
-                if targets[start] and color:
-                    from rich.console import Console
-                    from rich.text import Text
-
-                    Console(highlight=False).print(Text(piece, "black on green"), end="")
+            for learned, tokens in groupby(zip(ids.tolist(), targets.tolist(), strict=True), itemgetter(1)):
+                run_ids = [token for token, _ in tokens]
+                piece = run.tokenizer.decode(run_ids, special=True, continues=start > 0)
+                start += len(run_ids)
+                if learned and sys.stdout.isatty():
+                    console.print(Text(piece, "black on green"), end="")
                 else:
-                    output.write(f"[{piece}]" if targets[start] else piece)
-                start = at
+                    output.write(f"[{piece}]" if learned else piece)
             output.write("\n")

@@ -44,7 +44,7 @@ class Encoder:
             elif row.kind == "text" and self.learns == DOCUMENTS:
                 yield from ([part] for part in self._parts(encode_document(self.tokenizer, row.fields["text"])))
             elif row.kind in ("messages", "completion"):
-                [encoded] = self._replies(row)
+                encoded = self._replies(row)
                 if self.learns == DOCUMENTS:
                     yield from ([part] for part in self._parts(Encoded(encoded.ids, [True] * len(encoded.ids), 1)))
                 else:
@@ -55,10 +55,10 @@ class Encoder:
         except BadInput as error:
             raise BadInput(f"{row.where}: {error}") from error
 
-    def _replies(self, row: Row) -> list[Encoded]:
+    def _replies(self, row: Row) -> Encoded:
         if row.kind == "messages":
-            return [encode_conversation(self.tokenizer, row.fields["messages"], tools=_tools(row.fields))]
-        return [self._reply(row.fields["prompt"], row.fields["completion"], row.fields)]
+            return self._reply([], row.fields["messages"], row.fields)
+        return self._reply(row.fields["prompt"], row.fields["completion"], row.fields)
 
     def _pair(self, row: Row) -> list[Encoded]:
         if row.kind != "preference":
@@ -76,7 +76,7 @@ class Encoder:
     def _reply(self, prompt: Any, reply: Any, fields: Mapping[str, Any]) -> Encoded:
         if isinstance(prompt, str):
             return encode_completion(self.tokenizer, prompt, reply)
-        return encode_conversation(self.tokenizer, [*prompt, *reply], tools=_tools(fields), first=len(prompt))
+        return encode_conversation(self.tokenizer, [*prompt, *reply], tools=fields.get("tools"), first=len(prompt))
 
     def _cut(self, encoded: Encoded) -> Encoded:
         length = self.sequence_length
@@ -100,7 +100,3 @@ class Encoder:
             part: Sequence[int] = encoded.ids[start : start + size]
             if len(part) > 1:
                 yield Encoded(list(part), [True] * len(part), encoded.ends if start + size >= len(encoded.ids) else 0)
-
-
-def _tools(fields: Mapping[str, Any]) -> Any:
-    return fields.get("tools")

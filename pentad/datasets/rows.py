@@ -165,7 +165,6 @@ def _check_messages(messages: list[Any], where: str) -> None:
         role, content = message["role"], message.get("content")
         if role not in ROLES:
             raise BadInput(f"{at}: role is {role!r}; expected one of {', '.join(ROLES)}")
-        if role == "assistant" and not content and not message.get("tool_calls"):
-            raise BadInput(f"{at}: the reply is empty")
-        if isinstance(content, str) and role == "assistant" and not content.strip() and not message.get("tool_calls"):
+        text = content.strip() if isinstance(content, str) else content
+        if role == "assistant" and not text and not message.get("tool_calls"):
             raise BadInput(f"{at}: the reply is empty")

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says about tokens, ends of text and sampling, in the order of transformers 5.
+"""Read the settings of tokens, ends of text and sampling from a Hugging Face folder, with transformers 5's precedence.
 
 Which tokens exist
     1. The vocabulary, with tokenizer.json's ``added_tokens``.

@@ -6,6 +6,7 @@ It is written under a hidden name, synced and renamed, so that a process killed 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,7 +60,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], info: Mapping[s
     from safetensors.torch import save_file
 
     target = folder / f"step-{step}"
-    if _problem(target) is None:
+    if _verifies(target):
         return target  # a step's state is a function of the run: it is this one
     needed = sum(tensor.nbytes for tensor in tensors.values())
     check_space(folder, needed, "free some, or keep fewer checkpoints")
@@ -74,23 +75,26 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], info: Mapping[s
         for path in (partial / _STATE, partial / _MANIFEST, partial):
             _sync(path)
     _sync(folder)
-    verified = [path for path in _newest_first(folder) if path == target or _problem(path) is None]
-    for old in _newest_first(folder):
-        if old != target and old not in verified[:keep]:
-            shutil.rmtree(old, ignore_errors=True)
+    kept = 0
+    for path in _newest_first(folder):
+        if kept < keep and (path == target or _verifies(path)):
+            kept += 1
+        elif path != target:
+            shutil.rmtree(path, ignore_errors=True)
     return target
 
 
 def latest(folder: Path) -> Saved | None:
     """Read the newest checkpoint whose manifest verifies; None if there is none."""
+    from safetensors.torch import load_file
+
     skipped: list[str] = []
     for path in _newest_first(folder):
-        if (problem := _problem(path)) is not None:
-            skipped.append(f"{path} is skipped: {problem}")
+        try:
+            manifest = _verified(path)
+        except ValueError as error:
+            skipped.append(f"{path} is skipped: {' '.join(str(error).split())}")
             continue
-        manifest = _verified(path)
-        from safetensors.torch import load_file
-
         return Saved(manifest["step"], load_file(path / _STATE), manifest["info"], skipped)
     return None
 
@@ -100,28 +104,30 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it verifies."""
-    try:
+def _verifies(path: Path) -> bool:
+    with contextlib.suppress(ValueError):
         _verified(path)
-    except KeyError as error:
-        return f"{_MANIFEST} lacks {error}"
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        return " ".join(str(error).split())
-    return None
+        return True
+    return False
 
 
 def _verified(path: Path) -> dict[str, Any]:
-    manifest = json.loads((path / _MANIFEST).read_text())
-    if not isinstance(manifest, dict) or manifest["step"] != int(path.name[5:]):
-        raise ValueError(f"{_MANIFEST} is of another step")
-    if not isinstance(manifest["info"], dict):
-        raise ValueError(f"{_MANIFEST} has no info")
-    expected, found = manifest["files"][_STATE], {"nbytes": (path / _STATE).stat().st_size}
-    if found["nbytes"] != expected["nbytes"]:
-        raise ValueError(f"{_STATE} has {found['nbytes']} bytes; expected {expected['nbytes']}")
-    if _facts(path / _STATE) != expected:
-        raise ValueError(f"{_STATE} differs from its SHA-256 in {_MANIFEST}")
+    """The manifest of a checkpoint. Raises ValueError with the defect if the checkpoint doesn't verify."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if not isinstance(manifest, dict) or manifest["step"] != int(path.name[5:]):
+            raise ValueError(f"{_MANIFEST} is of another step")
+        if not isinstance(manifest["info"], dict):
+            raise ValueError(f"{_MANIFEST} has no info")
+        expected, nbytes = manifest["files"][_STATE], (path / _STATE).stat().st_size
+        if nbytes != expected["nbytes"]:
+            raise ValueError(f"{_STATE} has {nbytes} bytes; expected {expected['nbytes']}")
+        if _facts(path / _STATE) != expected:
+            raise ValueError(f"{_STATE} differs from its SHA-256 in {_MANIFEST}")
+    except KeyError as error:
+        raise ValueError(f"{_MANIFEST} lacks {error}") from error
+    except (OSError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
     return manifest
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pentad.errors import PentadError
 from pentad.nn.moe.layer import MixtureOfExperts
-from pentad.train.objectives.loss import Loss
+from pentad.train.objectives.loss import Loss, Objective
 from pentad.train.optimizers import Optimizers
 
 
@@ -57,13 +57,6 @@ class Data(Protocol):
         """Where the rows of a micro-batch come from, for an error."""
 
 
-class LoopObjective(Protocol):
-    """The part of an objective that the loop calls."""
-
-    def count(self, batch: Any) -> int: ...
-    def __call__(self, network: Any, batch: Any, *, checkpointing: str) -> Loss: ...
-
-
 @dataclass(frozen=True)
 class Loop:
     """One run's loop.
@@ -81,7 +74,7 @@ class Loop:
     """
 
     network: nn.Module
-    objective: LoopObjective
+    objective: Objective
     data: Data
     optimizers: Optimizers
     learning_rate: Callable[[int], float]

@@ -19,8 +19,8 @@ class Optimizers:
     def __init__(self, network: nn.Module, options: Optimizer) -> None:
         named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         hidden = {name for name, p in named.items() if p.dim() == 2 and name.startswith("layers.")}
-        self._names: list[list[str]] = []
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._owners: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {}  # by the parameter's name
         if options.name == "muon":
             self._add(torch.optim.Muon, {n: p for n, p in named.items() if n in hidden}, options, lr=options.lr)
             named = {name: parameter for name, parameter in named.items() if name not in hidden}
@@ -31,16 +31,17 @@ class Optimizers:
             self._add(torch.optim.AdamW, named, options, lr=options.lr, betas=betas, eps=options.eps, fused=True)
 
     def _add(self, kind: type, named: Mapping[str, Tensor], options: Optimizer, **arguments: object) -> None:
-        decayed = [name for name, parameter in named.items() if parameter.dim() > 1]
-        plain = [name for name in named if name not in set(decayed)]
+        decayed = [parameter for parameter in named.values() if parameter.dim() > 1]
+        plain = [parameter for parameter in named.values() if parameter.dim() <= 1]
         groups = [
-            {"params": [named[name] for name in names], "weight_decay": decay}
-            for names, decay in ((decayed, options.weight_decay), (plain, 0.0))
-            if names
+            {"params": parameters, "weight_decay": decay}
+            for parameters, decay in ((decayed, options.weight_decay), (plain, 0.0))
+            if parameters
         ]
         if groups:
-            self._optimizers.append(kind(groups, **arguments))
-            self._names.append([*decayed, *plain])
+            optimizer = kind(groups, **arguments)
+            self._optimizers.append(optimizer)
+            self._owners |= {name: (optimizer, parameter) for name, parameter in named.items()}
 
     def step(self, lr: float) -> None:
         """Update the parameters with this learning rate, then drop the gradients."""
@@ -52,19 +53,15 @@ class Optimizers:
 
     def state(self) -> dict[str, Tensor]:
         """All state as named tensors; the tensors are not copies."""
-        tensors = {}
-        for names, optimizer in zip(self._names, self._optimizers, strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for name, parameter in zip(names, parameters, strict=True):
-                for key, value in optimizer.state[parameter].items():
-                    tensors[f"{name}/{key}"] = value
-        return tensors
+        return {
+            f"{name}/{key}": value
+            for name, (optimizer, parameter) in self._owners.items()
+            for key, value in optimizer.state[parameter].items()
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned."""
-        for names, optimizer in zip(self._names, self._optimizers, strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for name, parameter in zip(names, parameters, strict=True):
-                prefix = f"{name}/"
-                state = {key.removeprefix(prefix): t.clone() for key, t in tensors.items() if key.startswith(prefix)}
-                optimizer.state[parameter] = state
+        for name, tensor in tensors.items():
+            name, _, key = name.rpartition("/")
+            optimizer, parameter = self._owners[name]
+            optimizer.state[parameter][key] = tensor.clone()

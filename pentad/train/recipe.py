@@ -23,7 +23,7 @@ class Table(BaseModel):
 
 
 class Model(Table):
-    """What is trained.
+    """The model to train.
 
     Attributes:
         base: a model's name or path.
@@ -44,7 +44,7 @@ class Source(Table):
 
 
 class Data(Table):
-    """What it learns from.
+    """The training data.
 
     Attributes:
         train: a file or folder, or a weighted mixture of them.
@@ -65,7 +65,7 @@ class Data(Table):
 
 
 class Run(Table):
-    """How long it learns, and where results go.
+    """The length of the run, and the folder of its results.
 
     Attributes:
         out: the folder of the run.

