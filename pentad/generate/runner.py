@@ -19,9 +19,9 @@ from pentad.generate.requests import Evaluation, Generation, Request
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import Step
 from pentad.generate.stream import Stream
-from pentad.generate.transcript import Transcript
 from pentad.memory import available_memory
 from pentad.text import Detokenizer, Tokenizer
+from pentad.text.transcript import Transcript
 
 MIN_CHECKED_SIZE = 1 << 16  # characters; shorter texts are tokenized at once
 SHRINKAGE = 8  # a normalizer makes a text at most so many times shorter

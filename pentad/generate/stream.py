@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pentad.generate.completion import Completion
 from pentad.generate.requests import Generation
-from pentad.generate.transcript import Transcript
+from pentad.text.transcript import Transcript
 
 if TYPE_CHECKING:
     from pentad.generate.runner import Runner

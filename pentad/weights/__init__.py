@@ -29,7 +29,8 @@ def open(path: str | Path) -> Checkpoint:
     from pentad.weights.consolidated import is_consolidated
     from pentad.weights.files import READABLE, describe, read_json, read_start, refuse
     from pentad.weights.folder import CONFIG, PARAMS, open_consolidated, open_folder, open_weights
-    from pentad.weights.gguf import MAGIC, open_gguf
+    from pentad.weights.gguf import open_gguf
+    from pentad.weights.gguf_header import MAGIC
     from pentad.weights.pickled import is_pickled, read_pickled
     from pentad.weights.safetensors import is_safetensors, read_safetensors
 

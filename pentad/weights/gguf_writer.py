@@ -14,7 +14,8 @@ import numpy as np
 
 from pentad.weights.atomic import NewFile, write_files
 from pentad.weights.cache import Progress
-from pentad.weights.gguf import ARRAY, DTYPES, MAGIC, NUMBERS, STRING, TYPES
+from pentad.weights.gguf import DTYPES, TYPES
+from pentad.weights.gguf_header import ARRAY, MAGIC, NUMBERS, STRING
 from pentad.weights.writing import PendingTensor, file_of, split
 
 _ALIGNMENT = "general.alignment"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pentad.text import Detokenizer
+from pentad.text.detokenizer import Detokenizer
 
 
 class Transcript:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pentad.generate.transcript import Transcript
 from pentad.text import Detokenizer
+from pentad.text.transcript import Transcript
 
 
 class Alphabet:
