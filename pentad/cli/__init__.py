@@ -20,6 +20,7 @@ from pentad.cli.environment import env
 from pentad.cli.generating import chat, complete, score
 from pentad.cli.inventory import models, pull, rm
 from pentad.cli.options import DECLARED, expected, with_groups
+from pentad.cli.serving import serve
 from pentad.cli.showing import show
 from pentad.cli.training import train
 from pentad.errors import BadInput, PentadError
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
-for command in (chat, complete, score, models, pull, rm, show, convert, train, bench, env):
+for command in (chat, complete, score, models, pull, rm, show, convert, train, serve, bench, env):
     app.command()(with_groups(command))
 app.command("run", hidden=True)(with_groups(chat))  # as Ollama names them
 app.command("list", hidden=True)(with_groups(models))

@@ -183,6 +183,9 @@ class Engine:
             targets = torch.tensor(tokens, dtype=torch.int64, device=logits_RV.device)
             request.log_likelihood -= float(F.cross_entropy(logits_RV, targets, reduction="sum"))
             request.greedy = request.greedy and torch.equal(logits_RV.argmax(-1), targets)
+            if request.logprobs is not None:
+                pairs = zip(logits_RV, tokens, strict=True)
+                request.token_logprobs += [_logprobs(*pair, request.logprobs) for pair in pairs]
             if not request.log_likelihood <= 0:
                 request.error = PentadError(NOT_NUMBERS)
                 return True
@@ -299,6 +302,7 @@ class Engine:
         if isinstance(request, Evaluation):
             request.log_likelihood, request.greedy = 0.0, True
             request.logits.clear()
+            request.token_logprobs.clear()
 
 
 def _logprobs(logits_V: Tensor, token: int, count: int) -> TokenLogprobs:

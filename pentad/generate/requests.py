@@ -81,12 +81,16 @@ class Evaluation(Request):
         log_likelihood: the sum so far, natural.
         greedy: whether each token of the sum so far has the largest logit.
         logits: float32 [tokens, V] of each step so far, if logits are kept.
+        logprobs: how many of the most likely tokens to report with each summed token; None for no report.
+        token_logprobs: one report for each token of the sum so far, if requested.
     """
 
     first: int | None = None
     log_likelihood: float = 0.0
     greedy: bool = True
     logits: list[Tensor] = field(default_factory=list)
+    logprobs: int | None = None
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def pending(self, done: int) -> Sequence[int]:
         return self.prompt[done : None if self.first is None else -1]  # the last token predicts nothing that is summed

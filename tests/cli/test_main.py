@@ -30,7 +30,7 @@ def test_help(pentad, arguments: list[str]) -> None:
 
 def test_every_command_has_json_and_help() -> None:
     assert {name for name, command in COMMANDS.commands.items() if not command.hidden} == {
-        "chat", "complete", "score", "models", "pull", "rm", "show", "convert", "train", "bench", "env",
+        "chat", "complete", "score", "models", "pull", "rm", "show", "convert", "train", "serve", "bench", "env",
     }  # fmt: skip
     for command in COMMANDS.commands.values():
         assert "--json" in [option for parameter in command.params for option in parameter.opts]

@@ -1,0 +1,170 @@
+"""The process that runs one model.
+
+It reads requests from standard input and writes events to standard output, as lines of JSON: one line a step. It ends
+when standard input ends, so it never outlives the front process.
+"""
+
+import json
+import os
+import select
+import sys
+from typing import Any
+
+import torch
+
+from pentad import weights
+from pentad.errors import BadInput, PentadError
+from pentad.generate import LanguageModel
+from pentad.generate.engine import Engine, EngineConfig
+from pentad.generate.requests import Evaluation, Generation, Request, TokenLogprobs
+from pentad.loading import load
+
+READ_BYTES = 1 << 20
+
+
+class Worker:
+    """Runs the requests of the front process.
+
+    A request is a line such as ``{"id": 7, "prompt": [1, 2], "max_tokens": 9, "sampling": {}, "seed": null, "logprobs":
+    null}``, or with ``"score": true`` for the log-probabilities of the prompt. ``{"cancel": 7}`` ends it.
+
+    Args:
+        model: the model.
+        engine: runs the model's steps.
+        receive: file descriptor of the requests.
+        send: file descriptor of the events.
+    """
+
+    def __init__(self, model: LanguageModel, engine: Engine, receive: int, send: int) -> None:
+        self._model = model
+        self._engine = engine
+        self._receive_fd = receive
+        self._send_fd = send
+        self._unread = b""
+        self._requests: dict[int, Request] = {}
+        self._ids: dict[Request, int] = {}
+
+    def run(self) -> None:
+        """Serve until the front process closes its end."""
+        while (lines := self._receive()) is not None:
+            events = [event for line in lines if (event := self._obey(json.loads(line))) is not None]
+            if self._requests:
+                events += self._step()
+            if lines or events:
+                self.send({"events": events, **self._state()})
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Write one line."""
+        data = memoryview(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        while data:
+            data = data[os.write(self._send_fd, data) :]
+
+    def _receive(self) -> list[bytes] | None:
+        """The lines that have arrived, waiting for some if there is nothing to run; None at the end."""
+        while True:
+            idle = not self._requests
+            if not select.select([self._receive_fd], [], [], None if idle else 0)[0]:
+                return []
+            data = os.read(self._receive_fd, READ_BYTES)
+            if not data:
+                return None
+            *lines, self._unread = (self._unread + data).split(b"\n")
+            if lines or not idle:
+                return lines
+
+    def _obey(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """Begin or cancel a request; returns an event if it is refused."""
+        if "cancel" in message:
+            request = self._requests.get(message["cancel"])
+            if request is not None:
+                self._engine.cancel(request)
+                self._forget(request)
+            return None
+        number = message["id"]
+        try:
+            request = self._request(message)
+            self._engine.submit(request)
+        except PentadError as error:
+            return {"id": number, "finish": "error", "message": str(error), "bad": isinstance(error, BadInput)}
+        self._requests[number], self._ids[request] = request, number
+        return None
+
+    def _request(self, message: dict[str, Any]) -> Request:
+        prompt, logprobs = message["prompt"], message["logprobs"]
+        if message.get("score"):
+            return Evaluation(prompt, first=1, logprobs=logprobs)
+        generator = torch.Generator()
+        generator.seed() if message["seed"] is None else generator.manual_seed(message["seed"])
+        return Generation(
+            prompt,
+            sampling=self._model.sampling.replace(**message["sampling"]),
+            generator=generator,
+            max_tokens=message["max_tokens"],
+            end_ids=frozenset(self._model.tokenizer.eos_ids),
+            logprobs=logprobs,
+        )
+
+    def _step(self) -> list[dict[str, Any]]:
+        try:
+            progress = self._engine.step()
+        except Exception as error:  # such as memory that ran out: the engine's state is lost, but not the model
+            self._engine.reset()
+            failed = [*self._requests]
+            self._requests.clear()
+            self._ids.clear()
+            message = f"{type(error).__name__}: {error}"
+            return [{"id": number, "finish": "error", "message": message} for number in failed]
+        events = []
+        for request, token, reason in progress:
+            event: dict[str, Any] = {"id": self._ids[request], "token": token, "finish": reason}
+            if reason == "error":
+                event["message"] = str(request.error)
+            if isinstance(request, Evaluation) and request.logprobs is not None:
+                event["scores"] = [_pair(one) for one in request.token_logprobs]
+            elif isinstance(request, Generation) and token is not None and request.logprobs is not None:
+                event["logprobs"] = _pair(request.token_logprobs[-1])
+            if reason is not None:
+                self._forget(request)
+            events.append({name: value for name, value in event.items() if value is not None})
+        return events
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[self._ids.pop(request)]
+
+    def _state(self) -> dict[str, int]:
+        return {"open": len(self._requests), "pages": self._engine.executor.cache.pages_in_use}
+
+
+def _pair(report: TokenLogprobs) -> tuple[float, tuple[tuple[int, float], ...]]:
+    return report.logprob, report.top
+
+
+def main() -> None:
+    """Load the model that the first argument describes, and serve it."""
+    options = json.loads(sys.argv[1])
+    send = os.dup(1)
+    os.dup2(2, 1)  # what a library prints must not appear among the events
+    path, cache_bytes = options.pop("path"), options.pop("cache_bytes")
+    try:
+        checkpoint = weights.open(path)
+        model = load(path, **options)
+        if not isinstance(model, LanguageModel):
+            raise BadInput(f"{path} is an encoder-decoder; pentad serve runs decoder-only models")
+        engine = Engine(model.step, EngineConfig(max_cache_bytes=cache_bytes))
+        ready = {
+            "path": str(checkpoint.path),
+            "format": checkpoint.format,
+            "config": None if checkpoint.format == "gguf" else dict(checkpoint.config),
+            "context_length": model.context_length,
+            "vocab_size": model.network.config.vocab_size,
+            "backend": model.step.backend,
+            "tokenizer": model.tokenizer.vocab_size,  # raises an error if there is none
+        }
+    except Exception as error:
+        message = str(error) if isinstance(error, PentadError) else f"{type(error).__name__}: {error}"
+        failed = {"failed": " ".join(message.split()), "bad": isinstance(error, BadInput)}
+        os.write(send, json.dumps(failed).encode() + b"\n")
+        return
+    worker = Worker(model, engine, 0, send)
+    worker.send(ready)
+    worker.run()
