@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from pentad.cli import options as o
-from pentad.cli import output
 from pentad.cli.answer import answer
 from pentad.cli.conversation import Conversation
+from pentad.cli.rows import complete_rows, score_rows, show_score
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
@@ -25,7 +25,22 @@ Stride = Annotated[
     int | None,
     Option(min=1, metavar="N", help="Score a text longer than the context in windows, each N tokens further on."),
 ]
-File = Annotated[str, Argument(metavar="FILE", help="A text in UTF-8, scored unchanged; - reads standard input.")]
+File = Annotated[
+    str,
+    Argument(
+        metavar="FILE",
+        help='A text in UTF-8, scored unchanged; - reads standard input. The rows {"text"} or {"prompt", "completion"}'
+        " of a FILE.jsonl are scored one by one.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        help='PROMPT is a file of rows {"prompt"} or {"messages"}: complete each, and write FILE.jsonl.'
+        " If FILE is there, continue it.",
+    ),
+]
 
 
 def chat(
@@ -86,15 +101,25 @@ def complete(
     *,
     loading: o.Loading,
     special: Special = False,
+    out: Out = None,
     generating: o.Generating,
     as_json: o.Json = False,
 ) -> None:
-    """Continue a text, without a chat template.
+    """Continue a text, without a chat template; or the rows of a JSONL file, many at once, with --out.
 
     Standard input is taken unchanged, including the newline at its end.
 
-    JSON: as for chat.
+    With --out each row's line has its fields, model, generated_with (the options), and those of the
+    completion. Its seed is a function of --seed (default: 0) and its line number. A run that was
+    interrupted continues if it is started again.
+
+    JSON: as for chat; with --out rows, resumed, tokens, seconds.
     """
+    if out is not None:
+        complete_rows(prompt, out, loading, generating, special=special, as_json=as_json)
+        return
+    if prompt is not None and prompt.endswith(".jsonl") and Path(prompt).is_file():
+        raise BadInput(f"{prompt} is a file; to complete its rows, add --out FILE.jsonl")
     text = o.read_text(None) if prompt in (None, "-") else str(prompt)
     o.check_typed(text, "PROMPT")
     chosen = generating.options(as_json=as_json)
@@ -102,16 +127,16 @@ def complete(
 
 
 def score(file: File, loading: o.Loading, given: Given = None, stride: Stride = None, as_json: o.Json = False) -> None:
-    """Measure how likely a model finds a text, or a continuation of a prompt.
+    """Measure how likely a model finds a text, a continuation of a prompt, or each row of a JSONL file.
 
     JSON: model, tokens, log_likelihood (natural; summed over all tokens but the first, or over the
-    continuation), perplexity, greedy (whether each of these tokens is the most likely one).
+    continuation), perplexity, greedy (whether each of these tokens is the most likely one). For
+    FILE.jsonl one line a row, which begins with row, its line in the file.
     """
+    if file.endswith(".jsonl"):
+        if given is not None:
+            raise BadInput("--given is for one text; expected rows with a prompt and a completion")
+        score_rows(Path(file), loading, stride=stride, as_json=as_json)
+        return
     text = o.read_text(file)
-    result = loading.load_decoder_only("score a text").score(text, given=given, stride=stride)
-    if as_json:
-        output.write_json(asdict(result))
-    else:
-        output.write(
-            f"{result.tokens} tokens, log-likelihood {result.log_likelihood:.4f}, perplexity {result.perplexity:.4f}\n"
-        )
+    show_score(loading.load_decoder_only("score a text").score(text, given=given, stride=stride), as_json=as_json)

@@ -133,20 +133,25 @@ def status(text: str) -> Iterator[None]:
 
 
 class Bars(Progress):
-    """Progress of downloads and loading as bars on standard error."""
+    """Progress as bars on standard error.
 
-    def __init__(self) -> None:
+    Args:
+        unit: of the amounts: bytes, or anything else.
+    """
+
+    def __init__(self, unit: str = "bytes") -> None:
         self._bars: RichProgress | None = None
+        self._unit = unit
 
     def start(self, description: str, total: int | None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
         from rich.progress import TimeRemainingColumn as Remaining
 
         columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(30)]
         if total is not None:
-            columns += [DownloadColumn(), Remaining()]
+            columns += [DownloadColumn() if self._unit == "bytes" else MofNCompleteColumn(), Remaining()]
         self._bars = RichProgress(*columns, console=Console(stderr=True), transient=True)
         self._bars.add_task(description.translate(_CELL), total=total)
         self._bars.start()
@@ -161,6 +166,6 @@ class Bars(Progress):
             self._bars = None
 
 
-def progress() -> Progress | None:
+def progress(unit: str = "bytes") -> Progress | None:
     """Progress bars if standard error is a terminal, else None."""
-    return Bars() if sys.stderr.isatty() else None
+    return Bars(unit) if sys.stderr.isatty() else None

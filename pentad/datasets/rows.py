@@ -79,6 +79,24 @@ def read_rows(file: Path, skipped: list[str] | None = None) -> Iterator[Row]:
         raise BadInput(f"{file} has no rows")
 
 
+def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read the objects of a JSONL file, one at a time, with their line numbers from 1; blank lines are skipped.
+
+    Raises:
+        BadInput: a line isn't an object, with file and line; or the file has none, or isn't JSONL.
+    """
+    if file.suffix != ".jsonl" or not file.is_file():
+        what = "the name doesn't end in .jsonl" if file.is_file() else "there is no such file"
+        raise BadInput(f"{file}: {what}; expected a JSONL file")
+    count = 0
+    for number, record in enumerate(_records(file), 1):
+        if record is not None:
+            count += 1
+            yield number, _object(record, f"{file}:{number}")
+    if not count:
+        raise BadInput(f"{file} has no rows")
+
+
 def _records(file: Path) -> Iterator[Any]:
     try:
         if file.suffix == ".jsonl":
@@ -124,11 +142,7 @@ def _arrow_records(file: Path) -> Iterator[Any]:
 
 def check_row(record: Any, where: str) -> Row:
     """Check one record. Raises `BadInput` with `where` if it has no known shape."""
-    if isinstance(record, BadInput):
-        raise record
-    if not isinstance(record, dict):
-        raise BadInput(f"{where}: the row is a {type(record).__name__}; expected an object")
-    record = {key: value for key, value in record.items() if value is not None}
+    record = {key: value for key, value in _object(record, where).items() if value is not None}
     kind = next((kind for kind, names in KINDS.items() if record.keys() >= set(names)), None)
     if kind is None:
         shapes = "; ".join(", ".join(names) for names in KINDS.values())
@@ -137,7 +151,7 @@ def check_row(record: Any, where: str) -> Row:
     texts = {name: record[name] for name in (*KINDS[kind], "prompt") if name in record}
     for name, value in texts.items():
         if isinstance(value, list) and kind != "text":
-            _check_messages(value, f"{where}: {name}")
+            check_messages(value, f"{where}: {name}")
         elif not isinstance(value, str) or kind == "messages":
             raise BadInput(f"{where}: {name} is a {type(value).__name__}; expected {_expected(kind)}")
         elif not value and name != "prompt":
@@ -151,11 +165,20 @@ def check_row(record: Any, where: str) -> Row:
     return Row(kind, record, where)
 
 
+def _object(record: Any, where: str) -> dict[str, Any]:
+    if isinstance(record, BadInput):
+        raise record
+    if not isinstance(record, dict):
+        raise BadInput(f"{where}: the row is a {type(record).__name__}; expected an object")
+    return record
+
+
 def _expected(kind: str) -> str:
     return {"text": "a string", "messages": "a list of messages"}.get(kind, "a string or a list of messages")
 
 
-def _check_messages(messages: list[Any], where: str) -> None:
+def check_messages(messages: list[Any], where: str) -> None:
+    """Check a conversation. Raises `BadInput` with `where` if it is none."""
     if not messages:
         raise BadInput(f"{where} is empty")
     for number, message in enumerate(messages):

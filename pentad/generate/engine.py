@@ -68,7 +68,8 @@ class Engine:
         """
         limit = self.config.max_cache_bytes
         if limit is not None and (needed := self._bytes(request)) > limit:
-            raise BadInput(f"the request needs {needed} bytes of KV cache; the limit is {limit}")
+            sizes = f"up to {needed / 1e9:.1f} GB of KV cache; there is room for {limit / 1e9:.1f} GB"
+            raise BadInput(f"the request needs {sizes}: shorten it, or lower max_tokens")
         self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:

@@ -61,54 +61,65 @@ class LanguageModel(Runner):
     @overload
     def score(self, text: str, *, given: str | None = None, stride: int | None = None) -> Score: ...
     @overload
-    def score(self, text: list[str] | tuple[str, ...], *, given: str | Sequence[str]) -> list[Score]: ...
+    def score(
+        self,
+        text: list[str] | tuple[str, ...],
+        *,
+        given: str | Sequence[str | None] | None = None,
+        stride: int | None = None,
+    ) -> list[Score]: ...
     def score(
         self,
         text: str | list[str] | tuple[str, ...],
         *,
-        given: str | Sequence[str] | None = None,
+        given: str | Sequence[str | None] | None = None,
         stride: int | None = None,
     ) -> Score | list[Score]:
-        """Compute the log-likelihood of a text, without BOS or other added tokens, or of continuations of prompts.
+        """Compute the log-likelihood of a text, without BOS or other added tokens, or of a continuation of a prompt.
 
         A prompt and its continuation are encoded as lm-evaluation-harness does: together, and the continuation has the
         tokens after those of the prompt alone; spaces at the prompt's end go to the continuation. Instead of an empty
         prompt stands BOS or, if there is none, the token that ends a text.
 
         Args:
-            text: the text; or continuations, which run as one batch.
-            given: the prompt of the continuation, or one for each of several.
+            text: the text or continuation; or a list of them, which run as one batch.
+            given: the prompt of the continuation, or a list of one for each text, where None stands for no prompt.
             stride: for texts longer than the context, slide a window of `context_length` tokens by this many tokens.
                 Each token is scored once, given the earlier tokens of its window.
 
         Returns:
-            The sum over all tokens but the first, or over the continuation, and the perplexity. Several continuations
-            give a list.
+            The sum over all tokens but the first, or over the continuation, and the perplexity. A list gives a list.
 
         Raises:
             BadInput: there are too few tokens, or more than the context without a stride, or the stride is out of
-                range; several texts without prompts, or another number of prompts.
+                range; or there is another number of prompts than of texts.
             PentadError: the model's logits are not numbers.
         """
-        if given is not None:
-            if stride is not None:
-                raise BadInput("stride is for texts without a prompt; leave out stride or given")
-            scores = self._score_continuations([text] if isinstance(text, str) else text, given)
-            return scores[0] if isinstance(text, str) else scores
-        if not isinstance(text, str):
-            raise BadInput("several texts are scored as continuations; give their prompts as given")
+        texts = [text] if isinstance(text, str) else text
+        prompts = [given] * len(texts) if given is None or isinstance(given, str) else given
+        if len(prompts) != len(texts):
+            raise BadInput(f"given has {len(prompts)} prompts, text {len(texts)} continuations; expected as many")
+        if stride is not None and any(prompt is not None for prompt in prompts):
+            raise BadInput("stride is for texts without a prompt; leave out stride or given")
         if stride is None:
-            self._check_size(text)
-        ids, size = self.tokenizer.encode(text), self.context_length
-        self._check_ids(ids)
-        if len(ids) < 2:
-            raise BadInput(f"the text has {len(ids)} tokens; expected at least 2")
-        if stride is not None and not 1 <= stride < size:
+            pairs = zip(texts, prompts, strict=True)
+            requests = [self._text(one) if p is None else self._continuation(one, p) for one, p in pairs]
+            self._evaluate(*requests)
+            scores = [
+                self._score(request, len(request.prompt) - (0 if prompt is None else request.first or 0))
+                for request, prompt in zip(requests, prompts, strict=True)
+            ]
+        else:
+            scores = [self._slide(one, stride) for one in texts]
+        return scores[0] if isinstance(text, str) else scores
+
+    def _slide(self, text: str, stride: int) -> Score:
+        """The score of a text in windows."""
+        ids, size = self._scored_ids(text), self.context_length
+        if not 1 <= stride < size:
             raise BadInput(f"stride is {stride}; expected 1 to {size - 1} tokens")
-        if len(ids) > size and stride is None:
-            raise BadInput(f"the text has {len(ids)} tokens, the context {size}; --stride N slides a window over it")
         whole, scored = Evaluation(ids, first=1), 1
-        for start in range(0, len(ids), stride or size):
+        for start in range(0, len(ids), stride):
             window = Evaluation(ids[start : start + size], first=scored - start)
             self._evaluate(window)
             whole.log_likelihood += window.log_likelihood
@@ -118,13 +129,21 @@ class LanguageModel(Runner):
                 break
         return self._score(whole, len(ids))
 
-    def _score_continuations(self, texts: Sequence[str], given: str | Sequence[str]) -> list[Score]:
-        prompts = [given] * len(texts) if isinstance(given, str) else given
-        if len(prompts) != len(texts):
-            raise BadInput(f"given has {len(prompts)} prompts, text {len(texts)} continuations; expected as many")
-        requests = [self._continuation(*pair) for pair in zip(texts, prompts, strict=True)]
-        self._evaluate(*requests)
-        return [self._score(request, len(request.prompt) - (request.first or 0)) for request in requests]
+    def _scored_ids(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text)
+        self._check_ids(ids)
+        if len(ids) < 2:
+            raise BadInput(f"the text has {len(ids)} tokens; expected at least 2")
+        return ids
+
+    def _text(self, text: str) -> Evaluation:
+        """The request that scores a whole text."""
+        self._check_size(text)
+        ids = self._scored_ids(text)
+        if len(ids) > self.context_length:
+            size = self.context_length
+            raise BadInput(f"the text has {len(ids)} tokens, the context {size}; --stride N slides a window over it")
+        return Evaluation(ids, first=1)
 
     def _continuation(self, text: str, given: str) -> Evaluation:
         """The request that scores a continuation."""

@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import ClassVar, NoReturn, Unpack, overload
 
 import torch
@@ -104,6 +104,11 @@ class Runner:
         """Free the part of the KV cache that is kept for a prompt that continues the last one."""
         with self._lock:
             self._engine.drop_kept()
+
+    def limit_cache(self, nbytes: int | None) -> None:
+        """Let requests wait while the KV cache of the running ones could outgrow this many bytes; None: no limit."""
+        with self._lock:
+            self._engine.config = replace(self._engine.config, max_cache_bytes=nbytes)
 
     @property
     def open_requests(self) -> int:
@@ -290,8 +295,10 @@ class Runner:
         """Run evaluations together to their end.
 
         Raises:
+            BadInput: they need more memory than there is.
             PentadError: the logits are not numbers.
         """
+        self._check_memory(request.prompt for request in requests)
         with self._lock:
             for request in requests:
                 self._engine.submit(request)

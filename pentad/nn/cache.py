@@ -91,7 +91,7 @@ class PagedCache:
     def bytes_for(self, tokens: int) -> int:
         """Bytes that a sequence of `tokens` tokens takes."""
         held = tokens if self.window is None else min(tokens, self.window + self.page_size)
-        row = sum(pool[0].nbytes for pool in (*self.keys, *self.values))
+        row = sum(pool.itemsize * pool.shape[1:].numel() for pool in (*self.keys, *self.values))
         return self._pages_for(held) * self.page_size * row
 
     def clear(self) -> None:

@@ -57,7 +57,7 @@ def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> l
     partials = [file.path.with_name(f".{file.path.name}{suffix}") for file in files]
     placed: list[Path] = []
     with _made(folder, needed):
-        with _disk_errors(folder, needed):
+        with disk_errors(folder, needed):
             check_space(folder, needed, _FREE_SPACE)
         for file in files:
             clear_leftovers(file.path)
@@ -67,7 +67,7 @@ def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> l
                     _write(partial, file, needed, progress, locks)
             for file, partial in zip(files, partials, strict=True):
                 placed.append(file.path)
-                with _disk_errors(file.path, needed):
+                with disk_errors(file.path, needed):
                     os.replace(partial, file.path)
         except BaseException:  # also Ctrl-C
             for path in (*partials, *placed):
@@ -80,13 +80,13 @@ def write_files(files: Sequence[NewFile], progress: Progress | None = None) -> l
 @contextlib.contextmanager
 def _made(folder: Path, needed: int | None = None) -> Iterator[None]:
     """Make a folder and its parents where they are missing; remove those made, if empty, when the block fails."""
-    with _disk_errors(folder, needed):
+    with disk_errors(folder, needed):
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         parent = (missing[-1] if missing else folder / "_").parent
         if not parent.is_dir():
             raise BadInput(f"{parent} is a file; expected a folder")
     try:
-        with _disk_errors(folder, needed):
+        with disk_errors(folder, needed):
             folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
@@ -139,7 +139,7 @@ def clear_leftovers(target: Path) -> None:
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         try:
             with contextlib.ExitStack() as locks:
-                _lock(part, locks)
+                lock(part, locks)
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
         except BlockingIOError:
             raise BadInput(f"{target}: another process is writing it; choose another name") from None
@@ -147,7 +147,7 @@ def clear_leftovers(target: Path) -> None:
             continue  # it is gone, or belongs to another user
 
 
-def _lock(path: Path, locks: contextlib.ExitStack) -> None:
+def lock(path: Path, locks: contextlib.ExitStack) -> None:
     """Lock a file or folder as long as `locks` is open. Raises BlockingIOError if another process has locked it."""
     if fcntl is not None:
         descriptor = os.open(path, os.O_RDONLY)
@@ -156,16 +156,16 @@ def _lock(path: Path, locks: contextlib.ExitStack) -> None:
 
 
 def _write(partial: Path, file: NewFile, needed: int, progress: Progress, locks: contextlib.ExitStack) -> None:
-    with _disk_errors(file.path, needed):
+    with disk_errors(file.path, needed):
         out = open_new(partial)
-        _lock(partial, locks)
+        lock(partial, locks)
     try:
         for piece in file.pieces:
-            with _disk_errors(file.path, needed):
+            with disk_errors(file.path, needed):
                 out.write(piece)
             progress.advance(len(piece))
             del piece  # may be a view of a whole tensor, and the next tensor is about to be made
-        with _disk_errors(file.path, needed):
+        with disk_errors(file.path, needed):
             out.flush()
             os.fsync(out.fileno())  # some disks report only here that they are full
             out.close()
@@ -181,8 +181,8 @@ def open_new(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn errors of the disk into one line; `needed` is the size of all files, in bytes."""
+def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn errors of the disk into a PentadError of one line; `needed` is the size of all files, in bytes."""
     try:
         yield
     except OSError as error:
@@ -205,14 +205,14 @@ def new_folder(destination: Path) -> Iterator[Path]:
         PentadError: it can't be made, or the disk is full (also if the block finds out).
     """
     target = destination.resolve()  # a link stays a link
-    with _disk_errors(destination):
+    with disk_errors(destination):
         _check_new(destination, target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     with _made(target.parent), contextlib.ExitStack() as locks:
         clear_leftovers(target)
-        with _disk_errors(destination):
+        with disk_errors(destination):
             partial.mkdir()
-            _lock(partial, locks)
+            lock(partial, locks)
         try:
             try:
                 yield partial
@@ -221,9 +221,9 @@ def new_folder(destination: Path) -> Iterator[Path]:
             except OSError as error:
                 if error.errno not in FULL_DISK:
                     raise
-                with _disk_errors(destination):
+                with disk_errors(destination):
                     raise
-            with _disk_errors(destination):
+            with disk_errors(destination):
                 os.replace(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

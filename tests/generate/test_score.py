@@ -65,7 +65,6 @@ def test_continuations_are_scored_given_their_prompts(model: LanguageModel) -> N
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (lambda m: m.score(["a"]), "given"),
         (lambda m: m.score(["a"], given=["b", "c"]), "2 prompts"),
         (lambda m: m.score("", given="b"), "no tokens"),
         (lambda m: m.score("a" * 5000, given="b"), "context"),
@@ -75,6 +74,23 @@ def test_continuations_are_scored_given_their_prompts(model: LanguageModel) -> N
 def test_continuations_that_can_not_be_scored(model: LanguageModel, use: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         use(model)
+
+
+def test_a_list_is_scored_as_each_of_it(model: LanguageModel) -> None:
+    texts, prompts = [TEXT, "fox", TEXT[:9]], [None, "The quick brown ", None]
+    expected = [model.score(text, given=given) for text, given in zip(texts, prompts, strict=True)]
+    assert model.score(texts, given=prompts) == expected
+    assert model.score(texts) == [model.score(text) for text in texts]
+    assert model.score(texts, stride=4)[0] == model.score(TEXT, stride=4)
+    assert model.score([]) == []
+
+
+def test_scores_that_need_more_than_the_memory_are_refused(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pentad.generate.runner.available_memory", lambda device: 1000)
+    with pytest.raises(BadInput, match=r"0\.0 GB"):
+        model.score(TEXT)
 
 
 @pytest.mark.parametrize("stride", [1, 5, 11])

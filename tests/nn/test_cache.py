@@ -321,3 +321,11 @@ def test_shared_pages_do_not_move() -> None:
     write_positions(c, [(first, 4)])
     assert first.pages == list(range(first.pages[0], first.pages[0] + 4))  # no longer shared, so they may move
     assert positions_held(c, first) == list(range(13))
+
+
+def test_an_empty_cache_knows_the_size_of_a_sequence() -> None:
+    pages = cache()
+    expected = pages.bytes_for(9)
+    pages.compact()
+    assert pages.pages == 0
+    assert pages.bytes_for(9) == expected
