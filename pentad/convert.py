@@ -147,7 +147,8 @@ def export_network(
 
     Args:
         network: a network with the config of `source`.
-        source: the checkpoint, or the config, from which the network was built.
+        source: the checkpoint, or the config, from which the network was built. If the network's head has one output
+            (a reward model), a sequence classifier is written.
         destination: see `convert`.
         tokenizer: the checkpoint whose tokenizer and chat template are written.
         progress: reports the bytes written.
@@ -169,6 +170,7 @@ class _Converter:
         entries: parameter name -> the source's tensors that are converted to the parameter.
         values: parameter name -> a function that reads the parameter's value.
         table: the key table of the new files.
+        score: reads the head of a reward model; else None.
     """
 
     def __init__(
@@ -185,6 +187,8 @@ class _Converter:
             self._read_checkpoint()
         else:
             self.values = {name: parameter.detach for name, parameter in trained.named_parameters()}
+        is_reward = trained is not None and trained.head.out_features == 1
+        self.score = self.values.pop("head.weight") if is_reward else None
         if upcycle is not None:
             self._upcycle(upcycle)
         self.config: Any = self.network.config
@@ -267,6 +271,13 @@ def _to_folder(
     config = converter.written_config(tensors)
     named = tokenizer_source or checkpoint
     tokenizer = text.load(named, converter.config.vocab_size)  # also checks that it fits the vocabulary
+    if converter.score is not None:
+        weight: Any = converter.score()
+        tensors.append(PendingTensor("score.weight", tuple(weight.shape), torch.float32, converter.score))
+        architecture = converter.family.names.architecture.replace("ForCausalLM", "ForSequenceClassification")
+        config |= {"architectures": [architecture], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        if tokenizer is not None and config.get("pad_token_id") in tokenizer.eos_ids:
+            del config["pad_token_id"]  # transformers would take the last token for padding
     files: dict[str, bytes]
     if converter.format == "hf":
         if dtype is not None or checkpoint.format != "hf":

@@ -39,6 +39,7 @@ def train(
     JSON: one line a step: step, loss, tokens, learning_rate, grad_norm, seconds; last line final, the model's folder.
     """
     try:
+        from pentad.train.processes import rank
         from pentad.train.recipe import read_recipe
         from pentad.train.run import open_run
     except ModuleNotFoundError as error:
@@ -75,6 +76,8 @@ def train(
         )
 
     final = run.train(resume=resume, note=lambda line: output.note(f"pentad: {line}"), report=report)
+    if rank() > 0:
+        return
     if as_json:
         output.write_json({"final": str(final)})
     else:

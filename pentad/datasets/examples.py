@@ -12,8 +12,9 @@ from pentad.errors import BadInput
 from pentad.text.targets import Encoded, encode_completion, encode_conversation, encode_document
 from pentad.text.tokenizer import Tokenizer
 
-DOCUMENTS, REPLIES, PAIRS = "documents", "replies", "pairs"
-"""What an objective learns from: every token, the replies, or chosen and rejected replies."""
+DOCUMENTS, REPLIES, PAIRS, UNPAIRED = "documents", "replies", "pairs", "unpaired"
+"""What an objective learns from: every token; the replies; chosen and rejected replies, where the chosen one's score is
+the row's margin; or desirable replies (score 1) and others (score 0)."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Encoder:
 
     Attributes:
         tokenizer: the model's.
-        learns: `DOCUMENTS`, `REPLIES` or `PAIRS`.
+        learns: `DOCUMENTS`, `REPLIES`, `PAIRS` or `UNPAIRED`.
         sequence_length: the most tokens of a sequence.
         truncate: cut longer sequences, which are otherwise refused.
     """
@@ -41,6 +42,8 @@ class Encoder:
         try:
             if self.learns == PAIRS:
                 yield [self._cut(encoded) for encoded in self._pair(row)]
+            elif self.learns == UNPAIRED:
+                yield from ([self._cut(encoded)] for encoded in self._labelled(row))
             elif row.kind == "text" and self.learns == DOCUMENTS:
                 yield from ([part] for part in self._parts(encode_document(self.tokenizer, row.fields["text"])))
             elif row.kind in ("messages", "completion"):
@@ -71,7 +74,19 @@ class Encoder:
             prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if chosen == rejected or not chosen or not rejected:
             raise BadInput("chosen and rejected are equal, or one contains the other; there is nothing to learn")
-        return [self._reply(prompt, reply, row.fields) for reply in (chosen, rejected)]
+        replies = [self._reply(prompt, reply, row.fields) for reply in (chosen, rejected)]
+        return [replies[0]._replace(score=float(row.fields.get("margin", 0.0))), replies[1]]
+
+    def _labelled(self, row: Row) -> list[Encoded]:
+        if row.kind == "preference":
+            chosen, rejected = self._pair(row)
+            return [chosen._replace(score=1.0), rejected]
+        if row.kind != "unpaired":
+            raise BadInput(
+                f"the row has {', '.join(row.fields)}; this objective expects prompt, completion and label (true or"
+                " false), or prompt, chosen and rejected"
+            )
+        return [self._replies(row)._replace(score=float(row.fields["label"]))]
 
     def _reply(self, prompt: Any, reply: Any, fields: Mapping[str, Any]) -> Encoded:
         if isinstance(prompt, str):
@@ -88,7 +103,7 @@ class Encoder:
         if not any(targets[1:]):
             cut = " within sequence_length" if any(encoded.targets[1:]) else ""
             raise BadInput(f"no token of a reply is a target{cut}, so there is nothing to learn")
-        return Encoded(ids, targets, encoded.ends if len(encoded.ids) <= length else 0)
+        return Encoded(ids, targets, encoded.ends if len(encoded.ids) <= length else 0, encoded.score)
 
     def _parts(self, encoded: Encoded) -> Iterator[Encoded]:
         """The parts of a document, of equal length as far as possible; no token is lost."""

@@ -11,6 +11,7 @@ from pentad.errors import BadInput
 
 KINDS: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),  # and, unless both are whole conversations, "prompt"
+    "unpaired": ("prompt", "completion", "label"),  # label is true or false
     "completion": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
@@ -144,11 +145,13 @@ def check_row(record: Any, where: str) -> Row:
     """Check one record. Raises `BadInput` with `where` if it has no known shape."""
     record = {key: value for key, value in _object(record, where).items() if value is not None}
     kind = next((kind for kind, names in KINDS.items() if record.keys() >= set(names)), None)
+    if kind == "unpaired" and not isinstance(record["label"], bool):
+        kind = "completion"
     if kind is None:
         shapes = "; ".join(", ".join(names) for names in KINDS.values())
         found = ", ".join(map(str, record)) or "none"
         raise BadInput(f"{where}: the fields are {found}; expected one of these sets: {shapes}")
-    texts = {name: record[name] for name in (*KINDS[kind], "prompt") if name in record}
+    texts = {name: record[name] for name in (*KINDS[kind], "prompt") if name in record and name != "label"}
     for name, value in texts.items():
         if isinstance(value, list) and kind != "text":
             check_messages(value, f"{where}: {name}")
@@ -160,6 +163,8 @@ def check_row(record: Any, where: str) -> Row:
         raise BadInput(f"{where}: some of {', '.join(texts)} are strings and some are messages; expected one of both")
     if kind == "preference" and "prompt" not in record and isinstance(record["chosen"], str):
         raise BadInput(f"{where}: there is no prompt; expected one beside chosen and rejected")
+    if kind == "preference" and type(record.get("margin", 0)) not in (int, float):
+        raise BadInput(f"{where}: margin is {record['margin']!r}; expected a number")
     if kind == "messages" and not any(message["role"] == "assistant" for message in record["messages"]):
         raise BadInput(f"{where}: no message has the role assistant, so there is nothing to learn")
     return Row(kind, record, where)

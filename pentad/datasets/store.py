@@ -18,7 +18,10 @@ from pentad.text.targets import Encoded
 from pentad.weights.atomic import NewFile, cache_entry, write_files
 from pentad.weights.cache import cache_folder
 
-FORMAT = 1  # changes when equal inputs would give other examples
+FORMAT = 2  # changes when equal inputs would give other examples
+
+Tokens = tuple[np.ndarray, np.ndarray]
+"""A sequence: int32 ids, and uint8 targets."""
 
 
 class Examples:
@@ -28,6 +31,7 @@ class Examples:
         path: the Arrow file.
         sequences: sequences of an example: 1, or 2 of a pair.
         lengths: int64 [examples], tokens of each example, all its sequences together.
+        scores: float32 [examples, sequences]; see `pentad.datasets.examples`.
         facts: rows, skipped (one line each), truncated, targets, ends, and the hash of each data file.
     """
 
@@ -46,15 +50,16 @@ class Examples:
         self._starts = [batch.column("ids").offsets.to_numpy() for batch in batches]
         self._first = np.cumsum([0, *(len(starts) - 1 for starts in self._starts)])
         self.lengths = np.concatenate([np.diff(starts) for starts in self._starts]).reshape(-1, self.sequences).sum(1)
+        self.scores = np.concatenate([b.column("score").to_numpy() for b in batches]).reshape(-1, self.sequences)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The sequences of an example: int32 ids and uint8 targets, views of the mapped file."""
+    def __getitem__(self, number: int) -> list[Tokens]:
+        """The sequences of an example, views of the mapped file."""
         return [self._sequence(number * self.sequences + i) for i in range(self.sequences)]
 
-    def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sequence(self, number: int) -> Tokens:
         batch, row = self._find(number)
         start, stop = self._starts[batch][row : row + 2]
         return self._ids[batch][start:stop], self._targets[batch][start:stop]
@@ -116,14 +121,16 @@ def _write(
     facts: dict[str, Any] = {"rows": 0, "targets": 0, "ends": 0, "truncated": 0, "files": dict(hashes)}
     batches: list[Any] = []
     sequences = 2 if encoder.learns == PAIRS else 1
-    schema = pa.schema([("ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.uint8())), ("where", pa.string())])
+    lists = [("ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.uint8()))]
+    schema = pa.schema([*lists, ("score", pa.float32()), ("where", pa.string())])
     examples = _examples(files, encoder, skipped if skip_bad else None, facts, progress)
     while chunk := list(islice(examples, 1000)):
         flat = [(encoded, where) for example, where in chunk for encoded in example]
         columns = [
             [encoded.ids for encoded, _ in flat],
             [list(map(int, encoded.targets)) for encoded, _ in flat],
-            [w for _, w in flat],
+            [encoded.score for encoded, _ in flat],
+            [where for _, where in flat],
         ]
         facts["targets"] += sum(sum(encoded.targets[1:]) for encoded, _ in flat)
         facts["ends"] += sum(encoded.ends for encoded, _ in flat)

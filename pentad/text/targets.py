@@ -25,11 +25,13 @@ class Encoded(NamedTuple):
         ids: the token ids.
         targets: for each id, whether it is a target.
         ends: the number of targets that end a turn or a text.
+        score: what a preference objective knows of the text; see `pentad.datasets.examples`.
     """
 
     ids: list[int]
     targets: list[bool]
     ends: int
+    score: float = 0.0
 
 
 class _Span(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pentad.errors import PentadError
 from pentad.nn.moe.layer import MixtureOfExperts
-from pentad.train.objectives.loss import Loss, Objective
+from pentad.train.objectives.loss import Objective
 from pentad.train.optimizers import Optimizers
 
 
@@ -96,21 +96,17 @@ class Loop:
         """Run one optimizer step."""
         started, batches = time.perf_counter(), self.data.step(step)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        count, tokens = _sum_over_processes(
-            [sum(map(self.objective.count, batches)), sum(map(self.data.tokens, batches))]
-        )
+        tokens, *totals = self._totals(step, batches)
         sums: dict[str, float] = {"loss": 0.0}
         for number, batch in enumerate(batches):
             self._seed(step, number)
-            loss = self._loss(batch)
-            (loss.sum / count).backward()  # type: ignore[no-untyped-call]
-            for name, value in {"loss": loss.sum, **loss.metrics}.items():
+            with self._autocast():
+                loss = self.objective(self.network, batch, totals, checkpointing=self.checkpointing)
+            loss.share.backward()  # type: ignore[no-untyped-call]
+            for name, value in {"loss": loss.share, **loss.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         names = sorted(sums)
-        means = {
-            name: value / count
-            for name, value in zip(names, _sum_over_processes([sums[n] for n in names]), strict=True)
-        }
+        means = dict(zip(names, _sum_over_processes([sums[name] for name in names]), strict=True))
         _sum_gradients(parameters)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
@@ -121,10 +117,18 @@ class Loop:
         seconds = time.perf_counter() - started
         return StepRecord(step + 1, means.pop("loss"), int(tokens), lr, norm, seconds, means)
 
-    def _loss(self, batch: Any) -> Loss:
+    def _totals(self, step: int, batches: Sequence[Any]) -> list[float]:
+        """The step's tokens, and the objective's totals."""
+        parts = []
+        for number, batch in enumerate(batches):
+            self._seed(step, number)
+            with torch.no_grad(), self._autocast():
+                parts.append([self.data.tokens(batch), *self.objective.totals(self.network, batch)])
+        return _sum_over_processes([sum(column) for column in zip(*parts, strict=True)])
+
+    def _autocast(self) -> torch.autocast:
         device = next(self.network.parameters()).device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            return self.objective(self.network, batch, checkpointing=self.checkpointing)
+        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
 
     def _seed(self, step: int, number: int) -> None:
         """Seed dropout and router noise, as a function of the seed, the step, the micro-batch and the process."""

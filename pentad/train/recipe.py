@@ -29,11 +29,13 @@ class Model(Table):
         base: a model's name or path.
         config: path of a config.json, instead of `base`: training starts from random weights.
         tokenizer: a name or path whose tokenizer is used with `config`.
+        router_aux_loss_coef: factor of a mixture's load-balancing loss, with pretrain and sft.
     """
 
     base: str | None = None
     config: str | None = None
     tokenizer: str | None = None
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Source(Table):
@@ -107,20 +109,32 @@ class Optimizer(Table):
 
 
 class Preference(Table):
-    """Options of the preference objectives, named as in TRL."""
+    """Options of the preference objectives, named as in TRL.
 
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    Attributes:
+        beta: 0.1 by default; 2.0 for simpo.
+        label_smoothing: the share of pairs in wrong order: dpo, robust, simpo.
+        simpo_gamma: the margin of simpo.
+        desirable_weight, undesirable_weight: factors of kto's losses.
+        center_rewards_coefficient: keeps the rewards of a reward model around 0.
+    """
+
+    beta: Annotated[float, Field(gt=0)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    simpo_gamma: Annotated[float, Field(ge=0)] = 0.5
+    desirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    undesirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    center_rewards_coefficient: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Recipe(Table):
     """A training recipe.
 
     Attributes:
-        objective: a key of `pentad.train.objectives.OBJECTIVES`.
+        objective: a key of `pentad.train.objectives.catalog.OBJECTIVES`; or losses of pairs -> their weights.
     """
 
-    objective: str
+    objective: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
     model: Model
     data: Data
     run: Run

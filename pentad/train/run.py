@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import pentad
 from pentad import build, text, weights
 from pentad.convert import export_network
-from pentad.datasets.examples import DOCUMENTS, REPLIES, Encoder
+from pentad.datasets.examples import Encoder
 from pentad.datasets.store import Examples, prepare
 from pentad.errors import BadInput
 from pentad.memory import available_memory
@@ -26,24 +27,16 @@ from pentad.models.language.config import read_family_config
 from pentad.nn.decoder import Decoder
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.text import export
-from pentad.train import checkpoint
+from pentad.train import checkpoint, processes
 from pentad.train.data import TokenData
 from pentad.train.loop import Loop, StepRecord
-from pentad.train.objectives.causal import CausalLM
-from pentad.train.objectives.dpo import DPO, LOSSES, reference_log_probs
-from pentad.train.objectives.loss import Objective
+from pentad.train.objectives.catalog import data_for, make_objective
+from pentad.train.objectives.reward import reward_head
 from pentad.train.optimizers import Optimizers
 from pentad.train.recipe import Recipe
 from pentad.train.schedules import learning_rate
 from pentad.weights import registry
 from pentad.weights.checkpoint import Checkpoint
-
-OBJECTIVES: dict[str, Objective] = {
-    "pretrain": CausalLM(DOCUMENTS),
-    "sft": CausalLM(REPLIES),
-    **{name: DPO(name) for name in LOSSES},
-}
-"""Name in a recipe -> objective."""
 
 _BYTES_A_TOKEN_AND_WIDTH = 90  # activations of a layer in float32, without checkpointing; measured with SmolLM2
 
@@ -79,6 +72,8 @@ class TrainingRun:
             run.seed,
             run.micro_batch_tokens,
             run.sequence_length if self.recipe.data.pack else None,
+            processes.rank(),
+            processes.world(),
         )
 
     def plan(self) -> dict[str, Any]:
@@ -107,6 +102,7 @@ class TrainingRun:
         width, layers = network.embed.weight.shape[1], len(network.layers)
         return tokens * width * layers * _BYTES_A_TOKEN_AND_WIDTH
 
+    @processes.joined()
     def train(self, *, resume: bool = False, note: Callable[[str], None], report: Callable[[StepRecord], None]) -> Path:
         """Train, and return the folder of the trained model.
 
@@ -123,6 +119,8 @@ class TrainingRun:
         saved = checkpoint.latest(checkpoints) if resume else None
         if not resume and self.folder.exists() and any(self.folder.iterdir()):
             raise BadInput(f"{self.folder} has a run already; continue it with --resume, or choose another run.out")
+        processes.wait_for_all()  # until here a new run's folder is empty
+        writes = processes.rank() == 0
         for line in saved.skipped if saved else []:
             note(line)
         identity = self._identity()
@@ -130,7 +128,8 @@ class TrainingRun:
             self._check_resume(saved.info, identity, note)
         torch.manual_seed(run.seed)
         network = self._network()
-        objective = self._objective(network)  # before the checkpoint's weights: references are the base model's
+        # Before the checkpoint's weights, since references are the base model's.
+        objective = make_objective(self.recipe, network, self.stores, build.DTYPES[run.dtype])
         optimizers = Optimizers(network, self.recipe.optimizer)
         first = 0
         if saved is not None:
@@ -154,11 +153,11 @@ class TrainingRun:
             dtype=build.DTYPES[run.dtype],
             checkpointing=self._checkpointing(network),
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.json").write_text(self.recipe.model_dump_json(indent=2) + "\n")
-        log = self._open_log(first)
+        log = self._open_log(first) if writes else None
 
         def after_step(record: StepRecord) -> None:
+            if log is None:
+                return
             log.write(json.dumps({**record._asdict(), **record.metrics, "metrics": None}) + "\n")
             log.flush()
             report(record)
@@ -167,25 +166,20 @@ class TrainingRun:
                 state |= {f"optimizer/{name}": tensor for name, tensor in optimizers.state().items()}
                 checkpoint.save(checkpoints, record.step, state, identity, keep=run.keep)
 
-        with log:
+        with log or nullcontext():
             loop.run(first, run.steps, after_step)
-        self._write_card(identity)
         final = self.folder / "final"
-        export_network(network, self.source, final, tokenizer=self.tokenizer_source)
+        if writes:
+            self._write_card(identity)
+            export_network(network, self.source, final, tokenizer=self.tokenizer_source)
         return final
 
     def _network(self) -> Decoder:
-        if self.source.tensors:
-            return build.build(self.source, trainable=True)
         config = read_family_config(family_of(self.source), self.source)
-        return build.build(config, trainable=True, seed=self.recipe.run.seed)
-
-    def _objective(self, network: Decoder) -> Objective:
-        objective, options = OBJECTIVES[self.recipe.objective], self.recipe.preference
-        if not isinstance(objective, DPO):
-            return objective
-        references = reference_log_probs(network, self.stores, build.DTYPES[self.recipe.run.dtype])
-        return DPO(self.recipe.objective, options.beta, options.label_smoothing, references)
+        network = build.build(self.source if self.source.tensors else config, trainable=True, seed=self.recipe.run.seed)
+        if self.recipe.objective == "reward":
+            network.head = reward_head(network)
+        return network
 
     def _checkpointing(self, network: Decoder) -> str:
         if self.recipe.run.checkpointing != "auto":
@@ -204,6 +198,7 @@ class TrainingRun:
             "data": sorted(data.values()),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "processes": processes.world(),
             "pentad": pentad.__version__,
         }
 
@@ -212,12 +207,14 @@ class TrainingRun:
         for name in ("recipe", "data"):
             if old[name] != new[name]:
                 raise BadInput(f"--resume: the {name} differs from the run's: {_difference(old[name], new[name])}")
-        for name in ("torch", "threads", "pentad"):
+        for name in ("torch", "threads", "processes", "pentad"):
             if old[name] != new[name]:
                 note(f"not bit-exact: {name} was {old[name]} and is {new[name]}")
 
     def _open_log(self, first: int) -> Any:
-        """The log, without the lines of steps that are run again."""
+        """Write the recipe, and open the log without the lines of steps that are run again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "recipe.json").write_text(self.recipe.model_dump_json(indent=2) + "\n")
         path = self.folder / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
         partial = path.with_name(".log.jsonl.part")
@@ -245,8 +242,9 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
     Raises:
         BadInput: an unknown objective or model, a broken row, no tokenizer or no chat template.
     """
-    if recipe.objective not in OBJECTIVES:
-        raise BadInput(f"objective is {recipe.objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    learns = data_for(recipe.objective)
+    if recipe.run.batch_size < processes.world():
+        raise BadInput(f"run.batch_size is {recipe.run.batch_size}; expected at least one for each process")
     source = weights.open(Path(recipe.model.config) if recipe.model.config else registry.locate(str(recipe.model.base)))
     named = weights.open(registry.locate(recipe.model.tokenizer)) if recipe.model.tokenizer else source
     tokenizer = text.load(named)
@@ -259,11 +257,13 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
         raise BadInput(
             f"the tokenizer has {tokenizer.vocab_size} ids, but the embedding {network.config.vocab_size} rows"
         )
+    if recipe.objective == "reward" and not family_of(source).names.architecture.endswith("ForCausalLM"):
+        raise BadInput(f"{source.path}: transformers has no sequence classifier of this family, as rewards need")
     if recipe.run.sequence_length > network.config.max_position_embeddings:
         limit = network.config.max_position_embeddings
         raise BadInput(f"run.sequence_length is {recipe.run.sequence_length}; this model has at most {limit} positions")
     data = recipe.data
-    encoder = Encoder(tokenizer, OBJECTIVES[recipe.objective].learns, recipe.run.sequence_length, data.truncate)
+    encoder = Encoder(tokenizer, learns, recipe.run.sequence_length, data.truncate)
     fingerprint = _fingerprint(named)
     stores = [
         prepare(Path(part.path), encoder, fingerprint, skip_bad=data.skip_bad, progress=progress)

@@ -228,8 +228,8 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", ["dpo", "ipo", "hinge", "robust"])
-def test_preference_losses_equal_their_formulas_on_transformers_log_probs(
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "ipo_sum", "hinge", "robust"])
+def test_losses_of_pairs_equal_their_formulas_on_transformers_log_probs(
     tmp_path: Path, base: Path, objective: str
 ) -> None:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
@@ -241,7 +241,8 @@ def test_preference_losses_equal_their_formulas_on_transformers_log_probs(
     first = run.data.examples(0)
     _, records = train(given)
     beta, e = 0.1, 0.1
-    start = {"dpo": 0.693147, "ipo": 25.0, "hinge": 1.0, "robust": 0.693147}[objective]
+    lengths: list[int] = []
+    start = {"dpo": 0.693147, "ipo": 25.0, "ipo_sum": 25.0, "hinge": 1.0, "robust": 0.693147}[objective]
     assert records[0].loss == pytest.approx(start, rel=1e-5)
     assert records[-1].metrics["accuracy"] == 1.0
 
@@ -252,6 +253,7 @@ def test_preference_losses_equal_their_formulas_on_transformers_log_probs(
                 tokens = torch.from_numpy(ids.copy()).long()
                 chosen = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
                 rows.append(chosen[torch.from_numpy(targets[1:].copy()).bool()].sum())
+                lengths.append(int(targets.sum()))
         return torch.stack(rows).view(-1, 2)
 
     shutil.rmtree(tmp_path / "run")
@@ -259,11 +261,14 @@ def test_preference_losses_equal_their_formulas_on_transformers_log_probs(
     with torch.no_grad():
         policy = log_probs(AutoModelForCausalLM.from_pretrained(after_one))
         reference = log_probs(AutoModelForCausalLM.from_pretrained(base))
-    margin = (policy - reference)[:, 0] - (policy - reference)[:, 1]
+    ratios = policy - reference
+    margin = ratios[:, 0] - ratios[:, 1]
+    means = ratios / torch.tensor(lengths[-2 * len(ratios) :]).view(-1, 2)
     won, lost = -torch.sigmoid(beta * margin).log(), -torch.sigmoid(-beta * margin).log()
     expected = {
         "dpo": won * (1 - e) + lost * e,
-        "ipo": (margin - 5) ** 2,
+        "ipo": (means[:, 0] - means[:, 1] - 5) ** 2,
+        "ipo_sum": (margin - 5) ** 2,
         "hinge": (1 - beta * margin).clamp(min=0),
         "robust": (won * (1 - e) - lost * e) / (1 - 2 * e),
     }[objective].mean()
@@ -272,7 +277,7 @@ def test_preference_losses_equal_their_formulas_on_transformers_log_probs(
 
 
 def test_references_are_computed_once(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pentad.train.objectives import dpo
+    from pentad.train.objectives import references
 
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     given = recipe(tmp_path, base, "objective=dpo", f"data.train={tmp_path}/pairs.jsonl")
@@ -280,6 +285,6 @@ def test_references_are_computed_once(tmp_path: Path, base: Path, monkeypatch: p
     expected = (whole / "model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run")
     train(given, kill_after=3)
-    monkeypatch.setattr(dpo, "collate", None)  # only the references call it from there
+    monkeypatch.setattr(references, "collate", None)  # only the references call it from there
     final, _ = train(given, resume=True)
     assert (final / "model.safetensors").read_bytes() == expected

@@ -79,17 +79,21 @@ def switch_balance_loss(routing: Routing) -> Tensor:
     return mixtral_balance_loss([routing._replace(experts=routing.experts[:, :1])])
 
 
-def mixtral_balance_loss(routings: Sequence[Routing]) -> Tensor:
+def mixtral_balance_loss(routings: Sequence[Routing], fraction_E: Tensor | None = None) -> Tensor:
     """E sum_e f_e P_e over the tokens of all layers, where f counts each of a token's K choices, as in transformers'
     Mixtral (`load_balancing_loss_func`).
 
     K if both are even; E if the same K experts have all tokens. (MegaBlocks divides the loss by K.) The coefficient of
     Mixtral's release: 0.02.
+
+    Args:
+        routings: of each layer.
+        fraction_E: f, if these tokens are part of a larger batch.
     """
     logits_NE = torch.cat([routing.logits for routing in routings])
-    chosen = torch.cat([routing.experts for routing in routings]).flatten()
     tokens, experts = logits_NE.shape
-    fraction_E = chosen.bincount(minlength=experts) / tokens
+    if fraction_E is None:
+        fraction_E = torch.cat([routing.experts for routing in routings]).flatten().bincount(minlength=experts) / tokens
     return experts * (fraction_E * logits_NE.softmax(-1).mean(0)).sum()
 
 

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 
 class Loss(NamedTuple):
-    """A sum that the loop divides by the count of a whole optimizer step, over micro-batches and processes.
+    """A micro-batch's share of a step's loss; the shares of all micro-batches and processes add up to the loss.
 
     Attributes:
-        sum: scalar with a gradient.
-        metrics: name -> scalar sum without a gradient, divided by the same count.
+        share: scalar with a gradient.
+        metrics: name -> scalar share without a gradient.
     """
 
-    sum: Tensor
+    share: Tensor
     metrics: Mapping[str, Tensor]
 
 
 class Objective(Protocol):
     """An objective, for a network and batches of one kind: text, pictures or video."""
 
-    @property
-    def learns(self) -> str:
-        """The data that it needs; for text see `pentad.datasets.examples`."""
+    def totals(self, network: Any, batch: Any) -> Sequence[float]:
+        """A micro-batch's part of what a loss needs to know of the whole step, such as the number of target tokens.
 
-    def count(self, batch: Any) -> int:
-        """The number of terms in the loss's sum: target tokens, or pairs."""
+        The loop calls it without gradients, and adds up the numbers of all micro-batches and processes.
+        """
 
-    def __call__(self, network: Any, batch: Any, *, checkpointing: str = "none") -> Loss:
-        """Compute the loss."""
+    def __call__(self, network: Any, batch: Any, totals: Sequence[float], *, checkpointing: str = "none") -> Loss:
+        """Compute the loss of a micro-batch, given the step's totals."""
