@@ -9,12 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from pentad.build import held_bytes
-from pentad.nn.attention import Attention
-
 if TYPE_CHECKING:
+    import torch
+
     from pentad.nn.decoder import Decoder
     from pentad.weights.checkpoint import Checkpoint
 
@@ -53,12 +50,16 @@ def estimate(
     Raises:
         BadInput: see `pentad.build.fill`.
     """
+    from pentad.build import held_bytes
+
     weights = held_bytes(checkpoint, network, dtype, quantized=quantized)
     return MemoryEstimate(weights, kv_cache_bytes(network, tokens, dtype), process_bytes())
 
 
 def kv_cache_bytes(network: Decoder, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one sequence's keys and values; for an encoder-decoder, also those of a source of the same length."""
+    from pentad.nn.attention import Attention
+
     return sum(
         2 * part.kv_heads * part.head_dim * min(tokens, part.window or tokens) * dtype.itemsize
         for part in network.modules()
@@ -76,9 +77,11 @@ def process_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that a device has free, or that the system can free; None if the system doesn't say."""
-    if device.type == "cuda":
+def available_memory(device: torch.device | None = None) -> int | None:
+    """Bytes that a device, by default the CPU, has free or can free; None if the system doesn't say."""
+    if device is not None and device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

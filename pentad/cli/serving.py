@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -13,6 +13,12 @@ from pentad.cli import options as o
 from pentad.cli import output
 from pentad.cli.paths import model_names
 from pentad.errors import BadInput
+
+if TYPE_CHECKING:
+    from pentad.serve.loaded import Loaded
+    from pentad.serve.models import Model
+
+MEMORY_SHARE = 0.5  # of the memory that is available at the start
 
 
 def serve(
@@ -22,26 +28,43 @@ def serve(
             "--model",
             "-m",
             metavar="NAME",
-            help="A name, a file, a folder, or org/name[@revision][:Q4_K_M]; OTHER=NAME serves it by another name.",
+            help="A name, a file, a folder, or org/name[@revision][:Q4_K_M]; OTHER=NAME serves it by another name."
+            " Repeatable: the first is loaded at once, the others when they are used. Default: smollm2.",
             autocompletion=model_names,
         ),
     ] = None,
     host: Annotated[str, Option(metavar="ADDRESS", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, metavar="N", help="The port; 0 takes a free one.")] = 8000,
-    context: o.Context = None,
-    threads: Annotated[int | None, Option(min=1, max=1024, metavar="N", help="CPU threads.")] = None,
+    memory: Annotated[
+        str | None,
+        Option(metavar="SIZE", help="Memory for all models: 4GiB, 500MB. Default: half of what is available."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, Option(metavar="FILE", help="Accept only requests with a key of this file, one a line.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        Option(metavar="ORIGIN", help="Let web pages of this origin use the API (CORS). Repeatable. Default: none."),
+    ] = None,
     max_queue: Annotated[
-        int, Option(min=1, metavar="N", help="Sequences that run or wait; beyond, requests get status 429.")
+        int, Option(min=1, metavar="N", help="Sequences of a model that run or wait; beyond them, status 429.")
     ] = 256,
+    context: o.Context = None,
+    threads: Annotated[int | None, Option(min=1, max=1024, metavar="N", help="CPU threads of each model.")] = None,
+    dtype: o.Dtype = None,
+    fast: Annotated[bool, Option("--fast", help="The CPU kernels round activations to 8 bits instead of 16.")] = False,
     as_json: o.Json = False,
 ) -> None:
     """Serve models through OpenAI's HTTP API, until Ctrl-C or SIGTERM.
 
     The first signal stops accepting requests and waits for those that run; a second one stops at once.
 
-    JSON: one object when the model is loaded: url, model.
+    JSON: one object when the first model is loaded: url, model, context_length, weights_bytes, cache_tokens.
     """
     try:
+        from pentad.serve.app import make_app
+        from pentad.serve.budget import shares
+        from pentad.serve.metrics import Metrics
         from pentad.serve.models import Model, Models
         from pentad.serve.server import listen
         from pentad.serve.server import serve as run
@@ -53,20 +76,32 @@ def serve(
     (common, count), *_ = Counter(name for name, _ in names).most_common()
     if count > 1:
         raise BadInput(f"{count} models have the name {common!r}; use --model OTHER=NAME")
-    options = {"context": context, "threads": threads, "cache_bytes": None}
-    paths = {name: registry.locate(source, progress=output.progress()) for name, source in names}
-    models = Models({name: Model(name, path, options, max_queue=max_queue) for name, path in paths.items()})
+    budget = _available() if memory is None else _size(memory)
+    keys = [] if api_key_file is None else _keys(api_key_file)
+    paths = [registry.locate(source, progress=output.progress()) for _, source in names]
+    parts, metrics = shares(paths, budget), Metrics()
+    options = {"context": context, "threads": threads, "dtype": dtype, "fast": fast}
+    models = [
+        Model(name, path, {**options, "cache_bytes": part.cache}, max_queue=max_queue, metrics=metrics)
+        for (name, _), path, part in zip(names, paths, parts, strict=True)
+    ]
+    together = Models(models, [part.total for part in parts], budget)
+    app = make_app(together, metrics, host=host, keys=keys, origins=allow_origin or [])
     listening = listen(host, port)
     number = listening.getsockname()[1]
     url = f"http://{f'[{host}]' if ':' in host else host}:{number}/v1"
 
-    def ready(loaded: Model) -> None:
+    def ready(first: Model, loaded: Loaded) -> None:
         if as_json:
-            output.write_json({"url": url, "model": loaded.name})
+            facts = {"context_length": loaded.context_length, "weights_bytes": loaded.weights_bytes}
+            output.write_json({"url": url, "model": first.name, **facts, "cache_tokens": loaded.cache_tokens})
         else:
-            output.note(f"pentad: {loaded.name} is ready at {url}")
+            cache = f"KV cache {output.size(parts[0].cache)} = {loaded.cache_tokens:,} tokens"
+            output.note(f"pentad: {first.name}: weights {output.size(loaded.weights_bytes)}, {cache}")
+            output.note(f"pentad: {first.name} runs {loaded.backend}, and is ready at {url}")
 
-    run(models, listening, ready)
+    with listening:
+        run(together, app, listening, ready)
 
 
 def _named(model: str) -> tuple[str, str]:
@@ -76,3 +111,30 @@ def _named(model: str) -> tuple[str, str]:
         return (match[1], match[2]) if match else (model, model)
     path = Path(model).resolve()
     return path.name if path.is_dir() else path.stem, model
+
+
+def _available() -> int:
+    from pentad.memory import available_memory
+
+    available = available_memory()
+    if available is None:
+        raise BadInput("this system doesn't say how much memory is available; use --memory")
+    return int(available * MEMORY_SHARE)
+
+
+def _size(text: str) -> int:
+    """Bytes, from a size such as 4GiB."""
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    units |= {name + "i": 1024**power for power, name in enumerate("kmgt", 1)}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in units:
+        raise BadInput(f"--memory is {text!r}; expected a size such as 4GiB or 500MB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def _keys(file: Path) -> list[bytes]:
+    """The API keys of a file."""
+    keys = [line.strip().encode() for line in o.read_text(str(file)).splitlines() if line.strip()]
+    if not keys:
+        raise BadInput(f"{file} has no key; expected one a line")
+    return keys

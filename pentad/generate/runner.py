@@ -23,9 +23,6 @@ from pentad.memory import available_memory
 from pentad.text import Detokenizer, Tokenizer
 from pentad.text.transcript import Transcript
 
-MIN_CHECKED_SIZE = 1 << 16  # characters; shorter texts are tokenized at once
-SHRINKAGE = 8  # a normalizer makes a text at most so many times shorter
-
 
 class Runner:
     """A network with its tokenizer and an engine.
@@ -180,11 +177,7 @@ class Runner:
         return self.tokenizer.stream(continues=True)
 
     def _check_size(self, *texts: object) -> None:
-        size = sum(len(text) for text in texts if isinstance(text, str))
-        if size > MIN_CHECKED_SIZE and size > SHRINKAGE * self.context_length * self.tokenizer.max_token_bytes:
-            raise BadInput(
-                f"the text has {size:,} characters, too many for the context of {self.context_length} tokens"
-            )
+        self.tokenizer.check_size((text for text in texts if isinstance(text, str)), self.context_length)
 
     def _check_memory(self, prompts: Iterable[Sequence[int]]) -> None:
         """Raise BadInput if the prompts that run together need more KV cache than there is memory."""

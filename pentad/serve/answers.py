@@ -1,15 +1,21 @@
-"""From a request's prompts to the texts of its choices, as they grow."""
+"""From a request's prompts to the texts of its choices, as they grow, and to the reply."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
 
 from pentad.errors import BadInput
+from pentad.serve.calls import Event
 from pentad.serve.errors import APIError
-from pentad.serve.models import Call, Event, Loaded
+from pentad.serve.loaded import Loaded
+from pentad.serve.models import Model
 from pentad.serve.openai import GenerationBody
+from pentad.serve.streaming import EventStream, unless_gone
 from pentad.text import Detokenizer
 from pentad.text.transcript import Transcript
 
@@ -35,7 +41,7 @@ def room(loaded: Loaded, prompt: Sequence[int], max_tokens: int | None, *, param
     size, free = loaded.context_length, loaded.context_length - len(prompt)
     if not prompt:
         raise APIError(400, f"{param} is empty; expected at least one token", param=param, code="invalid_value")
-    if free < 1 or (max_tokens is not None and max_tokens > free):
+    if free < (1 if max_tokens is None else max_tokens):
         asked = "leave no room" if max_tokens is None else f"and max_tokens {max_tokens} don't fit"
         message = f"the prompt's {len(prompt)} tokens {asked} in the context of {size} tokens"
         raise APIError(400, message, param=param, code="context_length_exceeded")
@@ -76,20 +82,26 @@ class Delta(NamedTuple):
 
 
 class Answers:
-    """The texts of a call's choices.
+    """The texts of a request's choices.
 
     Args:
-        call: the sequences.
-        detokenizers: one per sequence.
+        model: runs them.
+        asked: see `requests`; empty if no token is wanted.
+        detokenizers: one per choice.
         stop: strings that end a text.
 
     Attributes:
         completion_tokens: the number of tokens generated so far.
+        cached_tokens: the number of tokens of the prompts whose keys and values were in the cache.
     """
 
-    def __init__(self, call: Call, detokenizers: Sequence[Detokenizer], stop: Sequence[str]) -> None:
+    def __init__(
+        self, model: Model, asked: Sequence[dict[str, Any]], detokenizers: Sequence[Detokenizer], stop: Sequence[str]
+    ) -> None:
         self.completion_tokens = 0
-        self._call = call
+        self.cached_tokens = 0
+        self._any = bool(asked)
+        self._call = model.submit(asked)
         self._transcripts = [Transcript(detokenizer, stop) for detokenizer in detokenizers]
 
     def close(self) -> None:
@@ -106,40 +118,71 @@ class Answers:
         sent = [0] * len(running)
         held: list[list[Event]] = [[] for _ in running]  # tokens whose text may become a stop string or a character
         while running:
-            event = await self._call.next()
-            index, transcript, finish = event.choice, self._transcripts[event.choice], event.finish
-            if index not in running:  # it has been stopped in the meantime
+            event = await self._call.next() if self._any else Event(min(running), finish="length")
+            choice, transcript, finish = event.choice, self._transcripts[event.choice], event.finish
+            if choice not in running:  # it has been stopped in the meantime
                 continue
+            self.cached_tokens += event.cached
             if event.token is not None:
                 self.completion_tokens += 1
-                held[index].append(event)
+                held[choice].append(event)
                 transcript.add(event.token)
             if finish is not None:
                 transcript.finish()
             if transcript.stopped:
                 finish = "stop"
-                self._call.cancel(index)
-            new = transcript.text[sent[index] :]
+                self._call.cancel(choice)
+            new = transcript.text[sent[choice] :]
             if new or finish is not None:
-                sent[index] += len(new)
-                yield Delta(index, new, held[index], finish)
-                held[index] = []
+                sent[choice] += len(new)
+                yield Delta(choice, new, held[choice], finish)
+                held[choice] = []
             if finish is not None:
-                running.discard(index)
+                running.discard(choice)
+
+    async def joined(self) -> list[Delta]:
+        """All of each choice."""
+        texts: list[list[Delta]] = [[] for _ in self._transcripts]
+        async for delta in self.deltas():
+            texts[delta.choice].append(delta)
+        return [
+            Delta(choice, "".join(d.text for d in deltas), [t for d in deltas for t in d.tokens], deltas[-1].finish)
+            for choice, deltas in enumerate(texts)
+        ]
 
 
-async def joined(answers: Answers, count: int) -> list[Delta]:
-    """All of each choice."""
-    texts: list[list[Delta]] = [[] for _ in range(count)]
-    async for delta in answers.deltas():
-        texts[delta.choice].append(delta)
-    return [
-        Delta(index, "".join(d.text for d in deltas), [t for d in deltas for t in d.tokens], deltas[-1].finish)
-        for index, deltas in enumerate(texts)
-    ]
+class Reply(Protocol):
+    """Builds the objects of a reply."""
+
+    def whole(self, choices: list[Delta], answers: Answers) -> dict[str, Any]:
+        """The only object."""
+
+    def chunks(self, answers: Answers, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+        """The objects of a stream."""
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+async def respond(request: Request, body: GenerationBody, answers: Answers, reply: Reply) -> Response:
+    """Reply with the answers, as a stream or as a whole; they end when the client has gone."""
+    if not body.stream:
+        try:
+            choices = await unless_gone(request, answers.joined())
+        finally:
+            answers.close()
+        return JSONResponse(reply.whole(choices, answers))
+    chunks = reply.chunks(answers, include_usage=body.include_usage)
+    try:
+        first = await unless_gone(request, anext(chunks))
+    except BaseException:
+        answers.close()
+        raise
+    return EventStream(first, chunks, answers.close)
+
+
+def usage(prompt_tokens: int, answers: Answers) -> dict[str, Any]:
     """OpenAI's count of tokens."""
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": answers.completion_tokens,
+        "total_tokens": prompt_tokens + answers.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": answers.cached_tokens},
+    }

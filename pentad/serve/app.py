@@ -1,19 +1,25 @@
 """The routes of the API."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 import pentad
 from pentad.serve import openai
 from pentad.serve.chat import chat
+from pentad.serve.completions import complete
 from pentad.serve.errors import APIError, ClientGone, refused_body
+from pentad.serve.guard import Guard, local_hosts
+from pentad.serve.metrics import Metrics
 from pentad.serve.models import Model, Models
-from pentad.serve.openai import Body, ChatBody
+from pentad.serve.openai import Body, ChatBody, CompletionBody
 
 FIELDS = frozenset(
     name
@@ -39,8 +45,18 @@ def body_of(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
     return read
 
 
-def make_app(models: Models) -> FastAPI:
-    """The ASGI application."""
+def make_app(
+    models: Models, metrics: Metrics, *, host: str, keys: Sequence[bytes] = (), origins: Sequence[str] = ()
+) -> ASGIApp:
+    """The ASGI application.
+
+    Args:
+        models: the models.
+        metrics: what /metrics reports.
+        host: the address that the server listens on.
+        keys: accepted API keys; none accepts every request.
+        origins: of web pages that may use the API.
+    """
     app = FastAPI(title="pentad", version=pentad.__version__, docs_url=None, redoc_url=None)
 
     @app.get("/v1/models")
@@ -53,12 +69,23 @@ def make_app(models: Models) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: Annotated[ChatBody, Depends(body_of(ChatBody))]) -> Response:
-        return await chat(models.get(body.model), body, request)
+        return await chat(models.ready(body.model), body, request)
+
+    @app.post("/v1/completions")
+    async def completions(
+        request: Request, body: Annotated[CompletionBody, Depends(body_of(CompletionBody))]
+    ) -> Response:
+        return await complete(models.ready(body.model), body, request)
+
+    @app.get("/metrics")
+    def report() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/health")
     def health() -> JSONResponse:
         states = {model.name: {"state": model.state, **model.load} for model in models.by_name.values()}
-        ok = any(model.state == "ready" for model in models.by_name.values())
+        used = [model.state for model in models.by_name.values() if model.state != "unloaded"]
+        ok = all(state == "ready" for state in used)
         return JSONResponse({"status": "ok" if ok else "unavailable", "models": states}, 200 if ok else 503)
 
     @app.exception_handler(APIError)
@@ -69,12 +96,19 @@ def make_app(models: Models) -> FastAPI:
     async def client_gone(request: Request, error: ClientGone) -> Response:
         return Response(status_code=499)
 
+    @app.exception_handler(Exception)  # uvicorn logs its traceback
+    async def bug(request: Request, error: Exception) -> Response:
+        return APIError(500, f"{type(error).__name__} in the server; its log has more").response()
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         return JSONResponse(APIError(error.status_code, message).body, error.status_code, error.headers)
 
-    return app
+    guarded = Guard(app, metrics=metrics, hosts=local_hosts(host), keys=keys)
+    return (
+        CORSMiddleware(guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]) if origins else guarded
+    )
 
 
 def _describe(model: Model) -> dict[str, Any]:

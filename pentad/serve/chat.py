@@ -6,56 +6,47 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from pentad.serve.answers import Answers, Delta, encode, joined, requests, room, usage
-from pentad.serve.models import Event, Model
-from pentad.serve.openai import ChatBody
-from pentad.serve.streaming import EventStream, unless_gone
+from pentad.serve.answers import Answers, Delta, encode, requests, respond, room, usage
+from pentad.serve.calls import Event
+from pentad.serve.errors import APIError
+from pentad.serve.models import Model
+from pentad.serve.openai import ChatBody, Message
 from pentad.text import Tokenizer
 
 
 async def chat(model: Model, body: ChatBody, request: Request) -> Response:
     """Reply to a conversation."""
     loaded = model.loaded
-    tokenizer = loaded.tokenizer
-    messages = [_message(message.model_dump(exclude_none=True)) for message in body.messages]
-    prompt = await encode(lambda: tokenizer.chat(messages), "messages")
+    if body.top_logprobs is not None and not body.logprobs:
+        message = f"top_logprobs is {body.top_logprobs}, but logprobs is not true"
+        raise APIError(400, message, param="top_logprobs", code="invalid_value")
+    prompt = await encode(lambda: loaded.encode_chat(as_template(body.messages)), "messages")
     limit = room(loaded, prompt, body.max_completion_tokens or body.max_tokens, param="messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    call = model.submit(requests(body, [prompt], [limit], logprobs))
-    count = body.n or 1
-    answers = Answers(call, [tokenizer.stream() for _ in range(count)], body.stops())
+    asked = requests(body, [prompt], [limit], logprobs)
+    answers = Answers(model, asked, [loaded.tokenizer.stream() for _ in asked], body.stops())
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
-    reply = _Reply(tokenizer, head, logprobs is not None)
-    streaming = False
-    try:
-        if body.stream:
-            chunks = reply.chunks(answers, count, len(prompt), include_usage=body.include_usage)
-            first = await unless_gone(request, anext(chunks))
-            streaming = True
-            return EventStream(first, chunks, answers.close)
-        choices = await unless_gone(request, joined(answers, count))
-        return JSONResponse(reply.whole(choices, usage(len(prompt), answers.completion_tokens)))
-    finally:
-        if not streaming:
-            answers.close()
+    return await respond(request, body, answers, _Reply(loaded.tokenizer, head, len(prompt), logprobs is not None))
 
 
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message for the template; templates know "developer" by its older name."""
-    return message | ({"role": "system"} if message["role"] == "developer" else {})
+def as_template(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages for a template, which knows "developer" by its older name."""
+    dumped = [message.model_dump(exclude_none=True) for message in messages]
+    return [message | ({"role": "system"} if message["role"] == "developer" else {}) for message in dumped]
 
 
 class _Reply:
     """Builds the objects of a reply."""
 
-    def __init__(self, tokenizer: Tokenizer, head: dict[str, Any], logprobs: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, head: dict[str, Any], prompt_tokens: int, logprobs: bool) -> None:
         self._tokenizer = tokenizer
         self._head = head
+        self._prompt_tokens = prompt_tokens
         self._logprobs = logprobs
 
-    def whole(self, choices: list[Delta], count: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: list[Delta], answers: Answers) -> dict[str, Any]:
         return {
             **self._head,
             "object": "chat.completion",
@@ -68,31 +59,25 @@ class _Reply:
                 }
                 for choice in choices
             ],
-            "usage": count,
+            "usage": usage(self._prompt_tokens, answers),
         }
 
-    async def chunks(
-        self, answers: Answers, count: int, prompt_tokens: int, *, include_usage: bool
-    ) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, answers: Answers, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a stream; the first chunk of each choice has the role."""
-        unnamed = set(range(count))
+        head = {**self._head, "object": "chat.completion.chunk"}
+        begun: set[int] = set()
         async for delta in answers.deltas():
-            message = {"role": "assistant"} if delta.choice in unnamed else {}
-            unnamed.discard(delta.choice)
-            if delta.text or message:
-                message["content"] = delta.text
+            message = {} if delta.choice in begun else {"role": "assistant", "content": ""}
+            begun.add(delta.choice)
             choice = {
                 "index": delta.choice,
-                "delta": message,
+                "delta": message | ({"content": delta.text} if delta.text else {}),
                 "logprobs": self._report(delta.tokens),
                 "finish_reason": delta.finish,
             }
-            yield self._chunk([choice], {"usage": None} if include_usage else {})
+            yield {**head, "choices": [choice], **({"usage": None} if include_usage else {})}
         if include_usage:
-            yield self._chunk([], {"usage": usage(prompt_tokens, answers.completion_tokens)})
-
-    def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": choices, **more}
+            yield {**head, "choices": [], "usage": usage(self._prompt_tokens, answers)}
 
     def _report(self, tokens: list[Event]) -> dict[str, Any] | None:
         if not self._logprobs:

@@ -51,7 +51,8 @@ def refused_body(error: ValidationError, fields: frozenset[str]) -> APIError:
         error: pydantic's.
         fields: the names of all fields; others in a location are pydantic's names of types.
     """
-    found = max(error.errors(include_url=False, include_context=False), key=lambda one: len(one["loc"]))
+    errors = error.errors(include_url=False, include_context=False)  # of a union one error for each of its types
+    found = max(errors, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
     kind, location = found["type"], list(found["loc"])
     if kind == "json_invalid":
         return APIError(400, "the body is not valid JSON: " + found["msg"].removeprefix("Invalid JSON: "))

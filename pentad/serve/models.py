@@ -1,96 +1,29 @@
-"""The models of a server: their worker processes, and the requests that these run."""
+"""The models of a server: their worker processes, and the sequences that these run."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import json
+import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pentad import text
 from pentad.errors import BadInput, PentadError
+from pentad.serve.calls import Call, Event, Running
 from pentad.serve.errors import APIError
-from pentad.text import Tokenizer
-from pentad.weights.gguf_header import read_metadata
+from pentad.serve.loaded import Loaded, describe
+from pentad.serve.metrics import Metrics
 
 MAX_LINE_BYTES = 1 << 30  # of a worker's message; the scores of a long prompt are the longest
-RETRY_AFTER = 1  # seconds
-
-
-class Event(NamedTuple):
-    """The progress of one sequence of a call in one step.
-
-    Attributes:
-        choice: the sequence.
-        token: its new token.
-        finish: "stop", "length" or "error" once it has finished.
-        logprobs: the new token's log-probability, and the most likely tokens with theirs.
-        scores: the same for each token of a prompt but the first.
-    """
-
-    choice: int
-    token: int | None = None
-    finish: str | None = None
-    logprobs: tuple[float, list[tuple[int, float]]] | None = None
-    scores: list[tuple[float, list[tuple[int, float]]]] | None = None
-
-
-class Call:
-    """The sequences that a worker runs for one HTTP request. `close` cancels those that haven't finished."""
-
-    def __init__(self, model: Model, ids: Sequence[int]) -> None:
-        self._model = model
-        self._open = dict(enumerate(ids))
-        self._events: asyncio.Queue[Event | APIError] = asyncio.Queue()
-
-    async def next(self) -> Event:
-        """Wait for the next event.
-
-        Raises:
-            APIError: the worker refused a sequence, or died.
-        """
-        event = await self._events.get()
-        if isinstance(event, APIError):
-            raise event
-        return event
-
-    def put(self, event: Event | APIError) -> None:
-        """Add an event."""
-        if isinstance(event, Event) and event.finish is not None:
-            self._open.pop(event.choice, None)
-        self._events.put_nowait(event)
-
-    def cancel(self, index: int) -> None:
-        """End one sequence, unless it has finished."""
-        if (number := self._open.pop(index, None)) is not None:
-            self._model.cancel(number)
-
-    def close(self) -> None:
-        """End all sequences that haven't finished."""
-        for index in [*self._open]:
-            self.cancel(index)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What the front process knows about a model that is ready.
-
-    Attributes:
-        tokenizer: the same as the worker's.
-        context_length: maximum sequence length in tokens.
-        vocab_size: token ids are smaller.
-        backend: what runs its steps.
-    """
-
-    tokenizer: Tokenizer
-    context_length: int
-    vocab_size: int
-    backend: str
+RETRY_SECONDS = 1
+LOAD_SECONDS = 5  # until a client should ask again for a model that is loading
+STOP_SECONDS = 5
+MAX_RESTART_DELAY = 60
+_logger = logging.getLogger(__name__)
 
 
 class Model:
@@ -101,26 +34,31 @@ class Model:
         path: its files.
         options: see `pentad.load`, and cache_bytes, the limit of its KV cache.
         max_queue: maximum number of sequences that run or wait.
+        metrics: the server's.
 
     Attributes:
-        state: "unloaded", "loading", "ready" or "failed".
+        state: "unloaded", "loading", "ready", "restarting" or "failed".
         created: when the server started, in seconds since 1970.
+        last_used: the time of the last request, for unloading.
         load: what its worker has reported last: "open" sequences, and "pages" of the KV cache in use.
     """
 
-    def __init__(self, name: str, path: Path, options: dict[str, Any], *, max_queue: int) -> None:
+    def __init__(self, name: str, path: Path, options: dict[str, Any], *, max_queue: int, metrics: Metrics) -> None:
         self.name = name
         self.path = path
         self.state = "unloaded"
         self.created = int(time.time())
-        self.max_queue = max_queue
-        self._options = options
-        self._loaded: Loaded | None = None
-        self._calls: dict[int, tuple[Call, int]] = {}
-        self._ids = itertools.count()
+        self.last_used = 0.0
         self.load = {"open": 0, "pages": 0}
+        self._options = options
+        self._max_queue = max_queue
+        self._metrics = metrics
+        self._loaded: Loaded | None = None
+        self._failure = ""
+        self._running: dict[int, Running] = {}
+        self._ids = itertools.count()
         self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
     @property
     def loaded(self) -> Loaded:
@@ -129,19 +67,41 @@ class Model:
         Raises:
             APIError: it isn't ready.
         """
+        if self.state == "failed":
+            raise APIError(500, f"{self.name} can't be loaded: {self._failure}")
         if self.state != "ready" or self._loaded is None:
-            raise APIError(503, f"{self.name} is {self.state}; try again soon", retry_after=RETRY_AFTER)
+            raise APIError(503, f"{self.name} is {self.state}; try again soon", retry_after=LOAD_SECONDS)
         return self._loaded
 
-    async def start(self) -> None:
+    @property
+    def idle(self) -> bool:
+        """Whether it runs nothing, so that it may be unloaded."""
+        return self.state in ("ready", "failed") and not self._running
+
+    async def start(self) -> Loaded:
         """Start the worker, and wait until it has loaded the model.
 
         Raises:
             PentadError: the model can't be loaded.
         """
         self.state = "loading"
+        try:
+            await self._spawn()
+        except PentadError as error:
+            self.state, self._failure = "failed", str(error)
+            raise
+        return self.loaded
+
+    async def stop(self) -> None:
+        """End the worker."""
+        self.state = "unloaded"
+        if self._watcher is not None:
+            self._watcher.cancel()
+        await self._end_process()
+
+    async def _spawn(self) -> None:
         arguments = json.dumps({"path": str(self.path), **self._options})
-        process = await asyncio.create_subprocess_exec(
+        process = self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "pentad.serve", arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -149,34 +109,54 @@ class Model:
             start_new_session=True,  # Ctrl-C at a terminal is for the front process
         )
         assert process.stdout is not None
-        self._process = process
         try:
             line = await process.stdout.readline()
             if not line:
-                raise PentadError(f"{self.name}: its process ended with {await process.wait()} while it loaded")
+                raise PentadError(f"{self.name}: its worker ended with code {await process.wait()} while it loaded")
             ready = json.loads(line)
             if "failed" in ready:
                 raise (BadInput if ready["bad"] else PentadError)(ready["failed"])
-            self._loaded = await asyncio.to_thread(_describe, ready)
+            self._loaded = await asyncio.to_thread(describe, ready)
         except BaseException:
-            self.state = "failed"
-            await self.stop()
+            await self._end_process()
             raise
         self.state = "ready"
-        self._reader = asyncio.create_task(self._read(process))
+        self._watcher = asyncio.create_task(self._watch(process))
 
-    async def stop(self) -> None:
-        """End the worker."""
+    async def _end_process(self) -> None:
         if self._process is None or self._process.returncode is not None:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(STOP_SECONDS):
                 await self._process.wait()
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Pass the worker's events on; when it ends, end its sequences with an error and start another one."""
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            self._receive(json.loads(line))
+        code = await process.wait()
+        self.state = "restarting"
+        _logger.warning("pentad: the worker of %s ended with code %s; starting another one", self.name, code)
+        self._metrics.restarts.labels(self.name).inc()
+        for running in self._running.values():
+            running.call.put(APIError(500, f"the worker of {self.name} ended unexpectedly; its requests are lost"))
+        self._running.clear()
+        self._receive({"events": [], "open": 0, "pages": 0})
+        delay = 1
+        while True:
+            try:
+                await self._spawn()
+                return
+            except PentadError as error:
+                _logger.warning("pentad: %s; trying again in %d s", error, delay)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, MAX_RESTART_DELAY)
 
     def submit(self, requests: Sequence[dict[str, Any]]) -> Call:
         """Begin sequences.
@@ -185,21 +165,25 @@ class Model:
             requests: see `pentad.serve.worker.Worker`, without ids.
 
         Raises:
-            APIError: the queue is full.
+            APIError: the model isn't ready, or the queue is full.
         """
-        if len(self._calls) + len(requests) > self.max_queue:
-            message = f"{len(self._calls)} sequences run or wait, of at most {self.max_queue}; try again soon"
-            raise APIError(429, message, code="rate_limit_exceeded", retry_after=RETRY_AFTER)
+        self.loaded  # noqa: B018 - the worker may have ended since the request began
+        if len(requests) > self._max_queue:
+            raise APIError(400, f"the request has {len(requests)} sequences; expected at most {self._max_queue}")
+        if len(self._running) + len(requests) > self._max_queue:
+            message = f"{len(self._running)} sequences run or wait, of at most {self._max_queue}; try again soon"
+            raise APIError(429, message, code="rate_limit_exceeded", retry_after=RETRY_SECONDS)
         ids = list(itertools.islice(self._ids, len(requests)))
-        call = Call(self, ids)
-        for index, (number, request) in enumerate(zip(ids, requests, strict=True)):
-            self._calls[number] = call, index
+        call = Call(ids, self._cancel)
+        for choice, (number, request) in enumerate(zip(ids, requests, strict=True)):
+            self._running[number] = Running(call, choice)
+            self._metrics.prompt_tokens.labels(self.name).inc(len(request["prompt"]))
             self._send({"id": number, **request})
+        self.last_used = time.monotonic()
         return call
 
-    def cancel(self, number: int) -> None:
-        """End a sequence."""
-        if self._calls.pop(number, None) is not None:
+    def _cancel(self, number: int) -> None:
+        if self._running.pop(number, None) is not None:
             self._send({"cancel": number})
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -207,52 +191,55 @@ class Model:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        """Pass the worker's events on, until it ends."""
-        assert process.stdout is not None
-        while line := await process.stdout.readline():
-            message = json.loads(line)
-            for event in message.pop("events"):
-                self._pass_on(event)
-            self.load = message
+    def _receive(self, message: dict[str, Any]) -> None:
+        """Pass the events of one step on."""
+        events = message.pop("events")
+        self.load = message
+        for event in events:
+            self._pass_on(**event)
+        if tokens := sum("token" in event for event in events):
+            self._metrics.batch.labels(self.name).observe(tokens)
+            self._metrics.generated_tokens.labels(self.name).inc(tokens)
+        decoding = sum(running.decoding for running in self._running.values())
+        self._metrics.decoding.labels(self.name).set(decoding)
+        self._metrics.waiting.labels(self.name).set(len(self._running) - decoding)
+        self._metrics.pages.labels(self.name).set(self.load["pages"])
 
-    def _pass_on(self, event: dict[str, Any]) -> None:
-        number, reason = event.pop("id"), event.get("finish")
-        if number not in self._calls:  # cancelled in the meantime
+    def _pass_on(self, id: int, finish: str | None = None, message: str = "", bad: bool = False, **event: Any) -> None:
+        running = self._running.get(id)
+        if running is None:  # cancelled in the meantime
             return
-        call, index = self._calls[number]
-        if reason is not None:
-            del self._calls[number]
-        if reason == "error":
-            call.put(APIError(400 if event.get("bad") else 500, event["message"]))
-        else:
-            call.put(Event(index, **event))
+        if finish is not None:
+            del self._running[id]
+        if finish == "error":
+            running.call.put(APIError(400 if bad else 500, message))
+            return
+        if "token" in event:
+            now = time.perf_counter()
+            histogram = self._metrics.between_tokens if running.decoding else self._metrics.first_token
+            histogram.labels(self.name).observe(now - running.last)
+            running.last, running.decoding = now, True
+            self._metrics.cached_tokens.labels(self.name).inc(event.get("cached", 0))
+        running.call.put(Event(running.choice, finish=finish, **event))
 
 
-def _describe(ready: dict[str, Any]) -> Loaded:
-    """Read the tokenizer of a model that its worker has loaded."""
-    path = Path(ready["path"])
-    source = _Source(path, ready["format"], read_metadata(path) if ready["format"] == "gguf" else ready["config"])
-    tokenizer = text.load(source, vocab_size=ready["vocab_size"])
-    assert tokenizer is not None
-    return Loaded(tokenizer, ready["context_length"], ready["vocab_size"], ready["backend"])
-
-
-@dataclass(frozen=True)
-class _Source:
-    path: Path
-    format: str
-    config: dict[str, Any]
-
-
-@dataclass
 class Models:
-    """The models of a server, by name."""
+    """The models of a server.
 
-    by_name: dict[str, Model] = field(default_factory=dict)
+    Args:
+        models: the first is loaded at the start, the others when they are first used.
+        sizes: what each takes, in bytes.
+        memory: the sum of those that are loaded together is at most this.
+    """
+
+    def __init__(self, models: Sequence[Model], sizes: Sequence[int], memory: int) -> None:
+        self.by_name = {model.name: model for model in models}
+        self._sizes = dict(zip(self.by_name, sizes, strict=True))
+        self._memory = memory
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def get(self, name: str) -> Model:
-        """The model of a name.
+        """The model of a name, ready or not.
 
         Raises:
             APIError: there is none.
@@ -262,12 +249,53 @@ class Models:
             raise APIError(404, message, param="model", code="model_not_found")
         return self.by_name[name]
 
-    async def start(self, report: Callable[[Model], None] = lambda model: None) -> None:
+    def ready(self, name: str) -> Model:
+        """The model of a name; if it isn't loaded, begin to load it, and unload those that were used least recently.
+
+        Raises:
+            APIError: there is none, or it isn't ready yet, or others that are in use leave no memory for it.
+        """
+        model = self.get(name)
+        if model.state == "unloaded":
+            unused = self._to_unload(model)
+            model.state = "loading"
+            for one in unused:
+                one.state = "unloading"
+            task = asyncio.create_task(self._exchange(unused, model))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        model.loaded  # noqa: B018 - raises an error if it isn't ready
+        return model
+
+    def _to_unload(self, model: Model) -> list[Model]:
+        loaded = [one for one in self.by_name.values() if one.state != "unloaded"]
+        free = self._memory - sum(self._sizes[one.name] for one in loaded)
+        unused: list[Model] = []
+        for one in sorted(loaded, key=lambda one: one.last_used):
+            if free < self._sizes[model.name] and one.idle:
+                unused.append(one)
+                free += self._sizes[one.name]
+        if free < self._sizes[model.name]:
+            message = f"there is no memory to load {model.name} while other models are in use; try again soon"
+            raise APIError(503, message, retry_after=LOAD_SECONDS)
+        return unused
+
+    async def _exchange(self, unused: Sequence[Model], model: Model) -> None:
+        for one in unused:
+            await one.stop()
+        try:
+            await model.start()
+        except PentadError as error:
+            _logger.warning("pentad: %s", error)
+
+    async def start(self) -> tuple[Model, Loaded]:
         """Load the first model."""
         model = next(iter(self.by_name.values()))
-        await model.start()
-        report(model)
+        return model, await model.start()
 
     async def stop(self) -> None:
         """End all workers."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(model.stop() for model in self.by_name.values()))

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pentad.errors import PentadError
-from pentad.serve.app import make_app
+from pentad.serve.connections import Connection
+from pentad.serve.loaded import Loaded
 from pentad.serve.models import Model, Models
 
 
@@ -50,27 +52,28 @@ class _Server(uvicorn.Server):
                 connection.transport.abort()
 
 
-def serve(models: Models, listening: socket.socket, ready: Callable[[Model], None]) -> None:
+def serve(models: Models, app: ASGIApp, listening: socket.socket, ready: Callable[[Model, Loaded], None]) -> None:
     """Serve models until a signal.
 
     Args:
         models: the models; the first is loaded at once.
+        app: the routes.
         listening: the socket.
         ready: is called when the first model is loaded.
 
     Raises:
         PentadError: the first model can't be loaded.
     """
-    config = uvicorn.Config(
-        make_app(models), http="httptools", ws="none", lifespan="off", log_config=None, access_log=False
-    )
+    config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False)
     asyncio.run(_serve(models, _Server(config), listening, ready))
 
 
-async def _serve(models: Models, server: _Server, listening: socket.socket, ready: Callable[[Model], None]) -> None:
+async def _serve(
+    models: Models, server: _Server, listening: socket.socket, ready: Callable[[Model, Loaded], None]
+) -> None:
     async def start() -> None:
         try:
-            await models.start(ready)
+            ready(*await models.start())
         except BaseException:
             server.should_exit = True
             raise

@@ -150,6 +150,8 @@ def main() -> None:
         model = load(path, **options)
         if not isinstance(model, LanguageModel):
             raise BadInput(f"{path} is an encoder-decoder; pentad serve runs decoder-only models")
+        model.tokenizer  # noqa: B018 - raises an error if there is none
+        page_bytes = model.step.cache.bytes_for(1)
         engine = Engine(model.step, EngineConfig(max_cache_bytes=cache_bytes))
         ready = {
             "path": str(checkpoint.path),
@@ -158,7 +160,8 @@ def main() -> None:
             "context_length": model.context_length,
             "vocab_size": model.network.config.vocab_size,
             "backend": model.step.backend,
-            "tokenizer": model.tokenizer.vocab_size,  # raises an error if there is none
+            "weights_bytes": sum(entry.nbytes for entry in checkpoint.tensors.values()),
+            "cache_tokens": cache_bytes // page_bytes * model.step.cache.page_size,
         }
     except Exception as error:
         message = str(error) if isinstance(error, PentadError) else f"{type(error).__name__}: {error}"

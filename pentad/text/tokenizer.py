@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Source", "Tokenizer"]
 
+MIN_CHECKED_SIZE = 1 << 16  # characters; shorter texts are tokenized at once
+SHRINKAGE = 8  # a normalizer makes a text at most so many times shorter
+
 
 class Source(Protocol):
     """The parts of a checkpoint from which its tokenizer is read."""
@@ -85,6 +88,12 @@ class Tokenizer:
         tokens = [self.backend.token_bytes(token) for token in range(self.vocab_size)]
         single_bytes = {token for token in tokens if len(token) == 1}
         return max(map(len, tokens)) if len(single_bytes) > 128 else math.inf  # else there are only ASCII characters
+
+    def check_size(self, texts: Iterable[str], context_length: int) -> None:
+        """Raise `BadInput` if texts are much too long for a context together, without encoding them."""
+        size = sum(map(len, texts))
+        if size > MIN_CHECKED_SIZE and size > SHRINKAGE * context_length * self.max_token_bytes:
+            raise BadInput(f"the text has {size:,} characters, too many for the context of {context_length} tokens")
 
     @property
     def chat_template(self) -> str | None:

@@ -44,30 +44,30 @@ class Reply:
 
 @dataclass(frozen=True)
 class Server:
-    """A running `pentad serve`."""
+    """A running `pentad serve`, and the official client of it."""
 
     process: subprocess.Popen[str]
     url: str
+    client: OpenAI
 
     @property
     def root(self) -> str:
         return self.url.removesuffix("/v1")
 
-    @property
-    def client(self) -> OpenAI:
-        """The official client."""
-        return OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=PATIENCE)
-
     def request(self, path: str, body: Any = None, **headers: str) -> Reply:
         """Send a GET, or a POST of JSON, or of bytes as they are."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = Request(self.root + path, data, {"Content-Type": "application/json", **headers})
+        request = Request(self.root + path, data, self._headers | headers)
         try:
             with urlopen(request, timeout=PATIENCE) as reply:
                 return Reply(reply.status, reply.headers, reply.read())
         except HTTPError as error:
             with error:
                 return Reply(error.code, error.headers, error.read())
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Content-Type": "application/json", "Authorization": f"Bearer {self.client.api_key}"}
 
     def health(self) -> Any:
         return self.request("/health").json
@@ -86,13 +86,15 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def serving(*arguments: object) -> Iterator[Server]:
+def serving(*arguments: object, key: str = "none") -> Iterator[Server]:
     """Run `pentad serve` until the end of the block."""
     command = [sys.executable, "-m", "pentad", "serve", "--port", "0", "--json", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            yield Server(process, json.loads(process.stdout.readline())["url"])
+            url = json.loads(process.stdout.readline())["url"]
+            with OpenAI(base_url=url, api_key=key, max_retries=0, timeout=PATIENCE) as client:
+                yield Server(process, url, client)
         finally:
             process.terminate()
             try:

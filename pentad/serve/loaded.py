@@ -1,0 +1,78 @@
+"""What the front process knows about a model that its worker has loaded: the tokenizer, and limits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pentad import text
+from pentad.errors import BadInput
+from pentad.text import Tokenizer
+from pentad.weights.gguf_header import read_metadata
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready.
+
+    Attributes:
+        tokenizer: the same as the worker's.
+        context_length: maximum sequence length in tokens.
+        vocab_size: token ids are smaller.
+        backend: what runs its steps: "by the kernels (avx2, 2 threads)".
+        weights_bytes: of its weights.
+        cache_tokens: the number of tokens that the KV cache has room for.
+    """
+
+    tokenizer: Tokenizer
+    context_length: int
+    vocab_size: int
+    backend: str
+    weights_bytes: int
+    cache_tokens: int
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The prompt of a conversation.
+
+        Raises:
+            BadInput: the template refuses the messages, or they are much too long for the context.
+        """
+        contents = (message["content"] for message in messages)
+        parts = (part for content in contents for part in ([content] if isinstance(content, str) else content))
+        self.tokenizer.check_size(
+            (part if isinstance(part, str) else part["text"] for part in parts), self.context_length
+        )
+        return self.tokenizer.chat(messages)
+
+    def encode_text(self, prompt: str) -> list[int]:
+        """The prompt that a text is, between the tokens that the tokenizer's files put around a text.
+
+        Raises:
+            BadInput: the text is much too long for the context.
+        """
+        self.tokenizer.check_size([prompt], self.context_length)
+        tokenizer = self.tokenizer
+        return [*tokenizer.encode(prompt, bos=tokenizer.adds_bos), *tokenizer.closing]
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise BadInput if a token id is outside the vocabulary."""
+        for wrong in (min(ids), max(ids)):
+            if not 0 <= wrong < self.vocab_size:
+                raise BadInput(f"token id {wrong} is outside the vocabulary of {self.vocab_size}")
+
+
+def describe(ready: Mapping[str, Any]) -> Loaded:
+    """Read the tokenizer of a model whose worker has sent `ready`."""
+    path = Path(ready["path"])
+    config = read_metadata(path) if ready["format"] == "gguf" else ready["config"]
+    tokenizer = text.load(_Source(path, ready["format"], config), vocab_size=ready["vocab_size"])
+    assert tokenizer is not None  # the worker has one
+    limits = ("context_length", "vocab_size", "backend", "weights_bytes", "cache_tokens")
+    return Loaded(tokenizer, **{name: ready[name] for name in limits})
+
+
+@dataclass(frozen=True)
+class _Source:
+    path: Path
+    format: str
+    config: Mapping[str, Any]
