@@ -17,6 +17,7 @@ import torch
 from pentad import text, weights
 from pentad.build import default_dtype, dtype_named, meta_network, pairings
 from pentad.errors import BadInput
+from pentad.memory import available_memory
 from pentad.models import family_of
 from pentad.models.language import mixtral
 from pentad.models.language.config import frequency_factors, write_family_config
@@ -31,7 +32,7 @@ from pentad.weights.atomic import new_folder
 from pentad.weights.cache import Progress
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
 from pentad.weights.gguf_writer import write_gguf
-from pentad.weights.keytable import KeyTable, Value
+from pentad.weights.keytable import KeyTable, LastResult, Value, on_meta
 from pentad.weights.safetensors_writer import write_safetensors
 from pentad.weights.writing import QUANTIZED, PendingTensor
 
@@ -39,6 +40,7 @@ FORMATS = {"hf": "hf", "mistral": "consolidated", "gguf": "gguf"}
 """Target of `convert` -> `Checkpoint.format`."""
 
 SHARD_BYTES = 5_000_000_000
+WORKING_BYTES = 1 << 26  # buffers of a few MiB, in which tensors are quantized and written
 _PART = re.compile(r".*-\d{5}-of-\d{5}\.gguf")  # names of the parts of a split GGUF
 FLOATS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 GGUF_TYPES = (*QUANTIZED, *FLOATS)
@@ -135,6 +137,7 @@ def convert(
     converter = _Converter(checkpoint, FORMATS[to], upcycle)
     if destination.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{destination} is the source itself; choose another name")
+    _check_memory(checkpoint, FORMATS[to], upcycle)
     if to == "gguf":
         return _to_gguf(converter, destination, quantize, shard_bytes, progress)
     return _to_folder(converter, destination, None if dtype is None else dtype_named(dtype), shard_bytes, progress)
@@ -174,7 +177,12 @@ class _Converter:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, format: str, upcycle: Upcycling | None, trained: Decoder | None = None
+        self,
+        checkpoint: Checkpoint,
+        format: str,
+        upcycle: Upcycling | None,
+        trained: Decoder | None = None,
+        read: Callable[[TensorEntry], Value] = lambda entry: entry.read(),
     ) -> None:
         if trained is None and not checkpoint.tensors:
             raise BadInput(f"{checkpoint.path}: there are no weights next to the config")
@@ -184,7 +192,7 @@ class _Converter:
         self.entries: dict[str, tuple[TensorEntry, ...]] = {}
         self.values: dict[str, Callable[[], Value]] = {}
         if trained is None:
-            self._read_checkpoint()
+            self._read_checkpoint(read)
         else:
             self.values = {name: parameter.detach for name, parameter in trained.named_parameters()}
         is_reward = trained is not None and trained.head.out_features == 1
@@ -203,10 +211,10 @@ class _Converter:
             self.entries["head.weight"] = self.entries["embed.weight"]
             self.values["head.weight"] = self.values["embed.weight"]
 
-    def _read_checkpoint(self) -> None:
-        last = _LastResult()
+    def _read_checkpoint(self, read: Callable[[TensorEntry], Value]) -> None:
+        last = LastResult()
         for names, entries, operation in pairings(self.checkpoint, self.network):
-            load = partial(_apply, operation.load, [entry.read for entry in entries])
+            load = partial(_apply, operation.load, [partial(read, entry) for entry in entries])
             for i, name in enumerate(names):
                 self.entries[name] = entries
                 self.values[name] = partial(last.get, load, i)
@@ -229,7 +237,7 @@ class _Converter:
 
     def pending_tensors(self, stored_type: Callable[[str, tuple[int, ...]], torch.dtype | str]) -> list[PendingTensor]:
         """The tensors of the new files; `stored_type` chooses a type by parameter name and shape."""
-        last, pending = _LastResult(), []
+        last, pending = LastResult(), []
         for ours, theirs, operation in self.table.groups(self.values):
             shapes = operation.shapes([tuple(self.network.get_parameter(name).shape) for name in ours])
             store = partial(_apply, operation.store, [self.values[name] for name in ours])
@@ -238,18 +246,20 @@ class _Converter:
         return pending
 
 
-class _LastResult:
-    """Caches the tensors of the last rule, so that a stack of experts is converted once, not once per expert."""
+def conversion_bytes(checkpoint: Checkpoint, format: str, upcycle: Upcycling | None) -> int:
+    """The memory that converting a checkpoint takes: that of the largest tensors that one rule makes together."""
+    tensors = {name: on_meta(entry) for name, entry in checkpoint.tensors.items()}
+    converter = _Converter(checkpoint, format, upcycle, read=lambda entry: tensors[entry.name])
+    joined = checkpoint.format == "consolidated"  # slices of several files are joined in new memory
+    return converter.table.largest_bytes(converter.values, [] if joined else tensors.values())
 
-    def __init__(self) -> None:
-        self._make: object = None
-        self._values: Sequence[Value] = ()
 
-    def get(self, make: Callable[[], Sequence[Value]], index: int) -> Value:
-        if make is not self._make:
-            self._make, self._values = None, ()  # free the last values first
-            self._make, self._values = make, make()
-        return self._values[index]
+def _check_memory(checkpoint: Checkpoint, format: str, upcycle: Upcycling | None) -> None:
+    needed = conversion_bytes(checkpoint, format, upcycle) + WORKING_BYTES
+    available = available_memory(torch.device("cpu"))
+    if available is not None and needed > available:
+        sizes = f"{needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available"
+        raise BadInput(f"{checkpoint.path}: converting the largest tensors needs {sizes}; close other programs")
 
 
 def _apply(operation: Callable[[list[Value]], Sequence[Value]], inputs: list[Callable[[], Value]]) -> Sequence[Value]:

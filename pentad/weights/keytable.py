@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
-from pentad.weights.quantized import QuantizedTensor
+from pentad.weights.quantized import BLOCKS, QuantizedTensor
 
 if TYPE_CHECKING:
     from pentad.weights.checkpoint import TensorEntry
@@ -278,9 +279,51 @@ class KeyTable:
             raise BadInput(f"{source}: tensors don't fit the config: {'; '.join(lists)}")
         return pairs
 
+    def largest_bytes(self, values: Mapping[str, Callable[[], Value]], mapped: Iterable[Value]) -> int:
+        """Bytes of new memory that the largest rule takes to convert the network's tensors to a file's.
+
+        Args:
+            values: our names -> functions that make the tensors on the meta device.
+            mapped: tensors on the meta device that stand for views of mapped files.
+        """
+        free, largest = {_storage(value)._cdata for value in mapped}, 0
+        for ours, _, operation in self.groups(values):
+            inputs = [values[name]() for name in ours]
+            storages = {storage._cdata: storage for storage in map(_storage, [*inputs, *operation.store(inputs)])}
+            largest = max(largest, sum(storage.nbytes() for key, storage in storages.items() if key not in free))
+        return largest
+
     def found(self, tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> int:
         """Count the tensors in a file that this layout expects for the network's `names`."""
         return sum(name in tensors for group in self.groups(names) for name in group.theirs)
+
+
+def on_meta(entry: TensorEntry) -> Value:
+    """A tensor as `entry.read` returns it, without memory."""
+    if entry.quantization is None:
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+    size, nbytes = BLOCKS[entry.quantization]
+    rows, columns = math.prod(entry.shape[:-1]), entry.shape[-1] // size * nbytes
+    stored = torch.empty(rows, columns, dtype=torch.uint8, device="meta")
+    return QuantizedTensor(stored, entry.quantization, entry.shape)
+
+
+def _storage(value: Value) -> torch.UntypedStorage:
+    return (value.stored if isinstance(value, QuantizedTensor) else value).untyped_storage()
+
+
+class LastResult:
+    """Caches the tensors of the last rule, so that a stack of experts is converted once, not once per expert."""
+
+    def __init__(self) -> None:
+        self._make: object = None
+        self._values: Sequence[Value] = ()
+
+    def get(self, make: Callable[[], Sequence[Value]], index: int) -> Value:
+        if make is not self._make:
+            self._make, self._values = None, ()  # free the last values first
+            self._make, self._values = make, make()
+        return self._values[index]
 
 
 def best_table(tables: Sequence[KeyTable], tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> KeyTable:

@@ -127,6 +127,8 @@ class QuantizedTensor:
         size, nbytes = BLOCKS[self.type]
         blocks = self.blocks.reshape(-1, nbytes)
         out = torch.empty(len(blocks), size, dtype=dtype, device=blocks.device)
+        if out.is_meta:
+            return out.view(self.shape)
         decode = _DECODERS.get(self.type)
         if decode is None:
             return out.copy_(_by_gguf(self.blocks, self.type).view(-1, size)).view(self.shape)

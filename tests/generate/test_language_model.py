@@ -330,6 +330,21 @@ def test_prompts_that_memory_cannot_hold_are_refused_with_the_numbers(
         model.complete(["a b c", "d e f"])
 
 
+def test_requests_wait_while_the_cache_has_no_room(model: LanguageModel) -> None:
+    expected = model.complete("b", max_tokens=4, temperature=0).token_ids
+    model.limit_cache(model.step.cache.bytes_for(1))
+    first, second = (model.stream(text, max_tokens=4, temperature=0) for text in "ab")
+    list(first)
+    assert second.completion.completion_tokens == 0
+    list(second)
+    assert second.completion.token_ids == expected
+    model.limit_cache(model.step.cache.bytes_for(1) - 1)
+    with pytest.raises(BadInput, match="KV cache"):
+        model.complete("a")
+    model.limit_cache(None)
+    assert model.complete("b", max_tokens=4, temperature=0).token_ids == expected
+
+
 def test_reprs_say_what_matters(model: LanguageModel) -> None:
     with model.stream("a b c", max_tokens=3) as stream:
         next(stream)
