@@ -21,7 +21,7 @@ format:  ## format the code
 bench:   ## benchmark pentad, llama.cpp and transformers
 	@scripts/bench
 
-parity:  ## compile llama.cpp and compare with it
+parity:  ## compare with llama.cpp, which takes minutes to compile, and with TRL
 	@scripts/parity
 
 gpu:     ## run the tests and benchmarks that need a GPU, with the installed packages

@@ -22,7 +22,8 @@ class TokenData:
         batch_size: sequences (or pairs) a step, over all processes.
         seed: seed of the order.
         micro_batch_tokens: the most tokens of a micro-batch; a longer example goes alone.
-        bin_size: pack examples into bins of this many tokens, which then count as sequences; None for no packing.
+        bin_size: pack examples into bins of this many tokens (for pairs: twice as many), which then count as sequences;
+            None for no packing.
         rank, world: this process, and the number of processes.
         device: where batches go.
     """
@@ -43,7 +44,7 @@ class TokenData:
         units: list[Sequence[Sequence[int]]] = [
             [(number,) for number in range(len(store))]
             if self.bin_size is None
-            else best_fit(store.lengths.tolist(), self.bin_size)
+            else best_fit(store.lengths.tolist(), self.bin_size * store.sequences)
             for store in self.stores
         ]
         object.__setattr__(self, "_units", units)

@@ -151,6 +151,32 @@ def test_a_reward_model_is_read_by_transformers(folder: Path) -> None:
         assert float(chosen - rejected) > PAIRS[number]["margin"]
 
 
+@pytest.mark.parametrize("case", ["kto", "reward", "mixture"])
+def test_a_resumed_run_gives_the_same_bytes(folder: Path, tmp_path: Path, case: str) -> None:
+    weights = []
+    for kill_after in (None, 2):
+        given = recipe_of(folder, case, "run.steps=3", "run.checkpoint_every=1", f"run.out={tmp_path}/{kill_after}")
+
+        def report(record: StepRecord, kill_after: int | None = kill_after) -> None:
+            if record.step == kill_after:
+                raise KeyboardInterrupt
+
+        if kill_after is not None:
+            with pytest.raises(KeyboardInterrupt):
+                open_run(given).train(note=print, report=report)
+        final = open_run(given).train(resume=kill_after is not None, note=print, report=lambda record: None)
+        weights.append((final / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_pairs_are_packed_into_bins_of_two_sequences(folder: Path) -> None:
+    run = open_run(recipe_of(folder, "dpo", "data.pack=true", "run.sequence_length=40"))
+    lengths = run.stores[0].lengths
+    bins = [sum(int(lengths[n]) for n in unit) for unit in run.data._units[0]]
+    assert 40 < max(bins) <= 80
+    assert sum(bins) == lengths.sum()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_of_pairs_prefers_the_chosen_reply(folder: Path, name: str) -> None:
     out, cache = folder / f"only-{name}", folder / f"cache-{name}"
