@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from pentad import terminal
 from pentad.cli import options as o
 from pentad.cli.answer import answer
 from pentad.cli.conversation import Conversation
@@ -67,14 +68,14 @@ def chat(
         if as_json:
             raise BadInput("--json answers one prompt: give PROMPT, or standard input")
         from pentad.cli.interactive import Loop, complete_line
-        from pentad.cli.quiet import quiet
 
-        with quiet():
+        with terminal.quiet():
             model = loading.load_decoder_only("chat")
             from pentad.cli.prompting import Prompt
 
             Loop(Conversation(model, chosen, system=system, truncate=truncate), Prompt(complete_line)).run()
         return
+    terminal.restore()
     text = _prompt(prompt).removesuffix("\n")
     if not text.strip():
         raise BadInput("the prompt is empty: say something, or run pentad chat at a terminal")

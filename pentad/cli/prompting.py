@@ -16,7 +16,7 @@ from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
-from pentad.cli.quiet import bracketed_paste
+from pentad.terminal import bracketed_paste
 from pentad.weights.cache import cache_folder
 
 ENTRIES = 1000  # kept in the history

@@ -4,12 +4,14 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ from pentad.cli.conversation import Conversation
 from pentad.cli.interactive import SETTINGS, Loop, complete_line
 from pentad.generate.plan_step import PlanStep
 from pentad.generate.step import PlainStep, Step, Work
+from pentad.terminal import starts_conversation
+from tests.helpers.tiny import talking_checkpoint
 
 ROOT = Path(__file__).parents[2]
 Chat = Callable[..., str]
@@ -275,7 +279,7 @@ class Terminal:
             elif self.process.poll() is not None:
                 break
         assert termios.tcgetattr(self._terminal) == self.modes
-        assert self.screen.rfind(PASTE_OFF) > self.screen.rfind(PASTE_ON)
+        assert self.screen.rfind(PASTE_OFF) >= self.screen.rfind(PASTE_ON)
         return self.process.wait(5)
 
     def close(self) -> None:
@@ -304,9 +308,9 @@ def user_texts(file: Path) -> list[str]:
 
 def test_a_conversation_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     file, history = tmp_path / "talk.jsonl", tmp_path / "history"
-    terminal.wait_for("loading ")
+    terminal.wait_for(PASTE_ON)
     terminal.type("What is the capital of France?\r")  # before the first prompt
-    terminal.wait_for("/help lists commands")
+    assert "France" not in terminal.wait_for("/help lists commands")
     terminal.wait_for("Paris")
     ready(terminal)
     terminal.type("And of\\\rItaly?\r")
@@ -368,3 +372,53 @@ def test_history_is_bounded_and_kept_between_sessions(tmp_path: Path, monkeypatc
     first.store_string("a\udcff")
     monkeypatch.setenv("PENTAD_CACHE", str(tmp_path / "history"))  # a file where the folder should be
     assert list(prompting.history().load_history_strings()) == []
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return talking_checkpoint(tmp_path / "talking").folder
+
+
+def test_the_echo_is_off_before_the_command_line_is_imported() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "pentad", "chat", "--model", "no-such-model"]
+    with closing(Terminal(*command)) as terminal:
+        before = terminal.wait_for(PASTE_ON)
+        assert "pentad.terminal" in before
+        assert "typer" not in before
+        assert terminal.wait() == 2
+
+
+def test_a_prompt_after_an_option_restores_the_terminal_at_once(folder: Path) -> None:
+    arguments = ["chat", "--model", str(folder), "--max-tokens", "1", "--json", "Hi"]
+    assert starts_conversation(arguments)  # --json could have a value
+    with closing(Terminal(sys.executable, "-m", "pentad", *arguments)) as terminal:
+        terminal.wait_for(PASTE_ON)
+        terminal.wait_for(PASTE_OFF)
+        terminal.wait_for('"finish_reason"')
+        assert terminal.wait() == 0
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="setsid makes the terminal that of the session")
+def test_a_job_in_the_background_leaves_the_terminal_alone(folder: Path) -> None:
+    """The system would stop it if it changed the terminal."""
+    chat = f"'{sys.executable}' -m pentad chat --model '{folder}' --max-tokens 1 --json Hi < /dev/tty"
+    with closing(Terminal("setsid", "--ctty", "bash", "-mc", f"{chat} & wait; echo done")) as terminal:
+        assert PASTE_ON not in terminal.wait_for('"finish_reason"')
+        terminal.wait_for("done")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("chat", True),
+        ("run --verbose -m smollm2", True),
+        ("--debug chat --temperature 0", True),
+        ("chat hi", False),
+        ("chat --seed 1 hi", False),
+        ("chat --help", False),
+        ("complete chat", False),
+        ("", False),
+    ],
+)
+def test_a_conversation_is_recognized_by_its_command_line(line: str, expected: bool) -> None:
+    assert starts_conversation(line.split()) is expected
