@@ -6,6 +6,7 @@ no change stay in the file's mapped memory.
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +19,19 @@ from pentad.models import families, family_of
 from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import corrected_by_tensors, read_family_config
 from pentad.nn.decoder import Decoder
-from pentad.nn.linear import HeadLinear, QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
+from pentad.nn.linear import HeadLinear, QuantizedEmbedding, QuantizedHead, QuantizedLinear
 from pentad.nn.moe.experts import GroupedLinear, QuantizedGroupedLinear
 from pentad.weights.cache import Progress, task
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
 from pentad.weights.keytable import Operation, Pairing, best_table
-from pentad.weights.quantized import QuantizedTensor
+from pentad.weights.mapped import drop_pages
+from pentad.weights.quantized import BLOCKS, QuantizedTensor
+from pentad.weights.quantizer import QUANTIZED
+from pentad.weights.scratch import quantized_copy
 
 _logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_QuantizedPart = type[QuantizedLinear] | type[RowwiseInt8Linear]
 KEEPS_BLOCKS = {nn.Linear, HeadLinear, nn.Embedding, GroupedLinear}
 """Parts with a quantized counterpart (see `_quantized_part`)."""
 
@@ -52,7 +55,7 @@ def build(
         trainable: put the network in training mode. Parameters get gradients and are copied from the file's mapped
             memory; quantized weights are dequantized.
         quantized: the quantized matrices that stay quantized: "operators" (those for which torch has a fast operator),
-            "all" (for the kernels) or "none".
+            "all" (for the kernels) or "none". One of `QUANTIZED` quantizes the matrices of a float checkpoint.
         seed: seed of the initial weights; equal seeds give equal weights.
         progress: reports the bytes read.
 
@@ -158,15 +161,18 @@ def held_bytes(checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, *, 
     Raises:
         BadInput: see `fill`.
     """
-    if not checkpoint.tensors:
-        return sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
+    cpu = torch.device("cpu")
+    if checkpoint.tensors:
+        placements = _placements(checkpoint, network, dtype, cpu, quantized)
+        kept = {p[0]: type for one in placements for p, type in zip(one.parameter_names, one.types, strict=True)}
+    else:
+        names = parameter_names(network)
+        kept = {name: _kept_type(network, names[name], None, quantized, dtype, cpu) for name in names}
     total = 0.0
-    for placement in _placements(checkpoint, network, dtype, torch.device("cpu"), quantized):
-        if quantized == "all" and QuantizedLinear in placement.parts:
-            total += placement.nbytes
-            continue
-        for names, part in zip(placement.parameter_names, placement.parts, strict=True):
-            total += network.get_parameter(names[0]).numel() * (part.bytes_per_weight if part else dtype.itemsize)
+    for name, type in kept.items():
+        size, nbytes = (1, dtype.itemsize) if type is None else BLOCKS[type]
+        bytes_per_weight = QuantizedLinear.bytes_per_weight if type and quantized == "operators" else nbytes / size
+        total += network.get_parameter(name).numel() * bytes_per_weight
     return int(total)
 
 
@@ -177,13 +183,13 @@ class _Placement(NamedTuple):
         entries: the file's tensors.
         operation: converts them.
         parameter_names: the names of each result in the network; tied parameters have several.
-        parts: for each result, the quantized part that replaces a linear layer or an embedding; None for a parameter.
+        types: the type of the blocks in which each result is kept; None for a float parameter.
     """
 
     entries: tuple[TensorEntry, ...]
     operation: Operation
     parameter_names: list[list[str]]
-    parts: list[_QuantizedPart | None]
+    types: list[str | None]
 
     @property
     def nbytes(self) -> int:
@@ -196,25 +202,47 @@ def _placements(
     placements = []
     all_names = parameter_names(network)
     for ours, entries, operation in pairings(checkpoint, network):
-        types = {entry.quantization for entry in entries}
-        quantization = types.pop() if len(types) == 1 and quantized != "none" else None
-        parts: list[_QuantizedPart | None] = []
-        for names in (all_names[name] for name in ours):
-            shape, owners = tuple(network.get_parameter(names[0]).shape), [name.rpartition(".") for name in names]
-            owner_types = {
-                type(network.get_submodule(owner)) if leaf == "weight" else None for owner, _, leaf in owners
-            }
-            untied_linear = len(owners) == 1 and owner_types <= {nn.Linear, HeadLinear}
-            if (untied_linear and QuantizedLinear.has_operator(quantization, shape, dtype, device)) or (
-                quantized == "all" and quantization and owner_types <= KEEPS_BLOCKS
-            ):
-                parts.append(QuantizedLinear)
-            elif quantization and "head.weight" in names and RowwiseInt8Linear.has_operator(dtype, device):
-                parts.append(RowwiseInt8Linear)
-            else:
-                parts.append(None)
-        placements.append(_Placement(entries, operation, [all_names[name] for name in ours], parts))
+        found = {entry.quantization for entry in entries}
+        if quantized in QUANTIZED and found != {None}:
+            raise BadInput(f"{checkpoint.path} is quantized already; --quantize {quantized} is for float weights")
+        stored = found.pop() if len(found) == 1 else None
+        names = [all_names[name] for name in ours]
+        types = [_kept_type(network, tied, stored, quantized, dtype, device) for tied in names]
+        placements.append(_Placement(entries, operation, names, types))
     return placements
+
+
+def _kept_type(
+    network: Decoder, names: list[str], stored: str | None, quantized: str, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """The type of the blocks in which a parameter is kept; None for a float parameter.
+
+    Args:
+        network: the network.
+        names: the parameter's names.
+        stored: the type in the file.
+        quantized, dtype, device: see `build`.
+    """
+    shape, owners = network.get_parameter(names[0]).shape, [name.rpartition(".") for name in names]
+    parts = [type(network.get_submodule(owner)) if leaf == "weight" else None for owner, _, leaf in owners]
+    if quantized == "operators":
+        return stored if parts == [nn.Linear] and QuantizedLinear.has_operator(stored, shape, dtype, device) else None
+    if quantized == "none" or not set(parts) <= KEEPS_BLOCKS:
+        return None
+    return quantized_type(names[0], shape, quantized) if quantized in QUANTIZED else stored
+
+
+def quantized_type(name: str, shape: Sequence[int], wanted: str) -> str | None:
+    """The type of a parameter in a model that is quantized to `wanted`, one of `QUANTIZED`; None for a float.
+
+    As in llama.cpp, vectors, routers, relative biases and rows that aren't whole blocks stay floats, and q4_k becomes
+    q5_0 in rows that aren't whole blocks of 256. The embedding and the head get 8 bits.
+    """
+    if len(shape) == 1 or shape[-1] % 32 or name.endswith((".router.weight", ".position_bias.weight")):
+        return None
+    if name.startswith(("embed.", "head.")):
+        return "q8_0"
+    return "q5_0" if wanted == "q4_k" and shape[-1] % 256 else wanted
 
 
 def parameter_names(network: nn.Module) -> dict[str, list[str]]:
@@ -248,22 +276,21 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
     """Read and convert the tensors of one rule, and put the results into the network."""
     tensors = [entry.read() for entry in placement.entries]
     values = placement.operation.load(tensors)
-    for value, names, part in zip(values, placement.parameter_names, placement.parts, strict=True):
+    for value, names, type in zip(values, placement.parameter_names, placement.types, strict=True):
+        if type is not None and isinstance(value, torch.Tensor) and placement.entries[0].quantization is None:
+            value = quantized_copy(names[0], value, type)
         if isinstance(value, QuantizedTensor):
-            if part is QuantizedLinear:
+            if type is not None:
                 for owner in (name.rpartition(".")[0] for name in names):
                     network.set_submodule(owner, _quantized_part(network.get_submodule(owner), value))
                 continue
             value = value.dequantize(dtype)
-        parameter = nn.Parameter(value.to(device, dtype), requires_grad=False)
-        _set_parameter(network, names, parameter)
-        if part is RowwiseInt8Linear:
-            head = network.get_submodule("head")
-            assert isinstance(head, nn.Linear)
-            network.set_submodule("head", RowwiseInt8Linear(parameter, head.bias))
-    for tensor in tensors:
+        _set_parameter(network, names, nn.Parameter(value.to(device, dtype), requires_grad=False))
+    for entry, tensor in zip(placement.entries, tensors, strict=True):
         if isinstance(tensor, QuantizedTensor):
             tensor.release()
+        elif entry.mapped and any(placement.types):
+            drop_pages(tensor)
 
 
 def _set_parameter(network: nn.Module, names: list[str], parameter: nn.Parameter) -> None:
@@ -275,7 +302,7 @@ def _set_parameter(network: nn.Module, names: list[str], parameter: nn.Parameter
 def _quantized_part(part: nn.Module, weight: QuantizedTensor) -> nn.Module:
     """The counterpart of `part` with a quantized weight."""
     if isinstance(part, nn.Linear):
-        return QuantizedLinear(weight, part.bias)
+        return (QuantizedHead if isinstance(part, HeadLinear) else QuantizedLinear)(weight, part.bias)
     return QuantizedGroupedLinear(weight) if isinstance(part, GroupedLinear) else QuantizedEmbedding(weight)
 
 

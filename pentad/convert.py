@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pentad import text, weights
-from pentad.build import default_dtype, dtype_named, meta_network, pairings
+from pentad.build import default_dtype, dtype_named, meta_network, pairings, quantized_type
 from pentad.errors import BadInput
 from pentad.memory import available_memory
 from pentad.models import family_of
@@ -33,8 +33,9 @@ from pentad.weights.cache import Progress
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
 from pentad.weights.gguf_writer import write_gguf
 from pentad.weights.keytable import KeyTable, LastResult, Value, on_meta
+from pentad.weights.quantizer import QUANTIZED
 from pentad.weights.safetensors_writer import write_safetensors
-from pentad.weights.writing import QUANTIZED, PendingTensor
+from pentad.weights.writing import PendingTensor
 
 FORMATS = {"hf": "hf", "mistral": "consolidated", "gguf": "gguf"}
 """Target of `convert` -> `Checkpoint.format`."""
@@ -54,6 +55,7 @@ FILE_TYPES: dict[torch.dtype | str, int] = {
     "q8_0": 7,
     "q5_0": 8,
     "q5_1": 9,
+    "q4_k": 14,
     torch.bfloat16: 32,
 }
 """Type of most matrices -> GGUF's ``general.file_type``."""
@@ -325,9 +327,8 @@ def _to_gguf(
             return torch.float32  # as in llama.cpp
         if quantize in FLOATS:
             return FLOATS[quantize]
-        if quantize is None or shape[-1] % 32:
-            return entry.quantization or (entry.dtype if entry.dtype in FILE_TYPES else torch.float32)
-        return "q8_0" if name.startswith(("embed.", "head.")) else quantize
+        wanted = None if quantize is None else quantized_type(name, shape, quantize)
+        return wanted or entry.quantization or (entry.dtype if entry.dtype in FILE_TYPES else torch.float32)
 
     tensors, config = converter.pending_tensors(stored_type), converter.config
     if isinstance(config, DecoderConfig) and (factors := frequency_factors(config)) is not None:

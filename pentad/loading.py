@@ -15,7 +15,7 @@ from pentad.generate import EncoderDecoderModel, LanguageModel
 from pentad.generate.encoder_decoder_step import EncoderDecoderStep
 from pentad.generate.guards import UnsupportedByKernels
 from pentad.generate.plan import check_network
-from pentad.generate.plan_step import step_for
+from pentad.generate.plan_step import cached_weights, step_for
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep, Step
 from pentad.nn.decoder import Decoder
@@ -23,6 +23,7 @@ from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.text.folder_settings import read_generation
 from pentad.weights.cache import Progress
 from pentad.weights.checkpoint import Checkpoint
+from pentad.weights.quantizer import QUANTIZED
 
 DEVICES = ("cpu", "cuda", "mps")
 _logger = logging.getLogger(__name__)
@@ -61,9 +62,9 @@ def load(
         dtype: float32, bfloat16 or float16: compute in this dtype in plain torch, without the CPU kernels. By default
             the kernels run on a CPU, close to float32, with the file's weights unchanged. If the kernels don't support
             the network, torch computes in the dtype of the file's weights (bfloat16 if they are quantized).
-        quantize: by default quantized weights stay as in the file. (Without the kernels some are dequantized, and a
-            quantized head is rounded to int8 rows for steps of one or two tokens.) "none" dequantizes all weights and
-            turns the CPU kernels off.
+        quantize: by default quantized weights stay as in the file (without the kernels some are dequantized). A type
+            ("q8_0", "q4_0", "q4_k", …: one of `QUANTIZED`) quantizes float weights while loading, as `pentad.convert`
+            does: the embedding and the head get 8 bits. "none" dequantizes all weights and turns the CPU kernels off.
         threads: CPU threads of the whole process.
         context: maximum sequence length in tokens; the model's limit by default.
         cache_dtype: dtype of the KV cache, or "int8" (kernels only). By default `dtype`; with the kernels float32 if
@@ -86,19 +87,20 @@ def load(
             raise BadInput(f"threads is {threads}; expected at least 1")
         torch.set_num_threads(threads)
     target = _device(device)
+    check_quantize(quantize, target)
     checkpoint = weights.open(registry.locate(name_or_path, progress=progress))
     torch_dtype = build.default_dtype(checkpoint) if dtype is None else build.dtype_named(dtype)
-    if quantize not in (None, "none"):
-        raise BadInput(f"quantize is {quantize!r}; expected 'none', or no value to keep the file's quantization")
     kv_dtype = None if cache_dtype is None else _cache_dtype(cache_dtype)
     network = build.meta_network(checkpoint)
     why_torch = kernels_decline(checkpoint, network, device=target, dtype=dtype, quantize=quantize)
     if why_torch is not None and kv_dtype == torch.int8:
         raise BadInput(f"cache_dtype is int8, which needs the kernels; plain torch runs {name_or_path}: {why_torch}")
-    quantized = "all" if why_torch is None else "none" if quantize == "none" else "operators"
-    if why_torch is None and any(entry.quantization for entry in checkpoint.tensors.values()):
+    quantized = quantize or ("all" if why_torch is None else "operators")
+    if why_torch is None and (quantize or any(entry.quantization for entry in checkpoint.tensors.values())):
         torch_dtype = torch.float32  # the dtype of norms and biases
     build.fill(network, checkpoint, device=target, dtype=torch_dtype, quantized=quantized, progress=progress)
+    if why_torch is not None:
+        why_torch += cached_weights(network)
     sampling = Sampling() if checkpoint.format == "gguf" else Sampling.recommended(*read_generation(checkpoint))
     tokenizer: text.Tokenizer | BadInput | None
     try:
@@ -132,8 +134,8 @@ def kernels_decline(
     """
     if device.type != "cpu":
         return f"the device is {device}"
-    if dtype is not None or quantize is not None:
-        return f"{'a dtype' if quantize is None else 'dequantizing'} was requested"
+    if dtype is not None or quantize == "none":
+        return f"{'dequantizing' if quantize == 'none' else 'a dtype'} was requested"
     if not kernels.isas():
         return f"there are no kernels: {kernels.reason()}"
     types = {(entry.quantization, entry.shape[-1]) for entry in checkpoint.tensors.values() if entry.quantization}
@@ -145,6 +147,14 @@ def kernels_decline(
     except UnsupportedByKernels as reason:
         return str(reason)
     return None
+
+
+def check_quantize(quantize: str | None, device: torch.device) -> None:
+    """Raise BadInput if `load` can't quantize to a type on a device."""
+    if quantize not in (None, "none", *QUANTIZED):
+        raise BadInput(f"quantize is {quantize!r}; expected one of {', '.join(QUANTIZED)}, or none to dequantize")
+    if quantize in QUANTIZED and device.type != "cpu":
+        raise BadInput(f"quantize is {quantize!r}, which is for the CPU; the device is {device}: use cpu")
 
 
 def _cache_dtype(name: str | torch.dtype) -> torch.dtype:

@@ -140,13 +140,14 @@ def test_converting_qwen_there_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("type_name", GGUF_TYPES)
 def test_quantizing(type_name: str, tmp_path: Path) -> None:
     """ggml's reader and dequantizer agree with pentad's; embedding and head get 8 bits if other matrices get fewer."""
-    tiny = tiny_checkpoint(tmp_path / "a", **WIDE)
+    tiny = tiny_checkpoint(tmp_path / "a", hidden_size=256, intermediate_size=96)
     convert(tmp_path / "a", tmp_path / "m.gguf", to="gguf", quantize=type_name)
     reader = GGUFReader(tmp_path / "m.gguf")
     types = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
     under_8_bits = type_name.startswith(("q4", "q5"))
     assert types["token_embd.weight"] == types["output.weight"] == ("q8_0" if under_8_bits else type_name)
     assert types["blk.0.ffn_up.weight"] == types["blk.1.attn_q.weight"] == type_name
+    assert types["blk.0.ffn_down.weight"] == ("q5_0" if type_name == "q4_k" else type_name)  # rows of 96
     assert types["blk.0.attn_norm.weight"] == "f32"
     for tensor in reader.tensors:
         if tensor.name == "blk.1.ffn_up.weight":

@@ -306,7 +306,7 @@ def test_a_dtype_may_be_a_name(tmp_path: Path, name: object) -> None:
     [
         ({"dtype": "float8"}, "dtype is float8"),
         ({"cache_dtype": "int4"}, "dtype is int4"),
-        ({"quantize": "q3"}, "quantize is 'q3'"),
+        ({"quantize": "q3"}, "quantize is 'q3'; expected one of q4_0, q4_1, q4_k, q5_0, q5_1, q8_0, or none"),
         ({"device": "abacus"}, "device is abacus; expected one of cpu, cuda, mps"),
         ({"threads": 0}, "threads is 0"),
         ({"context": 0}, "context is 0;"),

@@ -12,7 +12,7 @@ import torch
 import pentad.weights
 from pentad.build import build
 from pentad.errors import BadInput
-from pentad.nn.linear import QuantizedLinear
+from pentad.nn.linear import QuantizedHead, QuantizedLinear
 from pentad.weights.checkpoint import Checkpoint
 from tests.helpers.gguf_llama import write_gguf
 from tests.helpers.tiny import (
@@ -82,8 +82,8 @@ def test_an_untied_quantized_head_runs_on_no_rows(tmp_path: Path) -> None:
     """The head gets no rows while a long prompt is prefilled in chunks."""
     file = tmp_path / "m.gguf"
     write_gguf(file, tiny_peer(**WIDE), "Q4_0")
-    network = network_of(file, torch.bfloat16)
-    assert isinstance(network.head, QuantizedLinear)
+    network = network_of(file, torch.bfloat16, quantized="all")
+    assert isinstance(network.head, QuantizedHead)
     assert network.head(torch.zeros(0, 64, dtype=torch.bfloat16)).shape == (0, 96)
 
 

@@ -35,7 +35,9 @@ def convert(
     ] = None,
     quantize: Annotated[
         str | None,
-        Option(metavar="TYPE", help="For gguf: q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16 or f32. Default: as in SRC."),
+        Option(
+            metavar="TYPE", help="For gguf: q4_0, q4_1, q4_k, q5_0, q5_1, q8_0, f16, bf16 or f32. Default: as in SRC."
+        ),
     ] = None,
     dtype: Annotated[
         o.DtypeName | None,

@@ -49,8 +49,9 @@ Dtype = Annotated[
 Quantize = Annotated[
     str | None,
     Option(
-        metavar="NAME",
-        help="none dequantizes the weights, and turns the CPU kernels off. Default: as quantized in the file.",
+        metavar="TYPE",
+        help="Quantize float weights while loading: q8_0, q5_1, q5_0, q4_1, q4_0 or q4_k (a CPU only)."
+        " none dequantizes instead, and turns the CPU kernels off. Default: as in the file.",
     ),
 ]
 
@@ -95,7 +96,7 @@ class Loading:
             loaded = load(values.pop("model"), **values, progress=output.progress())
         if isinstance(loaded, LanguageModel) and loaded.network.device.type == "cpu":
             why = loaded.step.backend.removeprefix("as plain torch: ")
-            if kernels.isas() and (self.dtype or self.quantize):
+            if kernels.isas() and (self.dtype or self.quantize == "none"):
                 why = f"{'--dtype' if self.dtype else '--quantize'} turns the CPU kernels off"
             if why != loaded.step.backend:
                 output.note(f"pentad: plain PyTorch runs the model, more slowly than the CPU kernels: {why}")

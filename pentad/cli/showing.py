@@ -62,8 +62,6 @@ def show(
         loading = o.Loading(model, dtype=dtype, quantize=quantize, context=context)
         show_experts(experts, out, loading=loading, as_json=as_json)
         return
-    if quantize not in (None, "none"):
-        raise BadInput(f"--quantize is {quantize!r}; expected none")
     facts = _facts(model, context, dtype, quantize)
     if as_json:
         output.write_json(facts)
@@ -96,16 +94,18 @@ def show(
 
 
 def _facts(name: str, context: int | None, dtype: o.DtypeName | None, quantize: str | None) -> dict[str, Any]:
-    from torch import device
+    from torch import bfloat16, device
 
     from pentad import text, weights
     from pentad.build import DTYPES, default_dtype, meta_network
-    from pentad.loading import kernels_decline
+    from pentad.loading import check_quantize, kernels_decline
     from pentad.memory import estimate
     from pentad.models import family_of
     from pentad.nn.encoder_decoder import EncoderDecoder
     from pentad.weights import registry
+    from pentad.weights.quantizer import QUANTIZED
 
+    check_quantize(quantize, cpu := device("cpu"))
     checkpoint = weights.open(registry.locate(name, progress=output.progress()))
     family = family_of(checkpoint).names.family
     network = meta_network(checkpoint)
@@ -114,9 +114,11 @@ def _facts(name: str, context: int | None, dtype: o.DtypeName | None, quantize: 
     length = context or trained
     parameters = sum(parameter.numel() for parameter in network.parameters())
     kinds = Counter(e.quantization or str(e.dtype).removeprefix("torch.") for e in checkpoint.tensors.values())
-    why_torch = kernels_decline(checkpoint, network, device=device("cpu"), dtype=dtype, quantize=quantize)
+    why_torch = kernels_decline(checkpoint, network, device=cpu, dtype=dtype, quantize=quantize)
     runs = "by the kernels" if why_torch is None else f"as plain torch: {why_torch}"
-    quantized = "all" if why_torch is None else "none" if quantize else "operators"
+    quantized = quantize or ("all" if why_torch is None else "operators")
+    if quantized in QUANTIZED and why_torch is None:
+        precision = bfloat16  # of the KV cache: 16 bits
     memory = estimate(checkpoint, network, tokens=length, dtype=precision, quantized=quantized)
     try:
         tokenizer = text.load(checkpoint, vocab_size=network.config.vocab_size)
@@ -132,7 +134,7 @@ def _facts(name: str, context: int | None, dtype: o.DtypeName | None, quantize: 
         "active_parameters": parameters - _idle_parameters(network),
         "context_length": trained,
         "layers": len(network.layers) + (len(network.encoder.layers) if isinstance(network, EncoderDecoder) else 0),
-        "quantization": _quantization(checkpoint),
+        "quantization": quantized if quantized in QUANTIZED else _quantization(checkpoint),
         "runs": runs,
         "tensors": dict(kinds.most_common()),
         "dtype": str(precision).removeprefix("torch."),

@@ -18,7 +18,7 @@ from pentad.nn.attention import Attention
 from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
 from pentad.nn.decoder import Decoder
 from pentad.nn.feedforward import GatedSwiGLU, GeluMLP, SwiGLU
-from pentad.nn.linear import HeadLinear, QuantizedEmbedding, QuantizedLinear, RowwiseInt8Linear
+from pentad.nn.linear import HeadLinear, QuantizedEmbedding, QuantizedHead, QuantizedLinear
 from pentad.nn.moe.experts import GatedSwiGLUExperts, GroupedLinear, QuantizedGroupedLinear, SwiGLUExperts
 from pentad.nn.moe.layer import MixtureOfExperts, Router
 from pentad.nn.moe.routers import mixtral_top_k, softmax_top_k
@@ -51,7 +51,7 @@ KNOWN_ATTRIBUTES: dict[type[nn.Module], set[str]] = {
 """A part with another attribute may compute something that the plan doesn't know."""
 
 PLAIN = (nn.ModuleList, nn.Embedding, nn.Linear, HeadLinear, Router, GroupedLinear)
-QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedGroupedLinear, RowwiseInt8Linear)
+QUANTIZED = (QuantizedLinear, QuantizedHead, QuantizedEmbedding, QuantizedGroupedLinear)
 NORMALIZED = {mixtral_top_k: True, softmax_top_k: False}
 """Routing function -> whether the weights of a row's experts add up to 1."""
 
@@ -214,7 +214,7 @@ class Planner:
         """The weight and the bias of a linear layer."""
         if type(part) in (GroupedLinear, QuantizedGroupedLinear):
             return self.guards.read(part, "weight"), None
-        if type(part) not in (QuantizedLinear, RowwiseInt8Linear):
+        if type(part) not in (QuantizedLinear, QuantizedHead):
             _check_type(part, nn.Linear, HeadLinear, Router)
         return self.guards.read(part, "weight", "bias")
 

@@ -134,7 +134,11 @@ def step_for(network: Decoder, *, cache_dtype: torch.dtype | None = None, page_s
     try:
         return plan_step()
     except UnsupportedByKernels as reason:
-        why, weights = str(reason), cache_dequantized(network, network.dtype, (physical_memory() or math.inf) / 2)
-        if weights:
-            why += f" ({weights})"
+        why = str(reason) + cached_weights(network)
         return PlainStep(network, cache_dtype=cache_dtype, page_size=page_size, why=why, replan=replan)
+
+
+def cached_weights(network: Decoder) -> str:
+    """Dequantize weights once if that takes at most half of the memory; returns a note in parentheses, or nothing."""
+    note = cache_dequantized(network, network.dtype, (physical_memory() or math.inf) / 2)
+    return note and f" ({note})"

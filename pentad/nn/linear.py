@@ -1,4 +1,4 @@
-"""Layers whose weights stay in the file's quantized blocks, and heads: in float32, and with an int8 copy.
+"""Layers whose weights stay in quantized blocks, and heads, whose outputs are float32.
 
 Legend: N rows, I input features, O output features, D width.
 """
@@ -165,7 +165,8 @@ class QuantizedLinear(QuantizedWeight):
                 x_NI, lambda x: F.linear(x, self.dequantized(x.dtype)), partial(_multiply_transposed, (self,))
             )
         else:
-            return F.linear(x_NI, self.dequantized(x_NI.dtype), self.bias)
+            bias = None if self.bias is None else self.bias.to(x_NI.dtype)
+            return F.linear(x_NI, self.dequantized(x_NI.dtype), bias)
         return y_NO if self.bias is None else y_NO + self.bias
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -213,6 +214,19 @@ class QuantizedLinear(QuantizedWeight):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._packed, self._dequantized = Derived(), Derived()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class QuantizedHead(QuantizedLinear):
+    """A language model's head with a quantized weight. As in `HeadLinear`, the outputs are float32."""
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        return super().forward(x_NI.float())
+
+    def dequantized_bytes(self, dtype: torch.dtype) -> int:
+        return super().dequantized_bytes(torch.float32)
+
+    def cache_dequantized(self, dtype: torch.dtype) -> None:
+        super().cache_dequantized(torch.float32)
 
 
 def _multiply_packed(layers: Sequence[QuantizedLinear], x_NI: Tensor) -> Tensor:
@@ -306,49 +320,3 @@ class HeadLinear(nn.Linear):
 
     def forward(self, x_NI: Tensor) -> Tensor:
         return float32_linear(x_NI, self.weight, self.bias)
-
-
-class RowwiseInt8Linear(nn.Module):
-    """A language model's bfloat16 head, with an int8 copy (one scale per row) for inputs of one or two rows.
-
-    Reading the head's weight takes most of a small model's step. The copy is for heads that the file quantizes: its
-    rounding raises the root mean square error of SmolLM2's logits from 0.11 to 0.13 (docs/benchmarks.md).
-
-    Args:
-        weight: [O, I], usually the embedding's.
-        bias: [O] or None.
-    """
-
-    bytes_per_weight = 3.0  # bfloat16 and int8
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self._int8 = Derived()
-
-    @staticmethod
-    def has_operator(dtype: torch.dtype, device: torch.device) -> bool:
-        """True if torch has a fast operator for int8 rows: bfloat16 on a CPU."""
-        return dtype == torch.bfloat16 and device.type == "cpu"
-
-    def forward(self, x_NI: Tensor) -> Tensor:
-        learns = torch.is_grad_enabled() and (x_NI.requires_grad or self.weight.requires_grad)  # int8 has no derivative
-        if learns or x_NI.shape[0] > 2 or not self.has_operator(self.weight.dtype, self.weight.device):
-            return float32_linear(x_NI, self.weight, self.bias)
-        y_NO = torch._weight_int8pack_mm(x_NI, *self._int8.get((self.weight,), self._int8_rows))
-        return y_NO if self.bias is None else y_NO + self.bias
-
-    def _int8_rows(self) -> tuple[Tensor, Tensor]:
-        """int8 [O, I] and their scales, bfloat16 [O]; the product approximates the weight."""
-        scales, values = [], []
-        for rows in self.weight.detach().split(4096):  # type: ignore[no-untyped-call]
-            numbers = rows.float()
-            scale = torch.linalg.vector_norm(numbers, math.inf, 1) / 126.5  # no value exceeds 127
-            scales.append(scale.clamp(min=1e-30).bfloat16())
-            values.append((numbers / scales[-1].float()[:, None]).round_().to(torch.int8))
-        return torch.cat(values), torch.cat(scales)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._int8 = Derived()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

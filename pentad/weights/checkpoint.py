@@ -24,6 +24,7 @@ class TensorEntry:
         quantization: a key of `pentad.weights.quantized.BLOCKS`; None if it isn't quantized.
         nbytes: its size in the file.
         read: returns the tensor: a view of the mapped file, or a new tensor joined from the slices in several files.
+        mapped: True if `read` returns a view of a mapped file.
     """
 
     name: str
@@ -32,6 +33,7 @@ class TensorEntry:
     quantization: str | None
     nbytes: int
     read: Callable[[], torch.Tensor | QuantizedTensor]
+    mapped: bool = False
 
 
 @dataclass(frozen=True)

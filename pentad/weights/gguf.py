@@ -114,7 +114,8 @@ def _entries(path: Path, infos: list[_Info]) -> Iterator[TensorEntry]:
     for info in infos:
         dtype = DTYPES.get(info.type)
         quantization = None if dtype else info.type
-        yield TensorEntry(info.name, info.shape, dtype, quantization, info.nbytes, partial(_read, mapped, info))
+        read = partial(_read, mapped, info)
+        yield TensorEntry(info.name, info.shape, dtype, quantization, info.nbytes, read, mapped=True)
 
 
 def _read(mapped: Tensor, info: _Info) -> Tensor | QuantizedTensor:

@@ -55,7 +55,7 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
             refuse(path, _unknown_dtype(name, header.get_dtype()))
         nbytes = math.prod(shape) * dtype.itemsize
         read = partial(_read, file, name)
-        entries[name] = TensorEntry(name, shape, dtype, None, nbytes, read)
+        entries[name] = TensorEntry(name, shape, dtype, None, nbytes, read, mapped=True)
     return entries
 
 

@@ -5,16 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
 from pentad.weights.atomic import NewFile
 from pentad.weights.quantized import BLOCKS, QuantizedTensor
-
-QUANTIZED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
-"""The types of BLOCKS that pentad can quantize to."""
+from pentad.weights.quantizer import quantize
 
 SLAB = 1 << 20  # numbers at a time; as float32 4 MiB. A multiple of every block.
 
@@ -119,18 +116,7 @@ def _encode(slab: Tensor, type: torch.dtype | str, name: str) -> memoryview:
         largest = float(slab.float().abs().amax())
         if largest > limit or (blocks and math.isnan(largest)):
             raise BadInput(f"tensor {name!r} holds {largest:.3g}; {type} holds numbers up to {limit:.5g}")
-    return _bytes(slab.to(type) if isinstance(type, torch.dtype) else _quantize(slab, type))
-
-
-def _quantize(value: Tensor, type: str) -> Tensor:
-    """Numbers [*, columns] as uint8 [*, bytes a row], by ggml's own Python package."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    if type not in QUANTIZED:
-        raise BadInput(f"pentad quantizes to {', '.join(QUANTIZED)}, not to {type}")
-    with np.errstate(all="ignore"):  # a block of zeros is divided by its scale
-        return torch.from_numpy(quantize(value.float().cpu().numpy(), GGMLQuantizationType[type.upper()]))
+    return _bytes(slab.to(type) if isinstance(type, torch.dtype) else quantize(slab, type))
 
 
 def _bytes(value: Tensor) -> memoryview:

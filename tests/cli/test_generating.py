@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 import pentad as package
+from pentad.convert import convert
 from pentad.generate.plan_step import PlanStep
 from pentad.generate.step import PlainStep
 from tests.helpers.programs import needs_kernels
+from tests.helpers.tiny import talking_checkpoint
 
 ROOT = Path(__file__).parents[2]
 GREEDY = ["--temperature", "0", "--max-tokens", "8"]
@@ -190,6 +192,20 @@ def test_options_that_turn_the_kernels_off_are_noted(pentad, smollm2: Path, opti
     arguments = ("complete", "once", "--model", smollm2, "--max-tokens", "1")
     assert pentad(*arguments).err == ""
     assert f"{option[0]} turns the CPU kernels off" in pentad(*arguments, *option).err
+
+
+@needs_kernels
+def test_weights_are_quantized_while_loading(pentad, tmp_path: Path) -> None:
+    talking_checkpoint(tmp_path / "floats", hidden_size=64, intermediate_size=96)
+    (tmp_path / "text").write_text("Once upon a time")
+    loading = ("--model", tmp_path / "floats", "--quantize", "q8_0")
+    done = pentad("score", tmp_path / "text", *loading, "--json")
+    assert done.err == ""
+    convert(tmp_path / "floats", tmp_path / "q.gguf", to="gguf", quantize="q8_0")
+    file = pentad("score", tmp_path / "text", "--model", tmp_path / "q.gguf", "--json")
+    assert done.json["log_likelihood"] == file.json["log_likelihood"]
+    floats = pentad("score", tmp_path / "text", *loading[:2], "--json")
+    assert floats.json["log_likelihood"] != file.json["log_likelihood"]
 
 
 def test_piped_text_is_appended_to_the_prompt(pentad, smollm2: Path) -> None:

@@ -101,6 +101,16 @@ def test_show_with_context_and_dtype(pentad, tmp_path: Path) -> None:
     assert untied["parameters"] == PARAMETERS + 100 * 16
 
 
+def test_show_with_quantized_weights(pentad, tmp_path: Path) -> None:
+    config = {**LLAMA, "hidden_size": 64, "intermediate_size": 96, "torch_dtype": "float32"}
+    floats = show(pentad, tmp_path, config)
+    shown = show(pentad, tmp_path, config, "--quantize", "q8_0")
+    assert (shown["quantization"], floats["quantization"]) == ("q8_0", None)
+    assert shown["weight_bytes"] == pytest.approx(floats["weight_bytes"] * 34 / 32 / 4, rel=0.02)
+    if kernels.isas():
+        assert shown["kv_cache_bytes"] == floats["kv_cache_bytes"] / 2
+
+
 def test_show_as_text(pentad, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     text = pentad("show", tmp_path / "config.json", "--context", "100").out

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import pentad
 from pentad.build import build
@@ -16,7 +17,15 @@ from pentad.weights.quantized import QuantizedTensor
 from tests.helpers.blocks import random_blocks
 from tests.helpers.gguf_llama import write_gguf
 from tests.helpers.programs import needs_kernels
-from tests.helpers.tiny import assert_equal_logits, logits_of, network_of, random_ids, tiny_checkpoint, tiny_peer
+from tests.helpers.tiny import (
+    assert_equal_logits,
+    logits_of,
+    network_of,
+    peer_logits,
+    random_ids,
+    tiny_checkpoint,
+    tiny_peer,
+)
 
 
 def write(folder: Path, type_name: str = "Q8_0") -> Path:
@@ -81,6 +90,17 @@ def test_the_kernels_read_unquantized_weights_in_the_files_dtype(tmp_path: Path,
     assert model.step.backend.startswith("by the kernels (")
     assert model.network.dtype == dtype
     assert model.step.cache.keys[0].dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_weights_differ_from_float32_by_the_rounding_of_the_cache(tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny_checkpoint(tmp_path, dtype=dtype)
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    ids = random_ids(60)
+    exact = peer_logits(peer, ids)
+    assert_equal_logits(pentad.load(tmp_path, cache_dtype="float32").logits(ids), exact, 1e-5)
+    assert_equal_logits(pentad.load(tmp_path).logits(ids), exact, 3e-3)
 
 
 @needs_kernels

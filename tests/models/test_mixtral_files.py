@@ -202,13 +202,12 @@ def test_gguf_logits_match_transformers(tmp_path: Path, stacked: bool, type_name
     assert_equal_logits(logits_of(network_of(file), ids), peer_logits(peer, ids))
 
 
-def test_all_matrices_but_experts_stay_quantized(tmp_path: Path) -> None:
-    """Experts are dequantized, for now."""
+def test_all_matrices_but_experts_and_head_stay_quantized(tmp_path: Path) -> None:
     file, peer = tmp_path / "m.gguf", tiny_peer(**MIXTRAL)
     write_gguf(file, peer, "Q4_0")
     network, ids = network_of(file, torch.bfloat16), random_ids(40)
     kept = {name for name, part in network.named_modules() if isinstance(part, QuantizedLinear)}
-    assert kept == {"head", *(f"layers.{i}.attention.{p}_proj" for i in range(2) for p in "qkvo")}
+    assert kept == {f"layers.{i}.attention.{p}_proj" for i in range(2) for p in "qkvo"}
     for logits in (logits_of(network, ids), pentad.load(file).logits(ids)):
         assert float((logits - peer_logits(peer, ids)).abs().mean()) < 0.1
 

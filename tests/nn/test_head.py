@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pentad.nn.linear
 from pentad.generate.plan_step import PlanStep
 from pentad.generate.step import PlainStep, Step
 from pentad.nn.encoder_decoder import ScaledLinear
-from pentad.nn.linear import HeadLinear
+from pentad.nn.linear import HeadLinear, QuantizedHead
+from tests.helpers.blocks import random_blocks
 from tests.helpers.tiny import network_of, random_ids, rms, tiny_checkpoint
 
 HALF = [torch.bfloat16, torch.float16]
@@ -37,6 +38,21 @@ def test_logits_are_exact_products(dtype: torch.dtype, bias: bool, rows: int, mo
 def test_a_scaled_head_is_exact_too() -> None:
     head, x = ScaledLinear(64, 96, scale=0.3).bfloat16(), torch.randn(3, 64).bfloat16()
     assert float((head(x) - 0.3 * exact(x, head)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_logits_of_a_quantized_head_are_exact_products(dtype: torch.dtype, cached: bool) -> None:
+    weight, bias = random_blocks("q4_1", 48, 64), nn.Parameter(torch.randn(48).to(dtype))
+    head, x = QuantizedHead(weight, bias), torch.randn(3, 64).to(dtype).requires_grad_()
+    if cached:
+        head.cache_dequantized(dtype)
+    logits, direction = head(x), torch.randn(3, 48)
+    expected = x.double() @ weight.dequantize().double().T + bias.double()
+    assert logits.dtype == torch.float32
+    assert float((logits - expected).abs().max()) < 1e-5
+    (ours,), (exact,) = (torch.autograd.grad(y, x, direction.to(y.dtype)) for y in (logits, expected))
+    assert rms(ours.double() - exact.double()) <= 4 * torch.finfo(dtype).eps * rms(exact)
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from pentad.nn.linear import QuantizedLinear, RowwiseInt8Linear
+from pentad.nn.linear import QuantizedLinear
 from pentad.nn.moe.experts import QuantizedGroupedLinear
 from pentad.weights.quantized import QuantizedTensor
 from tests.helpers.blocks import random_blocks
@@ -78,19 +78,6 @@ def test_gradients_of_grouped_experts(dtype: torch.dtype) -> None:
     assert saved_by(lambda: layer(x, ends)) == []
     (of_some,) = torch.autograd.grad(layer(x[3:153], ends[1:4] - 3, slice(1, 4)), x, direction[3:153])
     assert_equal_gradients([of_some[3:153]], [exact[3:153]], dtype)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 200])
-def test_gradients_of_an_int8_head(rows: int) -> None:
-    weight, x = nn.Parameter(torch.randn(48, 64).bfloat16(), requires_grad=False), random_x(rows, 64)
-    bias = nn.Parameter(torch.randn(48).bfloat16())
-    layer, direction = RowwiseInt8Linear(weight, bias), torch.randn(rows, 48).bfloat16()
-    inputs = [x.requires_grad_(), bias]
-    exact = torch.autograd.grad(F.linear(x, weight, bias), inputs, direction)
-    assert_equal_gradients([*torch.autograd.grad(layer(x), inputs, direction)], [*exact], torch.bfloat16)
-    weight.requires_grad_()
-    (ours,) = torch.autograd.grad(layer(x.detach()), weight, direction)
-    assert_equal_gradients([ours], [direction.T @ x.detach()], torch.bfloat16)
 
 
 def test_tensors_cached_in_inference_mode_can_be_used_in_training() -> None:

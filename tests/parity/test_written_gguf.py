@@ -16,7 +16,7 @@ from tests.parity.golden import answers, apart
 
 pytest.importorskip("llama_cpp", reason="make parity installs it")
 
-FILE_TYPES = {"q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q8_0": 7, "f16": 1, "bf16": 32}
+FILE_TYPES = {"q4_0": 2, "q4_1": 3, "q4_k": 14, "q5_0": 8, "q5_1": 9, "q8_0": 7, "f16": 1, "bf16": 32}
 """llama.cpp's numbers of its own quantizations (llama_ftype)."""
 ALLOWED = 1.2
 
