@@ -20,14 +20,13 @@ def world() -> int:
 @contextmanager
 def joined() -> Iterator[None]:
     """Connect with the other processes, if there are any."""
-    if world() == 1:
-        yield
-        return
-    dist.init_process_group("gloo")
+    if world() > 1:
+        dist.init_process_group("gloo")
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def wait_for_all() -> None:

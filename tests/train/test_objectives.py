@@ -20,6 +20,7 @@ from pentad.nn.linear_loss import linear_log_probs
 from pentad.train.loop import StepRecord
 from pentad.train.objectives.causal import CausalLM
 from pentad.train.objectives.kto import mismatched
+from pentad.train.objectives.orpo import odds_ratio_loss
 from pentad.train.objectives.preference import LOSSES, REFERENCE_FREE
 from pentad.train.run import TrainingRun, open_run
 from tests.helpers.objectives import (
@@ -186,6 +187,13 @@ def test_a_loss_of_pairs_prefers_the_chosen_reply(folder: Path, name: str) -> No
     assert records[-1].metrics["accuracy"] == 1.0
     assert records[-1].loss < records[0].loss
     assert (cache / "references").exists() == (name not in REFERENCE_FREE)
+
+
+def test_orpo_has_gradients_where_replies_are_certain() -> None:
+    log_probs = torch.tensor([[0.0, 0.0], [-1e-8, -3.0]], requires_grad=True)
+    odds_ratio_loss(log_probs, 0.1).sum().backward()
+    assert log_probs.grad is not None
+    assert torch.isfinite(log_probs.grad).all()
 
 
 def test_kto_learns_labels_and_takes_pairs_apart(folder: Path) -> None:

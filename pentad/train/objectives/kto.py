@@ -36,7 +36,7 @@ class KTO:
 
     Attributes:
         stores: the data; an example's score is 1 if it is desirable, else 0.
-        references: for each store [examples, 2]: the reference's log-probabilities of `own_and_mismatched`.
+        references: for each store [examples, 2]: the reference's log-probabilities of the example and of `mismatched`.
         sequence_length: the most tokens of a mismatched sequence.
         beta, desirable_weight, undesirable_weight: see the paper.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,62 +24,31 @@ from pentad.train.objectives.simpo import simpo_loss
 from pentad.train.recipe import Preference
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The pairs of a micro-batch.
+class Pairs(NamedTuple):
+    """What the losses of pairs are functions of.
 
     Attributes:
-        log_probs_P2: log-probabilities of the chosen and the rejected reply, sums over tokens.
-        references_P2: the reference model's; zeros if no loss needs it.
-        tokens_P2: the number of tokens of each reply.
-        step_pairs: pairs of the whole step.
-        step_tokens: tokens of the whole step's chosen replies.
+        margin_P: see `pentad.train.objectives.dpo`.
+        mean_margin_P: the margin of means over a reply's tokens.
+        means_P2: the mean log-probability of a token of the chosen and of the rejected reply.
+        chosen_P: the chosen reply's cross-entropy, scaled so that the mean over pairs is the mean over tokens.
     """
 
-    log_probs_P2: Tensor
-    references_P2: Tensor
-    tokens_P2: Tensor
-    step_pairs: float
-    step_tokens: float
-
-    @property
-    def margin_P(self) -> Tensor:
-        """See `pentad.train.objectives.dpo`."""
-        return _difference(self.log_probs_P2 - self.references_P2)
-
-    @property
-    def mean_margin_P(self) -> Tensor:
-        """The margin of means over a reply's tokens."""
-        return _difference((self.log_probs_P2 - self.references_P2) / self.tokens_P2)
-
-    @property
-    def means_P2(self) -> Tensor:
-        """Mean log-probabilities of a reply's tokens."""
-        return self.log_probs_P2 / self.tokens_P2
-
-    @property
-    def chosen_loss(self) -> Tensor:
-        """The share of the mean cross-entropy of the chosen replies' tokens."""
-        return -self.log_probs_P2[:, 0].sum() / self.step_tokens
-
-    def share(self, values_P: Tensor) -> Tensor:
-        """The share of a mean over the step's pairs."""
-        return values_P.sum() / self.step_pairs
-
-
-def _difference(values_P2: Tensor) -> Tensor:
-    return values_P2[:, 0] - values_P2[:, 1]
+    margin_P: Tensor
+    mean_margin_P: Tensor
+    means_P2: Tensor
+    chosen_P: Tensor
 
 
 LOSSES: dict[str, Callable[[Pairs, Preference, float], Tensor]] = {
-    "dpo": lambda p, o, beta: p.share(sigmoid_loss(p.margin_P, beta, o.label_smoothing)),
-    "ipo": lambda p, o, beta: p.share(ipo_loss(p.mean_margin_P, beta)),
-    "ipo_sum": lambda p, o, beta: p.share(ipo_loss(p.margin_P, beta)),
-    "hinge": lambda p, o, beta: p.share(hinge_loss(p.margin_P, beta)),
-    "robust": lambda p, o, beta: p.share(robust_loss(p.margin_P, beta, o.label_smoothing)),
-    "simpo": lambda p, o, beta: p.share(simpo_loss(p.means_P2, beta, o.simpo_gamma, o.label_smoothing)),
-    "orpo": lambda p, o, beta: p.share(odds_ratio_loss(p.means_P2, beta)) + p.chosen_loss,
-    "sft": lambda p, o, beta: p.chosen_loss,
+    "dpo": lambda p, o, beta: sigmoid_loss(p.margin_P, beta, o.label_smoothing),
+    "ipo": lambda p, o, beta: ipo_loss(p.mean_margin_P, beta),
+    "ipo_sum": lambda p, o, beta: ipo_loss(p.margin_P, beta),
+    "hinge": lambda p, o, beta: hinge_loss(p.margin_P, beta),
+    "robust": lambda p, o, beta: robust_loss(p.margin_P, beta, o.label_smoothing),
+    "simpo": lambda p, o, beta: simpo_loss(p.means_P2, beta, o.simpo_gamma, o.label_smoothing),
+    "orpo": lambda p, o, beta: odds_ratio_loss(p.means_P2, beta) + p.chosen_P,
+    "sft": lambda p, o, beta: p.chosen_P,
 }
 """Name of a loss -> function of pairs, options and beta."""
 
@@ -107,17 +77,26 @@ class PairObjective:
     def __call__(
         self, network: Decoder, batch: TokenBatch, totals: Sequence[float], *, checkpointing: str = "none"
     ) -> Loss:
-        """The share of the means over pairs (of `chosen_loss`: over tokens)."""
+        """The share of the mean over pairs."""
         beta = self.options.beta or (2.0 if "simpo" in self.weights else 0.1)
         log_probs_P2 = reply_log_probs(network, batch, checkpointing=checkpointing).view(-1, 2)
-        references_P2 = values_of(self.references, batch) if self.references else torch.zeros_like(log_probs_P2)
         tokens_P2 = log_probs_P2.new_tensor(batch.targets_per_sequence).view(-1, 2)
-        pairs = Pairs(log_probs_P2, references_P2, tokens_P2, totals[0], totals[1])
-        share = torch.stack([weight * LOSSES[name](pairs, self.options, beta) for name, weight in self.weights.items()])
-        rewards_P2 = beta * (log_probs_P2 - references_P2 if self.references else pairs.means_P2).detach()
-        metrics = {
-            "accuracy": pairs.share((_difference(rewards_P2) > 0).float()),
-            "reward_chosen": pairs.share(rewards_P2[:, 0]),
-            "reward_rejected": pairs.share(rewards_P2[:, 1]),
-        }
-        return Loss(share.sum(), metrics)
+        ratios_P2 = log_probs_P2 - values_of(self.references, batch) if self.references else log_probs_P2
+        means_P2 = log_probs_P2 / tokens_P2
+        chosen_P = -log_probs_P2[:, 0] * totals[0] / totals[1]
+        pairs = Pairs(difference(ratios_P2), difference(ratios_P2 / tokens_P2), means_P2, chosen_P)
+        losses = [weight * LOSSES[name](pairs, self.options, beta).sum() for name, weight in self.weights.items()]
+        rewards_P2 = beta * (ratios_P2 if self.references else means_P2)
+        return Loss(torch.stack(losses).sum() / totals[0], metrics_of(rewards_P2, totals[0]))
+
+
+def difference(values_P2: Tensor) -> Tensor:
+    """Chosen minus rejected."""
+    return values_P2[:, 0] - values_P2[:, 1]
+
+
+def metrics_of(rewards_P2: Tensor, step_pairs: float) -> dict[str, Tensor]:
+    """The metrics of pairs, by the rewards of their replies."""
+    chosen_P, rejected_P = rewards_P2.detach().unbind(1)
+    sums = {"accuracy": chosen_P > rejected_P, "reward_chosen": chosen_P, "reward_rejected": rejected_P}
+    return {name: values_P.float().sum() / step_pairs for name, values_P in sums.items()}

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from pentad.datasets.batches import TokenBatch
 from pentad.nn.decoder import Decoder
 from pentad.train.objectives.loss import Loss
+from pentad.train.objectives.preference import difference, metrics_of
 from pentad.train.objectives.references import values_of
 
 
 def reward_loss(rewards_P2: Tensor, margin_P: Tensor) -> Tensor:
     """``-log sigmoid(chosen - rejected - margin)``; the margin is Llama 2's (arXiv:2307.09288, equation 2)."""
-    return -F.logsigmoid(rewards_P2[:, 0] - rewards_P2[:, 1] - margin_P)
+    return -F.logsigmoid(difference(rewards_P2) - margin_P)
 
 
 def reward_head(network: Decoder) -> nn.Linear:
@@ -60,10 +61,4 @@ class RewardObjective:
             rewards_P2 = network.head(hidden_ND[last_B].float()).view(-1, 2)
         losses_P = reward_loss(rewards_P2, values_of(self.margins, batch)[:, 0])
         losses_P = losses_P + self.center_rewards_coefficient * rewards_P2.sum(1) ** 2
-        rewards_P2 = rewards_P2.detach()
-        metrics = {
-            "accuracy": (rewards_P2[:, 0] > rewards_P2[:, 1]).float().sum() / totals[0],
-            "reward_chosen": rewards_P2[:, 0].sum() / totals[0],
-            "reward_rejected": rewards_P2[:, 1].sum() / totals[0],
-        }
-        return Loss(losses_P.sum() / totals[0], metrics)
+        return Loss(losses_P.sum() / totals[0], metrics_of(rewards_P2, totals[0]))

@@ -7,5 +7,4 @@ from pentad.train.objectives.dpo import sigmoid_loss
 
 def simpo_loss(mean_log_probs_P2: Tensor, beta: float, simpo_gamma: float, label_smoothing: float = 0.0) -> Tensor:
     """``-log sigmoid(beta * (chosen - rejected) - gamma)`` (equation 6), of means over tokens, for P pairs."""
-    margin_P = mean_log_probs_P2[:, 0] - mean_log_probs_P2[:, 1]
-    return sigmoid_loss(margin_P - simpo_gamma / beta, beta, label_smoothing)
+    return sigmoid_loss(mean_log_probs_P2[:, 0] - mean_log_probs_P2[:, 1] - simpo_gamma / beta, beta, label_smoothing)
