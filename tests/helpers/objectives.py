@@ -17,7 +17,6 @@ from pentad.train.loop import Loop, StepRecord
 from pentad.train.objectives.catalog import OBJECTIVES, make_objective
 from pentad.train.recipe import Recipe, read_recipe
 from pentad.train.run import TrainingRun, open_run
-from tests.helpers.tiny import talking_checkpoint
 
 CASES = {
     **dict.fromkeys(OBJECTIVES, ""),
@@ -61,6 +60,8 @@ def write_rows(folder: Path) -> None:
 
 def write_inputs(folder: Path) -> None:
     """Write the rows, a Llama ("dense") and a Mixtral ("router")."""
+    from tests.helpers.tiny import talking_checkpoint  # imports transformers, which spawned processes don't need
+
     write_rows(folder)
     talking_checkpoint(folder / "dense")
     talking_checkpoint(folder / "router", family="mixtral", num_local_experts=4, num_experts_per_tok=2)
