@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application.current import get_app
+from prompt_toolkit.application.current import create_app_session, get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
+from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
@@ -32,17 +34,19 @@ class Prompt:
     """
 
     def __init__(self, complete: Callable[[str], tuple[str, Iterable[str]]]) -> None:
-        self._session: PromptSession[str] = PromptSession(
-            "> ",
-            completer=_Completer(complete),
-            complete_style=CompleteStyle.READLINE_LIKE,
-            complete_while_typing=False,
-            enable_suspend=True,
-            history=history(),
-            key_bindings=_bindings(),
-            output=None if is_dumb_terminal() else create_output(always_prefer_tty=True),
-            prompt_continuation="... ",
-        )
+        dumb = is_dumb_terminal()  # it would show escape sequences
+        with create_app_session(output=PlainTextOutput(sys.stdout)) if dumb else contextlib.nullcontext():
+            self._session: PromptSession[str] = PromptSession(
+                "> ",
+                completer=_Completer(complete),
+                complete_style=CompleteStyle.READLINE_LIKE,
+                complete_while_typing=False,
+                enable_suspend=True,
+                history=history(),
+                key_bindings=_bindings(),
+                output=None if dumb else create_output(always_prefer_tty=True),
+                prompt_continuation="... ",
+            )
 
     def __call__(self) -> str:
         r"""Read a message; a line that ends with ``\``, or is between triple quotes, continues.

@@ -398,6 +398,17 @@ def test_a_prompt_after_an_option_restores_the_terminal_at_once(folder: Path) ->
         assert terminal.wait() == 0
 
 
+def test_a_dumb_terminal_gets_no_escape_sequences(folder: Path) -> None:
+    command = [sys.executable, "-m", "pentad", "chat", "--model", str(folder), "--max-tokens", "1"]
+    with closing(Terminal(*command, TERM="dumb", PENTAD_CACHE=str(folder))) as terminal:
+        seen = terminal.wait_for("> ")
+        terminal.type("Hi\n")
+        seen += terminal.wait_for("> ")
+        terminal.type("/quit\n")
+        assert terminal.wait() == 0
+        assert "\x1b" not in seen + terminal.screen
+
+
 @pytest.mark.skipif(shutil.which("setsid") is None, reason="setsid makes the terminal that of the session")
 def test_a_job_in_the_background_leaves_the_terminal_alone(folder: Path) -> None:
     """The system would stop it if it changed the terminal."""
