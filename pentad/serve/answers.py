@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -14,14 +14,16 @@ from pentad.serve.calls import Event
 from pentad.serve.errors import APIError
 from pentad.serve.loaded import Loaded
 from pentad.serve.models import Model
-from pentad.serve.openai import GenerationBody
+from pentad.serve.openai import SamplingBody
 from pentad.serve.streaming import EventStream, unless_gone
 from pentad.text import Detokenizer
 from pentad.text.transcript import Transcript
 
+T = TypeVar("T")
 
-async def encode(encoder: Callable[[], list[int]], param: str) -> list[int]:
-    """Encode a prompt in a thread, so that a long prompt or a slow template doesn't stop other requests.
+
+async def encode(encoder: Callable[[], T], param: str) -> T:
+    """Encode prompts in a thread, so that a long prompt or a slow template doesn't stop other requests.
 
     Raises:
         APIError: the prompt is malformed; the error names `param`.
@@ -42,16 +44,22 @@ def room(loaded: Loaded, prompt: Sequence[int], max_tokens: int | None, *, param
     if not prompt:
         raise APIError(400, f"{param} is empty; expected at least one token", param=param, code="invalid_value")
     if free < (1 if max_tokens is None else max_tokens):
-        asked = "leave no room" if max_tokens is None else f"and max_tokens {max_tokens} don't fit"
+        asked = (
+            f"and max_tokens {max_tokens} don't fit"
+            if max_tokens
+            else "leave no room"
+            if max_tokens is None
+            else "don't fit"
+        )
         message = f"the prompt's {len(prompt)} tokens {asked} in the context of {size} tokens"
         raise APIError(400, message, param=param, code="context_length_exceeded")
     return free if max_tokens is None else max_tokens
 
 
 def requests(
-    body: GenerationBody, prompts: Sequence[Sequence[int]], limits: Sequence[int], logprobs: int | None
+    body: SamplingBody, prompts: Sequence[Sequence[int]], limits: Sequence[int], logprobs: int | None, *, n: int = 1
 ) -> list[dict[str, Any]]:
-    """The messages to the worker: `body.n` sequences for each prompt."""
+    """The messages to the worker: `n` sequences for each prompt."""
     return [
         {
             "prompt": prompt,
@@ -61,7 +69,7 @@ def requests(
             "logprobs": logprobs,
         }
         for prompt, limit in zip(prompts, limits, strict=True)
-        for choice in range(body.n or 1)
+        for choice in range(n)
     ]
 
 
@@ -157,25 +165,27 @@ class Reply(Protocol):
     def whole(self, choices: list[Delta], answers: Answers) -> dict[str, Any]:
         """The only object."""
 
-    def chunks(self, answers: Answers, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    def chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         """The objects of a stream."""
 
 
-async def respond(request: Request, body: GenerationBody, answers: Answers, reply: Reply) -> Response:
+async def respond(
+    request: Request, stream: bool, answers: Answers, reply: Reply, *, named_events: bool = False
+) -> Response:
     """Reply with the answers, as a stream or as a whole; they end when the client has gone."""
-    if not body.stream:
+    if not stream:
         try:
             choices = await unless_gone(request, answers.joined())
         finally:
             answers.close()
         return JSONResponse(reply.whole(choices, answers))
-    chunks = reply.chunks(answers, include_usage=body.include_usage)
+    chunks = reply.chunks(answers)
     try:
         first = await unless_gone(request, anext(chunks))
     except BaseException:
         answers.close()
         raise
-    return EventStream(first, chunks, answers.close)
+    return EventStream(first, chunks, answers.close, named=named_events)
 
 
 def usage(prompt_tokens: int, answers: Answers) -> dict[str, Any]:

@@ -15,11 +15,13 @@ import pentad
 from pentad.serve import openai
 from pentad.serve.chat import chat
 from pentad.serve.completions import complete
+from pentad.serve.embeddings import embed
 from pentad.serve.errors import APIError, ClientGone, refused_body
 from pentad.serve.guard import Guard, local_hosts
 from pentad.serve.metrics import Metrics
 from pentad.serve.models import Model, Models
-from pentad.serve.openai import Body, ChatBody, CompletionBody
+from pentad.serve.openai import Body, ChatBody, CompletionBody, EmbeddingBody, ResponseBody
+from pentad.serve.responses import respond_statelessly
 
 FIELDS = frozenset(
     name
@@ -76,6 +78,14 @@ def make_app(
         request: Request, body: Annotated[CompletionBody, Depends(body_of(CompletionBody))]
     ) -> Response:
         return await complete(models.ready(body.model), body, request)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request, body: Annotated[EmbeddingBody, Depends(body_of(EmbeddingBody))]) -> Response:
+        return await embed(models.ready(body.model), body, request)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request, body: Annotated[ResponseBody, Depends(body_of(ResponseBody))]) -> Response:
+        return await respond_statelessly(models.ready(body.model), body, request)
 
     @app.get("/metrics")
     def report() -> Response:

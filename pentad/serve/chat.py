@@ -25,10 +25,11 @@ async def chat(model: Model, body: ChatBody, request: Request) -> Response:
     prompt = await encode(lambda: loaded.encode_chat(as_template(body.messages)), "messages")
     limit = room(loaded, prompt, body.max_completion_tokens or body.max_tokens, param="messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    asked = requests(body, [prompt], [limit], logprobs)
+    asked = requests(body, [prompt], [limit], logprobs, n=body.n or 1)
     answers = Answers(model, asked, [loaded.tokenizer.stream() for _ in asked], body.stops())
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
-    return await respond(request, body, answers, _Reply(loaded.tokenizer, head, len(prompt), logprobs is not None))
+    reply = _Reply(loaded.tokenizer, head, len(prompt), logprobs is not None, body.include_usage)
+    return await respond(request, bool(body.stream), answers, reply)
 
 
 def as_template(messages: list[Message]) -> list[dict[str, Any]]:
@@ -40,11 +41,14 @@ def as_template(messages: list[Message]) -> list[dict[str, Any]]:
 class _Reply:
     """Builds the objects of a reply."""
 
-    def __init__(self, tokenizer: Tokenizer, head: dict[str, Any], prompt_tokens: int, logprobs: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, head: dict[str, Any], prompt_tokens: int, logprobs: bool, include_usage: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._head = head
         self._prompt_tokens = prompt_tokens
         self._logprobs = logprobs
+        self._include_usage = include_usage
 
     def whole(self, choices: list[Delta], answers: Answers) -> dict[str, Any]:
         return {
@@ -62,7 +66,7 @@ class _Reply:
             "usage": usage(self._prompt_tokens, answers),
         }
 
-    async def chunks(self, answers: Answers, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a stream; the first chunk of each choice has the role."""
         head = {**self._head, "object": "chat.completion.chunk"}
         begun: set[int] = set()
@@ -75,8 +79,8 @@ class _Reply:
                 "logprobs": self._report(delta.tokens),
                 "finish_reason": delta.finish,
             }
-            yield {**head, "choices": [choice], **({"usage": None} if include_usage else {})}
-        if include_usage:
+            yield {**head, "choices": [choice], **({"usage": None} if self._include_usage else {})}
+        if self._include_usage:
             yield {**head, "choices": [], "usage": usage(self._prompt_tokens, answers)}
 
     def _report(self, tokens: list[Event]) -> dict[str, Any] | None:

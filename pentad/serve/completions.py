@@ -10,7 +10,6 @@ from fastapi.responses import Response
 
 from pentad.serve.answers import Answers, Delta, encode, requests, respond, room, usage
 from pentad.serve.errors import APIError
-from pentad.serve.loaded import Loaded
 from pentad.serve.models import Model
 from pentad.serve.openai import MAX_CHOICES, CompletionBody
 from pentad.serve.streaming import unless_gone
@@ -23,7 +22,7 @@ Logprob = tuple[float, list[tuple[int, float]]]
 async def complete(model: Model, body: CompletionBody, request: Request) -> Response:
     """Continue texts."""
     loaded, count = model.loaded, body.n or 1
-    prompts = [await encode(_encoder(loaded, prompt), "prompt") for prompt in _several(body)]
+    prompts = await encode(lambda: loaded.encode_prompts(body.prompt), "prompt")
     if len(prompts) * count > MAX_CHOICES:
         message = f"{len(prompts)} prompts, n = {count} of each; expected at most {MAX_CHOICES} choices"
         raise APIError(400, message, param="n", code="invalid_value")
@@ -33,36 +32,17 @@ async def complete(model: Model, body: CompletionBody, request: Request) -> Resp
     for prompt in prompts:
         room(loaded, prompt, wanted, param="prompt")
     scores = await unless_gone(request, _score(model, prompts, body.logprobs)) if body.echo else []
-    asked = requests(body, prompts, [wanted] * len(prompts), body.logprobs) if wanted else []
+    asked = requests(body, prompts, [wanted] * len(prompts), body.logprobs, n=count) if wanted else []
     tokenizer = loaded.tokenizer
     choices = [prompt for prompt in prompts for _ in range(count)]
     answers = Answers(model, asked, [tokenizer.stream(continues=True) for _ in choices], body.stops())
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
     echoes = [_Echo(prompt, score) for prompt, score in zip(prompts, scores, strict=False) for _ in range(count)]
     reports = [_Report(tokenizer) for _ in choices] if body.logprobs is not None else []
-    reply = _Reply(tokenizer, {**head, "model": model.name}, echoes, reports, sum(map(len, prompts)))
-    return await respond(request, body, answers, reply)
-
-
-def _several(body: CompletionBody) -> list[str] | list[list[int]]:
-    """The prompts, of which there may be one."""
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    return [prompt] if isinstance(prompt[0], int) else prompt
-
-
-def _encoder(loaded: Loaded, prompt: str | list[int]) -> Any:
-    def of_text() -> list[int]:
-        assert isinstance(prompt, str)
-        return loaded.encode_text(prompt)
-
-    def of_ids() -> list[int]:
-        assert isinstance(prompt, list)
-        loaded.check_ids(prompt)
-        return prompt
-
-    return of_text if isinstance(prompt, str) else of_ids
+    reply = _Reply(
+        tokenizer, {**head, "model": model.name}, echoes, reports, sum(map(len, prompts)), body.include_usage
+    )
+    return await respond(request, bool(body.stream), answers, reply)
 
 
 async def _score(model: Model, prompts: Sequence[list[int]], logprobs: int | None) -> list[list[Logprob]]:
@@ -125,6 +105,7 @@ class _Reply:
         echoes: what to put in front of each choice; empty without echo.
         reports: one per choice; empty without logprobs.
         prompt_tokens: the number of tokens of all prompts.
+        include_usage: end a stream with the numbers of tokens.
     """
 
     def __init__(
@@ -134,12 +115,14 @@ class _Reply:
         echoes: list[_Echo],
         reports: list[_Report],
         prompt_tokens: int,
+        include_usage: bool,
     ) -> None:
         self._tokenizer = tokenizer
         self._head = head
         self._echoes = echoes
         self._reports = reports
         self._prompt_tokens = prompt_tokens
+        self._include_usage = include_usage
 
     def whole(self, choices: list[Delta], answers: Answers) -> dict[str, Any]:
         return {
@@ -148,14 +131,14 @@ class _Reply:
             "usage": usage(self._prompt_tokens, answers),
         }
 
-    async def chunks(self, answers: Answers, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
-        more = {"usage": None} if include_usage else {}
+    async def chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
+        more = {"usage": None} if self._include_usage else {}
         unechoed = set(range(len(self._echoes)))
         async for delta in answers.deltas():
             echo = self._echo(delta.choice) if delta.choice in unechoed else None
             unechoed.discard(delta.choice)
             yield {**self._head, "choices": [self._choice(echo, delta)], **more}
-        if include_usage:
+        if self._include_usage:
             yield {**self._head, "choices": [], "usage": usage(self._prompt_tokens, answers)}
 
     def _echo(self, choice: int) -> _Echo | None:

@@ -1,6 +1,7 @@
 """Checks of every request before its route sees it: the Host header, the API key, the size of the body."""
 
 import asyncio
+import contextlib
 import hmac
 from collections.abc import Collection, Sequence
 from ipaddress import ip_address
@@ -63,7 +64,7 @@ class Guard:
             self._check_key(scope["path"], headers)
             _check_size(headers)
         except APIError as error:
-            await error.response()(scope, receive, counted)
+            await _refuse(error, scope, receive, counted)
             return
         await self._app(scope, _limited(receive), counted)
 
@@ -81,6 +82,21 @@ class Guard:
             error = APIError(401, "the API key is missing or wrong", code="invalid_api_key")
             error.headers["WWW-Authenticate"] = "Bearer"
             raise error
+
+
+async def _refuse(error: APIError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer at once, then discard the body: if the server closed the connection before, clients would not read."""
+
+    async def unfinished(message: Message) -> None:
+        more = {"more_body": True} if message["type"] == "http.response.body" else {}
+        await send({**message, **more})
+
+    await error.response()(scope, receive, unfinished)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(BODY_SECONDS):
+            while (await receive()).get("more_body"):
+                pass
+    await send({"type": "http.response.body"})
 
 
 def _check_size(headers: Headers) -> None:

@@ -1,6 +1,6 @@
 """What the front process knows about a model that its worker has loaded: the tokenizer, and limits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from pentad import text
 from pentad.errors import BadInput
 from pentad.text import Tokenizer
 from pentad.weights.gguf_header import read_metadata
+
+MAX_CHARACTERS = 32  # per token of the context, of all texts of a prompt: bounds the time that encoding takes
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,27 @@ class Loaded:
         Raises:
             BadInput: the template refuses the messages, or they are much too long for the context.
         """
+        if len(messages) > self.context_length:
+            raise BadInput(f"{len(messages)} messages are too many for the context of {self.context_length} tokens")
         contents = (message["content"] for message in messages)
         parts = (part for content in contents for part in ([content] if isinstance(content, str) else content))
-        self.tokenizer.check_size(
-            (part if isinstance(part, str) else part["text"] for part in parts), self.context_length
-        )
+        self._check_size(part if isinstance(part, str) else part["text"] for part in parts)
         return self.tokenizer.chat(messages)
+
+    def encode_prompts(self, prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        """The token ids of one or several prompts, each a text or token ids.
+
+        Raises:
+            BadInput: a text is much too long for the context, or an id is outside the vocabulary.
+        """
+        one = isinstance(prompts, str) or isinstance(prompts[0], int)
+        return [self._encode_prompt(prompt) for prompt in ([prompts] if one else prompts)]
+
+    def _encode_prompt(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self.encode_text(prompt)
+        self.check_ids(prompt)
+        return list(prompt)
 
     def encode_text(self, prompt: str) -> list[int]:
         """The prompt that a text is, between the tokens that the tokenizer's files put around a text.
@@ -50,9 +67,15 @@ class Loaded:
         Raises:
             BadInput: the text is much too long for the context.
         """
-        self.tokenizer.check_size([prompt], self.context_length)
+        self._check_size([prompt])
         tokenizer = self.tokenizer
         return [*tokenizer.encode(prompt, bos=tokenizer.adds_bos), *tokenizer.closing]
+
+    def _check_size(self, texts: Iterable[str]) -> None:
+        size, limit = sum(map(len, texts)), MAX_CHARACTERS * self.context_length
+        if size > limit:
+            message = f"expected at most {limit:,} for the context of {self.context_length} tokens"
+            raise BadInput(f"the text has {size:,} characters; {message}")
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise BadInput if a token id is outside the vocabulary."""

@@ -9,6 +9,9 @@ MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+Ids = Annotated[list[int], Field(min_length=1)]
+Prompt = str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+"""A text, token ids, or several of either."""
 
 
 class Body(BaseModel):
@@ -17,16 +20,16 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(Body):
-    include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
-
-
-class GenerationBody(Body):
-    """The fields that every generating route has. Those without effect on the answer are accepted and not used."""
+class ModelBody(Body):
+    """The fields that every route has. Those without effect on the answer are accepted and not used."""
 
     model: str = Field(max_length=1000)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    user: str | None = None
+
+
+class SamplingBody(ModelBody):
+    """The fields that every route has that generates text."""
+
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
@@ -35,11 +38,7 @@ class GenerationBody(Body):
     presence_penalty: float | None = Field(None, ge=-100, le=100)
     frequency_penalty: float | None = Field(None, ge=-100, le=100)
     seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED)
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    user: str | None = None
 
     def sampling(self) -> dict[str, Any]:
         """The sampling options that were given."""
@@ -48,13 +47,27 @@ class GenerationBody(Body):
         given = {name: value for name in (*names, *penalties) if (value := getattr(self, name)) is not None}
         return given | ({"top_k": 0} if self.top_k == -1 else {})
 
-    def stops(self) -> list[str]:
-        """The strings that end a text."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
     def seed_of(self, choice: int) -> int | None:
         """The seed of one choice of several: each has its own."""
         return None if self.seed is None else (self.seed + choice) % 2**63
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class GenerationBody(SamplingBody):
+    """The fields of both kinds of completions."""
+
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    def stops(self) -> list[str]:
+        """The strings that end a text."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def include_usage(self) -> bool:
@@ -85,6 +98,8 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: TextFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -93,14 +108,61 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """The body of /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: Prompt
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
+
+
+class EmbeddingBody(ModelBody):
+    """The body of /v1/embeddings; `pooling` is pentad's own."""
+
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["mean", "last"] | None = None
+
+
+class InputPart(Body):
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: list[Any] | None = None
+
+
+class InputMessage(Body):
+    """A message, or an output item of an earlier response."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[InputPart]
+    type: Literal["message"] | None = None
+    id: str | None = None
+    status: str | None = None
+    phase: None = None
+
+    def text(self) -> str:
+        """Its content."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class ResponseText(Body):
+    format: TextFormat | None = None
+
+
+class ResponseBody(SamplingBody):
+    """The body of /v1/responses. Responses are not stored."""
+
+    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    text: ResponseText | None = None
+    store: Literal[False] | None = None
+    background: Literal[False] | None = None
+    truncation: Literal["disabled"] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    include: Annotated[list[str], Field(max_length=0)] | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default"] | None = None

@@ -44,10 +44,20 @@ class EventStream(StreamingResponse):
         chunks: JSON objects. The first has been awaited, so that an error before it has its own status.
         first: the first of them.
         close: is called when the reply has ended, or the client has gone.
+        named: each object's "type" is also the name of its event, as in /v1/responses.
     """
 
-    def __init__(self, first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], close: Callable[[], None]) -> None:
-        super().__init__(_lines(first, chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(
+        self,
+        first: dict[str, Any],
+        chunks: AsyncIterator[dict[str, Any]],
+        close: Callable[[], None],
+        *,
+        named: bool = False,
+    ) -> None:
+        super().__init__(
+            _lines(first, chunks, named), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,15 +67,17 @@ class EventStream(StreamingResponse):
             self._close()
 
 
-async def _lines(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+async def _lines(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], named: bool) -> AsyncIterator[bytes]:
     try:
-        yield _line(first)
+        yield _line(first, named)
         async for chunk in chunks:
-            yield _line(chunk)
-        yield b"data: [DONE]\n\n"
+            yield _line(chunk, named)
+        if not named:
+            yield b"data: [DONE]\n\n"
     except APIError as error:  # the status has been sent; clients look for this object
         yield _line(error.body)
 
 
-def _line(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def _line(chunk: dict[str, Any], named: bool = False) -> bytes:
+    name = b"event: " + chunk["type"].encode() + b"\n" if named else b""
+    return name + b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -157,6 +157,7 @@ def head(length: int, *more: str) -> bytes:
 def test_a_large_body_is_refused_before_it_is_read(server: Server) -> None:
     with connect(server, head(100_000_000)) as opened:  # and no body follows
         assert opened.recv(1000).startswith(b"HTTP/1.1 413")
+    assert server.request("/v1/chat/completions", b" " * 20_000_000, Connection="close").status == 413
     with connect(server, head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")) as opened:
         chunk = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
         opened.sendall(chunk * 9)
