@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -72,6 +73,7 @@ def serve(
         raise BadInput(f"pentad serve needs {error.name}; install it: pip install 'pentad[serve]'") from error
     from pentad.weights import registry
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each text is encoded by one thread
     names = [_named(name) for name in model or [o.DEFAULT_MODEL]]
     (common, count), *_ = Counter(name for name, _ in names).most_common()
     if count > 1:

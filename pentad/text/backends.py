@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "SentencePieceBackend", "TokenizersBackend"]
 
 _MAX_GROWTH = 100
+_LONG_TEXT = 10_000  # characters, which take some milliseconds
 _NESTED_REPETITION = re.compile(r"\((?:[^()\\]|\\.)*[^\\][+*](?:[^()\\]|\\.)*\)[+*{]")
 
 
@@ -106,7 +107,10 @@ class TokenizersBackend:
         """See `Backend`."""
         with self._lock:
             self.pipeline.encode_special_tokens = not special
-            ids: list[int] = self.pipeline.encode(text, add_special_tokens=False).ids
+            if len(text) < _LONG_TEXT:
+                ids: list[int] = self.pipeline.encode(text, add_special_tokens=False).ids
+            else:  # releases the GIL, but may start threads, about which tokenizers complains in a forked child
+                ids = self.pipeline.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if special or self._control_ids.isdisjoint(ids):
             return ids
         # A control token may also be a word of the model (with ignore_merges, or by its merges).

@@ -126,6 +126,13 @@ def test_ids_equal_the_tokenizers_library(tokenizer: Tokenizer, pipeline: Pipeli
         assert tokenizer.decode(as_text) == text
 
 
+def test_long_texts_have_the_same_ids(tokenizer: Tokenizer) -> None:
+    """They are encoded by another function of the library."""
+    line = "A line, and <|im_end|> another.\n"
+    for special in (False, True):
+        assert tokenizer.encode(line * 1000, special=special) == tokenizer.encode(line, special=special) * 1000
+
+
 def test_control_strings_are_text_unless_special(tokenizer: Tokenizer) -> None:
     text = "<s>a<|im_end|>"
     assert not set(tokenizer.encode(text)) & set(tokenizer.control.values())
