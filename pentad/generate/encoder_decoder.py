@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pentad.errors import BadInput
 from pentad.generate.completion import Completion, Options
-from pentad.generate.encoder_decoder_step import EncoderDecoderEngine
 from pentad.generate.requests import Evaluation
 from pentad.generate.runner import Runner, as_ids
 from pentad.generate.stream import Stream
@@ -25,7 +24,6 @@ class EncoderDecoderModel(Runner):
     """
 
     network: EncoderDecoder
-    _engine_class = EncoderDecoderEngine
 
     def stream(self, prompt: str, *, special: bool = False, **options: Unpack[Options]) -> Stream:
         """Like `complete`, but return the text in pieces."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pentad.generate.engine import Engine
 from pentad.generate.requests import Request
 from pentad.generate.step import Step, Work, lay_out
 from pentad.nn.cache import CachedSequence, PagedCache
@@ -42,6 +41,15 @@ class SourcedCache(PagedCache):
         """Open a sequence; the first step that runs it encodes the source."""
         return SourcedSequence(source_ids=tuple(source_ids))
 
+    def fork(self, sequence: CachedSequence, length: int | None = None) -> SourcedSequence:
+        made, one = super().fork(sequence, length), _sourced(sequence)
+        source = self.sources.fork(one.source)
+        return SourcedSequence(made.rope_length, made.pages, made.length, made.dropped, one.source_ids, source)
+
+    def held_bytes(self, *sequences: CachedSequence) -> int:
+        sources = [_sourced(sequence).source for sequence in sequences]
+        return super().held_bytes(*sequences) + self.sources.held_bytes(*sources)
+
     def clear(self) -> None:
         super().clear()
         self.sources.clear()
@@ -70,6 +78,10 @@ class EncoderDecoderStep(Step):
         self.backend = "as plain torch: it is an encoder-decoder"
         self.cache = SourcedCache(network, cache_dtype or network.dtype, page_size)
 
+    def open(self, request: Request) -> SourcedSequence:
+        assert request.source is not None
+        return self.cache.open_with(request.source)
+
     @torch.inference_mode()
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
         sequences = [_sourced(sequence) for sequence, _ in work]
@@ -96,30 +108,6 @@ class EncoderDecoderStep(Step):
             self.network.encode(*lay_out(self.cache.sources, [(one.source, one.source_ids) for one in batch]))
             for one in batch:
                 self.cache.sources.advance(one.source, len(one.source_ids))
-
-
-class EncoderDecoderEngine(Engine):
-    """Runs requests that have a source.
-
-    The sequence that finished last keeps its source's keys and values. The next request for that source doesn't encode
-    it again.
-    """
-
-    executor: EncoderDecoderStep
-
-    def _continue_kept(self, request: Request) -> CachedSequence | None:
-        if self._kept is None:
-            return None
-        sequence = _sourced(self._kept[1])
-        if sequence.source_ids != tuple(request.source or ()):
-            return None
-        self.executor.cache.truncate(sequence, 0)
-        self._kept = None
-        return sequence
-
-    def _open(self, request: Request) -> CachedSequence:
-        assert request.source is not None
-        return self.executor.cache.open_with(request.source)
 
 
 def _sourced(sequence: CachedSequence) -> SourcedSequence:

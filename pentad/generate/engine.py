@@ -6,59 +6,50 @@ no I/O.
 
 import logging
 import math
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pentad.errors import BadInput, PentadError
+from pentad.errors import PentadError
 from pentad.generate.requests import Evaluation, Event, Generation, Request, TokenLogprobs
 from pentad.generate.sampling import Choice, argmax, sample
+from pentad.generate.scheduler import EngineConfig, Scheduled, Scheduler, is_decoding
 from pentad.generate.step import Step
-from pentad.memory import return_free_memory
-from pentad.nn.cache import CachedSequence
 
 NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite): its weights are damaged"
-MAX_EVALUATED_TOKENS = 256  # per evaluation and step: the logits of all these tokens are in memory at once
-MIN_SHRUNK_BYTES = 1 << 27  # a smaller cache keeps its memory
 _logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Limits of an engine.
-
-    Attributes:
-        max_batched_tokens: maximum tokens per step, so that decoding sequences don't wait for long prompts.
-        max_num_seqs: maximum sequences that run together; other requests wait.
-        max_cache_bytes: memory limit of the KV cache; None for no limit. Requests wait until their sequence fits. The
-            keys and values of an encoder-decoder's sources are not counted.
-        reserved_tokens: tokens reserved beyond a prompt when it is admitted, so that a sequence's pages are contiguous.
-    """
-
-    max_batched_tokens: int = 512
-    max_num_seqs: int = 32
-    max_cache_bytes: int | None = None
-    reserved_tokens: int = 256
+__all__ = ["NOT_NUMBERS", "Engine", "EngineConfig"]
 
 
 class Engine:
     """Runs all admitted requests in each step: prompts in chunks, then one token a step.
 
-    The sequence that finished last keeps its pages. A request that continues it (the next turn of a chat) prefills only
-    its new tokens.
+    Finished sequences keep their pages until others need them. A request that begins with the same tokens as another
+    one shares its pages, and runs only the rest.
+
+    Args:
+        step: the executor of the network's steps.
+        config: limits.
+        clock: returns seconds; replaced in tests.
     """
 
-    def __init__(self, step: Step, config: EngineConfig | None = None) -> None:
-        self.executor = step
+    def __init__(
+        self, step: Step, config: EngineConfig | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.config = config or EngineConfig()
-        self._waiting: deque[Request] = deque()
-        self._running: dict[Request, CachedSequence] = {}
-        self._kept: tuple[Sequence[int], CachedSequence] | None = None
+        self._scheduler = Scheduler(step, self.config)
+        self._clock = clock
+        self._events: list[Event] = []  # not yet returned by `step`
+
+    @property
+    def executor(self) -> Step:
+        """The executor of the network's steps, which owns the KV cache."""
+        return self._scheduler.executor
 
     def submit(self, request: Request) -> None:
         """Queue a request; `step` runs it.
@@ -66,123 +57,103 @@ class Engine:
         Raises:
             BadInput: the request alone needs more than `max_cache_bytes`.
         """
-        limit = self.config.max_cache_bytes
-        if limit is not None and (needed := self._bytes(request)) > limit:
-            sizes = f"up to {needed / 1e9:.1f} GB of KV cache; there is room for {limit / 1e9:.1f} GB"
-            raise BadInput(f"the request needs {sizes}: shorten it, or lower max_tokens")
-        self._waiting.append(request)
+        self._scheduler.submit(request)
 
     def cancel(self, request: Request) -> None:
-        """End a request, unless it has finished.
-
-        The pages of a generation are kept for a request that continues it, and replace the previously kept pages. The
-        pages of an evaluation are freed.
-        """
+        """End a request, unless it has finished; its pages are kept as those of a finished one."""
         if request.finish_reason is None:
-            self._finish(request, "cancelled")
+            request.finish_reason = "cancelled"
+            self._scheduler.finish(request, keep=True)
+
+    def limit_cache(self, nbytes: int | None) -> None:
+        """Let a cache that was not allocated at once grow to at most this many bytes; None: no limit."""
+        self._scheduler.limit_cache(nbytes)
+
+    @property
+    def held_pages(self) -> int:
+        """The number of pages that unfinished requests hold."""
+        return len(self._scheduler.held_pages())
 
     @property
     def requests(self) -> list[Request]:
-        """All waiting and running requests."""
-        return [*self._waiting, *self._running]
+        """All waiting and running requests, in the order of their submission."""
+        return list(self._scheduler.requests)
 
     def drop_kept(self) -> None:
-        """Free the pages of the sequence that finished last."""
-        if self._kept is not None:
-            self.executor.cache.close(self._kept[1])
-            self._kept = None
+        """Free the pages of finished sequences."""
+        self._scheduler.store.clear()
 
     def refresh(self) -> Step:
         """Replace the executor if the network has changed; running requests then start again from their first token."""
         executor = self.executor.refresh()
         if executor is not self.executor:
             _logger.info("the network has changed: it runs %s", executor.backend)
-            self.executor, self._kept = executor, None
-            for request in self._running:
-                self._restart(request)
+            self._scheduler.use(executor)
         return executor
 
     def reset(self) -> None:
         """Cancel all requests and empty the cache."""
         for request in self.requests:
             request.finish_reason = "cancelled"
-        self._waiting.clear()
-        self._running.clear()
-        self._kept = None
-        self.executor.cache.clear()
+        self._scheduler.reset()
+        self._events.clear()
 
     def step(self) -> list[Event]:
         """Run one step. If requests are waiting, check for changes to the network first.
 
         Returns:
-            One event for each request that got a token or finished.
+            One event for each request that got a token or finished, also in an earlier step that then failed.
         """
-        if self._waiting:
+        if len(self._scheduler.running) < len(self._scheduler.requests):
             self.refresh()
-        while self._waiting and len(self._running) < self.config.max_num_seqs:
-            if self._running and not self._fits(self._waiting[0]):
-                break
-            self._admit(self._waiting[0])
-        scheduled = self._schedule()
-        if not scheduled:
-            return []
-        work = [(self._running[request], tokens) for request, tokens, _ in scheduled]
+        scheduled = self._scheduler.schedule()
+        if scheduled:
+            decoding = sum(is_decoding(request, tokens) for request, tokens, _ in scheduled)
+            prefilling = sum(len(tokens) for _, tokens, _ in scheduled) - decoding
+            started = self._clock()
+            try:
+                self._run(scheduled)
+            except BaseException:  # some tokens may have run, and their logits are lost
+                for request in self._scheduler.running:
+                    done = self._scheduler.sequence(request).length
+                    if isinstance(request, Evaluation) or not request.pending(done):
+                        self._scheduler.restart(request)
+                raise
+            self._scheduler.pace.measure(self._clock() - started, decoding, prefilling)
+        events, self._events = self._events, []
+        return events
+
+    def _run(self, scheduled: list[Scheduled]) -> None:
+        work = [(self._scheduler.sequence(request), tokens) for request, tokens, _ in scheduled]
         starts = accumulate((len(tokens) for _, tokens in work), initial=0)
         wanted = [start + i for (_, _, rows), start in zip(scheduled, starts, strict=False) for i in rows]
-        try:
-            return self._process([(request, rows) for request, _, rows in scheduled], self.executor(work, wanted))
-        except BaseException:  # some tokens may have run, and their logits are lost
-            for request, sequence in self._running.items():
-                if isinstance(request, Evaluation) or not request.pending(sequence.length):
-                    self.executor.cache.close(sequence)
-                    self._restart(request)
-            raise
+        self._process([(request, rows) for request, _, rows in scheduled], self.executor(work, wanted))
 
-    def _schedule(self) -> list[tuple[Request, Sequence[int], range]]:
-        """Each request's tokens in this step, and the indices of the tokens whose logits are wanted."""
-        budget = self.config.max_batched_tokens
-        scheduled: list[tuple[Request, Sequence[int], range]] = []
-        decoding_first = sorted(self._running, key=lambda r: not (isinstance(r, Generation) and r.generated))
-        for request in decoding_first:
-            done = self._running[request].length
-            pending = request.pending(done)
-            limit = min(budget, MAX_EVALUATED_TOKENS) if isinstance(request, Evaluation) else budget
-            tokens = pending if len(pending) == 1 else pending[: max(limit, 0)]
-            if not tokens:
-                continue
-            budget -= len(tokens)
-            rows = range(len(tokens) - (len(tokens) == len(pending)), len(tokens))
-            if isinstance(request, Evaluation):
-                rows = range(0 if request.first is None else max(0, request.first - 1 - done), len(tokens))
-            scheduled.append((request, tokens, rows))
-        return scheduled
-
-    def _process(self, scheduled: Sequence[tuple[Request, range]], logits_MV: Tensor) -> list[Event]:
+    def _process(self, scheduled: Sequence[tuple[Request, range]], logits_MV: Tensor) -> None:
         """Choose tokens, add log-likelihoods, and end finished requests."""
-        events: list[Event] = []
         generations: list[tuple[Generation, Tensor]] = []
         parts = logits_MV.split([len(rows) for _, rows in scheduled])  # type: ignore[no-untyped-call]
         for (request, rows), logits_RV in zip(scheduled, parts, strict=True):
             if isinstance(request, Generation) and rows:
                 generations.append((request, logits_RV))
             elif isinstance(request, Evaluation) and self._evaluate(request, rows, logits_RV):
-                events.append(self._finish(request, "error" if request.error else "stop"))
+                self._finish(request, "error" if request.error else "stop")
         if generations:
             whole = len(generations) == len(logits_MV)
             logits_GV = logits_MV if whole else torch.cat([logits_1V for _, logits_1V in generations])
-            events += self._choose([request for request, _ in generations], logits_GV)
-        return events
+            self._choose([request for request, _ in generations], logits_GV)
 
     def _evaluate(self, request: Evaluation, rows: range, logits_RV: Tensor) -> bool:
         """Add the logits of a step; return whether the evaluation is complete."""
-        done = self._running[request].length
+        done = self._scheduler.sequence(request).length
         if request.first is None:
             request.logits.append(logits_RV)
         elif rows:
             start = done - rows.stop  # position of this step's first token
             tokens = request.prompt[start + rows.start + 1 : start + rows.stop + 1]
             targets = torch.tensor(tokens, dtype=torch.int64, device=logits_RV.device)
-            request.log_likelihood -= float(F.cross_entropy(logits_RV, targets, reduction="sum"))
+            for loss in F.cross_entropy(logits_RV, targets, reduction="none").tolist():
+                request.log_likelihood -= loss  # one by one, so that the sum doesn't depend on the chunks
             request.greedy = request.greedy and torch.equal(logits_RV.argmax(-1), targets)
             if request.logprobs is not None:
                 pairs = zip(logits_RV, tokens, strict=True)
@@ -192,10 +163,9 @@ class Engine:
                 return True
         return not request.pending(done)
 
-    def _choose(self, requests: list[Generation], logits_MV: Tensor) -> list[Event]:
+    def _choose(self, requests: list[Generation], logits_MV: Tensor) -> None:
         greedy = all(request.sampling.greedy for request in requests)
         unused = {} if greedy else {request: request.generator.get_state() for request in requests}
-        events = []
         try:
             if greedy:
                 tokens, largest = argmax(logits_MV)
@@ -204,15 +174,14 @@ class Engine:
                     choices = [Choice(r.sampling, r.generator, r.prompt, r.generated) for r in requests]
                     tokens, largest = sample(logits_MV, choices)
             for request, *result in zip(requests, tokens, largest, logits_MV, strict=True):
-                events.append(self._append(request, *result))
+                self._append(request, *result)
                 unused.pop(request, None)
         except BaseException:  # these requests have drawn a random number, and will draw it again
             for request, state in unused.items():
                 request.generator.set_state(state)
             raise
-        return events
 
-    def _append(self, request: Generation, token: int, largest: float, logits_V: Tensor) -> Event:
+    def _append(self, request: Generation, token: int, largest: float, logits_V: Tensor) -> None:
         """Add the chosen token to its request."""
         if not math.isfinite(largest):
             request.error = PentadError(NOT_NUMBERS)
@@ -225,85 +194,12 @@ class Engine:
         request.generated.append(token)
         if len(request.generated) >= request.max_tokens:
             return self._finish(request, "length", token)
-        return Event(request, token, None)
+        self._events.append(Event(request, token, None))
 
-    def _finish(self, request: Request, reason: str, token: int | None = None) -> Event:
-        """End a request; its pages are kept for a request that continues it, or freed."""
+    def _finish(self, request: Request, reason: str, token: int | None = None) -> None:
         request.finish_reason = reason
-        if request in self._waiting:
-            self._waiting.remove(request)
-        sequence = self._running.pop(request, None)
-        if sequence is not None and isinstance(request, Generation) and sequence.length and reason != "error":
-            self.drop_kept()
-            self._kept = (request.pending(0)[: sequence.length], sequence)
-        elif sequence is not None:
-            self.executor.cache.close(sequence)
-        if not self._running and not self._waiting:
-            self._shrink_cache()
-        return Event(request, token, reason)
-
-    def _shrink_cache(self) -> None:
-        """Return the memory of a burst of requests to the system, unless somebody else uses pages."""
-        cache = self.executor.cache
-        kept = [] if self._kept is None else [self._kept[1]]
-        pages = sum(len(sequence.pages) for sequence in kept)
-        if cache.nbytes > MIN_SHRUNK_BYTES and cache.pages_in_use == pages < cache.pages / 4:
-            cache.compact(*kept)
-            return_free_memory()
-
-    def _bytes(self, request: Request) -> int:
-        """The KV cache that a request needs at most."""
-        return self.executor.cache.bytes_for(len(request.prompt) + getattr(request, "max_tokens", 0))
-
-    def _fits(self, request: Request, *, kept: bool = False) -> bool:
-        """True if a request fits into the cache with the running ones, and also with the kept pages if `kept`."""
-        cache, limit = self.executor.cache, self.config.max_cache_bytes
-        if limit is None:
-            return True
-        needed = sum(map(self._bytes, [*self._running, request]))
-        if kept and self._kept is not None:
-            needed += cache.bytes_for(len(self._kept[1].pages) * cache.page_size)
-        return needed <= limit
-
-    def _admit(self, request: Request) -> None:
-        """Let the first waiting request run."""
-        cache, sequence = self.executor.cache, self._continue_kept(request) or self._open(request)
-        if not self._fits(request, kept=True):
-            self.drop_kept()
-        self._running[request] = sequence
-        self._waiting.popleft()
-        if cache.window is None and isinstance(request, Generation):
-            new = len(request.prompt) - sequence.length
-            cache.reserve(sequence, new + min(request.max_tokens, self.config.reserved_tokens))
-
-    def _continue_kept(self, request: Request) -> CachedSequence | None:
-        """The kept sequence, truncated to the tokens that the request begins with; None if it can't be continued."""
-        if self._kept is None or not isinstance(request, Generation):
-            return None
-        ids, sequence = self._kept
-        common = 0
-        for cached, token in zip(ids, request.prompt[:-1], strict=False):  # the last token runs for its logits
-            if cached != token:
-                break
-            common += 1
-        scaling_key = self.executor.rope_scaling_key
-        same_rope = scaling_key(sequence.rope_length) == scaling_key(len(request.prompt))
-        if not common or not same_rope or not self.executor.cache.can_truncate(sequence, common):
-            return None
-        self.executor.cache.truncate(sequence, common)
-        self._kept = None
-        return sequence
-
-    def _open(self, request: Request) -> CachedSequence:
-        return self.executor.cache.open(len(request.prompt))
-
-    def _restart(self, request: Request) -> None:
-        """Run all tokens of a running request again, in a new sequence."""
-        self._running[request] = self._open(request)
-        if isinstance(request, Evaluation):
-            request.log_likelihood, request.greedy = 0.0, True
-            request.logits.clear()
-            request.token_logprobs.clear()
+        self._events.append(Event(request, token, reason))
+        self._scheduler.finish(request, keep=reason != "error")
 
 
 def _logprobs(logits_V: Tensor, token: int, count: int) -> TokenLogprobs:

@@ -22,7 +22,7 @@ from pentad.nn.linear import cache_dequantized
 MAX_ROPE_TABLES = 64  # only scalings that depend on the length have more than one or two
 
 
-class PlanStep:
+class PlanStep(Step):
     """Executes steps with the kernels, and owns their cache; the counterpart of `PlainStep`.
 
     Args:
@@ -69,6 +69,7 @@ class PlanStep:
             dtype=dtype,
             page_size=page_size,
             window=max(windows) if len(windows) == len(plan.windows) else None,
+            contiguous=False,  # the kernels read any pages in place
         )
 
     def rope_scaling_key(self, length: int) -> int:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pentad.errors import PentadError
@@ -34,16 +37,38 @@ class Request:
         source: token ids for the encoder of an encoder-decoder.
         finish_reason: "stop", "length", "error" or "cancelled"; None until the request has finished.
         error: the reason for "error".
+        cached_tokens: number of tokens of the prompt (and the source) that did not run, because their keys and values
+            were in the cache.
     """
 
     prompt: Sequence[int]
     source: Sequence[int] | None = field(default=None, kw_only=True)
     finish_reason: str | None = field(default=None, kw_only=True)
     error: PentadError | None = field(default=None, kw_only=True)
+    cached_tokens: int = field(default=0, kw_only=True)
 
     def pending(self, done: int) -> Sequence[int]:
         """The known tokens that still have to run after the first `done`."""
         return self.prompt[done:]
+
+    @property
+    def max_length(self) -> int:
+        """The largest number of tokens that run."""
+        return len(self.prompt)
+
+    @property
+    def reusable(self) -> int:
+        """The number of known tokens whose logits are not needed, so that their keys and values may be another's."""
+        return 0
+
+    @cached_property
+    def key(self) -> NDArray[np.int32]:
+        """The source, if there is one, and the prompt; requests with equal beginnings of their keys can share pages."""
+        source = () if self.source is None else (*self.source, -1)
+        return np.array([*source, *self.prompt], dtype=np.int32)
+
+    def restart(self) -> None:
+        """Forget what depends on tokens that will run again."""
 
 
 @dataclass(eq=False)
@@ -71,6 +96,14 @@ class Generation(Request):
     def pending(self, done: int) -> Sequence[int]:
         return [*self.prompt[done:], *self.generated[max(0, done - len(self.prompt)) :]]
 
+    @property
+    def max_length(self) -> int:
+        return len(self.prompt) + self.max_tokens - 1  # the last token does not run
+
+    @property
+    def reusable(self) -> int:
+        return len(self.prompt) + len(self.generated) - 1
+
 
 @dataclass(eq=False)
 class Evaluation(Request):
@@ -94,6 +127,15 @@ class Evaluation(Request):
 
     def pending(self, done: int) -> Sequence[int]:
         return self.prompt[done : None if self.first is None else -1]  # the last token predicts nothing that is summed
+
+    @property
+    def reusable(self) -> int:
+        return 0 if self.first is None else self.first - 1
+
+    def restart(self) -> None:
+        self.log_likelihood, self.greedy = 0.0, True
+        self.logits.clear()
+        self.token_logprobs.clear()
 
 
 class Event(NamedTuple):

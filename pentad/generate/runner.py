@@ -6,15 +6,15 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
-from typing import ClassVar, NoReturn, Unpack, overload
+from dataclasses import fields
+from typing import NoReturn, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from pentad.errors import BadInput, PentadError
 from pentad.generate.completion import Completion, Options
-from pentad.generate.engine import Engine
+from pentad.generate.engine import Engine, EngineConfig
 from pentad.generate.requests import Evaluation, Generation, Request
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import Step
@@ -44,8 +44,6 @@ class Runner:
         sampling: default sampling options.
     """
 
-    _engine_class: ClassVar[type[Engine]] = Engine
-
     def __init__(
         self,
         name: str,
@@ -65,7 +63,8 @@ class Runner:
         self.sampling = sampling or Sampling()
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
-        self._engine = self._engine_class(step)
+        # Plain torch rounds differently in other chunks, so the chunks of a call must not depend on measured times.
+        self._engine = Engine(step, EngineConfig(max_step_ratio=None))
         self._lock = threading.RLock()
         self._streams = weakref.WeakValueDictionary[Request, Stream]()
         _runners.add(self)
@@ -98,14 +97,14 @@ class Runner:
             return self._engine.refresh()
 
     def clear_cache(self) -> None:
-        """Free the part of the KV cache that is kept for a prompt that continues the last one."""
+        """Free the part of the KV cache that is kept for prompts that begin like earlier ones."""
         with self._lock:
             self._engine.drop_kept()
 
     def limit_cache(self, nbytes: int | None) -> None:
-        """Let requests wait while the KV cache of the running ones could outgrow this many bytes; None: no limit."""
+        """Let the KV cache grow to at most this many bytes; None: no limit."""
         with self._lock:
-            self._engine.config = replace(self._engine.config, max_cache_bytes=nbytes)
+            self._engine.limit_cache(nbytes)
 
     @property
     def open_requests(self) -> int:
@@ -267,6 +266,12 @@ class Runner:
             for event in self._engine.step():
                 if (stream := self._streams.get(event.request)) is not None:
                     stream._read()
+
+    def _read(self, stream: Stream) -> bool:
+        """Add new tokens to a stream's text, which a failed step may have left; return whether it has unread text."""
+        with self._lock:
+            stream._read()
+        return len(stream._transcript.text) > stream._text_read
 
     def _close(self, stream: Stream) -> None:
         with self._lock:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pentad.generate.requests import Request
 from pentad.nn.attention import Attention
 from pentad.nn.batch import Batch
 from pentad.nn.cache import CachedSequence, PagedCache
@@ -41,6 +42,10 @@ class Step(Protocol):
     def rope_scaling_key(self, length: int) -> int:
         """A key for a sequence's length. Sequences with equal keys have the same RoPE, and may share cached keys."""
         return 0
+
+    def open(self, request: Request) -> CachedSequence:
+        """A new sequence for a request."""
+        return self.cache.open(len(request.prompt))
 
     def refresh(self) -> Step:
         """Return this step, or a new one with an empty cache if the network has changed."""

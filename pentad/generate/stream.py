@@ -36,7 +36,7 @@ class Stream(Iterator[str]):
         return f"<Stream of {self._runner.name!r}: {len(self._request.generated)} tokens, {state}>"
 
     def __next__(self) -> str:
-        while len(self._transcript.text) == self._text_read:
+        while not self._runner._read(self):
             if self._request.error is not None:
                 raise self._request.error
             if self._stopping or self._request.finish_reason is not None:

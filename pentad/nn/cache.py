@@ -8,6 +8,7 @@ page: a sequence of T tokens stores at most min(T, window) keys, plus one page a
 Legend: N tokens in the batch, P pages, S tokens per page, G key/value heads, D head dimension.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -51,6 +52,10 @@ class PagedCache:
         page_size: S.
         pages: the initial P; the pools grow, by copying, when more are needed.
         window: the widest window of any layer, in tokens; None if a layer has no window.
+        contiguous: keep the pages of a sequence contiguous if possible, by moving them.
+
+    Attributes:
+        max_pages: the pools don't grow beyond so many pages; infinite by default.
     """
 
     def __init__(
@@ -64,9 +69,12 @@ class PagedCache:
         page_size: int = 256,
         pages: int = 1,
         window: int | None = None,
+        contiguous: bool = True,
     ) -> None:
         self.page_size = page_size
         self.window = window
+        self.contiguous = contiguous
+        self.max_pages = math.inf
         # On a CPU the pools take no memory until they are written: the system maps memory on first touch.
         self.keys = [
             torch.empty(pages * page_size, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(layers)
@@ -88,40 +96,69 @@ class PagedCache:
         """The number of pages that at least one sequence holds."""
         return len(self._counts) - self._counts.count(0)
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all pools."""
+        return self.page_size * sum(pool.itemsize * pool.shape[1:].numel() for pool in (*self.keys, *self.values))
+
+    @property
+    def free_pages(self) -> float:
+        """The number of pages that sequences may still take."""
+        return max(0, self.max_pages - self.pages_in_use)
+
+    def pages_for(self, tokens: int) -> int:
+        """The number of pages that a sequence of `tokens` tokens takes."""
+        return self._pages_for(tokens if self.window is None else min(tokens, self.window + self.page_size))
+
     def bytes_for(self, tokens: int) -> int:
         """Bytes that a sequence of `tokens` tokens takes."""
-        held = tokens if self.window is None else min(tokens, self.window + self.page_size)
-        row = sum(pool.itemsize * pool.shape[1:].numel() for pool in (*self.keys, *self.values))
-        return self._pages_for(held) * self.page_size * row
+        return self.pages_for(tokens) * self.page_bytes
+
+    def held_bytes(self, *sequences: CachedSequence) -> int:
+        """Bytes of the pages of some sequences; shared pages count once."""
+        return len({page for sequence in sequences for page in sequence.pages}) * self.page_bytes
+
+    def fix(self, pages: int) -> None:
+        """Free all pages, and allocate pools of `pages` pages, which never grow."""
+        self.max_pages = pages
+        self._allocate(pages)
 
     def clear(self) -> None:
         """Free all pages, even if held, and allocate new pools, because a thread may still be growing the old ones."""
-        pages = len(self._counts)
+        self._allocate(len(self._counts))
+
+    def _allocate(self, pages: int) -> None:
         self.keys = [pool.new_empty(pages * self.page_size, *pool.shape[1:]) for pool in self.keys]
         self.values = [torch.empty_like(pool) for pool in self.keys]
         self._counts = [0] * pages
 
     def compact(self, *sequences: CachedSequence) -> None:
-        """Shrink the pools to the pages of `sequences`, which must share no pages; all others must be closed."""
-        pages = [page for sequence in sequences for page in sequence.pages]
+        """Shrink the pools to the pages of `sequences`; all others must be closed."""
+        pages = sorted({page for sequence in sequences for page in sequence.pages})
         for pools in (self.keys, self.values):
             for i, pool in enumerate(pools):
                 pools[i] = pool.unflatten(0, (-1, self.page_size))[pages].flatten(0, 1)  # type: ignore[no-untyped-call]
-        self._counts = [1] * len(pages)
-        numbers = iter(range(len(pages)))
+        self._counts = [self._counts[page] for page in pages]
+        numbers = {page: number for number, page in enumerate(pages)}
         for sequence in sequences:
-            sequence.pages = [next(numbers) for _ in sequence.pages]
+            sequence.pages = [numbers[page] for page in sequence.pages]
 
     def open(self, rope_length: int = 0) -> CachedSequence:
         """A new, empty sequence."""
         return CachedSequence(rope_length)
 
-    def fork(self, sequence: CachedSequence) -> CachedSequence:
-        """A second sequence with the tokens of `sequence`, sharing its pages."""
-        filled = sequence.pages[: self._pages_for(sequence.held)]  # without reserved pages
+    def fork(self, sequence: CachedSequence, length: int | None = None) -> CachedSequence:
+        """A second sequence with the first `length` tokens of `sequence` (by default all), sharing its pages.
+
+        Raises:
+            PentadError: `can_truncate` is false for this length, or the sequence has fewer tokens.
+        """
+        length = sequence.length if length is None else length
+        self._check_length(sequence, length)
+        filled = sequence.pages[: self._pages_for(length - sequence.dropped)]  # without reserved pages
         for page in filled:
             self._counts[page] += 1
-        return CachedSequence(sequence.rope_length, filled, sequence.length, sequence.dropped)
+        return CachedSequence(sequence.rope_length, filled, length, sequence.dropped)
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -141,18 +178,40 @@ class PagedCache:
         Raises:
             PentadError: `can_truncate` is false, or the sequence has fewer tokens.
         """
+        self._check_length(sequence, length)
+        sequence.length = length
+        self._release(sequence, slice(self._pages_for(sequence.held), None))
+
+    def _check_length(self, sequence: CachedSequence, length: int) -> None:
         if length > sequence.length:
             raise PentadError(f"can't go back to token {length} of a sequence that has {sequence.length}")
         if not self.can_truncate(sequence, length):
             raise PentadError(f"can't go back to token {length}: tokens before {sequence.dropped} have left the cache")
-        sequence.length = length
-        self._release(sequence, slice(self._pages_for(sequence.held), None))
+
+    def _next_is_shared(self, sequence: CachedSequence) -> bool:
+        """True if the next token goes to a page that another sequence holds, too."""
+        first = sequence.held // self.page_size
+        return first < len(sequence.pages) and self._counts[sequence.pages[first]] > 1
+
+    def missing_pages(self, sequence: CachedSequence, tokens: int) -> int:
+        """The number of free pages that `reserve` takes."""
+        missing = max(0, self._pages_for(sequence.held + tokens) - len(sequence.pages))
+        return missing + (tokens > 0 and self._next_is_shared(sequence))
+
+    def room(self, sequence: CachedSequence) -> float:
+        """The number of tokens that `reserve` has pages for."""
+        free = self.free_pages - self._next_is_shared(sequence)
+        return max(0, (len(sequence.pages) + free) * self.page_size - sequence.held) if free >= 0 else 0
 
     def reserve(self, sequence: CachedSequence, tokens: int) -> None:
-        """Reserve pages for `tokens` more tokens; copy the page of the first one if it is shared (copy on write)."""
-        first = sequence.held // self.page_size  # index of the page that the next token goes to
-        if first < len(sequence.pages) and self._counts[shared := sequence.pages[first]] > 1:
-            copied = self._free(1)[0]
+        """Reserve pages for `tokens` more tokens; copy the page of the first one if it is shared (copy on write).
+
+        Raises:
+            PentadError: the pools don't grow, and have too few free pages.
+        """
+        if tokens and self._next_is_shared(sequence):
+            first = sequence.held // self.page_size
+            shared, copied = sequence.pages[first], self._free(1)[0]
             self._copy([shared], [copied])
             self._counts[shared] -= 1
             self._counts[copied] = 1
@@ -203,13 +262,14 @@ class PagedCache:
         del sequence.pages[pages]
 
     def _extend(self, sequence: CachedSequence, count: int) -> None:
-        """Add `count` pages to a sequence, contiguous if possible: attention reads contiguous pages without a copy.
+        """Add `count` pages to a sequence, contiguous if possible: torch's attention reads contiguous pages without a
+        copy.
 
         If the sequence can't grow in place it is moved once, which costs as much as one step with scattered pages.
         Pages are scattered only if some are shared, or no free range holds all of them.
         """
         held, free = sequence.pages, self._free(count)
-        contiguous = self._contiguous(held, count)
+        contiguous = self._contiguous(held, count) if self.contiguous else None
         pages = held + free[:count] if contiguous is None else list(contiguous)
         if pages[: len(held)] != held:
             self._copy(held, pages[: len(held)])
@@ -244,12 +304,14 @@ class PagedCache:
     def _free(self, count: int) -> list[int]:
         """The free pages, at least `count`; the pools grow if necessary."""
         if self._counts.count(0) < count:
+            if count > self.free_pages:
+                raise PentadError(f"{count} pages are needed; of {self.max_pages} pages {self.free_pages} are free")
             self._grow(count)
         return [page for page, holders in enumerate(self._counts) if not holders]
 
     def _grow(self, count: int) -> None:
         """Add at least `count` pages, and at least half of the current number, so that the pools seldom grow."""
-        more = max(count, len(self._counts) // 2)
+        more = int(min(max(count, len(self._counts) // 2), max(count, self.max_pages - self.pages)))
         for pools in (self.keys, self.values):
             for i, pool in enumerate(pools):
                 pools[i] = pool.new_empty(len(pool) + more * self.page_size, *pool.shape[1:])

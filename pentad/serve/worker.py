@@ -154,7 +154,7 @@ class Worker:
         del self._requests[self._ids.pop(request)]
 
     def _state(self) -> dict[str, int]:
-        return {"open": len(self._requests) + len(self._embeddings), "pages": self._engine.executor.cache.pages_in_use}
+        return {"open": len(self._requests) + len(self._embeddings), "pages": self._engine.held_pages}
 
 
 def _pair(report: TokenLogprobs) -> tuple[float, tuple[tuple[int, float], ...]]:

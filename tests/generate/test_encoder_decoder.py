@@ -14,7 +14,8 @@ import pentad
 from pentad.cli import app
 from pentad.errors import BadInput
 from pentad.generate import EncoderDecoderModel, encoder_decoder_step
-from pentad.generate.encoder_decoder_step import EncoderDecoderEngine, EncoderDecoderStep
+from pentad.generate.encoder_decoder_step import EncoderDecoderStep
+from pentad.generate.engine import Engine
 from pentad.generate.requests import Generation
 from pentad.generate.sampling import Sampling
 from pentad.nn.encoder_decoder import EncoderDecoder
@@ -55,7 +56,7 @@ def request(source: Sequence[int], max_tokens: int = 12, seed: int = 0, **option
 
 
 def texts(step: EncoderDecoderStep, *requests: Generation) -> list[list[int]]:
-    engine = EncoderDecoderEngine(step)
+    engine = Engine(step)
     for one in requests:
         engine.submit(one)
     while engine.requests:
@@ -159,13 +160,13 @@ def test_batched_requests_give_the_same_tokens_as_single_ones(network: EncoderDe
     assert len({tuple(text) for text in single}) == 4
 
 
-def test_a_request_for_the_last_source_does_not_encode_it_again(
+def test_a_request_for_a_kept_source_does_not_encode_it_again(
     network: EncoderDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
     encode = EncoderDecoder.encode
     monkeypatch.setattr(EncoderDecoder, "encode", lambda self, *args: encoded.append(1) or encode(self, *args))
-    engine = EncoderDecoderEngine(EncoderDecoderStep(network, page_size=4))
+    engine = Engine(EncoderDecoderStep(network, page_size=4))
     replies = []
     for source in (SOURCES[0], SOURCES[0], SOURCES[1], SOURCES[0]):
         engine.submit(one := request(source))
@@ -174,8 +175,22 @@ def test_a_request_for_the_last_source_does_not_encode_it_again(
         replies.append(one.generated)
     assert replies[0] == replies[1] == replies[3]
     assert replies[0] != replies[2]
-    assert len(encoded) == 3
-    assert pages_in_use(engine.executor)[1] == 5  # the pages of the last source
+    assert len(encoded) == 2
+    engine.drop_kept()
+    assert pages_in_use(engine.executor) == [0, 0]
+
+
+def test_requests_for_one_source_encode_it_once(network: EncoderDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = EncoderDecoder.encode
+    monkeypatch.setattr(EncoderDecoder, "encode", lambda self, *args: encoded.append(1) or encode(self, *args))
+    settings = [{"seed": seed, "temperature": 1.0} for seed in range(4)]
+    single = [texts(EncoderDecoderStep(network, page_size=4), request(SOURCES[1], **one))[0] for one in settings]
+    encoded.clear()
+    requests = [request(SOURCES[1], **one) for one in settings]
+    assert texts(EncoderDecoderStep(network, page_size=4), *requests) == single
+    assert len(encoded) == 1
+    assert [one.cached_tokens for one in requests] == [0, *[len(SOURCES[1])] * 3]
 
 
 # --- the runner -----------------------------------------------------------------------------------

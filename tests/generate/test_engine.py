@@ -1,6 +1,5 @@
 """The engine: scheduling, events, prefix reuse, cancellation and failures."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import pentad
-from pentad.errors import BadInput
 from pentad.generate.engine import Engine, EngineConfig
 from pentad.generate.requests import Evaluation, Event, Generation
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
-from pentad.nn.cache import CachedSequence
+from tests.helpers.engines import Counting, finish, greedy, leaked_pages, request
 from tests.helpers.tiny import logits_of, network_of, random_ids, tiny_checkpoint
-
-GREEDY = Sampling(temperature=0)
-
-
-class Counting(PlainStep):
-    """A step that records how many tokens of each sequence it ran."""
-
-    def __init__(self, network: nn.Module, **options: Any) -> None:
-        super().__init__(network, **options)
-        self.ran: list[list[int]] = []
-
-    def __call__(self, work: Sequence[tuple[CachedSequence, Sequence[int]]], wanted: Sequence[int]) -> Tensor:
-        self.ran.append([len(ids) for _, ids in work])
-        return super().__call__(work, wanted)
-
-    def pages_in_use(self) -> int:
-        return self.cache.pages_in_use
 
 
 @pytest.fixture(scope="module")
@@ -43,30 +24,6 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
 @pytest.fixture
 def step(network: nn.Module) -> Counting:
     return Counting(network, page_size=16)
-
-
-def request(prompt: list[int], max_tokens: int = 12, seed: int = 0, **options: Any) -> Generation:
-    generator = torch.Generator().manual_seed(seed)
-    sampling = options.pop("sampling", GREEDY)
-    return Generation(prompt, sampling=sampling, generator=generator, max_tokens=max_tokens, **options)
-
-
-def finish(engine: Engine, *requests: Generation) -> None:
-    """Submit requests, and run the engine until all are finished."""
-    for one in requests:
-        engine.submit(one)
-    for _ in range(200):
-        if any(one.finish_reason is None for one in requests):
-            engine.step()
-    assert all(one.finish_reason for one in requests), "a request is unfinished after 200 steps"
-
-
-def greedy(network: nn.Module, prompt: list[int], count: int) -> list[int]:
-    """Decode greedily without a cache."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(logits_of(network, ids)[-1].argmax()))
-    return ids[len(prompt) :]
 
 
 def test_greedy_tokens_equal_uncached_decoding(network: nn.Module, step: Counting) -> None:
@@ -109,7 +66,7 @@ def test_logprobs_are_limited_by_the_vocabulary(step: Counting) -> None:
 
 
 def test_chunked_prefill_shares_steps_with_decoding(network: nn.Module, step: Counting) -> None:
-    engine = Engine(step, EngineConfig(max_batched_tokens=32))
+    engine = Engine(step, EngineConfig(max_batched_tokens=32, max_step_ratio=None))
     short, long = request(random_ids(4)), request(random_ids(100, seed=2))
     engine.submit(short)
     engine.step()
@@ -207,13 +164,14 @@ def test_cancelling_frees_the_pages(network: nn.Module, step: Counting, steps: i
     assert one.generated == generated
     assert other.generated == greedy(network, random_ids(5, seed=3), 20)
     assert engine.step() == []
-    assert step.pages_in_use() == 2, "only the pages of the last request should be kept: 24 tokens"
+    assert leaked_pages(engine) == 0
     again = request(random_ids(40))
     finish(engine, again)
     assert again.generated == greedy(network, random_ids(40), 12)
 
 
-def test_the_cache_stops_growing(step: Counting) -> None:
+def test_the_cache_stops_growing(step: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pentad.generate.scheduler.MAX_KEPT_BYTES", 4 * step.cache.page_bytes)
     engine = Engine(step)
     sizes = []
     for i in range(12):
@@ -317,41 +275,14 @@ def test_requests_continue_after_a_failed_step(network: nn.Module, fails: int) -
     while engine.requests:
         engine.step()
     assert scored.log_likelihood == pytest.approx(repeated.log_likelihood, rel=1e-6)
-    assert step.pages_in_use() == 2
+    assert leaked_pages(engine) == 0
 
 
-def test_memory_for_the_cache_is_bounded(network: nn.Module, step: Counting) -> None:
-    engine = Engine(step, EngineConfig(max_cache_bytes=step.cache.bytes_for(64), reserved_tokens=16))
-    requests = [request(random_ids(20, seed=i), max_tokens=12) for i in range(4)]
-    finish(engine, *requests)
-    assert max(len(ran) for ran in step.ran) == 2
-    for i, one in enumerate(requests):
-        assert one.generated == greedy(network, random_ids(20, seed=i), 12)
-    with pytest.raises(BadInput, match=str(step.cache.bytes_for(64))):
-        engine.submit(request(random_ids(60), max_tokens=30))
-
-
-def test_kept_pages_count_against_the_memory_limit(network: nn.Module, step: Counting) -> None:
-    engine = Engine(step, EngineConfig(max_cache_bytes=step.cache.bytes_for(64), reserved_tokens=16))
-    first = request(random_ids(40), max_tokens=8)
-    finish(engine, first)
-    step.ran.clear()
-    again = request(random_ids(40), max_tokens=8)
-    finish(engine, again)
-    assert step.ran[0] == [1], "the kept pages should be reused"
-    other = request(random_ids(40, seed=1), max_tokens=8)
-    engine.submit(other)
-    while engine.requests:
-        engine.step()
-        assert step.pages_in_use() <= 4
-    assert other.generated == greedy(network, random_ids(40, seed=1), 8)
-
-
-@pytest.mark.parametrize("fails", range(4))
+@pytest.mark.parametrize("fails", [0, 1, 2, 3, 23])
 def test_a_failure_while_tokens_are_added_repeats_no_random_number(
     step: Counting, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
-    """Two requests; adding a token fails for the first, for the second, or in a later step."""
+    """Two requests; adding a token fails for the first, for the second, or in a later step, the last one too."""
     hot = Sampling(temperature=2.0)
 
     def pair() -> list[Generation]:
@@ -368,22 +299,25 @@ def test_a_failure_while_tokens_are_added_repeats_no_random_number(
         return make(*arguments)
 
     monkeypatch.setattr(pentad.generate.engine, "TokenLogprobs", failing_logprobs)
-    engine = Engine(step)
+    engine, events = Engine(step), []
     for one in failing:
         engine.submit(one)
     while engine.requests:
         try:
-            engine.step()
+            events += engine.step()
         except RuntimeError:
             continue
+    events += engine.step()
     assert len(calls) > fails
     for one, expected in zip(failing, undisturbed, strict=True):
         assert one.generated == expected.generated
+        assert [event.token_id for event in events if event.request is one] == one.generated, "an event is lost"
         assert [report.token_id for report in one.token_logprobs] == one.generated
 
 
 def test_the_memory_of_many_requests_is_returned(step: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pentad.generate.engine.MIN_SHRUNK_BYTES", 0)
+    monkeypatch.setattr("pentad.generate.scheduler.MIN_SHRUNK_BYTES", 0)
+    monkeypatch.setattr("pentad.generate.scheduler.MAX_KEPT_BYTES", 0)
     engine, prompt = Engine(step), random_ids(40)
     before, after = request(prompt), request(prompt)
     finish(engine, before)
@@ -396,7 +330,8 @@ def test_the_memory_of_many_requests_is_returned(step: Counting, monkeypatch: py
 
 
 def test_kept_pages_survive_when_memory_is_returned(step: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pentad.generate.engine.MIN_SHRUNK_BYTES", 0)
+    monkeypatch.setattr("pentad.generate.scheduler.MIN_SHRUNK_BYTES", 0)
+    monkeypatch.setattr("pentad.generate.scheduler.MAX_KEPT_BYTES", 8 * step.cache.page_bytes)
     engine, prompt = Engine(step), random_ids(40)
     finish(engine, *(request(random_ids(40, seed=i), max_tokens=2) for i in range(30)), last := request(prompt))
     continued = request([*prompt, *last.generated, 5])

@@ -11,6 +11,7 @@ from torch import nn
 
 import pentad
 import pentad.generate.engine
+import pentad.generate.scheduler
 from pentad.errors import BadInput, PentadError
 from pentad.generate import LanguageModel
 from pentad.generate.engine import Engine

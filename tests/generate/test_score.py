@@ -9,6 +9,7 @@ import torch
 
 import pentad
 import pentad.generate.engine
+import pentad.generate.scheduler
 from pentad.errors import BadInput
 from pentad.generate import LanguageModel
 from tests.helpers.tiny import pages_of_requests, talking_checkpoint
@@ -33,7 +34,7 @@ def log_likelihood(model: LanguageModel, ids: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("chunk", [256, 7, 1])
 def test_score(model: LanguageModel, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pentad.generate.engine, "MAX_EVALUATED_TOKENS", chunk)
+    monkeypatch.setattr(pentad.generate.scheduler, "MAX_EVALUATED_TOKENS", chunk)
     score, ids = model.score(TEXT), list(TEXT.encode())
     expected = sum(log_likelihood(model, ids))
     assert score.tokens == len(TEXT)

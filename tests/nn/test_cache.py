@@ -1,5 +1,6 @@
 """The paged cache against a reference model that stores plain lists."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,10 +44,26 @@ class CacheMachine(RuleBasedStateMachine):
         self.expected: list[Expected] = []
         self.next_token = 0.0
 
-    @initialize(page_size=st.integers(1, 5), window=st.none() | st.integers(1, 9))
-    def make(self, page_size: int, window: int | None) -> None:
+    @initialize(
+        page_size=st.integers(1, 5),
+        window=st.none() | st.integers(1, 9),
+        contiguous=st.booleans(),
+        pages=st.none() | st.integers(0, 60),
+    )
+    def make(self, page_size: int, window: int | None, contiguous: bool, pages: int | None) -> None:
         self.window = window
-        self.cache = cache(page_size, window)
+        self.cache = cache(page_size, window, contiguous=contiguous)
+        if pages is not None:
+            self.cache.fix(pages)
+
+    def fits(self, one: Expected, tokens: int) -> bool:
+        """Whether the cache has pages for more tokens of a sequence; if it has not, reserving them is refused."""
+        missing, free = self.cache.missing_pages(one.sequence, tokens), self.cache.free_pages
+        assert (missing <= free) == (tokens <= self.cache.room(one.sequence)) or not tokens
+        if missing > free:
+            with pytest.raises(PentadError, match="pages"):
+                self.cache.reserve(one.sequence, tokens)
+        return missing <= free
 
     def any_of(self, data: st.DataObject) -> Expected:
         return data.draw(st.sampled_from(self.expected))
@@ -61,18 +78,38 @@ class CacheMachine(RuleBasedStateMachine):
     def fork(self, data: st.DataObject) -> None:
         if len(self.expected) < 6:
             one = self.any_of(data)
-            self.expected.append(Expected(self.cache.fork(one.sequence), list(one.tokens)))
+            length = data.draw(st.integers(0, len(one.tokens)) | st.just(len(one.tokens)))
+            if self.cache.can_truncate(one.sequence, length):
+                self.expected.append(Expected(self.cache.fork(one.sequence, length), one.tokens[:length]))
+            else:
+                with pytest.raises(PentadError):
+                    self.cache.fork(one.sequence, length)
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data(), tokens=st.integers(0, 20))
     def reserve(self, data: st.DataObject, tokens: int) -> None:
-        self.cache.reserve(self.any_of(data).sequence, tokens)
+        one = self.any_of(data)
+        if self.fits(one, tokens):
+            free, missing = self.cache.free_pages, self.cache.missing_pages(one.sequence, tokens)
+            self.cache.reserve(one.sequence, tokens)
+            assert self.cache.free_pages == free - missing
+
+    @precondition(lambda self: self.expected and self.cache.max_pages == math.inf)
+    @rule()
+    def compact(self) -> None:
+        """Free the pages that nobody holds; shared pages stay shared."""
+        held = {page for one in self.expected for page in one.sequence.pages}
+        self.cache.compact(*(one.sequence for one in self.expected))
+        assert self.cache.pages == self.cache.pages_in_use == len(held)
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def append(self, data: st.DataObject) -> None:
         """Run a step of some sequences, and accept any number of its first tokens."""
         chosen = data.draw(st.lists(st.sampled_from(self.expected), min_size=1, unique_by=id))
+        chosen = [one for one in chosen if self.fits(one, 12)][: 1 if self.cache.max_pages < math.inf else None]
+        if not chosen:
+            return
         counts = [data.draw(st.integers(1, 12)) for _ in chosen]
         work = [(one.sequence, n) for one, n in zip(chosen, counts, strict=True)]
         batch = self.cache.batch(work)
@@ -142,7 +179,7 @@ class CacheMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for one in self.expected:
             self.cache.close(one.sequence)
-        if hasattr(self, "cache"):
+        if hasattr(self, "cache") and self.cache.pages:
             size, sequence = self.cache.nbytes, self.cache.open()
             self.cache.reserve(sequence, len(self.cache.keys[0]))
             assert self.cache.nbytes == size, "pages leaked"
