@@ -134,6 +134,8 @@ class Worker:
                 event["scores"] = [_pair(one) for one in request.token_logprobs]
             elif isinstance(request, Generation) and token is not None and request.logprobs is not None:
                 event["logprobs"] = _pair(request.token_logprobs[-1])
+            if isinstance(request, Generation) and len(request.generated) == (token is not None):  # its first event
+                event["cached"] = request.cached_tokens or None
             if reason is not None:
                 self._forget(request)
             events.append({name: value for name, value in event.items() if value is not None})
