@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from datetime import timedelta
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -15,6 +17,8 @@ from pentad.cli import output
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from pentad.train.loop import StepRecord
     from pentad.train.run import TrainingRun
 
@@ -25,7 +29,7 @@ def train(
         list[str] | None, Option("--set", metavar="KEY=VALUE", help="Change a setting: run.steps=100. Repeatable.")
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
-    plan: Annotated[bool, Option("--plan", help="Show rows, tokens, steps and memory, and stop.")] = False,
+    plan: Annotated[bool, Option("--plan", help="Show rows, tokens, steps, memory and time, and stop.")] = False,
     show_mask: Annotated[
         int, Option(min=0, metavar="N", help="Show N examples, with the tokens that are learned marked, and stop.")
     ] = 0,
@@ -61,27 +65,49 @@ def train(
         if as_json:
             output.write_json(facts)
             return
-        memory = output.size(facts.pop("memory_bytes"))
-        shown = {**facts, "skipped": len(facts["skipped"]), "memory": memory}
+        memory, seconds = facts.pop("memory_bytes"), facts.pop("seconds")
+        shown = {**facts, "skipped": len(facts["skipped"]), "estimated_bytes": output.size(facts["estimated_bytes"])}
+        shown["memory"] = "more than there is" if memory is None else output.size(memory)
+        shown["time"] = "not measured" if seconds is None else str(timedelta(seconds=round(seconds)))
         output.write_table((name.replace("_", " "), _number(value)) for name, value in shown.items())
         return
+    steps = run.recipe.run.steps
+    bar = None if as_json or not sys.stderr.isatty() else _bar()
 
     def report(record: StepRecord) -> None:
         if as_json:
-            output.write_json({**record._asdict(), **record.metrics})
+            output.write_json(record.as_json())
+            return
+        if bar is not None:
+            details = f"loss {record.loss:.4f}  {record.tokens / record.seconds:,.0f} tokens/s"
+            details += f"  {output.size(record.peak_bytes)}"
+            bar.update(bar.task_ids[0], completed=record.step, total=steps, details=details)
             return
         output.write(
-            f"step {record.step}/{run.recipe.run.steps}  loss {record.loss:.4f}  gradient {record.grad_norm:.3f}"
+            f"step {record.step}/{steps}  loss {record.loss:.4f}  gradient {record.grad_norm:.3f}"
             f"  lr {record.learning_rate:.2e}  {record.tokens / record.seconds:,.0f} tokens/s\n"
         )
 
-    final = run.train(resume=resume, note=lambda line: output.note(f"pentad: {line}"), report=report)
+    with bar or nullcontext():
+        final = run.train(resume=resume, note=lambda line: output.note(f"pentad: {line}"), report=report)
     if rank() > 0:
         return
     if as_json:
         output.write_json({"final": str(final)})
     else:
         output.write(f"{final}\n")
+
+
+def _bar() -> Progress:
+    """A bar on standard error that shows the last step's numbers and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[details]}"), TimeElapsedColumn()
+    bar = Progress(*columns, TextColumn("left"), Remaining(), console=Console(stderr=True))
+    bar.add_task("", total=None, details="loading")
+    return bar
 
 
 def _number(value: object) -> str:

@@ -15,10 +15,10 @@ from pentad.datasets.examples import PAIRS, Encoder
 from pentad.datasets.rows import files_of, read_rows
 from pentad.errors import BadInput
 from pentad.text.targets import Encoded
-from pentad.weights.atomic import NewFile, cache_entry, write_files
+from pentad.weights.atomic import cache_entry, new_folder
 from pentad.weights.cache import cache_folder
 
-FORMAT = 2  # changes when equal inputs would give other examples
+FORMAT = 3  # changes when equal inputs would give other examples
 
 Tokens = tuple[np.ndarray, np.ndarray]
 """A sequence: int32 ids, and uint8 targets."""
@@ -28,7 +28,7 @@ class Examples:
     """A memory-mapped store of examples.
 
     Attributes:
-        path: the Arrow file.
+        path: the folder of examples.arrow and facts.json.
         sequences: sequences of an example: 1, or 2 of a pair.
         lengths: int64 [examples], tokens of each example, all its sequences together.
         scores: float32 [examples, sequences]; see `pentad.datasets.examples`.
@@ -39,11 +39,10 @@ class Examples:
         import pyarrow as pa
 
         self.path = path
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(pa.memory_map(str(path / "examples.arrow")))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        metadata = reader.schema.metadata
-        self.facts: dict[str, Any] = json.loads(metadata[b"facts"])
-        self.sequences = int(metadata[b"sequences"])
+        self.facts: dict[str, Any] = json.loads((path / "facts.json").read_text())
+        self.sequences: int = self.facts["sequences"]
         self._where = [batch.column("where") for batch in batches]
         self._ids = [batch.column("ids").values.to_numpy() for batch in batches]
         self._targets = [batch.column("targets").values.to_numpy() for batch in batches]
@@ -100,15 +99,16 @@ def prepare(
     hashes = {str(file): _sha256(file) for file in files}
     options = [FORMAT, fingerprint, encoder.learns, encoder.sequence_length, encoder.truncate, skip_bad]
     key = hashlib.sha256(json.dumps([list(hashes.values()), options]).encode()).hexdigest()
-    target = cache_folder() / "examples" / f"{key[:32]}.arrow"
+    target = cache_folder() / "examples" / key[:32]
     with cache_entry(target):
         if not target.exists():
-            _write(target, files, hashes, encoder, skip_bad, progress)
+            with new_folder(target) as folder:
+                _write(folder, files, hashes, encoder, skip_bad, progress)
     return Examples(target)
 
 
 def _write(
-    target: Path,
+    folder: Path,
     files: Sequence[Path],
     hashes: Mapping[str, str],
     encoder: Encoder,
@@ -119,34 +119,28 @@ def _write(
 
     skipped: list[str] = []
     facts: dict[str, Any] = {"rows": 0, "targets": 0, "ends": 0, "truncated": 0, "files": dict(hashes)}
-    batches: list[Any] = []
-    sequences = 2 if encoder.learns == PAIRS else 1
+    facts["sequences"] = 2 if encoder.learns == PAIRS else 1
     lists = [("ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.uint8()))]
     schema = pa.schema([*lists, ("score", pa.float32()), ("where", pa.string())])
     examples = _examples(files, encoder, skipped if skip_bad else None, facts, progress)
-    while chunk := list(islice(examples, 1000)):
-        flat = [(encoded, where) for example, where in chunk for encoded in example]
-        columns = [
-            [encoded.ids for encoded, _ in flat],
-            [list(map(int, encoded.targets)) for encoded, _ in flat],
-            [encoded.score for encoded, _ in flat],
-            [where for _, where in flat],
-        ]
-        facts["targets"] += sum(sum(encoded.targets[1:]) for encoded, _ in flat)
-        facts["ends"] += sum(encoded.ends for encoded, _ in flat)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-        batches.append(pa.record_batch(arrays, schema=schema))
-    if not batches:
+    with pa.ipc.new_file(str(folder / "examples.arrow"), schema) as writer:
+        while chunk := list(islice(examples, 1000)):
+            flat = [(encoded, where) for example, where in chunk for encoded in example]
+            columns = [
+                [encoded.ids for encoded, _ in flat],
+                [list(map(int, encoded.targets)) for encoded, _ in flat],
+                [encoded.score for encoded, _ in flat],
+                [where for _, where in flat],
+            ]
+            facts["targets"] += sum(sum(encoded.targets[1:]) for encoded, _ in flat)
+            facts["ends"] += sum(encoded.ends for encoded, _ in flat)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+    if not facts["targets"]:
         raise BadInput(f"{files[0]}: every row was skipped; the first: {skipped[0] if skipped else 'none'}")
     if not facts["ends"]:
         raise BadInput(f"{files[0]}: no end of a turn is ever a target, so the model would never learn to stop")
-    metadata = {"facts": json.dumps({**facts, "skipped": skipped}), "sequences": str(sequences)}
-    file = pa.BufferOutputStream()
-    with pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    content = memoryview(file.getvalue())
-    write_files([NewFile(target, content.nbytes, [content])])
+    (folder / "facts.json").write_text(json.dumps({**facts, "skipped": skipped}))
 
 
 def _examples(

@@ -1,27 +1,30 @@
 """Checkpoints of a training run: whole and verified, or ignored.
 
-A checkpoint is a folder step-N with state.safetensors and manifest.json, which has the size and SHA-256 of the former.
-It is written under a hidden name, synced and renamed, so that a process killed at any moment leaves the last one.
+A checkpoint is a folder step-N with state.safetensors and manifest.json, which has the size and SHA-256 of the former
+and of itself. It is written under a hidden name, synced and renamed, so that a process killed at any moment leaves the
+last one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from pentad.errors import PentadError
 from pentad.weights.atomic import new_folder
 from pentad.weights.cache import check_space
+from pentad.weights.safetensors_writer import write_safetensors
+from pentad.weights.writing import PendingTensor
 
 _STATE, _MANIFEST = "state.safetensors", "manifest.json"
 
@@ -33,7 +36,7 @@ class Saved:
     Attributes:
         step: the number of steps done.
         tensors: by name.
-        info: what `save` was given.
+        info: what `Saver.save` was given.
         skipped: one line for each newer checkpoint that is broken.
     """
 
@@ -43,45 +46,85 @@ class Saved:
     skipped: list[str]
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Write a checkpoint, then remove all others but the `keep` newest that verify.
+class Saver:
+    """Writes checkpoints in a thread, one at a time. A context manager; its end waits for the last one.
 
     Args:
-        folder: the folder of all checkpoints.
-        step: the number of steps done; a checkpoint of this step that verifies is kept, a broken one replaced.
-        tensors: by name; each storage once.
-        info: JSON that `latest` returns.
-        keep: the number of checkpoints to keep, at least 1.
-
-    Raises:
-        PentadError: the disk is full or can't be written; the checkpoints before are unchanged.
+        folder: the folder of all checkpoints. No other process writes into it.
+        keep: the number of checkpoints to keep, at least 1: the newest that verify.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
-    target = folder / f"step-{step}"
-    if _verifies(target):
-        return target  # a step's state is a function of the run: it is this one
-    needed = sum(tensor.nbytes for tensor in tensors.values())
-    check_space(folder, needed, "free some, or keep fewer checkpoints")
-    shutil.rmtree(target, ignore_errors=True)  # it is broken
-    with new_folder(target) as partial:
-        try:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial / _STATE)
-        except SafetensorError as error:  # the disk is full, or files may not be as large
-            raise PentadError(f"{target} can't be written: {' '.join(str(error).split())}") from error
-        manifest = {"step": step, "files": {_STATE: _facts(partial / _STATE)}, "info": dict(info)}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in (partial / _STATE, partial / _MANIFEST, partial):
-            _sync(path)
-    _sync(folder)
-    kept = 0
-    for path in _newest_first(folder):
-        if kept < keep and (path == target or _verifies(path)):
-            kept += 1
-        elif path != target:
-            shutil.rmtree(path, ignore_errors=True)
-    return target
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self._folder, self._keep = folder, keep
+        self._verified: set[Path] = set()
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+        for partial in folder.glob(".step-*.part"):  # of a killed process
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Copy the tensors; the rest goes on in the background, after the last checkpoint is complete.
+
+        Args:
+            step: the number of steps done; a checkpoint of this step that verifies is kept, a broken one replaced.
+            tensors: by name; each storage once.
+            info: JSON that `latest` returns.
+
+        Raises:
+            PentadError: see `check`.
+        """
+        self.check(wait=True)
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        self._last = self._thread.submit(self._write, step, copies, dict(info))
+
+    def check(self, *, wait: bool = False) -> None:
+        """Raise the error of the last checkpoint, if it has failed.
+
+        Raises:
+            PentadError: the disk is full or can't be written; the checkpoints before are unchanged.
+        """
+        if self._last is not None and (wait or self._last.done()):
+            last, self._last = self._last, None
+            last.result()
+
+    def _write(self, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        target = self._folder / f"step-{step}"
+        if not self._verifies(target):  # if it does, it is the same: a step's state is a function of the run
+            shutil.rmtree(target, ignore_errors=True)
+            pending = [_pending(name, tensor) for name, tensor in tensors.items()]
+            nbytes = sum(tensor.nbytes for tensor in pending)
+            check_space(self._folder, nbytes, "free some, or keep fewer checkpoints")
+            with new_folder(target) as partial:
+                write_safetensors(partial, "state", pending, shard_bytes=nbytes + 1)
+                manifest = {"step": step, "files": {_STATE: _facts(partial / _STATE)}, "info": info}
+                (partial / _MANIFEST).write_text(json.dumps({**manifest, "sha256": _hash(manifest)}, indent=2) + "\n")
+                for path in (partial / _MANIFEST, partial):
+                    _sync(path)
+            _sync(self._folder)
+            self._verified.add(target)
+        kept = 0
+        for path in _newest_first(self._folder):
+            if kept < self._keep and (path == target or self._verifies(path)):
+                kept += 1
+            elif path != target:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _verifies(self, path: Path) -> bool:
+        if path not in self._verified:
+            try:
+                _read_manifest(path)
+            except ValueError:
+                return False
+            self._verified.add(path)
+        return path.exists()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.check()
 
 
 def latest(folder: Path) -> Saved | None:
@@ -91,7 +134,7 @@ def latest(folder: Path) -> Saved | None:
     skipped: list[str] = []
     for path in _newest_first(folder):
         try:
-            manifest = _verified(path)
+            manifest = _read_manifest(path)
         except ValueError as error:
             skipped.append(f"{path} is skipped: {' '.join(str(error).split())}")
             continue
@@ -99,26 +142,23 @@ def latest(folder: Path) -> Saved | None:
     return None
 
 
+def _pending(name: str, tensor: Tensor) -> PendingTensor:
+    return PendingTensor(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
 def _newest_first(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{1,18}", path.name)]
     return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
-def _verifies(path: Path) -> bool:
-    with contextlib.suppress(ValueError):
-        _verified(path)
-        return True
-    return False
-
-
-def _verified(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises ValueError with the defect if the checkpoint doesn't verify."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
-        if not isinstance(manifest, dict) or manifest["step"] != int(path.name[5:]):
+        if not isinstance(manifest, dict) or manifest.pop("sha256") != _hash(manifest):
+            raise ValueError(f"{_MANIFEST} differs from its own SHA-256")
+        if manifest["step"] != int(path.name[5:]):
             raise ValueError(f"{_MANIFEST} is of another step")
-        if not isinstance(manifest["info"], dict):
-            raise ValueError(f"{_MANIFEST} has no info")
         expected, nbytes = manifest["files"][_STATE], (path / _STATE).stat().st_size
         if nbytes != expected["nbytes"]:
             raise ValueError(f"{_STATE} has {nbytes} bytes; expected {expected['nbytes']}")
@@ -129,6 +169,10 @@ def _verified(path: Path) -> dict[str, Any]:
     except (OSError, TypeError, RecursionError) as error:
         raise ValueError(str(error)) from error
     return manifest
+
+
+def _hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _facts(file: Path) -> dict[str, Any]:

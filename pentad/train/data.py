@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -13,12 +15,26 @@ from pentad.datasets.store import Examples
 
 
 @dataclass(frozen=True)
-class TokenData:
-    """Batches of one or several stores of examples.
+class Stage:
+    """A part of the run with its own data.
 
     Attributes:
         stores: the sources.
         weights: the share of each source, or None to draw from all as from one.
+        steps: its length.
+    """
+
+    stores: Sequence[Examples]
+    weights: Sequence[float] | None
+    steps: int
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Batches of examples, stage after stage; the last stage doesn't end.
+
+    Attributes:
+        stages: at least one.
         batch_size: sequences (or pairs) a step, over all processes.
         seed: seed of the order.
         micro_batch_tokens: the most tokens of a micro-batch; a longer example goes alone.
@@ -28,8 +44,7 @@ class TokenData:
         device: where batches go.
     """
 
-    stores: Sequence[Examples]
-    weights: Sequence[float] | None
+    stages: Sequence[Stage]
     batch_size: int
     seed: int
     micro_batch_tokens: int
@@ -37,34 +52,43 @@ class TokenData:
     rank: int = 0
     world: int = 1
     device: torch.device | str = "cpu"
+    stores: list[Examples] = field(init=False, repr=False)
     _units: list[Sequence[Sequence[int]]] = field(init=False, repr=False)
-    _order: Order = field(init=False, repr=False)
+    _orders: list[Order] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        stores = [store for stage in self.stages for store in stage.stores]
         units: list[Sequence[Sequence[int]]] = [
             [(number,) for number in range(len(store))]
             if self.bin_size is None
             else best_fit(store.lengths.tolist(), self.bin_size * store.sequences)
-            for store in self.stores
+            for store in stores
         ]
-        object.__setattr__(self, "_units", units)
-        object.__setattr__(self, "_order", Order([len(source) for source in units], self.weights, self.seed))
+        orders, sizes = [], iter(map(len, units))
+        for number, stage in enumerate(self.stages):
+            seed = self.seed if number == 0 else hash((self.seed, number)) & (2**63 - 1)
+            orders.append(Order([next(sizes) for _ in stage.stores], stage.weights, seed))
+        for name, value in (("stores", stores), ("_units", units), ("_orders", orders)):
+            object.__setattr__(self, name, value)
 
     @property
     def units(self) -> int:
-        """The number of sequences of an epoch."""
+        """The number of sequences of an epoch of all stages."""
         return sum(map(len, self._units))
 
     def examples(self, step: int) -> list[tuple[int, int]]:
         """This process's (source, number) of a step's examples."""
+        starts = list(accumulate((stage.steps for stage in self.stages[:-1]), initial=0))
+        number = bisect_right(starts, step) - 1
+        before = sum(len(stage.stores) for stage in self.stages[:number])
         found = []
         for position in range(self.rank, self.batch_size, self.world):
-            source, unit = self._order[step * self.batch_size + position]
-            found += [(source, number) for number in self._units[source][unit]]
+            source, unit = self._orders[number][(step - starts[number]) * self.batch_size + position]
+            found += [(before + source, example) for example in self._units[before + source][unit]]
         return found
 
-    def step(self, step: int) -> list[TokenBatch]:
-        """This process's micro-batches of a step."""
+    def groups(self, step: int) -> list[list[tuple[int, int]]]:
+        """The examples of each of this process's micro-batches of a step."""
         groups: list[list[tuple[int, int]]] = []
         room = 0
         for source, number in self.examples(step):
@@ -74,7 +98,15 @@ class TokenData:
                 room = self.micro_batch_tokens
             groups[-1].append((source, number))
             room -= length
-        return [self._batch(group) for group in groups]
+        return groups
+
+    def length(self, group: Sequence[tuple[int, int]]) -> int:
+        """The tokens of a micro-batch, from the examples' lengths alone."""
+        return sum(int(self.stores[source].lengths[number]) for source, number in group)
+
+    def step(self, step: int) -> list[TokenBatch]:
+        """This process's micro-batches of a step."""
+        return [self._batch(group) for group in self.groups(step)]
 
     def _batch(self, group: Sequence[tuple[int, int]]) -> TokenBatch:
         sequences = [sequence for source, number in group for sequence in self.stores[source][number]]
@@ -84,6 +116,6 @@ class TokenData:
         """The tokens of a micro-batch."""
         return len(batch.ids_N)
 
-    def describe(self, batch: TokenBatch) -> str:
+    def rows(self, batch: TokenBatch) -> list[str]:
         """The files and lines of a micro-batch."""
-        return ", ".join(self.stores[source].location(number) for source, number in batch.examples)
+        return [self.stores[source].location(number) for source, number in batch.examples]

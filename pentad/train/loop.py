@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,9 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pentad.errors import PentadError
+from pentad.memory import process_bytes
 from pentad.nn.moe.layer import MixtureOfExperts
 from pentad.train.objectives.loss import Objective
-from pentad.train.optimizers import Optimizers
+from pentad.train.optimizers import MovingAverage, Optimizers
+
+HISTORY, MIN_HISTORY = 50, 10  # the numbers of steps whose medians tell what a spike is
 
 
 class StepRecord(NamedTuple):
@@ -32,6 +37,7 @@ class StepRecord(NamedTuple):
         learning_rate: of this step.
         grad_norm: before clipping.
         seconds: wall time of the step.
+        peak_bytes: the most memory that this process has had so far.
         metrics: the objective's own, means like the loss.
     """
 
@@ -41,11 +47,31 @@ class StepRecord(NamedTuple):
     learning_rate: float
     grad_norm: float
     seconds: float
+    peak_bytes: int
     metrics: Mapping[str, float]
+
+    def as_json(self) -> dict[str, float]:
+        """All fields as one flat object."""
+        fields: dict[str, float] = self._asdict()
+        del fields["metrics"]
+        return {**fields, **self.metrics}
+
+
+class BadStep(PentadError):
+    """A loss or gradient that isn't finite, or a spike. The parameters are those before the step.
+
+    Attributes:
+        step: from 1.
+        batches: this process's micro-batches of the step.
+    """
+
+    def __init__(self, message: str, step: int, batches: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.step, self.batches = step, batches
 
 
 class Data(Protocol):
-    """The micro-batches of a step: a pure function of the step."""
+    """The micro-batches of a step, as a function of the step."""
 
     def step(self, step: int) -> Sequence[Any]:
         """This process's micro-batches of a step, counted from 0."""
@@ -53,13 +79,13 @@ class Data(Protocol):
     def tokens(self, batch: Any) -> int:
         """The tokens (or patches, or latents) of a micro-batch."""
 
-    def describe(self, batch: Any) -> str:
+    def rows(self, batch: Any) -> list[str]:
         """Where the rows of a micro-batch come from, for an error."""
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One run's loop.
+    """The loop of a run.
 
     Attributes:
         network: a network with trainable parameters.
@@ -71,6 +97,9 @@ class Loop:
         max_grad_norm: the gradient's norm is clipped to this.
         dtype: dtype of the computation; float32 or, by autocast, bfloat16.
         checkpointing: "none" or "blocks".
+        average: a moving average of the parameters, or None.
+        max_spike: see the recipe; 0 for no limit.
+        history: the losses and gradient norms of the last steps.
     """
 
     network: nn.Module
@@ -82,12 +111,15 @@ class Loop:
     max_grad_norm: float = 1.0
     dtype: torch.dtype = torch.float32
     checkpointing: str = "none"
+    average: MovingAverage | None = None
+    max_spike: float = 0.0
+    history: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=HISTORY))
 
     def run(self, first: int, steps: int, after_step: Callable[[StepRecord], None]) -> None:
         """Run the steps `first` to `steps` - 1; `after_step` may save, log or stop (by an exception).
 
         Raises:
-            PentadError: a loss or gradient isn't finite. The parameters are those before the step.
+            BadStep: a loss or gradient isn't finite, or a spike.
         """
         for step in range(first, steps):
             after_step(self.step(step))
@@ -109,13 +141,25 @@ class Loop:
         means = dict(zip(names, _sum_over_processes([sums[name] for name in names]), strict=True))
         _sum_gradients(parameters)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
-        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
-            rows = "; ".join(map(self.data.describe, batches))
-            raise PentadError(f"step {step + 1}: the loss is {means['loss']}, the gradient's norm {norm}; rows: {rows}")
+        self._check(step, means["loss"], norm, batches)
         lr = self.learning_rate(step)
         self.optimizers.step(lr)
+        if self.average is not None:
+            self.average.update()
         seconds = time.perf_counter() - started
-        return StepRecord(step + 1, means.pop("loss"), int(tokens), lr, norm, seconds, means)
+        return StepRecord(step + 1, means.pop("loss"), int(tokens), lr, norm, seconds, process_bytes(), means)
+
+    def _check(self, step: int, loss: float, norm: float, batches: Sequence[Any]) -> None:
+        """Stop before the optimizer's step if a number isn't finite or is a spike."""
+        for number, past in ((loss, [loss for loss, _ in self.history]), (norm, [norm for _, norm in self.history])):
+            usual = median(past) if self.max_spike and len(past) >= MIN_HISTORY else math.inf
+            if math.isfinite(number) and number <= usual + self.max_spike * max(1.0, usual):
+                continue
+            spike = f", a spike over {usual:.4g}" if math.isfinite(number) else ""
+            rows = ", ".join(row for batch in batches for row in self.data.rows(batch))
+            text = f"step {step + 1}: the loss is {loss:.4g}, the gradient's norm {norm:.4g}{spike}; rows: {rows}"
+            raise BadStep(text, step + 1, batches)
+        self.history.append((loss, norm))
 
     def _totals(self, step: int, batches: Sequence[Any]) -> list[float]:
         """The step's tokens, and the objective's totals."""
@@ -141,10 +185,9 @@ class Loop:
 
 
 def _sum_over_processes(values: Sequence[float]) -> list[float]:
-    if not dist.is_initialized():
-        return list(values)
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
+    if dist.is_initialized():
+        dist.all_reduce(total)
     return [float(value) for value in total]
 
 

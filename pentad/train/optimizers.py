@@ -1,23 +1,35 @@
-"""Optimizers of torch, and which parameters they get."""
+"""Optimizers of torch, which parameters they get, and a moving average of the parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from pentad.train.recipe import Optimizer
+from pentad.errors import BadInput
+from pentad.train.recipe import Group, Optimizer
 
 
 class Optimizers:
     """One optimizer, or Muon for the matrices inside blocks and AdamW for the rest (Muon's author's advice).
 
-    Norms and biases have no weight decay.
+    Norms and biases have no weight decay, unless a group gives them one.
+
+    Args:
+        network: parameters of groups with a learning rate of 0 are frozen.
+        options: the recipe's.
+
+    Raises:
+        BadInput: a group's pattern matches no parameter, or everything is frozen.
     """
 
     def __init__(self, network: nn.Module, options: Optimizer) -> None:
+        self._groups = _groups(network, options)
         named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+        if not named:
+            raise BadInput("optimizer.groups freezes all parameters; nothing would be trained")
         hidden = {name for name, p in named.items() if p.dim() == 2 and name.startswith("layers.")}
         self._optimizers: list[torch.optim.Optimizer] = []
         self._owners: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {}  # by the parameter's name
@@ -31,14 +43,17 @@ class Optimizers:
             self._add(torch.optim.AdamW, named, options, lr=options.lr, betas=betas, eps=options.eps, fused=True)
 
     def _add(self, kind: type, named: Mapping[str, Tensor], options: Optimizer, **arguments: object) -> None:
-        decayed = [parameter for parameter in named.values() if parameter.dim() > 1]
-        plain = [parameter for parameter in named.values() if parameter.dim() <= 1]
-        groups = [
-            {"params": parameters, "weight_decay": decay}
-            for parameters, decay in ((decayed, options.weight_decay), (plain, 0.0))
-            if parameters
-        ]
-        if groups:
+        settings: dict[tuple[float, float], list[Tensor]] = {}  # factor of the learning rate, weight decay
+        for name, parameter in named.items():
+            group = self._groups.get(name, Group(parameters=name))
+            decay = options.weight_decay if parameter.dim() > 1 else 0.0
+            decay = decay if group.weight_decay is None else group.weight_decay
+            settings.setdefault((group.lr_scale, decay), []).append(parameter)
+        if settings:
+            groups = [
+                {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+                for (scale, decay), parameters in settings.items()
+            ]
             optimizer = kind(groups, **arguments)
             self._optimizers.append(optimizer)
             self._owners |= {name: (optimizer, parameter) for name, parameter in named.items()}
@@ -47,7 +62,7 @@ class Optimizers:
         """Update the parameters with this learning rate, then drop the gradients."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -65,3 +80,50 @@ class Optimizers:
             name, _, key = name.rpartition("/")
             optimizer, parameter = self._owners[name]
             optimizer.state[parameter][key] = tensor.clone()
+
+
+def _groups(network: nn.Module, options: Optimizer) -> dict[str, Group]:
+    """The group of each parameter that has one."""
+    found: dict[str, Group] = {}
+    for group in options.groups:
+        matching = [name for name, _ in network.named_parameters() if fnmatchcase(name, group.parameters)]
+        if not matching:
+            names = ", ".join(name for name, _ in [*network.named_parameters()][:4])
+            raise BadInput(f"optimizer.groups: {group.parameters!r} matches no parameter; names are {names}, …")
+        for name in matching:
+            found.setdefault(name, group)
+    for name, group in found.items():
+        if group.lr_scale == 0:
+            network.get_parameter(name).requires_grad_(False)
+    return found
+
+
+class MovingAverage:
+    """An exponential moving average of a network's trainable parameters (Polyak averaging).
+
+    Attributes:
+        decay: ``average = decay * average + (1 - decay) * parameter`` after each step.
+        tensors: the averages, by name.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.tensors = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the parameters after a step."""
+        torch._foreach_lerp_(list(self.tensors.values()), list(self._parameters.values()), 1 - self.decay)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over `tensors` of another average."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Replace the network's parameters by their averages."""
+        for name, tensor in self.tensors.items():
+            self._parameters[name].copy_(tensor)

@@ -6,7 +6,7 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,25 +45,34 @@ class Source(Table):
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
+class Stage(Table):
+    """A part of a curriculum: its data (see `Data.train`), and its number of steps."""
+
+    train: str | list[Source]
+    steps: Positive
+
+
 class Data(Table):
     """The training data.
 
     Attributes:
         train: a file or folder, or a weighted mixture of them.
+        stages: a curriculum instead of `train`: data sets that follow each other.
         pack: a sequence of a step is a bin of several rows, up to `sequence_length` tokens. Rows don't see each other.
         truncate: cut rows that are longer than `sequence_length`, which are otherwise errors.
         skip_bad: leave out malformed rows, which are otherwise errors.
     """
 
-    train: str | list[Source]
+    train: str | list[Source] | None = None
+    stages: list[Stage] = []
     pack: bool = False
     truncate: bool = False
     skip_bad: bool = False
 
-    @property
-    def sources(self) -> list[Source]:
-        """The sources of the mixture."""
-        return [Source(path=self.train)] if isinstance(self.train, str) else self.train
+    def mixtures(self) -> list[list[Source]]:
+        """The sources of each stage; without stages, of the only one."""
+        given = [stage.train for stage in self.stages] if self.train is None else [self.train]
+        return [[Source(path=train)] if isinstance(train, str) else train for train in given]
 
 
 class Run(Table):
@@ -71,7 +80,7 @@ class Run(Table):
 
     Attributes:
         out: the folder of the run.
-        steps: optimizer steps.
+        steps: optimizer steps; with `data.stages` their sum.
         batch_size: sequences (of pairs: pairs) a step, over all processes.
         sequence_length: the most tokens of a sequence.
         seed: seed of the order of rows, dropout and initial weights.
@@ -80,10 +89,14 @@ class Run(Table):
         keep: the number of checkpoints to keep.
         micro_batch_tokens: the most tokens of one forward pass; a longer sequence goes alone.
         checkpointing: activation checkpointing, "none" or "blocks"; "auto" chooses by the memory that is available.
+        ema: decay of an exponential moving average of the parameters, which is then the trained model; 0 for none.
+        max_spike: stop before a step whose loss, or gradient norm, exceeds the median of the last 50 by more than this
+            factor of the median (of 1, if that is larger); 0 to stop for numbers that aren't finite only.
+        trackers: besides log.jsonl, "tensorboard" (in the run's folder) and "trackio".
     """
 
     out: str
-    steps: Positive
+    steps: Positive | None = None
     batch_size: Positive = 8
     sequence_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -92,6 +105,23 @@ class Run(Table):
     keep: Positive = 2
     micro_batch_tokens: Positive = 4096
     checkpointing: Literal["auto", "none", "blocks"] = "auto"
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    max_spike: Annotated[float, Field(ge=0)] = 10.0
+    trackers: list[Literal["tensorboard", "trackio"]] = []
+
+
+class Group(Table):
+    """Parameters with settings of their own; of several groups that name a parameter the first holds.
+
+    Attributes:
+        parameters: a pattern of names in the network, such as "embed.*" or "layers.0.*".
+        lr_scale: factor of the learning rate; 0 freezes them.
+        weight_decay: by default the optimizer's.
+    """
+
+    parameters: str
+    lr_scale: Annotated[float, Field(ge=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
 
 
 class Optimizer(Table):
@@ -106,6 +136,7 @@ class Optimizer(Table):
     warmup: Fraction = 0.1
     decay: Fraction = 0.2
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    groups: list[Group] = []
 
 
 class Preference(Table):
@@ -164,6 +195,15 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise BadInput(f"{path}: {_explain(error)}") from error
+    if (recipe.data.train is None) == (not recipe.data.stages):
+        raise BadInput(f"{path}: [data] needs train, or stages, and not both")
+    if recipe.data.stages:
+        total = sum(stage.steps for stage in recipe.data.stages)
+        if recipe.run.steps not in (None, total):
+            raise BadInput(f"{path}: run.steps is {recipe.run.steps}, but the stages have {total} steps; leave it out")
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"steps": total})})
+    elif recipe.run.steps is None:
+        raise BadInput(f"{path}: run.steps is missing")
     if (recipe.model.base is None) == (recipe.model.config is None):
         raise BadInput(f"{path}: [model] needs base, or config to start from random weights, and not both")
     if recipe.model.config is not None and recipe.model.tokenizer is None:
@@ -187,13 +227,21 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[key] = value
 
 
+def _table(annotation: Any) -> Any:
+    """The first table in a field's type, such as Group in list[Group]; None if there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, Table):
+        return annotation
+    return next(filter(None, map(_table, get_args(annotation))), None)
+
+
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     location = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         table: Any = Recipe
-        for part in first["loc"][:-1]:
-            table = table.model_fields[part].annotation if part in getattr(table, "model_fields", {}) else Source
+        for part in first["loc"][:-1]:  # among the fields' names are indices and names of types
+            if part in table.model_fields:
+                table = _table(table.model_fields[part].annotation)
         near = difflib.get_close_matches(str(first["loc"][-1]), table.model_fields, 1, 0)
         return f"unknown key {location!r}; the nearest known one is {near[0]!r}"
     if first["type"] == "missing":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -20,7 +21,7 @@ from pentad import build, text, weights
 from pentad.convert import export_network
 from pentad.datasets.examples import Encoder
 from pentad.datasets.store import Examples, prepare
-from pentad.errors import BadInput
+from pentad.errors import BadInput, PentadError
 from pentad.memory import available_memory
 from pentad.models import family_of
 from pentad.models.language.config import read_family_config
@@ -28,17 +29,19 @@ from pentad.nn.decoder import Decoder
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.text import export
 from pentad.train import checkpoint, processes
-from pentad.train.data import TokenData
-from pentad.train.loop import Loop, StepRecord
+from pentad.train.data import Stage, TokenData
+from pentad.train.loop import BadStep, Loop, StepRecord
 from pentad.train.objectives.catalog import data_for, make_objective
+from pentad.train.objectives.references import no_references, reference_log_probs
 from pentad.train.objectives.reward import reward_head
-from pentad.train.optimizers import Optimizers
+from pentad.train.optimizers import MovingAverage, Optimizers
+from pentad.train.plan import checkpointing, least_bytes, plan
 from pentad.train.recipe import Recipe
 from pentad.train.schedules import learning_rate
+from pentad.train.trackers import open_trackers
 from pentad.weights import registry
+from pentad.weights.atomic import disk_errors, lock
 from pentad.weights.checkpoint import Checkpoint
-
-_BYTES_A_TOKEN_AND_WIDTH = 90  # activations of a layer in float32, without checkpointing; measured with SmolLM2
 
 
 @dataclass
@@ -64,43 +67,19 @@ class TrainingRun:
     @cached_property
     def data(self) -> TokenData:
         """The batches."""
-        run, sources = self.recipe.run, self.recipe.data.sources
-        return TokenData(
-            self.stores,
-            [source.weight for source in sources] if len(sources) > 1 else None,
-            run.batch_size,
-            run.seed,
-            run.micro_batch_tokens,
-            run.sequence_length if self.recipe.data.pack else None,
-            processes.rank(),
-            processes.world(),
-        )
+        run, stores = self.recipe.run, iter(self.stores)
+        lengths = [stage.steps for stage in self.recipe.data.stages] or [run.steps or 0]
+        stages = [
+            Stage([next(stores) for _ in mixture], [s.weight for s in mixture] if len(mixture) > 1 else None, steps)
+            for mixture, steps in zip(self.recipe.data.mixtures(), lengths, strict=True)
+        ]
+        bin_size = run.sequence_length if self.recipe.data.pack else None
+        processors = processes.rank(), processes.world()
+        return TokenData(stages, run.batch_size, run.seed, run.micro_batch_tokens, bin_size, *processors)
 
     def plan(self) -> dict[str, Any]:
-        """What the run would do, without loading weights."""
-        facts, run, data = [store.facts for store in self.stores], self.recipe.run, self.data
-        network = build.meta_network(self.source)
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        lengths = sum(int(store.lengths.sum()) for store in self.stores)
-        return {
-            "rows": sum(fact["rows"] for fact in facts),
-            "examples": sum(map(len, self.stores)),
-            "tokens": lengths,
-            "target_tokens": sum(fact["targets"] for fact in facts),
-            "truncated": sum(fact["truncated"] for fact in facts),
-            "skipped": [line for fact in facts for line in fact["skipped"]],
-            "sequences": data.units,
-            "steps": run.steps,
-            "epochs": run.steps * run.batch_size / data.units,
-            "parameters": parameters,
-            "memory_bytes": 16 * parameters + self._activation_bytes(network),
-        }
-
-    def _activation_bytes(self, network: Decoder) -> int:
-        """Memory of the activations of the largest micro-batch, without checkpointing."""
-        tokens = max(self.recipe.run.micro_batch_tokens, *(int(store.lengths.max()) for store in self.stores))
-        width, layers = network.embed.weight.shape[1], len(network.layers)
-        return tokens * width * layers * _BYTES_A_TOKEN_AND_WIDTH
+        """What the run would do; see `pentad.train.plan.plan`."""
+        return plan(self, build.meta_network(self.source))
 
     @processes.joined()
     def train(self, *, resume: bool = False, note: Callable[[str], None], report: Callable[[StepRecord], None]) -> Path:
@@ -109,70 +88,146 @@ class TrainingRun:
         Args:
             resume: continue from the newest checkpoint.
             note: receives what the user should know.
-            report: receives each step's record.
+            report: receives each step's record, in the first process.
 
         Raises:
-            BadInput: the folder has a run already, or `resume` doesn't fit the recipe or the data.
-            PentadError: the loss isn't finite, or the disk is full.
+            BadInput: the folder has a run already, another process trains in it, `resume` doesn't fit the recipe or the
+                data, or memory is short.
+            PentadError: a step is bad (see `Loop`), or the disk is full or can't be written.
         """
-        checkpoints, run = self.folder / "checkpoints", self.recipe.run
-        saved = checkpoint.latest(checkpoints) if resume else None
-        if not resume and self.folder.exists() and any(self.folder.iterdir()):
-            raise BadInput(f"{self.folder} has a run already; continue it with --resume, or choose another run.out")
-        processes.wait_for_all()  # until here a new run's folder is empty
-        writes = processes.rank() == 0
-        for line in saved.skipped if saved else []:
-            note(line)
-        identity = self._identity()
-        if saved is not None:
-            self._check_resume(saved.info, identity, note)
+        final, first, identity = self.folder / "final", 0, self._identity()
+        with ExitStack() as stack:
+            if processes.rank() == 0:
+                self._take_folder(resume, stack)
+            saved = checkpoint.latest(self.folder / "checkpoints") if resume else None
+            if saved is not None:
+                for line in saved.skipped:
+                    note(line)
+                self._check_resume(saved.info, identity, note)
+                first = saved.step
+            self._check_memory()
+            processes.wait_for_all()  # until here a new run's folder is empty
+            loop = self.loop()
+            if saved is not None:
+                self._restore(loop, saved)
+                del saved
+            after_step = self._writer(loop, first, identity, report, stack) if processes.rank() == 0 else lambda _: None
+            try:
+                loop.run(first, self.recipe.run.steps or 0, after_step)
+            except BadStep as error:
+                process = f"-{processes.rank()}" if processes.world() > 1 else ""
+                name = f"bad-step-{error.step}{process}.json"
+                batches = [{"rows": self.data.rows(b), "ids": b.ids_N.tolist()} for b in error.batches]
+                self._write(name, json.dumps({"error": str(error), "batches": batches}) + "\n")
+                raise PentadError(f"{error}; the batch is in {self.folder / name}") from error
+            if processes.rank() == 0:
+                if loop.average is not None:
+                    loop.average.apply()
+                assert isinstance(loop.network, Decoder)
+                shutil.rmtree(final, ignore_errors=True)  # of a process killed after writing it
+                export_network(loop.network, self.source, final, tokenizer=self.tokenizer_source)
+                self._write("card.md", self._card(identity))
+        return final
+
+    def _writer(
+        self, loop: Loop, first: int, identity: dict[str, Any], report: Callable[[StepRecord], None], stack: ExitStack
+    ) -> Callable[[StepRecord], None]:
+        """What happens after a step: it is logged and reported, and checkpoints are saved."""
+        run = self.recipe.run
+        self._write("recipe.json", self.recipe.model_dump_json(indent=2) + "\n")
+        log = stack.enter_context(self._open_log(first, loop))
+        trackers = open_trackers(run.trackers, self.folder, identity["recipe"], first, stack)
+        saver = stack.enter_context(checkpoint.Saver(self.folder / "checkpoints", run.keep))
+
+        def after_step(record: StepRecord) -> None:
+            with disk_errors(self.folder / "log.jsonl"):
+                log.write(json.dumps(record.as_json()) + "\n")
+                log.flush()
+            for receiver in (*trackers, report):
+                receiver(record)
+            saver.check()
+            if run.checkpoint_every and record.step % run.checkpoint_every == 0 and record.step != run.steps:
+                saver.save(record.step, self.state(loop), identity)
+
+        return after_step
+
+    def loop(self, *, measures: bool = False) -> Loop:
+        """The loop before its first step.
+
+        Args:
+            measures: the steps are only measured: the learning rate is 0, and a reference model isn't run.
+        """
+        options, run = self.recipe.optimizer, self.recipe.run
         torch.manual_seed(run.seed)
         network = self._network()
-        # Before the checkpoint's weights, since references are the base model's.
-        objective = make_objective(self.recipe, network, self.stores, build.DTYPES[run.dtype])
-        optimizers = Optimizers(network, self.recipe.optimizer)
-        first = 0
-        if saved is not None:
-            first = saved.step
-            with torch.no_grad():
-                for name, parameter in network.named_parameters():
-                    parameter.copy_(saved.tensors[f"parameters/{name}"])
-            prefix = "optimizer/"
-            optimizers.load_state({k.removeprefix(prefix): t for k, t in saved.tensors.items() if k.startswith(prefix)})
-        options = self.recipe.optimizer
-        loop = Loop(
+        known = no_references if measures else reference_log_probs
+        objective = make_objective(self.recipe, network, self.stores, build.DTYPES[run.dtype], known)
+        optimizers = Optimizers(network, options)
+
+        def rate(step: int) -> float:
+            peak = 0.0 if measures else options.lr
+            return learning_rate(
+                options.schedule, step, run.steps or 0, peak=peak, warmup=options.warmup, decay=options.decay
+            )
+
+        return Loop(
             network,
             objective,
             self.data,
             optimizers,
-            lambda step: learning_rate(
-                options.schedule, step, run.steps, peak=options.lr, warmup=options.warmup, decay=options.decay
-            ),
+            rate,
             seed=run.seed,
             max_grad_norm=options.max_grad_norm,
             dtype=build.DTYPES[run.dtype],
-            checkpointing=self._checkpointing(network),
+            checkpointing=checkpointing(self, network),
+            average=MovingAverage(network, run.ema) if run.ema else None,
+            max_spike=run.max_spike,
         )
-        log = self._open_log(first) if writes else None
 
-        def after_step(record: StepRecord) -> None:
-            if log is None:
-                return
-            log.write(json.dumps({**record._asdict(), **record.metrics, "metrics": None}) + "\n")
-            log.flush()
-            report(record)
-            if run.checkpoint_every and record.step % run.checkpoint_every == 0 and record.step < run.steps:
-                state: dict[str, torch.Tensor] = {f"parameters/{name}": p for name, p in network.named_parameters()}
-                state |= {f"optimizer/{name}": tensor for name, tensor in optimizers.state().items()}
-                checkpoint.save(checkpoints, record.step, state, identity, keep=run.keep)
+    def state(self, loop: Loop) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds: all that a run remembers but the number of steps."""
+        parameters = ((name, p) for name, p in loop.network.named_parameters() if p.requires_grad)
+        state: dict[str, torch.Tensor] = {f"parameters/{name}": parameter for name, parameter in parameters}
+        state |= {f"optimizer/{name}": tensor for name, tensor in loop.optimizers.state().items()}
+        if loop.average is not None:
+            state |= {f"average/{name}": tensor for name, tensor in loop.average.tensors.items()}
+        return state
 
-        with log or nullcontext():
-            loop.run(first, run.steps, after_step)
-        final = self.folder / "final"
-        if writes:
-            self._write_card(identity)
-            export_network(network, self.source, final, tokenizer=self.tokenizer_source)
-        return final
+    def _restore(self, loop: Loop, saved: checkpoint.Saved) -> None:
+        parts: dict[str, dict[str, torch.Tensor]] = {"parameters": {}, "optimizer": {}, "average": {}}
+        for name, tensor in saved.tensors.items():
+            part, _, name = name.partition("/")
+            parts[part][name] = tensor
+        with torch.no_grad():
+            for name, tensor in parts["parameters"].items():
+                loop.network.get_parameter(name).copy_(tensor)
+        loop.optimizers.load_state(parts["optimizer"])
+        if loop.average is not None:
+            loop.average.load(parts["average"])
+
+    def _take_folder(self, resume: bool, stack: ExitStack) -> None:
+        """Make the run's folder, and lock it."""
+        if not resume and self.folder.exists() and any(self.folder.iterdir()):
+            raise BadInput(f"{self.folder} has a run already; continue it with --resume, or choose another run.out")
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock(self.folder, stack)
+            except BlockingIOError:
+                raise BadInput(f"{self.folder}: another process trains in it; choose another run.out") from None
+
+    def _check_memory(self) -> None:
+        network, free = build.meta_network(self.source), available_memory(torch.device("cpu"))
+        needed = least_bytes(self, network, checkpointing(self, network))
+        if free is not None and needed > free:
+            raise BadInput(
+                f"the run needs about {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are available. Set"
+                ' run.checkpointing = "blocks", a smaller run.micro_batch_tokens, or choose a smaller model'
+            )
+
+    def _write(self, name: str, content: str) -> None:
+        with disk_errors(self.folder / name):
+            (self.folder / name).write_text(content)
 
     def _network(self) -> Decoder:
         config = read_family_config(family_of(self.source), self.source)
@@ -181,16 +236,10 @@ class TrainingRun:
             network.head = reward_head(network)
         return network
 
-    def _checkpointing(self, network: Decoder) -> str:
-        if self.recipe.run.checkpointing != "auto":
-            return self.recipe.run.checkpointing
-        free = available_memory(network.device)
-        return "blocks" if free is not None and self._activation_bytes(network) > free // 2 else "none"
-
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the uninterrupted one, bit for bit."""
         settings = self.recipe.model_dump()
-        for name in ("out", "checkpoint_every", "keep"):
+        for name in ("out", "checkpoint_every", "keep", "max_spike", "trackers"):  # they change no number
             del settings["run"][name]
         data = {file: digest for store in self.stores for file, digest in store.facts["files"].items()}
         return {
@@ -211,24 +260,24 @@ class TrainingRun:
             if old[name] != new[name]:
                 note(f"not bit-exact: {name} was {old[name]} and is {new[name]}")
 
-    def _open_log(self, first: int) -> Any:
-        """Write the recipe, and open the log without the lines of steps that are run again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.json").write_text(self.recipe.model_dump_json(indent=2) + "\n")
+    def _open_log(self, first: int, loop: Loop) -> TextIO:
+        """The log without the lines of steps that are run again; the others are the loop's history."""
         path = self.folder / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
-        partial = path.with_name(".log.jsonl.part")
-        partial.write_text("".join(lines))
-        os.replace(partial, path)
-        return path.open("a")
+        with disk_errors(path):
+            lines = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
+            partial = path.with_name(".log.jsonl.part")
+            partial.write_text("".join(lines))
+            os.replace(partial, path)
+            loop.history.extend((r["loss"], r["grad_norm"]) for r in map(json.loads, lines))
+            return path.open("a")
 
-    def _write_card(self, identity: dict[str, Any]) -> None:
+    def _card(self, identity: dict[str, Any]) -> str:
         records = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
         shown = records[:: max(1, len(records) // 20)]
         curve = "\n".join(f"| {r['step']} | {r['loss']:.4f} | {r['grad_norm']:.3f} |" for r in shown)
         data = "\n".join(f"- `{f}`: {sha}" for store in self.stores for f, sha in store.facts["files"].items())
         settings = json.dumps(identity["recipe"], indent=2)
-        (self.folder / "card.md").write_text(
+        return (
             f"# {self.folder.name}\n\nTrained by pentad {pentad.__version__} (torch {torch.__version__},"
             f" Python {sys.version.split()[0]}, {identity['threads']} threads).\n\nParent: {self.source.path}\n\n"
             f"Data, with SHA-256:\n{data}\n\n```json\n{settings}\n```\n\n| step | loss | gradient norm |\n"
@@ -267,7 +316,8 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
     fingerprint = _fingerprint(named)
     stores = [
         prepare(Path(part.path), encoder, fingerprint, skip_bad=data.skip_bad, progress=progress)
-        for part in data.sources
+        for mixture in data.mixtures()
+        for part in mixture
     ]
     return TrainingRun(recipe, Path(recipe.run.out), source, named, tokenizer, stores)
 

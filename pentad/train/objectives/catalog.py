@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from pentad.datasets.examples import DOCUMENTS, PAIRS, REPLIES, UNPAIRED
@@ -36,8 +38,21 @@ def data_for(objective: str | Mapping[str, float]) -> str:
     return OBJECTIVES[objective] if isinstance(objective, str) else PAIRS
 
 
-def make_objective(recipe: Recipe, network: Decoder, stores: Sequence[Examples], dtype: torch.dtype) -> Objective:
+def make_objective(
+    recipe: Recipe,
+    network: Decoder,
+    stores: Sequence[Examples],
+    dtype: torch.dtype,
+    reference_log_probs: Callable[..., list[np.ndarray[Any, Any]]] = reference_log_probs,
+) -> Objective:
     """The objective of a recipe; `network` still has the weights of the base model, which is the reference.
+
+    Args:
+        recipe: the recipe.
+        network: the network.
+        stores: the data.
+        dtype: dtype of the computation.
+        reference_log_probs: computes what the objective knows of the reference.
 
     Raises:
         BadInput: an option doesn't fit the model, or the data.

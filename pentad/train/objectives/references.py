@@ -42,7 +42,7 @@ def reference_log_probs(
         weights.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     references = []
     for store in stores:
-        name = hashlib.sha256(f"{store.path.stem} {dtype} {weights.hexdigest()}{key}".encode()).hexdigest()
+        name = hashlib.sha256(f"{store.path.name} {dtype} {weights.hexdigest()}{key}".encode()).hexdigest()
         path = cache_folder() / "references" / f"{name[:32]}.npy"
         with cache_entry(path):
             if not path.exists():
@@ -54,6 +54,17 @@ def reference_log_probs(
                 write_files([NewFile(path, content.getbuffer().nbytes, [content.getbuffer()])])
         references.append(np.load(path, allow_pickle=False))
     return references
+
+
+def no_references(
+    network: Decoder,
+    stores: Sequence[Examples],
+    dtype: torch.dtype,
+    sequences: Callable[[Examples, int], list[Tokens]] = Examples.__getitem__,
+    key: str = "",
+) -> list[np.ndarray]:
+    """Zeros in place of `reference_log_probs`, for steps that are only measured."""
+    return [np.zeros((len(store), len(sequences(store, 0))), np.float32) for store in stores]
 
 
 def values_of(columns: Sequence[np.ndarray], batch: TokenBatch) -> Tensor:
