@@ -65,6 +65,7 @@ def serve(
     try:
         from pentad.serve.app import make_app
         from pentad.serve.budget import shares
+        from pentad.serve.guard import local_hosts
         from pentad.serve.metrics import Metrics
         from pentad.serve.models import Model, Models
         from pentad.serve.server import listen
@@ -88,6 +89,8 @@ def serve(
         for (name, _), path, part in zip(names, paths, parts, strict=True)
     ]
     together = Models(models, [part.total for part in parts], budget)
+    if local_hosts(host) is None and not keys:
+        output.note(f"pentad: everyone who reaches {host} can use the models; --api-key-file asks for a key")
     app = make_app(together, metrics, host=host, keys=keys, origins=allow_origin or [])
     listening = listen(host, port)
     number = listening.getsockname()[1]

@@ -37,7 +37,7 @@ class Model:
         metrics: the server's.
 
     Attributes:
-        state: "unloaded", "loading", "ready", "restarting" or "failed".
+        state: "unloaded", "loading", "ready", "restarting", "unloading" or "failed".
         created: when the server started, in seconds since 1970.
         last_used: the time of the last request, for unloading.
         load: what its worker has reported last: "open" sequences, and "pages" of the KV cache in use.
@@ -94,10 +94,11 @@ class Model:
 
     async def stop(self) -> None:
         """End the worker."""
-        self.state = "unloaded"
+        self.state = "unloading"
         if self._watcher is not None:
             self._watcher.cancel()
         await self._end_process()
+        self.state = "unloaded"
 
     async def _spawn(self) -> None:
         arguments = json.dumps({"path": str(self.path), **self._options})

@@ -175,17 +175,19 @@ def main() -> None:
         if not isinstance(model, LanguageModel):
             raise BadInput(f"{path} is an encoder-decoder; pentad serve runs decoder-only models")
         model.tokenizer  # noqa: B018 - raises an error if there is none
-        page_bytes = model.step.cache.bytes_for(1)
+        cache = model.step.cache
+        cache_tokens = cache_bytes // cache.bytes_for(1) * cache.page_size
+        too_long = cache.bytes_for(model.context_length) > cache_bytes  # one sequence would not fit
         engine = Engine(model.step, EngineConfig(max_cache_bytes=cache_bytes))
         ready = {
             "path": str(checkpoint.path),
             "format": checkpoint.format,
             "config": None if checkpoint.format == "gguf" else dict(checkpoint.config),
-            "context_length": model.context_length,
+            "context_length": min(model.context_length, cache_tokens) if too_long else model.context_length,
             "vocab_size": model.network.config.vocab_size,
             "backend": model.step.backend,
             "weights_bytes": sum(entry.nbytes for entry in checkpoint.tensors.values()),
-            "cache_tokens": cache_bytes // page_bytes * model.step.cache.page_size,
+            "cache_tokens": cache_tokens,
         }
     except Exception as error:
         message = str(error) if isinstance(error, PentadError) else f"{type(error).__name__}: {error}"
