@@ -33,7 +33,8 @@ from tests.helpers.objectives import (
     write_inputs,
     write_rows,
 )
-from tests.helpers.tiny import network_of
+from tests.helpers.tiny import add_tokenizer, edit_json, network_of, talking_checkpoint
+from tests.helpers.tiny_qwen import qwen_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,24 @@ def test_a_reward_model_is_read_by_transformers(folder: Path) -> None:
     for number in range(len(PAIRS)):
         chosen, rejected = (peer(torch.tensor(ids[None], dtype=torch.int64)).logits for ids, _ in run.stores[0][number])
         assert float(chosen - rejected) > PAIRS[number]["margin"]
+
+
+def test_the_reward_model_of_a_tied_network_does_not_take_its_last_token_for_padding(
+    folder: Path, tmp_path: Path
+) -> None:
+    talking_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    edit_json(tmp_path / "tied/config.json", pad_token_id=256)
+    run, _ = trained(folder, "reward", f"model.base={tmp_path}/tied", f"run.out={tmp_path}/run", "run.steps=1")
+    peer = AutoModelForSequenceClassification.from_pretrained(run.folder / "final")
+    assert peer.config.pad_token_id is None
+    assert peer.score.weight.shape == (1, 32)
+
+
+def test_a_reward_model_of_a_family_without_classifiers_is_refused(folder: Path, tmp_path: Path) -> None:
+    qwen_checkpoint(tmp_path / "qwen", vocab_size=264)
+    add_tokenizer(tmp_path / "qwen")
+    with pytest.raises(BadInput, match="no sequence classifier"):
+        open_run(recipe_of(folder, "reward", f"model.base={tmp_path}/qwen"))
 
 
 @pytest.mark.parametrize("case", ["kto", "reward", "mixture"])
