@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -88,12 +86,6 @@ def available_memory(device: torch.device | None = None) -> int | None:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return physical_memory()
-
-
-def return_free_memory() -> None:
-    """Let glibc return the memory that this process has freed to the system; other systems do that by themselves."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def physical_memory() -> int | None:

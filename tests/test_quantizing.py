@@ -142,12 +142,12 @@ def test_nothing_is_left_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(logits(in_memory), logits(model))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="removing mapped files")
-def test_the_blocks_are_in_a_file_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_blocks_are_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENTAD_CACHE", str(tmp_path / "cache"))
     tiny_checkpoint(tmp_path / "floats", **WIDE)
     model = pentad.load(tmp_path / "floats", quantize="q8_0")
-    assert f"{tmp_path}/cache/.quantized-" in Path("/proc/self/maps").read_text()
+    assert f"{tmp_path}/cache/" in Path("/proc/self/maps").read_text()
     assert model.network.head.weight.mapped
 
 
@@ -189,7 +189,7 @@ print(json.dumps({"peak": status_bytes("VmHWM") - before, "now": status_bytes("V
 @needs_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_the_quantized_weights_and_one_float_tensor(tmp_path: Path) -> None:
-    """The float weights take 120 MB, the quantized ones 17 MB, and the largest float tensor 8 MB."""
+    """The float weights take 153 MB, the quantized ones 22 MB, and the largest float tensor 8 MB."""
     talking_checkpoint(tmp_path / "floats", hidden_size=1024, intermediate_size=2048, num_hidden_layers=4)
     environment = {**os.environ, "PENTAD_CACHE": str(tmp_path / "cache")}
     run = subprocess.run(
@@ -197,6 +197,6 @@ def test_the_peak_is_the_quantized_weights_and_one_float_tensor(tmp_path: Path) 
     )
     memory = json.loads(run.stdout)
     weights = [entry.nbytes for entry in pentad.weights.open(tmp_path / "floats").tensors.values()]
-    assert sum(weights) > 115e6
+    assert sum(weights) > 150e6
     assert memory["now"] <= 0.15 * sum(weights) + 25e6
     assert memory["peak"] <= 0.15 * sum(weights) + max(weights) + 35e6

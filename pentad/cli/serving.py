@@ -53,6 +53,7 @@ def serve(
     context: o.Context = None,
     threads: Annotated[int | None, Option(min=1, max=1024, metavar="N", help="CPU threads of each model.")] = None,
     dtype: o.Dtype = None,
+    quantize: o.Quantize = None,
     fast: Annotated[bool, Option("--fast", help="The CPU kernels round activations to 8 bits instead of 16.")] = False,
     as_json: o.Json = False,
 ) -> None:
@@ -83,7 +84,7 @@ def serve(
     keys = [] if api_key_file is None else _keys(api_key_file)
     paths = [registry.locate(source, progress=output.progress()) for _, source in names]
     parts, metrics = shares(paths, budget), Metrics()
-    options = {"context": context, "threads": threads, "dtype": dtype, "fast": fast}
+    options = {"context": context, "threads": threads, "dtype": dtype, "quantize": quantize, "fast": fast}
     models = [
         Model(name, path, {**options, "cache_bytes": part.cache}, max_queue=max_queue, metrics=metrics)
         for (name, _), path, part in zip(names, paths, parts, strict=True)

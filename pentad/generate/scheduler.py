@@ -10,9 +10,9 @@ from pentad.generate.pace import Pace
 from pentad.generate.prefixes import Key, Prefix, PrefixStore, common_length, key_of
 from pentad.generate.requests import Evaluation, Generation, Request
 from pentad.generate.step import Step
-from pentad.memory import return_free_memory
 from pentad.nn.cache import CachedSequence
 from pentad.nn.moe.layer import MixtureOfExperts
+from pentad.weights.mapped import return_free_memory
 
 MAX_EVALUATED_TOKENS = 256  # per evaluation and step: the logits of all these tokens are in memory at once
 MAX_KEPT_BYTES = 1 << 27  # of finished sequences in a cache without a limit; the last one always stays

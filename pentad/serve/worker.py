@@ -186,7 +186,7 @@ def main() -> None:
             "context_length": min(model.context_length, cache_tokens) if too_long else model.context_length,
             "vocab_size": model.network.config.vocab_size,
             "backend": model.step.backend,
-            "weights_bytes": sum(entry.nbytes for entry in checkpoint.tensors.values()),
+            "weights_bytes": sum(t.nbytes for t in (*model.network.parameters(), *model.network.buffers())),
             "cache_tokens": cache_tokens,
         }
     except Exception as error:

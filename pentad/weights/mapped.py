@@ -1,4 +1,4 @@
-"""Files mapped into memory, and releasing their pages after use."""
+"""Files mapped into memory, and releasing memory after use."""
 
 import contextlib
 import ctypes
@@ -37,6 +37,12 @@ def own_storage(view: Tensor) -> Tensor:
     if not view.numel():
         return view.clone()
     return torch.from_numpy(view.reshape(-1).view(torch.uint8).numpy()).view(view.dtype).view(view.shape)
+
+
+def return_free_memory() -> None:
+    """Let glibc return the memory that this process has freed to the system; other systems do that by themselves."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def drop_pages(view: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pentad.weights.cache import cache_folder
-from pentad.weights.mapped import map_file
+from pentad.weights.mapped import map_file, return_free_memory
 from pentad.weights.quantized import QuantizedTensor
 from pentad.weights.writing import PendingTensor, pieces
 
@@ -19,8 +19,8 @@ _logger = logging.getLogger(__name__)
 def quantized_copy(name: str, value: Tensor, type: str) -> QuantizedTensor:
     """Quantize a weight a few MiB at a time, as `write_gguf` would.
 
-    The blocks are in a file of pentad's cache folder that is already removed: the system frees its disk space when the
-    blocks are no longer used. If the file can't be written, they are in memory.
+    The blocks are in a file of pentad's cache folder that has no name: the system frees its disk space when the blocks
+    are no longer used, and when the process is killed. If the file can't be written, they are in memory.
 
     Args:
         name: names the weight in errors.
@@ -35,11 +35,12 @@ def quantized_copy(name: str, value: Tensor, type: str) -> QuantizedTensor:
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".quantized-") as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.writelines(pieces(pending))
             file.flush()
-            stored, mapped = map_file(Path(file.name)), True
+            stored, mapped = map_file(Path(f"/dev/fd/{file.fileno()}")), True
     except OSError as error:
         _logger.info("quantized weights are kept in memory: %s", error)
         stored, mapped = torch.frombuffer(bytearray().join(pieces(pending)), dtype=torch.uint8), False
+    return_free_memory()  # of the threads that quantized, which glibc would keep
     return QuantizedTensor(stored.view(rows, -1), type, pending.shape, mapped=mapped)

@@ -1,5 +1,6 @@
 """Workers and the server: loading on demand, full queues, deaths, signals."""
 
+import json
 import os
 import shutil
 import signal
@@ -109,13 +110,27 @@ def test_sigterm_lets_requests_finish_and_a_second_one_does_not(two: Server) -> 
             os.kill(pid, 0)
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [["--model", "."], ["--model", "tiny", "--quantize", "q9"]], ids=str)
+def test_a_model_that_cannot_be_loaded_ends_the_server(
+    tiny: Path, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "config.json").write_text("{}")
-    command = [sys.executable, "-m", "pentad", "serve", "--port", "0", "--model", str(tmp_path)]
+    (tmp_path / "tiny").symlink_to(tiny)
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "pentad", "serve", "--port", "0", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     assert done.stderr.startswith("pentad: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_weights_are_quantized_while_loading(tiny: Path) -> None:
+    command = [sys.executable, "-m", "pentad", "serve", "--port", "0", "--json", "--model", str(tiny)]
+    with subprocess.Popen([*command, "--quantize", "q8_0"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        process.terminate()
+    assert ready["weights_bytes"] < (tiny / "model.safetensors").stat().st_size / 2
 
 
 def test_the_front_process_imports_no_torch() -> None:
