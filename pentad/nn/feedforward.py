@@ -1,7 +1,11 @@
 """Feed-forward layers."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pentad.nn.linear import project
 
@@ -18,8 +22,38 @@ class SwiGLU(nn.Module):
     def forward(self, x_ND: Tensor) -> Tensor:
         """[N, dim] -> [N, dim]."""
         gate, up = project(x_ND, self.gate_proj, self.up_proj)
-        out_ND: Tensor = self.down_proj(F.silu(gate) * up)
+        out_ND: Tensor
+        if torch.is_grad_enabled() and type(self.down_proj) is nn.Linear and _is_plain(self.down_proj, gate):
+            out_ND = _GatedLinear.apply(gate, up, self.down_proj.weight, self.down_proj.bias)  # type: ignore[no-untyped-call]
+        else:
+            out_ND = self.down_proj(F.silu(gate) * up)
         return out_ND
+
+
+def _is_plain(linear: nn.Linear, like: Tensor) -> bool:
+    """True if nothing but a matmul in the weight's dtype happens in a layer: no hooks, no autocast."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return not hooks and like.dtype == linear.weight.dtype and not torch.is_autocast_enabled(like.device.type)
+
+
+class _GatedLinear(torch.autograd.Function):
+    """``linear(silu(gate) * up)``; backward recomputes the product, so that two tensors are kept instead of four."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_NF, up_NF, weight_DF)
+        return F.linear(F.silu(gate_NF) * up_NF, weight_DF, bias_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_ND: Tensor) -> tuple[Tensor | None, ...]:
+        gate_NF, up_NF, weight_DF = ctx.saved_tensors
+        silu_NF = F.silu(gate_NF)
+        weight = out_ND.T @ (silu_NF * up_NF) if ctx.needs_input_grad[2] else None
+        bias = out_ND.sum(0) if ctx.needs_input_grad[3] else None
+        product_NF = out_ND @ weight_DF
+        gate = torch.ops.aten.silu_backward(product_NF * up_NF, gate_NF)
+        return gate, product_NF.mul_(silu_NF), weight, bias
 
 
 class GeluMLP(nn.Module):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pentad.errors import BadInput
@@ -292,3 +292,34 @@ def test_pack_whole_sequences() -> None:
     packed = Batch.packed(torch.tensor([0, 3, 4], dtype=torch.int32))
     assert packed.layout == batch.layout
     assert packed.positions.tolist() == batch.positions.tolist()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_parts_with_a_backward_of_their_own(frozen: bool) -> None:
+    torch.manual_seed(0)
+    x_ND = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    for part in (RMSNorm(16, 1e-5).double(), SwiGLU(16, 24, bias=True).double()):
+        named = dict(part.named_parameters())
+        for parameter in named.values():
+            parameter.data.normal_()
+            parameter.requires_grad_(not frozen)
+
+        def run(x_ND: Tensor, *values: Tensor, part: nn.Module = part, names: tuple[str, ...] = tuple(named)) -> Tensor:
+            out_ND: Tensor = torch.func.functional_call(part, dict(zip(names, values, strict=True)), x_ND)
+            return out_ND
+
+        assert torch.autograd.gradcheck(run, (x_ND, *named.values()))
+
+
+def test_a_gated_layer_keeps_two_tensors_of_its_width_for_backward() -> None:
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    part, x_ND = SwiGLU(16, 640), torch.randn(32, 16)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in part.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        part(x_ND)
+    assert [count for storage, count in kept.items() if count >= 32 * 640 and storage not in weights] == [32 * 640] * 2
