@@ -15,14 +15,14 @@ from statistics import median
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from pentad.errors import PentadError
 from pentad.memory import process_bytes
 from pentad.nn.moe.layer import MixtureOfExperts
 from pentad.train.objectives.loss import Objective
 from pentad.train.optimizers import MovingAverage, Optimizers
+from pentad.train.processes import rank, sum_gradients, sum_over_processes
 
 HISTORY, MIN_HISTORY = 50, 10  # the numbers of steps whose medians tell what a spike is
 
@@ -132,14 +132,14 @@ class Loop:
         sums: dict[str, float] = {"loss": 0.0}
         for number, batch in enumerate(batches):
             self._seed(step, number)
-            with self._autocast():
+            with self.autocast():
                 loss = self.objective(self.network, batch, totals, checkpointing=self.checkpointing)
             loss.share.backward()  # type: ignore[no-untyped-call]
             for name, value in {"loss": loss.share, **loss.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         names = sorted(sums)
-        means = dict(zip(names, _sum_over_processes([sums[name] for name in names]), strict=True))
-        _sum_gradients(parameters)
+        means = dict(zip(names, sum_over_processes([sums[name] for name in names]), strict=True))
+        sum_gradients(parameters)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         self._check(step, means["loss"], norm, batches)
         lr = self.learning_rate(step)
@@ -166,35 +166,19 @@ class Loop:
         parts = []
         for number, batch in enumerate(batches):
             self._seed(step, number)
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self.autocast():
                 parts.append([self.data.tokens(batch), *self.objective.totals(self.network, batch)])
-        return _sum_over_processes([sum(column) for column in zip(*parts, strict=True)])
+        return sum_over_processes([sum(column) for column in zip(*parts, strict=True)])
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """A context in which matmuls run in `dtype`."""
         device = next(self.network.parameters()).device.type
         return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
 
     def _seed(self, step: int, number: int) -> None:
         """Seed dropout and router noise, as a function of the seed, the step, the micro-batch and the process."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        seed = hash((self.seed, step, number, rank)) & (2**63 - 1)  # of integers, so the same in every process
+        seed = hash((self.seed, step, number, rank())) & (2**63 - 1)  # of integers, so the same in every process
         torch.manual_seed(seed)
         for part in self.network.modules():
             if isinstance(part, MixtureOfExperts) and part.generator is not None:
                 part.generator.manual_seed(seed)
-
-
-def _sum_over_processes(values: Sequence[float]) -> list[float]:
-    total = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return [float(value) for value in total]
-
-
-def _sum_gradients(parameters: Sequence[Tensor]) -> None:
-    """Add up the gradients of all processes; each holds its part of the step's mean already."""
-    if dist.is_initialized():
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)

@@ -1,10 +1,12 @@
 """The processes of a run under torchrun: each computes a part of every step; the first one writes the files."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def rank() -> int:
@@ -33,3 +35,20 @@ def wait_for_all() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def sum_over_processes(values: Sequence[float]) -> list[float]:
+    """Each value's sum over all processes, in float64."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return [float(value) for value in total]
+
+
+def sum_gradients(parameters: Sequence[Tensor]) -> None:
+    """Add up the gradients of all processes; each holds its part of the step's mean already."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)

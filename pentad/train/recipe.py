@@ -58,6 +58,7 @@ class Data(Table):
     Attributes:
         train: a file or folder, or a weighted mixture of them.
         stages: a curriculum instead of `train`: data sets that follow each other.
+        validation: held-out data, measured before the first step, after the last one, and see `run.validate_every`.
         pack: a sequence of a step is a bin of several rows, up to `sequence_length` tokens. Rows don't see each other.
         truncate: cut rows that are longer than `sequence_length`, which are otherwise errors.
         skip_bad: leave out malformed rows, which are otherwise errors.
@@ -65,6 +66,7 @@ class Data(Table):
 
     train: str | list[Source] | None = None
     stages: list[Stage] = []
+    validation: str | None = None
     pack: bool = False
     truncate: bool = False
     skip_bad: bool = False
@@ -89,6 +91,7 @@ class Run(Table):
         keep: the number of checkpoints to keep.
         micro_batch_tokens: the most tokens of one forward pass; a longer sequence goes alone.
         checkpointing: activation checkpointing, "none" or "blocks"; "auto" chooses by the memory that is available.
+        validate_every: steps between measurements of `data.validation`; 0 for the first and the last only.
         ema: decay of an exponential moving average of the parameters, which is then the trained model; 0 for none.
         max_spike: stop before a step whose loss, or gradient norm, exceeds the median of the last 50 by more than this
             factor of the median (of 1, if that is larger); 0 to stop for numbers that aren't finite only.
@@ -105,6 +108,7 @@ class Run(Table):
     keep: Positive = 2
     micro_batch_tokens: Positive = 4096
     checkpointing: Literal["auto", "none", "blocks"] = "auto"
+    validate_every: Annotated[int, Field(ge=0)] = 0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_spike: Annotated[float, Field(ge=0)] = 10.0
     trackers: list[Literal["tensorboard", "trackio"]] = []

@@ -39,6 +39,7 @@ from pentad.train.plan import checkpointing, least_bytes, plan
 from pentad.train.recipe import Recipe
 from pentad.train.schedules import learning_rate
 from pentad.train.trackers import open_trackers
+from pentad.train.validation import Validation
 from pentad.weights import registry
 from pentad.weights.atomic import disk_errors, lock
 from pentad.weights.checkpoint import Checkpoint
@@ -55,6 +56,7 @@ class TrainingRun:
         tokenizer_source: the checkpoint of the tokenizer.
         tokenizer: the tokenizer.
         stores: the tokenized data.
+        held_out: the tokenized validation data, or None.
     """
 
     recipe: Recipe
@@ -63,6 +65,7 @@ class TrainingRun:
     tokenizer_source: Checkpoint
     tokenizer: text.Tokenizer
     stores: list[Examples]
+    held_out: Examples | None = None
 
     @cached_property
     def data(self) -> TokenData:
@@ -111,7 +114,16 @@ class TrainingRun:
             if saved is not None:
                 self._restore(loop, saved)
                 del saved
-            after_step = self._writer(loop, first, identity, report, stack) if processes.rank() == 0 else lambda _: None
+            write = self._writer(loop, first, identity, report, stack) if processes.rank() == 0 else None
+            validation = self._validation(loop)
+
+            def after_step(record: StepRecord) -> None:
+                if write is not None:
+                    write(record)
+                self._validate(validation, loop, record.step)
+
+            if first == 0:
+                self._validate(validation, loop, 0)
             try:
                 loop.run(first, self.recipe.run.steps or 0, after_step)
             except BadStep as error:
@@ -128,6 +140,34 @@ class TrainingRun:
                 export_network(loop.network, self.source, final, tokenizer=self.tokenizer_source)
                 self._write("card.md", self._card(identity))
         return final
+
+    def _validation(self, loop: Loop) -> Validation | None:
+        if self.held_out is None:
+            return None
+        stores, run = [self.held_out], self.recipe.run
+        objective = make_objective(self.recipe, self._network(), stores, loop.dtype)
+        data = TokenData(
+            [Stage(stores, None, 1)],
+            len(self.held_out),
+            run.seed,
+            run.micro_batch_tokens,
+            None,
+            processes.rank(),
+            processes.world(),
+        )
+        return Validation(data, objective)
+
+    def _validate(self, validation: Validation | None, loop: Loop, step: int) -> None:
+        """Measure the held-out data after a step, if it is time for it, and append to validation.jsonl."""
+        every, last = self.recipe.run.validate_every, self.recipe.run.steps
+        if validation is None or not (step in (0, last) or (every and step % every == 0)):
+            return
+        measured = validation.measure(loop)
+        if processes.rank() == 0:
+            path = self.folder / "validation.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] < step]  # not those of steps that ran again
+            self._write(path.name, "\n".join([*kept, json.dumps({"step": step, **measured})]) + "\n")
 
     def _writer(
         self, loop: Loop, first: int, identity: dict[str, Any], report: Callable[[StepRecord], None], stack: ExitStack
@@ -239,7 +279,14 @@ class TrainingRun:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the uninterrupted one, bit for bit."""
         settings = self.recipe.model_dump()
-        for name in ("out", "checkpoint_every", "keep", "max_spike", "trackers"):  # they change no number
+        for name in (
+            "out",
+            "checkpoint_every",
+            "keep",
+            "max_spike",
+            "trackers",
+            "validate_every",
+        ):  # they change no number
             del settings["run"][name]
         data = {file: digest for store in self.stores for file, digest in store.facts["files"].items()}
         return {
@@ -319,7 +366,8 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
         for mixture in data.mixtures()
         for part in mixture
     ]
-    return TrainingRun(recipe, Path(recipe.run.out), source, named, tokenizer, stores)
+    held_out = prepare(Path(data.validation), encoder, fingerprint, skip_bad=data.skip_bad) if data.validation else None
+    return TrainingRun(recipe, Path(recipe.run.out), source, named, tokenizer, stores, held_out)
 
 
 def _fingerprint(source: Checkpoint) -> str:

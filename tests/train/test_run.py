@@ -396,3 +396,22 @@ def test_a_run_that_memory_cannot_hold_is_refused(tmp_path: Path, base: Path, mo
     with pytest.raises(BadInput, match="GB of memory"):
         train(recipe(tmp_path, base))
     assert open_run(recipe(tmp_path, base)).plan()["memory_bytes"] is None
+
+
+def test_held_out_data_are_measured(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    overrides = (f"data.validation={tmp_path}/held.jsonl", "run.validate_every=2", "run.micro_batch_tokens=30")
+    train(recipe(tmp_path, base, *overrides), kill_after=5)
+    train(recipe(tmp_path, base, *overrides), resume=True)
+    measured = [json.loads(line) for line in (tmp_path / "run/validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in measured] == [0, 2, 4, 6]
+    assert measured[-1]["loss"] < measured[0]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final")
+    store, loss, count = open_run(recipe(tmp_path, base, *overrides)).held_out, 0.0, 0
+    assert store is not None
+    for ids, targets in (store[number][0] for number in range(3)):
+        labels = torch.where(torch.from_numpy(targets.copy()).bool(), torch.from_numpy(ids.copy()).long(), -100)
+        logits = model(torch.from_numpy(ids.copy()).long()[None]).logits[0]
+        loss += float(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").detach())
+        count += int((labels[1:] >= 0).sum())
+    assert measured[-1]["loss"] == pytest.approx(loss / count, rel=1e-4)
