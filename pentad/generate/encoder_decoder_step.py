@@ -82,6 +82,9 @@ class EncoderDecoderStep(Step):
         assert request.source is not None
         return self.cache.open_with(request.source)
 
+    def hidden_states(self) -> Tensor:
+        raise NotImplementedError("embeddings are those of decoder-only models")
+
     @torch.inference_mode()
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
         sequences = [_sourced(sequence) for sequence, _ in work]

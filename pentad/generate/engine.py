@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pentad.errors import PentadError
-from pentad.generate.requests import Evaluation, Event, Generation, Request, TokenLogprobs
+from pentad.generate.requests import Embedding, Evaluation, Event, Generation, Request, TokenLogprobs
 from pentad.generate.sampling import Choice, argmax, sample
 from pentad.generate.scheduler import EngineConfig, Scheduled, Scheduler, is_decoding
 from pentad.generate.step import Step
@@ -132,9 +132,16 @@ class Engine:
     def _process(self, scheduled: Sequence[tuple[Request, range]], logits_MV: Tensor) -> None:
         """Choose tokens, add log-likelihoods, and end finished requests."""
         generations: list[tuple[Generation, Tensor]] = []
-        parts = logits_MV.split([len(rows) for _, rows in scheduled])  # type: ignore[no-untyped-call]
-        for (request, rows), logits_RV in zip(scheduled, parts, strict=True):
-            if isinstance(request, Generation) and rows:
+        sizes = [len(rows) for _, rows in scheduled]
+        parts: Sequence[Tensor] = logits_MV.split(sizes)  # type: ignore[no-untyped-call]
+        embeds = any(isinstance(request, Embedding) for request, _ in scheduled)
+        hidden: Sequence[Tensor] = self.executor.hidden_states().split(sizes) if embeds else parts  # type: ignore[no-untyped-call]
+        for (request, rows), logits_RV, hidden_RD in zip(scheduled, parts, hidden, strict=True):
+            if isinstance(request, Embedding):
+                request.add(hidden_RD)
+                if not request.pending(self._scheduler.sequence(request).length):
+                    self._finish(request, "stop")
+            elif isinstance(request, Generation) and rows:
                 generations.append((request, logits_RV))
             elif isinstance(request, Evaluation) and self._evaluate(request, rows, logits_RV):
                 self._finish(request, "error" if request.error else "stop")

@@ -60,6 +60,7 @@ class PlanStep(Step):
             self._plan = plan = Planner(network, fast=fast, threads=threads, isa=isa)
         self.backend = f"by the kernels ({isa or next(iter(kernels.isas()))}, {threads} threads)"
         self._rope_tables: dict[int, Tensor] = {}
+        self._wanted = 0  # rows of the last step
         windows = [window for window in plan.windows if window is not None]
         dtype = cache_dtype or (torch.float16 if plan.reduced_precision else torch.float32)
         self.cache = PagedCache(
@@ -98,9 +99,13 @@ class PlanStep(Step):
             tokens.append(Tokens(ids, sequence.length, sequence.dropped, sequence.pages, rotation))
         pools = CachePools(cache.keys, cache.values, cache.page_size)
         logits_MV = plan.program.run(tokens, wanted, pools)
+        self._wanted = len(wanted)
         for sequence, ids in work:
             cache.advance(sequence, len(ids))
         return logits_MV
+
+    def hidden_states(self) -> Tensor:
+        return self._plan.program.normed(self._wanted)
 
     def _rotation(self, rope_length: int, positions: int) -> Tensor:
         """Cosines and sines of a sequence's RoPE, float32 [at least `positions`, 2, D / 2]."""

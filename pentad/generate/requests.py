@@ -138,6 +138,27 @@ class Evaluation(Request):
         self.token_logprobs.clear()
 
 
+@dataclass(eq=False)
+class Embedding(Evaluation):
+    """A request for its prompt's hidden states after the final norm: their sum, or the last one.
+
+    Attributes:
+        last: whether it is the last one.
+        hidden_D: float32 [D]; None until the first step.
+    """
+
+    last: bool = False
+    hidden_D: Tensor | None = None
+
+    def add(self, hidden_RD: Tensor) -> None:
+        """Add the hidden states of a step."""
+        new_D = hidden_RD[-1].clone() if self.last else hidden_RD.sum(0)
+        self.hidden_D = new_D if self.last or self.hidden_D is None else self.hidden_D + new_D
+
+    def restart(self) -> None:
+        self.hidden_D = None
+
+
 class Event(NamedTuple):
     """A request's progress in one step.
 

@@ -51,6 +51,10 @@ class Step(Protocol):
         """Return this step, or a new one with an empty cache if the network has changed."""
         return self
 
+    def hidden_states(self) -> Tensor:
+        """The hidden states after the final norm of the last call's wanted tokens: float32 [len(wanted), D]."""
+        raise NotImplementedError
+
     def single_threaded(self) -> AbstractContextManager[None]:
         """A context for sampling, whose small torch operations gain nothing from threads."""
         return nullcontext()
@@ -90,6 +94,7 @@ class PlainStep(Step):
         self.network = network
         self.backend = f"as plain torch: {why}"
         self._replan = replan
+        self._hidden_MD = torch.empty(0)
         layers = [part for part in network.modules() if isinstance(part, Attention)]
         rope = layers[0].rope
         self._scaling = DefaultRope() if rope is None else rope.scaling
@@ -107,6 +112,9 @@ class PlainStep(Step):
     def rope_scaling_key(self, length: int) -> int:
         return self._scaling.scaling_key(length)
 
+    def hidden_states(self) -> Tensor:
+        return self._hidden_MD.float()
+
     def refresh(self) -> Step:
         return (self._replan and self._replan()) or self
 
@@ -117,5 +125,6 @@ class PlainStep(Step):
             self.cache.advance(sequence, len(ids))
         if list(wanted) != list(range(len(hidden_ND))):
             hidden_ND = hidden_ND[torch.tensor(wanted, dtype=torch.int64, device=hidden_ND.device)]
+        self._hidden_MD = hidden_ND
         logits: Tensor = self.network.head(hidden_ND)
         return logits.float()

@@ -306,6 +306,11 @@ class Program:
         with _one_step:
             return self._run(work, wanted, pools)
 
+    def normed(self, rows: int) -> Tensor:
+        """A copy of the first rows of NORMED, as the last step has left them: float32 [rows, width]."""
+        width = self._widths[Buffer.NORMED]
+        return self._buffers[Buffer.NORMED][: rows * width].view(rows, width).clone()
+
     def _run(self, work: Sequence[Tokens], wanted: Sequence[int], pools: CachePools) -> Tensor:
         step = self._step
         ids, positions, cu_seqlens = array("i"), array("i"), array("i", [0])

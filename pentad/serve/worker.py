@@ -17,9 +17,8 @@ from pentad import weights
 from pentad.errors import BadInput, PentadError
 from pentad.generate import LanguageModel
 from pentad.generate.engine import Engine, EngineConfig
-from pentad.generate.requests import Evaluation, Generation, Request, TokenLogprobs
+from pentad.generate.requests import Embedding, Evaluation, Generation, Request, TokenLogprobs
 from pentad.loading import load
-from pentad.nn.batch import pack
 
 READ_BYTES = 1 << 20
 
@@ -46,7 +45,6 @@ class Worker:
         self._unread = b""
         self._requests: dict[int, Request] = {}
         self._ids: dict[Request, int] = {}
-        self._embeddings: dict[int, dict[str, Any]] = {}
 
     def run(self) -> None:
         """Serve until the front process closes its end."""
@@ -54,9 +52,6 @@ class Worker:
             events = [event for line in lines if (event := self._obey(json.loads(line))) is not None]
             if self._requests:
                 events += self._step()
-            if self._embeddings:
-                number = next(iter(self._embeddings))
-                events.append(self._embed(number, self._embeddings.pop(number)))
             if lines or events:
                 self.send({"events": events, **self._state()})
 
@@ -69,7 +64,7 @@ class Worker:
     def _receive(self) -> list[bytes] | None:
         """The lines that have arrived, waiting for some if there is nothing to run; None at the end."""
         while True:
-            idle = not self._requests and not self._embeddings
+            idle = not self._requests
             if not select.select([self._receive_fd], [], [], None if idle else 0)[0]:
                 return []
             data = os.read(self._receive_fd, READ_BYTES)
@@ -82,16 +77,12 @@ class Worker:
     def _obey(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Begin or cancel a request; returns an event if it is refused."""
         if "cancel" in message:
-            self._embeddings.pop(message["cancel"], None)
             request = self._requests.get(message["cancel"])
             if request is not None:
                 self._engine.cancel(request)
                 self._forget(request)
             return None
         number = message["id"]
-        if "pooling" in message:
-            self._embeddings[number] = message
-            return None
         try:
             request = self._request(message)
             self._engine.submit(request)
@@ -101,7 +92,10 @@ class Worker:
         return None
 
     def _request(self, message: dict[str, Any]) -> Request:
-        prompt, logprobs = message["prompt"], message["logprobs"]
+        prompt = message["prompt"]
+        if "pooling" in message:
+            return Embedding(prompt, last=message["pooling"] == "last")
+        logprobs = message["logprobs"]
         if message.get("score"):
             return Evaluation(prompt, first=1, logprobs=logprobs)
         generator = torch.Generator()
@@ -130,7 +124,9 @@ class Worker:
             event: dict[str, Any] = {"id": self._ids[request], "token": token, "finish": reason}
             if reason == "error":
                 event["message"] = str(request.error)
-            if isinstance(request, Evaluation) and request.logprobs is not None:
+            if isinstance(request, Embedding) and reason == "stop" and request.hidden_D is not None:
+                event["embedding"] = F.normalize(request.hidden_D, dim=0).tolist()
+            elif isinstance(request, Evaluation) and request.logprobs is not None:
                 event["scores"] = [_pair(one) for one in request.token_logprobs]
             elif isinstance(request, Generation) and token is not None and request.logprobs is not None:
                 event["logprobs"] = _pair(request.token_logprobs[-1])
@@ -141,22 +137,11 @@ class Worker:
             events.append({name: value for name, value in event.items() if value is not None})
         return events
 
-    @torch.inference_mode()
-    def _embed(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
-        """Compute the embedding of one prompt, in plain torch, as a step of its own."""
-        ids_N, batch = pack(message["prompt"])
-        try:
-            hidden_ND = self._model.network(ids_N, batch).float()
-        except Exception as error:  # such as memory that ran out
-            return {"id": number, "finish": "error", "message": f"{type(error).__name__}: {error}"}
-        hidden_D = hidden_ND[-1] if message["pooling"] == "last" else hidden_ND.mean(0)
-        return {"id": number, "finish": "stop", "embedding": F.normalize(hidden_D, dim=0).tolist()}
-
     def _forget(self, request: Request) -> None:
         del self._requests[self._ids.pop(request)]
 
     def _state(self) -> dict[str, int]:
-        return {"open": len(self._requests) + len(self._embeddings), "pages": self._engine.held_pages}
+        return {"open": len(self._requests), "pages": self._engine.held_pages}
 
 
 def _pair(report: TokenLogprobs) -> tuple[float, tuple[tuple[int, float], ...]]:
