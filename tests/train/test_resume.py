@@ -1,5 +1,7 @@
 """Runs that are killed, and disks that fail: the last good checkpoint is always there."""
 
+# ruff: noqa: F811
+
 import json
 import subprocess
 import sys
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_run import base, own_cache, recipe, train  # noqa: F401
+from tests.train.test_run import base, own_cache, recipe, train  # noqa: F401 - fixtures
 
 KILLS = 20
 
@@ -55,7 +57,7 @@ print(equal)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(tmp_path: Path, base: Path) -> None:  # noqa: F811
+def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(tmp_path: Path, base: Path) -> None:
     given = recipe(tmp_path, base, "run.steps=12", "run.checkpoint_every=1", "run.micro_batch_tokens=40", "run.ema=0.9")
     file = tmp_path / "killed.toml"
     tables = given.model_dump(exclude_none=True, exclude_defaults=True)
@@ -70,10 +72,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(tmp_path: Path, base:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
-def test_a_disk_that_fails_stops_the_run_and_leaves_the_last_good_checkpoint(
-    tmp_path: Path,
-    base: Path,  # noqa: F811
-) -> None:
+def test_a_disk_that_fails_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path: Path, base: Path) -> None:
     import resource
     import signal
 
@@ -100,7 +99,7 @@ def test_a_disk_that_fails_stops_the_run_and_leaves_the_last_good_checkpoint(
     assert (final / "model.safetensors").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, base: Path) -> None:  # noqa: F811
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, base: Path) -> None:
     from pentad.errors import PentadError
 
     (tmp_path / "file").touch()
