@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pentad.weights.atomic import new_folder
@@ -57,10 +58,19 @@ class Saver:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self._folder, self._keep = folder, keep
         self._verified: set[Path] = set()
+        self._copies: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
         for partial in folder.glob(".step-*.part"):  # of a killed process
             shutil.rmtree(partial, ignore_errors=True)
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the memory of the copies, in the background: a step would wait longer for new pages than for copying."""
+        self.check(wait=True)
+        self._last = self._thread.submit(self._take, {name: (t.shape, t.dtype) for name, t in tensors.items()})
+
+    def _take(self, needed: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+        self._copies = {name: torch.empty(shape, dtype=dtype).fill_(0) for name, (shape, dtype) in needed.items()}
 
     def save(self, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Copy the tensors; the rest goes on in the background, after the last checkpoint is complete.
@@ -74,8 +84,11 @@ class Saver:
             PentadError: see `check`.
         """
         self.check(wait=True)
-        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        self._last = self._thread.submit(self._write, step, copies, dict(info))
+        if self._copies.keys() != tensors.keys():
+            self._take({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            self._copies[name].copy_(tensor.detach())
+        self._last = self._thread.submit(self._write, step, self._copies, dict(info))
 
     def check(self, *, wait: bool = False) -> None:
         """Raise the error of the last checkpoint, if it has failed.

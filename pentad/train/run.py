@@ -186,6 +186,8 @@ class TrainingRun:
             for receiver in (*trackers, report):
                 receiver(record)
             saver.check()
+            if run.checkpoint_every and record.step == first + 1:  # the optimizer has its state now
+                saver.reserve(self.state(loop))
             if run.checkpoint_every and record.step % run.checkpoint_every == 0 and record.step != run.steps:
                 saver.save(record.step, self.state(loop), identity)
 
