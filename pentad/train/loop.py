@@ -153,7 +153,8 @@ class Loop:
         """Stop before the optimizer's step if a number isn't finite or is a spike."""
         for number, past in ((loss, [loss for loss, _ in self.history]), (norm, [norm for _, norm in self.history])):
             usual = median(past) if self.max_spike and len(past) >= MIN_HISTORY else math.inf
-            if math.isfinite(number) and number <= usual + self.max_spike * max(1.0, usual):
+            limit = math.inf if math.isinf(usual) else usual + self.max_spike * max(1.0, usual)
+            if math.isfinite(number) and number <= limit:
                 continue
             spike = f", a spike over {usual:.4g}" if math.isfinite(number) else ""
             rows = ", ".join(row for batch in batches for row in self.data.rows(batch))

@@ -5,6 +5,7 @@ import math
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pentad.train import processes
-from pentad.train.loop import Loop, StepRecord
-from pentad.train.objectives.catalog import OBJECTIVES, make_objective
+from pentad.train.loop import StepRecord
+from pentad.train.objectives.catalog import OBJECTIVES
 from pentad.train.recipe import Recipe, read_recipe
 from pentad.train.run import TrainingRun, open_run
 
@@ -104,23 +105,13 @@ def first_step(recipe: Recipe, *, noise: float = 0.1) -> Step:
     """Compute the first step's gradients, of a network that differs from the reference by `noise`."""
     torch.manual_seed(0)
     run = open_run(recipe)
-    network = run._network()
-    dtype = getattr(torch, recipe.run.dtype)
-    objective = make_objective(recipe, network, run.stores, dtype)
+    loop = run.loop()
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in loop.network.parameters():
             parameter += noise * torch.randn(parameter.shape)
-    recorder = Recorder(network)
-    loop = Loop(
-        network,
-        objective,
-        run.data,
-        recorder,
-        lambda step: 0.0,
-        max_grad_norm=math.inf,
-        dtype=dtype,  # type: ignore[arg-type]
-    )
-    return Step(loop.step(0), recorder.gradients, run, network)
+    recorder = Recorder(loop.network)
+    loop = replace(loop, optimizers=recorder, max_grad_norm=math.inf)  # type: ignore[arg-type]
+    return Step(loop.step(0), recorder.gradients, run, loop.network)
 
 
 def in_two_processes(rank: int, folder: Path, port: int) -> None:

@@ -222,6 +222,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, base: P
         )
 
 
+def test_spikes_may_have_no_limit(tmp_path: Path, base: Path) -> None:
+    _, records = train(recipe(tmp_path, base, "run.max_spike=0", "run.steps=2"))
+    assert len(records) == 2
+
+
 def test_the_recipe_in_the_docs_is_valid(tmp_path: Path) -> None:
     docs = Path(__file__).parents[2] / "docs/training.md"
     (tmp_path / "r.toml").write_text(docs.read_text().split("```toml\n")[1].split("```")[0])
