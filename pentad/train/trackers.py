@@ -63,4 +63,4 @@ def _imported(module: str, package: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise BadInput(f"run.trackers has {package}, which isn't installed: pip install {package}") from error
+        raise BadInput(f"run.trackers has {package}, which isn't installed: pip install 'pentad[{package}]'") from error
