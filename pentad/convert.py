@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pentad import text, weights
+from pentad import adapters, text, weights
 from pentad.build import default_dtype, dtype_named, meta_network, pairings, quantized_type
 from pentad.errors import BadInput
 from pentad.memory import available_memory
@@ -24,6 +24,7 @@ from pentad.models.language.config import frequency_factors, write_family_config
 from pentad.models.language.decoder_only import DecoderConfig
 from pentad.nn.attention import Attention
 from pentad.nn.decoder import Decoder
+from pentad.nn.lora import merged_parameters
 from pentad.nn.rope import Rope
 from pentad.text import export
 from pentad.upcycle import Upcycling, mixture_network, mixture_values
@@ -98,6 +99,7 @@ def convert(
     quantize: str | None = None,
     dtype: str | torch.dtype | None = None,
     upcycle: Upcycling | None = None,
+    adapter: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -112,6 +114,7 @@ def convert(
         dtype: for the other formats the dtype of the weights. By default it stays unchanged; quantized weights become
             bfloat16.
         upcycle: convert a dense model to a mixture of experts (`pentad.upcycle`), a Mixtral in "hf".
+        adapter: the folder of an adapter to merge into the weights, as for `pentad.load`.
         shard_bytes: maximum size of a file of weights.
         progress: reports the bytes written.
 
@@ -136,6 +139,10 @@ def convert(
     if shard_bytes < 1:
         raise BadInput(f"shard_bytes is {shard_bytes}; expected at least 1")
     checkpoint = weights.open(registry.locate(source, progress=progress))
+    if adapter is not None:
+        if dtype is None and any(entry.quantization for entry in checkpoint.tensors.values()):
+            dtype = torch.float32
+        checkpoint = adapters.merged(checkpoint, Path(adapter))
     converter = _Converter(checkpoint, FORMATS[to], upcycle)
     if destination.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{destination} is the source itself; choose another name")
@@ -146,9 +153,15 @@ def convert(
 
 
 def export_network(
-    network: Decoder, source: Checkpoint, destination: Path, *, tokenizer: Checkpoint, progress: Progress | None = None
+    network: Decoder,
+    source: Checkpoint,
+    destination: Path,
+    *,
+    tokenizer: Checkpoint,
+    also: Callable[[Path], None] = lambda _: None,
+    progress: Progress | None = None,
 ) -> Conversion:
-    """Write a trained network as a Hugging Face folder, in float32.
+    """Write a trained network as a Hugging Face folder, in float32; low-rank layers are merged.
 
     Args:
         network: a network with the config of `source`.
@@ -156,13 +169,14 @@ def export_network(
             (a reward model), a sequence classifier is written.
         destination: see `convert`.
         tokenizer: the checkpoint whose tokenizer and chat template are written.
+        also: writes more into the folder, before it gets its name.
         progress: reports the bytes written.
 
     Raises:
         BadInput, PentadError: see `convert`.
     """
     converter = _Converter(source, "hf", None, network)
-    return _to_folder(converter, destination, torch.float32, SHARD_BYTES, progress, tokenizer)
+    return _to_folder(converter, destination, torch.float32, SHARD_BYTES, progress, tokenizer, also)
 
 
 class _Converter:
@@ -196,7 +210,7 @@ class _Converter:
         if trained is None:
             self._read_checkpoint(read)
         else:
-            self.values = {name: parameter.detach for name, parameter in trained.named_parameters()}
+            self.values = dict(merged_parameters(trained))
         is_reward = trained is not None and trained.head.out_features == 1
         self.score = self.values.pop("head.weight") if is_reward else None
         if upcycle is not None:
@@ -275,6 +289,7 @@ def _to_folder(
     shard_bytes: int,
     progress: Progress | None,
     tokenizer_source: Checkpoint | None = None,
+    also: Callable[[Path], None] = lambda _: None,
 ) -> Conversion:
     checkpoint, default = converter.checkpoint, default_dtype(converter.checkpoint)
     if dtype is None and checkpoint.format == "gguf":  # GGUF norms are always float32
@@ -310,6 +325,7 @@ def _to_folder(
             path.write_bytes(content)
         stem = "model" if converter.format == "hf" else "consolidated"
         written = write_safetensors(partial_folder, stem, tensors, shard_bytes=shard_bytes, progress=progress)
+        also(partial_folder)
     return Conversion(folder, family, [folder / name for name in (*files, *(path.name for path in written))], notes)
 
 

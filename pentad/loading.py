@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pentad import build, kernels, text, weights
+from pentad import adapters, build, kernels, text, weights
 from pentad.errors import BadInput
 from pentad.generate import EncoderDecoderModel, LanguageModel
 from pentad.generate.encoder_decoder_step import EncoderDecoderStep
@@ -48,6 +48,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
+    adapter: str | Path | None = None,
     threads: int | None = None,
     context: int | None = None,
     cache_dtype: str | torch.dtype | None = None,
@@ -65,6 +66,8 @@ def load(
         quantize: by default quantized weights stay as in the file (without the kernels some are dequantized). A type
             ("q8_0", "q4_0", "q4_k", …: one of `QUANTIZED`) quantizes float weights while loading, as `pentad.convert`
             does: the embedding and the head get 8 bits. "none" dequantizes all weights and turns the CPU kernels off.
+        adapter: the folder of a LoRA adapter in PEFT's format, which is merged into the weights while they are loaded;
+            the quantized ones among them become float32.
         threads: CPU threads of the whole process.
         context: maximum sequence length in tokens; the model's limit by default.
         cache_dtype: dtype of the KV cache, or "int8" (kernels only). By default `dtype`; with the kernels float32 if
@@ -89,6 +92,8 @@ def load(
     target = _device(device)
     check_quantize(quantize, target)
     checkpoint = weights.open(registry.locate(name_or_path, progress=progress))
+    if adapter is not None:
+        checkpoint = adapters.merged(checkpoint, Path(adapter))
     torch_dtype = build.default_dtype(checkpoint) if dtype is None else build.dtype_named(dtype)
     kv_dtype = None if cache_dtype is None else _cache_dtype(cache_dtype)
     network = build.meta_network(checkpoint)

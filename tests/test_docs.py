@@ -1,7 +1,8 @@
 """The docs' examples run, their commands exist, and their links have targets.
 
 A document's blocks run from top to bottom in one empty folder. ``python`` blocks share their namespace; bash runs the
-lines of ``console`` blocks that start with ``$ ``. Commands that install or build are not run: the tests only check
+lines of ``console`` blocks that start with ``$ ``. A ``toml`` block whose first line is a comment with a file's name is
+written to that file. Commands that install or build are not run: the tests only check
 that the scripts and make targets exist.
 """
 
@@ -87,6 +88,8 @@ def run_document(document: Path, folder: Path) -> int:
             source = "\n" * (block.line - 1) + block.text
             exec(compile(source, str(document), "exec"), names)
             ran += 1
+        if block.language == "toml" and (name := re.match(r"# (\w+\.toml)\n", block.text)):
+            (folder / name[1]).write_text(block.text)
         for command in commands(block) if block.language == "console" else []:
             if not is_only_checked(command):
                 run_command(command, folder)

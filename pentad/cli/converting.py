@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -59,24 +59,43 @@ def convert(
 
     JSON: path, format, family, files, nbytes, notes (settings that the format can't hold), seconds.
     """
-    from pentad.convert import convert as run
-
     if to is None and destination.suffix == ".gguf":
         to = "gguf"
     if to is None and upcycle is None:
         raise BadInput("Missing option '--to'; expected hf, mistral or gguf")
     to = to or "hf"
-    started = time.perf_counter()
-    result = run(
+    _convert(
         source,
         destination,
         to=to,
+        as_json=as_json,
         quantize=quantize,
         dtype=dtype,
         upcycle=None if upcycle is None else _upcycling(upcycle),
         shard_bytes=_bytes(shard_size),
-        progress=output.progress(),
     )
+
+
+def merge(
+    base: Annotated[str, Argument(metavar="BASE", help="The base model, as for --model.", autocompletion=model_names)],
+    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="The folder of a LoRA adapter in PEFT's format.")],
+    destination: Annotated[Path, Argument(metavar="OUT", help="The output folder. It must not exist yet.")],
+    as_json: o.Json = False,
+) -> None:
+    """Merge an adapter into its base model, and write the result as a Hugging Face folder.
+
+    The weights keep the base's dtype; quantized weights become float32.
+
+    JSON: as for convert.
+    """
+    _convert(base, destination, to="hf", as_json=as_json, adapter=adapter)
+
+
+def _convert(source: str, destination: Path, *, to: str, as_json: bool, **options: Any) -> None:
+    from pentad.convert import convert as run
+
+    started = time.perf_counter()
+    result = run(source, destination, to=to, **options, progress=output.progress())
     nbytes = sum(path.stat().st_size for path in result.files)
     if as_json:
         facts = {**asdict(result), "path": str(result.path), "files": [str(path) for path in result.files]}

@@ -72,6 +72,10 @@ class Loading:
     ] = DEFAULT_MODEL
     dtype: Dtype = None
     quantize: Quantize = None
+    adapter: Annotated[
+        Path | None,
+        Option(metavar="DIR", help="A LoRA adapter in PEFT's format, merged into the weights while they are loaded."),
+    ] = None
     device: Annotated[
         str | None, Option(metavar="NAME", help="cpu, cuda or mps. Default: CUDA if there is a GPU, else the CPU.")
     ] = None
@@ -94,7 +98,9 @@ class Loading:
 
             values = {field.name: getattr(self, field.name) for field in fields(self)}
             loaded = load(values.pop("model"), **values, progress=output.progress())
-        if isinstance(loaded, LanguageModel) and loaded.network.device.type == "cpu":
+        if self.adapter is not None:
+            output.note(f"pentad: {self.model} runs with {self.adapter} merged into its weights, {loaded.step.backend}")
+        elif isinstance(loaded, LanguageModel) and loaded.network.device.type == "cpu":
             why = loaded.step.backend.removeprefix("as plain torch: ")
             if kernels.isas() and (self.dtype or self.quantize == "none"):
                 why = f"{'--dtype' if self.dtype else '--quantize'} turns the CPU kernels off"

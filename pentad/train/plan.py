@@ -71,6 +71,7 @@ def plan(run: TrainingRun, network: Decoder) -> dict[str, Any]:
         "epochs": steps * settings.batch_size / data.units,
         "trained_tokens": sum(tokens),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "trained_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "estimated_bytes": estimate,
         "memory_bytes": None,
         "seconds": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,11 +163,35 @@ class Preference(Table):
     center_rewards_coefficient: Annotated[float, Field(ge=0)] = 0.0
 
 
+class Lora(Table):
+    """Train low-rank layers beside frozen linear layers (LoRA). Defaults are PEFT's.
+
+    Attributes:
+        rank: R.
+        alpha: the low-rank product is multiplied by alpha / R.
+        dropout: probability of dropping an input of a low-rank layer.
+        use_rslora: multiply by alpha / sqrt(R) instead (arXiv:2312.03732).
+        targets: "all-linear" for every linear layer of the blocks, or published names of modules: ["q_proj", "v_proj"].
+    """
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 8
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
+
+    @property
+    def scale(self) -> float:
+        """The factor of the low-rank product."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
 class Recipe(Table):
     """A training recipe.
 
     Attributes:
         objective: a key of `pentad.train.objectives.catalog.OBJECTIVES`; or losses of pairs -> their weights.
+        lora: if given, adapters are trained, not the weights.
     """
 
     objective: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
@@ -175,6 +200,7 @@ class Recipe(Table):
     run: Run
     optimizer: Optimizer
     preference: Preference = Preference()
+    lora: Lora | None = None
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -212,6 +238,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInput(f"{path}: [model] needs base, or config to start from random weights, and not both")
     if recipe.model.config is not None and recipe.model.tokenizer is None:
         raise BadInput(f"{path}: [model] has a config; it also needs tokenizer, a model whose tokenizer is used")
+    if recipe.objective == "reward" and recipe.lora is not None:
+        raise BadInput(f"{path}: [lora] can't train a reward model, whose head is new; leave it out")
+    if recipe.model.config is not None and recipe.lora is not None:
+        raise BadInput(f"{path}: [lora] needs model.base: with model.config it would adapt random weights")
     return recipe
 
 

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 import pentad
-from pentad import build, text, weights
+from pentad import adapters, build, text, weights
 from pentad.convert import export_network
 from pentad.datasets.examples import Encoder
 from pentad.datasets.store import Examples, prepare
@@ -27,6 +27,7 @@ from pentad.models import family_of
 from pentad.models.language.config import read_family_config
 from pentad.nn.decoder import Decoder
 from pentad.nn.encoder_decoder import EncoderDecoder
+from pentad.nn.lora import add_lora
 from pentad.text import export
 from pentad.train import checkpoint, processes
 from pentad.train.data import Stage, TokenData
@@ -82,7 +83,7 @@ class TrainingRun:
 
     def plan(self) -> dict[str, Any]:
         """What the run would do; see `pentad.train.plan.plan`."""
-        return plan(self, build.meta_network(self.source))
+        return plan(self, self._add_lora(build.meta_network(self.source)))
 
     @processes.joined()
     def train(self, *, resume: bool = False, note: Callable[[str], None], report: Callable[[StepRecord], None]) -> Path:
@@ -137,7 +138,8 @@ class TrainingRun:
                     loop.average.apply()
                 assert isinstance(loop.network, Decoder)
                 shutil.rmtree(final, ignore_errors=True)  # of a process killed after writing it
-                export_network(loop.network, self.source, final, tokenizer=self.tokenizer_source)
+                also = partial(self._save_adapter, loop.network)
+                export_network(loop.network, self.source, final, tokenizer=self.tokenizer_source, also=also)
                 self._write("card.md", self._card(identity))
         return final
 
@@ -204,6 +206,7 @@ class TrainingRun:
         network = self._network()
         known = no_references if measures else reference_log_probs
         objective = make_objective(self.recipe, network, self.stores, build.DTYPES[run.dtype], known)
+        self._add_lora(network)  # after the objective, whose references are the base model's
         optimizers = Optimizers(network, options)
 
         def rate(step: int) -> float:
@@ -259,7 +262,7 @@ class TrainingRun:
                 raise BadInput(f"{self.folder}: another process trains in it; choose another run.out") from None
 
     def _check_memory(self) -> None:
-        network, free = build.meta_network(self.source), available_memory(torch.device("cpu"))
+        network, free = self._add_lora(build.meta_network(self.source)), available_memory(torch.device("cpu"))
         needed = least_bytes(self, network, checkpointing(self, network))
         if free is not None and needed > free:
             raise BadInput(
@@ -277,6 +280,18 @@ class TrainingRun:
         if self.recipe.objective == "reward":
             network.head = reward_head(network)
         return network
+
+    def _add_lora(self, network: Decoder) -> Decoder:
+        if (lora := self.recipe.lora) is not None:
+            names = adapters.target_layers(self.source, lora.targets)
+            options: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout}
+            add_lora(network, names, **options, seed=self.recipe.run.seed)
+        return network
+
+    def _save_adapter(self, network: Decoder, folder: Path) -> None:
+        if (lora := self.recipe.lora) is not None:
+            options: dict[str, Any] = {"alpha": lora.alpha, "rslora": lora.use_rslora, "dropout": lora.dropout}
+            adapters.save(network, self.source, folder / "adapter", **options, base=str(self.recipe.model.base))
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the uninterrupted one, bit for bit."""
@@ -360,6 +375,8 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
     if recipe.run.sequence_length > network.config.max_position_embeddings:
         limit = network.config.max_position_embeddings
         raise BadInput(f"run.sequence_length is {recipe.run.sequence_length}; this model has at most {limit} positions")
+    if recipe.lora is not None:
+        adapters.target_layers(source, recipe.lora.targets)  # refused before the data is tokenized
     data = recipe.data
     encoder = Encoder(tokenizer, learns, recipe.run.sequence_length, data.truncate)
     fingerprint = _fingerprint(named)

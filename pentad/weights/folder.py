@@ -71,6 +71,8 @@ def open_weights(path: Path, reader: Reader) -> Checkpoint:
 
 def _hf(folder: Path, tensors: dict[str, TensorEntry]) -> Checkpoint:
     if not (folder / CONFIG).is_file():
+        if (folder / "adapter_config.json").is_file():
+            refuse(folder, f"an adapter, not a model; load its base model with --adapter {folder}")
         found = f"{PARAMS} describes only consolidated weights" if (folder / PARAMS).is_file() else READABLE
         refuse(folder, f"no {CONFIG} there; {found}")
     return Checkpoint(folder, "hf", read_json(folder / CONFIG), _generation(folder), tensors)

@@ -270,13 +270,7 @@ class KeyTable:
                 pairs.append(Pairing(ours, tuple(tensors[name] for name in theirs), operation))
         unused = (name for name in tensors if name not in used)
         problems["not used"] = [name for name in unused if not any(p.fullmatch(name) for p in self.ignored)]
-        lists = [
-            f"{len(names)} {problem}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
-            for problem, names in problems.items()
-            if names
-        ]
-        if lists:
-            raise BadInput(f"{source}: tensors don't fit the config: {'; '.join(lists)}")
+        check_fit(source, "the config", problems)
         return pairs
 
     def largest_bytes(self, values: Mapping[str, Callable[[], Value]], mapped: Iterable[Value]) -> int:
@@ -330,6 +324,17 @@ def best_table(tables: Sequence[KeyTable], tensors: Mapping[str, TensorEntry], n
     """Choose the table that finds the most tensors in a file, among a family's published layouts."""
     names = list(names)
     return max(tables, key=lambda table: table.found(tensors, names))
+
+
+def check_fit(source: object, expected: str, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise BadInput if there are problems: for each kind of problem, the tensors' names."""
+    lists = [
+        f"{len(names)} {problem}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+        for problem, names in problems.items()
+        if names
+    ]
+    if lists:
+        raise BadInput(f"{source}: tensors don't fit {expected}: {'; '.join(lists)}")
 
 
 def _names(patterns: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -30,8 +30,9 @@ def test_help(pentad, arguments: list[str]) -> None:
 
 def test_every_command_has_json_and_help() -> None:
     assert {name for name, command in COMMANDS.commands.items() if not command.hidden} == {
-        "chat", "complete", "score", "models", "pull", "rm", "show", "convert", "train", "serve", "bench", "env",
-    }  # fmt: skip
+        *("chat", "complete", "score", "models", "pull", "rm", "show", "convert", "merge", "train", "serve", "bench"),
+        "env",
+    }
     for command in COMMANDS.commands.values():
         assert "--json" in [option for parameter in command.params for option in parameter.opts]
         assert command.help
@@ -79,6 +80,7 @@ def test_invalid_usage_is_one_line_and_exit_code_2(pentad, arguments: list[str],
         (["rm", "--json", "--yes", "nobody"], "nobody"),
         (["bench", "--json", "nobody"], "nobody"),
         (["convert", "--json", "nobody", "there", "--to", "hf"], "nobody"),
+        (["merge", "--json", "nobody", "adapter", "there"], "nobody"),
         (["score", "--json", "no-such-file.txt"], "no-such-file.txt"),
         (["score", "--json", "."], "directory"),
     ],
