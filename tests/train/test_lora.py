@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pentad.errors import BadInput
 from pentad.train.loop import StepRecord
-from pentad.train.objectives import dpo
+from pentad.train.objectives import references
 from pentad.train.recipe import Recipe, read_recipe
 from pentad.train.run import open_run
 from tests.helpers.peft_adapters import load_in_peft
@@ -157,7 +157,7 @@ def test_losses_and_the_adapter_equal_those_of_peft(tmp_path: Path, base: Path) 
 def test_the_reference_of_dpo_is_the_base_model(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(recipe(tmp_path, base, "objective=dpo", lora="", rows=PAIRS))
     shutil.rmtree(tmp_path / "run")
-    monkeypatch.setattr(dpo, "collate", None)  # the references of the run before, of the same base, are used
+    monkeypatch.setattr(references, "collate", None)  # those of the run before, of the same base, are used
     _, records = train(recipe(tmp_path, base, "objective=dpo", rows=PAIRS))
     assert records[0].loss == pytest.approx(0.693147, abs=1e-6)
     assert records[-1].loss < records[0].loss
