@@ -92,7 +92,8 @@ def drawn(run: TrainingRun, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def assert_same(records: list[StepRecord], log: list[dict[str, float]]) -> None:
-    assert [record.loss for record in records] == pytest.approx([line["loss"] for line in log], rel=1e-5)
+    losses = [line["loss"] for line in log]
+    assert [record.loss for record in records] == pytest.approx(losses, rel=1e-5, abs=1e-6)  # robust DPO's crosses 0
     assert [record.grad_norm for record in records] == pytest.approx([line["grad_norm"] for line in log], rel=1e-4)
     assert records[0].loss != pytest.approx(records[-1].loss, rel=1e-2)
 
