@@ -97,6 +97,7 @@ class Answers:
         asked: see `requests`; empty if no token is wanted.
         detokenizers: one per choice.
         stop: strings that end a text.
+        n: the number of choices of each prompt.
 
     Attributes:
         completion_tokens: the number of tokens generated so far.
@@ -104,8 +105,15 @@ class Answers:
     """
 
     def __init__(
-        self, model: Model, asked: Sequence[dict[str, Any]], detokenizers: Sequence[Detokenizer], stop: Sequence[str]
+        self,
+        model: Model,
+        asked: Sequence[dict[str, Any]],
+        detokenizers: Sequence[Detokenizer],
+        stop: Sequence[str],
+        *,
+        n: int = 1,
     ) -> None:
+        self._n = n
         self.completion_tokens = 0
         self.cached_tokens = 0
         self._any = bool(asked)
@@ -130,7 +138,8 @@ class Answers:
             choice, transcript, finish = event.choice, self._transcripts[event.choice], event.finish
             if choice not in running:  # it has been stopped in the meantime
                 continue
-            self.cached_tokens += event.cached
+            if choice % self._n == 0:  # the others share the first one's prompt
+                self.cached_tokens += event.cached
             if event.token is not None:
                 self.completion_tokens += 1
                 held[choice].append(event)

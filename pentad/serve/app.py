@@ -1,12 +1,14 @@
 """The routes of the API."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -20,7 +22,7 @@ from pentad.serve.errors import APIError, ClientGone, refused_body
 from pentad.serve.guard import Guard, local_hosts
 from pentad.serve.metrics import Metrics
 from pentad.serve.models import Model, Models
-from pentad.serve.openai import Body, ChatBody, CompletionBody, EmbeddingBody, ResponseBody
+from pentad.serve.openai import Body, ChatBody, CompletionBody, EmbeddingBody, ModelBody, ResponseBody
 from pentad.serve.responses import respond_statelessly
 
 FIELDS = frozenset(
@@ -29,22 +31,9 @@ FIELDS = frozenset(
     if isinstance(body, type) and issubclass(body, Body)
     for name in body.model_fields
 )
-B = TypeVar("B", bound=Body)
-
-
-def body_of(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
-    """A dependency that reads and checks a request's body."""
-
-    async def read(request: Request) -> B:
-        media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if media_type != "application/json":
-            raise APIError(415, f"Content-Type is {media_type[:60]!r}; expected application/json")
-        try:
-            return kind.model_validate_json(await request.body())
-        except ValidationError as error:
-            raise refused_body(error, FIELDS) from None
-
-    return read
+BODIES = (ChatBody, CompletionBody, ResponseBody, EmbeddingBody)
+SCHEMAS = "#/components/schemas/{model}"
+B = TypeVar("B", bound=ModelBody)
 
 
 def make_app(
@@ -69,23 +58,19 @@ def make_app(
     def get_model(name: str) -> dict[str, Any]:
         return _describe(models.get(name))
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, body: Annotated[ChatBody, Depends(body_of(ChatBody))]) -> Response:
-        return await chat(models.ready(body.model), body, request)
+    def post(path: str, kind: type[B], answer: Callable[[Model, B, Request], Awaitable[Response]]) -> None:
+        reference = {"$ref": SCHEMAS.format(model=kind.__name__)}
+        described = {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
 
-    @app.post("/v1/completions")
-    async def completions(
-        request: Request, body: Annotated[CompletionBody, Depends(body_of(CompletionBody))]
-    ) -> Response:
-        return await complete(models.ready(body.model), body, request)
+        @app.post(path, openapi_extra=described)
+        async def route(request: Request) -> Response:
+            body = await _read_body(request, kind)
+            return await answer(models.ready(body.model), body, request)
 
-    @app.post("/v1/embeddings")
-    async def embeddings(request: Request, body: Annotated[EmbeddingBody, Depends(body_of(EmbeddingBody))]) -> Response:
-        return await embed(models.ready(body.model), body, request)
-
-    @app.post("/v1/responses")
-    async def responses(request: Request, body: Annotated[ResponseBody, Depends(body_of(ResponseBody))]) -> Response:
-        return await respond_statelessly(models.ready(body.model), body, request)
+    post("/v1/chat/completions", ChatBody, chat)
+    post("/v1/completions", CompletionBody, complete)
+    post("/v1/responses", ResponseBody, respond_statelessly)
+    post("/v1/embeddings", EmbeddingBody, embed)
 
     @app.get("/metrics")
     def report() -> Response:
@@ -115,10 +100,30 @@ def make_app(
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         return JSONResponse(APIError(error.status_code, message).body, error.status_code, error.headers)
 
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            bodies = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=SCHEMAS)[1]["$defs"]
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
     guarded = Guard(app, metrics=metrics, hosts=local_hosts(host), keys=keys)
     return (
         CORSMiddleware(guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]) if origins else guarded
     )
+
+
+async def _read_body(request: Request, kind: type[B]) -> B:
+    """Read and check a request's body."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise APIError(415, f"Content-Type is {media_type[:60]!r}; expected application/json")
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise refused_body(error, FIELDS) from None
 
 
 def _describe(model: Model) -> dict[str, Any]:

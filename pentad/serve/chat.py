@@ -26,7 +26,7 @@ async def chat(model: Model, body: ChatBody, request: Request) -> Response:
     limit = room(loaded, prompt, body.max_completion_tokens or body.max_tokens, param="messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     asked = requests(body, [prompt], [limit], logprobs, n=body.n or 1)
-    answers = Answers(model, asked, [loaded.tokenizer.stream() for _ in asked], body.stops())
+    answers = Answers(model, asked, [loaded.tokenizer.stream() for _ in asked], body.stops(), n=len(asked))
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
     reply = _Reply(loaded.tokenizer, head, len(prompt), logprobs is not None, body.include_usage)
     return await respond(request, bool(body.stream), answers, reply)

@@ -35,7 +35,7 @@ async def complete(model: Model, body: CompletionBody, request: Request) -> Resp
     asked = requests(body, prompts, [wanted] * len(prompts), body.logprobs, n=count) if wanted else []
     tokenizer = loaded.tokenizer
     choices = [prompt for prompt in prompts for _ in range(count)]
-    answers = Answers(model, asked, [tokenizer.stream(continues=True) for _ in choices], body.stops())
+    answers = Answers(model, asked, [tokenizer.stream(continues=True) for _ in choices], body.stops(), n=count)
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
     echoes = [_Echo(prompt, score) for prompt, score in zip(prompts, scores, strict=False) for _ in range(count)]
     reports = [_Report(tokenizer) for _ in choices] if body.logprobs is not None else []

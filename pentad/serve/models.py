@@ -102,15 +102,15 @@ class Model:
 
     async def _spawn(self) -> None:
         arguments = json.dumps({"path": str(self.path), **self._options})
-        process = self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "pentad.serve", arguments),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=MAX_LINE_BYTES,
-            start_new_session=True,  # Ctrl-C at a terminal is for the front process
-        )
-        assert process.stdout is not None
         try:
+            process = self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "pentad.serve", arguments),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=MAX_LINE_BYTES,
+                start_new_session=True,  # Ctrl-C at a terminal is for the front process
+            )
+            assert process.stdout is not None
             line = await process.stdout.readline()
             if not line:
                 raise PentadError(f"{self.name}: its worker ended with code {await process.wait()} while it loaded")
@@ -118,8 +118,10 @@ class Model:
             if "failed" in ready:
                 raise (BadInput if ready["bad"] else PentadError)(ready["failed"])
             self._loaded = await asyncio.to_thread(describe, ready)
-        except BaseException:
+        except BaseException as error:
             await self._end_process()
+            if isinstance(error, OSError):  # such as memory that ran out
+                raise PentadError(f"{self.name}: its worker can't be started: {error}") from error
             raise
         self.state = "ready"
         self._watcher = asyncio.create_task(self._watch(process))
@@ -139,8 +141,12 @@ class Model:
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Pass the worker's events on; when it ends, end its sequences with an error and start another one."""
         assert process.stdout is not None
-        while line := await process.stdout.readline():
-            self._receive(json.loads(line))
+        try:
+            while line := await process.stdout.readline():
+                self._receive(json.loads(line))
+        except Exception:  # whatever is wrong with the message: without its worker the model can't go on
+            _logger.exception("pentad: a message of the worker of %s can't be read", self.name)
+            process.kill()
         code = await process.wait()
         self.state = "restarting"
         _logger.warning("pentad: the worker of %s ended with code %s; starting another one", self.name, code)

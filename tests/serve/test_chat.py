@@ -80,6 +80,16 @@ def test_logprobs_are_those_of_the_model(server: Server, alone) -> None:
     assert content[0].top_logprobs[0].logprob == content[0].logprob  # greedy
 
 
+def test_cached_tokens_are_those_of_one_prompt(server: Server) -> None:
+    messages = [{"role": "user", "content": "A question that was asked before. " * 20}]
+    usages = [
+        server.client.chat.completions.create(model="tiny", messages=messages, n=3, max_tokens=2, seed=1).usage
+        for _ in range(2)
+    ]
+    first, second = (usage.prompt_tokens_details.cached_tokens for usage in usages)
+    assert first < second < usages[0].prompt_tokens == usages[1].prompt_tokens
+
+
 def test_a_closed_stream_frees_its_sequences(server: Server) -> None:
     stream = server.client.chat.completions.create(**GREEDY, n=2, stream=True)
     next(iter(stream))

@@ -128,6 +128,16 @@ def test_unknown_routes_and_methods(server: Server) -> None:
     assert server.request("/v1/chat/completions", CHAT, **{"Content-Type": "text/plain"}).status == 415
 
 
+def test_the_bodies_are_described(server: Server) -> None:
+    document = server.request("/openapi.json").json
+    schemas = document["components"]["schemas"]
+    for path in ("chat/completions", "completions", "responses", "embeddings"):
+        content = document["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]["application/json"]
+        name = content["schema"]["$ref"].removeprefix("#/components/schemas/")
+        assert "model" in schemas[name]["required"]
+    assert schemas["ChatBody"]["additionalProperties"] is False
+
+
 def test_other_hosts_are_refused(server: Server) -> None:
     port = server.url.split(":")[2].split("/")[0]
     for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.nip.io:80"):
