@@ -1,6 +1,6 @@
 """The options and results of `LanguageModel`'s methods."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -26,6 +26,7 @@ class Options(TypedDict, total=False):
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
     stop: str | Sequence[str] | None
     seed: int | None
     logprobs: int | None

@@ -8,13 +8,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pentad.errors import PentadError
+from pentad.errors import BadInput, PentadError
 from pentad.generate.requests import Embedding, Evaluation, Event, Generation, Request, TokenLogprobs
 from pentad.generate.sampling import Choice, argmax, sample
 from pentad.generate.scheduler import EngineConfig, Scheduled, Scheduler, is_decoding
@@ -55,8 +55,11 @@ class Engine:
         """Queue a request; `step` runs it.
 
         Raises:
-            BadInput: the request alone needs more than `max_cache_bytes`.
+            BadInput: the request alone needs more than `max_cache_bytes`, or has a bias for a token that doesn't exist.
         """
+        size = self.executor.network.config.vocab_size
+        if isinstance(request, Generation) and max(request.sampling.logit_bias, default=0) >= size:
+            raise BadInput(f"logit_bias names token {max(request.sampling.logit_bias)}; the vocabulary has {size}")
         self._scheduler.submit(request)
 
     def cancel(self, request: Request) -> None:
@@ -159,12 +162,12 @@ class Engine:
             start = done - rows.stop  # position of this step's first token
             tokens = request.prompt[start + rows.start + 1 : start + rows.stop + 1]
             targets = torch.tensor(tokens, dtype=torch.int64, device=logits_RV.device)
-            for loss in F.cross_entropy(logits_RV, targets, reduction="none").tolist():
-                request.log_likelihood -= loss  # one by one, so that the sum doesn't depend on the chunks
+            logprobs_RV = logits_RV.log_softmax(-1)
+            for logprob in logprobs_RV.gather(1, targets[:, None])[:, 0].tolist():
+                request.log_likelihood += logprob  # one by one, so that the sum doesn't depend on the chunks
             request.greedy = request.greedy and torch.equal(logits_RV.argmax(-1), targets)
             if request.logprobs is not None:
-                pairs = zip(logits_RV, tokens, strict=True)
-                request.token_logprobs += [_logprobs(*pair, request.logprobs) for pair in pairs]
+                request.token_logprobs += _reports(logprobs_RV, tokens, request.logprobs)
             if not request.log_likelihood <= 0:
                 request.error = PentadError(NOT_NUMBERS)
                 return True
@@ -175,29 +178,45 @@ class Engine:
         unused = {} if greedy else {request: request.generator.get_state() for request in requests}
         try:
             if greedy:
-                tokens, largest = argmax(logits_MV)
+                tokens, maxima = argmax(logits_MV)
             else:
                 with self.executor.single_threaded():
                     choices = [Choice(r.sampling, r.generator, r.prompt, r.generated) for r in requests]
-                    tokens, largest = sample(logits_MV, choices)
-            for request, *result in zip(requests, tokens, largest, logits_MV, strict=True):
-                self._append(request, *result)
+                    tokens, maxima = sample(logits_MV, choices)
+            reports = self._logprobs(requests, tokens, logits_MV)
+            for request, token, maximum, report in zip(requests, tokens, maxima, reports, strict=True):
+                self._append(request, token, maximum, report)
                 unused.pop(request, None)
         except BaseException:  # these requests have drawn a random number, and will draw it again
             for request, state in unused.items():
                 request.generator.set_state(state)
             raise
 
-    def _append(self, request: Generation, token: int, largest: float, logits_V: Tensor) -> None:
+    def _logprobs(
+        self, requests: list[Generation], tokens: Sequence[int], logits_MV: Tensor
+    ) -> list[TokenLogprobs | None]:
+        """The reports on the chosen tokens; None for requests that want none."""
+        counts = [request.logprobs for request in requests]
+        rows = [row for row, count in enumerate(counts) if count is not None]
+        reports: list[TokenLogprobs | None] = [None] * len(requests)
+        if rows:
+            with self.executor.single_threaded():
+                most = max(count for count in counts if count is not None)
+                logprobs_RV = (logits_MV if len(rows) == len(counts) else logits_MV[rows]).log_softmax(-1)
+                made = _reports(logprobs_RV, [tokens[row] for row in rows], most)
+            for row, report in zip(rows, made, strict=True):
+                reports[row] = replace(report, top=report.top[: counts[row]])
+        return reports
+
+    def _append(self, request: Generation, token: int, maximum: float, report: TokenLogprobs | None) -> None:
         """Add the chosen token to its request."""
-        if not math.isfinite(largest):
+        if not math.isfinite(maximum):
             request.error = PentadError(NOT_NUMBERS)
             return self._finish(request, "error")
         if token in request.end_ids:
             return self._finish(request, "stop")
-        if request.logprobs is not None:
-            with self.executor.single_threaded():
-                request.token_logprobs.append(_logprobs(logits_V, token, request.logprobs))
+        if report is not None:
+            request.token_logprobs.append(report)
         request.generated.append(token)
         if len(request.generated) >= request.max_tokens:
             return self._finish(request, "length", token)
@@ -209,7 +228,9 @@ class Engine:
         self._scheduler.finish(request, keep=reason != "error")
 
 
-def _logprobs(logits_V: Tensor, token: int, count: int) -> TokenLogprobs:
-    logprobs_V = logits_V.log_softmax(-1)
-    values, ids = logprobs_V.topk(min(count, len(logprobs_V)))
-    return TokenLogprobs(token, float(logprobs_V[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+def _reports(logprobs_RV: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """The log-probabilities of each row's token and of its most likely tokens."""
+    chosen = logprobs_RV.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logprobs_RV.device)[:, None])
+    values_RC, ids_RC = logprobs_RV.topk(min(count, logprobs_RV.shape[1]))
+    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids_RC.tolist(), values_RC.tolist(), strict=True)]
+    return [TokenLogprobs(*one) for one in zip(tokens, chosen[:, 0].tolist(), tops, strict=True)]

@@ -140,7 +140,7 @@ class Runner:
             prompt: the text, or a list of texts.
             special: encode control strings in the text as control tokens.
             options: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-                frequency_penalty, stop, seed, logprobs; see `Options`.
+                frequency_penalty, logit_bias, stop, seed, logprobs; see `Options`.
 
         Returns:
             A `Completion`; for a list of texts a list of them.

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pentad.errors import BadInput
 
 MIN_TEMPERATURE = 1e-5  # a lower temperature is treated as 0; it would overflow
+BLOCK = 16  # a large vocabulary is searched in blocks of so many tokens
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Sampling:
             text (CTRL, arXiv:1909.05858).
         presence_penalty: is subtracted once from the logit of each generated token.
         frequency_penalty: is subtracted for each occurrence of a generated token.
+        logit_bias: token id -> a number from -100 to 100 that is added to the token's logit, before the penalties.
+            Keys may be strings, as in JSON.
     """
 
     temperature: float = 0.7
@@ -42,6 +46,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ranges = {
@@ -58,15 +63,18 @@ class Sampling:
             types, number = (int, "a whole number") if name == "top_k" else ((int, float), "a number")
             if not isinstance(value, types) or isinstance(value, bool) or not low <= value <= high:  # also refuses NaN
                 raise BadInput(f"{name} is {str(value)[:40]}; expected {number} from {low} to {high}")
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
     @property
     def greedy(self) -> bool:
         """True if the token is simply the argmax of the logits."""
-        return self.temperature < MIN_TEMPERATURE and not self.penalizes
+        return self.temperature < MIN_TEMPERATURE and not self.changes_logits
 
     @property
-    def penalizes(self) -> bool:
-        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+    def changes_logits(self) -> bool:
+        """True if there is a penalty or a bias."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalties or self.logit_bias)
 
     def replace(self, **options: Any) -> Sampling:
         """A copy with changed options; None leaves an option unchanged."""
@@ -79,7 +87,8 @@ class Sampling:
         Raises:
             BadInput: an option is not a number, or out of range; the message names `source`.
         """
-        named = {field.name: _number(generation, field.name, source) for field in fields(cls)}
+        names = [one.name for one in fields(cls) if one.name != "logit_bias"]
+        named = {name: _number(generation, name, source) for name in names}
         if generation.get("do_sample") is False:
             return cls(temperature=0).replace(repetition_penalty=named["repetition_penalty"])
         samples = any(named[name] is not None for name in ("temperature", "top_p", "top_k"))
@@ -87,6 +96,20 @@ class Sampling:
             return cls().replace(repetition_penalty=named["repetition_penalty"])
         # a recommendation is complete: filters that it doesn't name are off
         return cls(temperature=1.0, top_p=1.0).replace(**named)
+
+
+def _checked_bias(bias: Mapping[Any, float]) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise BadInput(f"logit_bias is {str(bias)[:40]}; expected a mapping of token ids to numbers")
+    found = {}
+    for key, value in bias.items():
+        token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key
+        if type(token) is not int or not 0 <= token < 2**31:
+            raise BadInput(f"logit_bias has the key {str(key)[:40]!r}; expected token ids")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not -100 <= value <= 100:
+            raise BadInput(f"logit_bias of token {token} is {str(value)[:40]}; expected a number from -100 to 100")
+        found[token] = float(value)
+    return found
 
 
 def _number(generation: Mapping[str, Any], name: str, source: object) -> Any:
@@ -121,20 +144,38 @@ class Choice(NamedTuple):
     generated: Sequence[int] = ()
 
 
-def penalize(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], generated: Sequence[int]) -> Tensor:
-    """Apply the penalties to a copy of the logits."""
-    logits_V = logits_V.clone()
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*prompt, *generated}), device=logits_V.device)
-        values = logits_V[seen]
-        penalty = sampling.repetition_penalty
-        logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if generated and (sampling.presence_penalty or sampling.frequency_penalty):
-        counts = Counter(generated)
-        ids = torch.tensor(list(counts), device=logits_V.device)
-        times = torch.tensor(list(counts.values()), dtype=logits_V.dtype, device=logits_V.device)
-        logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
-    return logits_V
+def penalize(logits_MV: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """Apply each row's bias, then its penalties, to a copy of the logits; float32 [M, V]."""
+    logits_MV = logits_MV.clone()
+    flat = logits_MV.view(-1)
+    biased = [(row, choice.sampling.logit_bias) for row, choice in enumerate(choices)]
+    _add(logits_MV, [(row, token, value) for row, bias in biased for token, value in bias.items()])
+    repeated = [(row, c) for row, c in enumerate(choices) if c.sampling.repetition_penalty != 1.0]
+    if repeated:
+        seen = [(row, sorted({*c.prompt, *c.generated}), c.sampling.repetition_penalty) for row, c in repeated]
+        at = _flat_indices(logits_MV, [(row, token) for row, tokens, _ in seen for token in tokens])
+        penalties = torch.tensor([penalty for _, tokens, penalty in seen for _ in tokens], device=flat.device)
+        values = flat[at]
+        flat[at] = torch.where(values > 0, values / penalties, values * penalties)
+    changes = []
+    for row, (sampling, _, _, generated) in enumerate(choices):
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            once, each = sampling.presence_penalty, sampling.frequency_penalty
+            changes += [(row, token, -once - each * count) for token, count in Counter(generated).items()]
+    _add(logits_MV, changes)
+    return logits_MV
+
+
+def _add(logits_MV: Tensor, changes: Sequence[tuple[int, int, float]]) -> None:
+    """Add to the logits: (row, token, number) each."""
+    if changes:
+        at = _flat_indices(logits_MV, [(row, token) for row, token, _ in changes])
+        logits_MV.view(-1)[at] += torch.tensor([number for _, _, number in changes], device=logits_MV.device)
+
+
+def _flat_indices(logits_MV: Tensor, at: Sequence[tuple[int, int]]) -> Tensor:
+    size = logits_MV.shape[1]
+    return torch.tensor([row * size + token for row, token in at], dtype=torch.int64, device=logits_MV.device)
 
 
 def argmax(logits_MV: Tensor) -> tuple[list[int], list[float]]:
@@ -157,12 +198,8 @@ def sample(logits_MV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], lis
     Returns:
         M token ids, and each row's largest logit (NaN if the row has a NaN).
     """
-    penalized = [row for row, choice in enumerate(choices) if choice.sampling.penalizes]
-    if penalized:
-        logits_MV = logits_MV.clone()
-        for row in penalized:
-            choice = choices[row]
-            logits_MV[row] = penalize(logits_MV[row], choice.sampling, choice.prompt, choice.generated)
+    if any(choice.sampling.changes_logits for choice in choices):
+        logits_MV = penalize(logits_MV, choices)
     tokens, largest = argmax(logits_MV)
     sampled = [row for row, choice in enumerate(choices) if choice.sampling.temperature >= MIN_TEMPERATURE]
     if sampled:
@@ -185,8 +222,8 @@ def candidates(logits_MV: Tensor, samplings: Sequence[Sampling]) -> Iterator[tup
         samplings: one per row, with temperatures above 0.
 
     Yields:
-        Row numbers, weights float64 [R, C] in proportion to the probabilities (0 for a token that is filtered out), and
-        token ids int64 [R, C]. A row's weights don't depend on other rows.
+        Row numbers, weights [R, C] in proportion to the probabilities (0 for a token that is filtered out), and token
+        ids int64 [R, C]. A row's weights don't depend on other rows.
     """
     groups: dict[tuple[int, bool], list[int]] = {}  # (top_k, unsorted) -> rows that share operations
     for row, one in enumerate(samplings):
@@ -195,8 +232,8 @@ def candidates(logits_MV: Tensor, samplings: Sequence[Sampling]) -> Iterator[tup
         logits_RV = logits_MV if len(rows) == len(samplings) else logits_MV[rows]
         options = [samplings[row] for row in rows]
         if unsorted:
-            weights_RV = (logits_RV.double() / _column(options, "temperature", logits_RV)).softmax(1)
-            least_R1 = _column(options, "min_p", logits_RV) * weights_RV.amax(1, keepdim=True)
+            weights_RV = _exponentials(logits_RV, logits_RV.amax(1, keepdim=True), options)
+            least_R1 = _column(options, "min_p", logits_RV)  # the largest weight is 1
             ids_RV = torch.arange(weights_RV.shape[1], device=weights_RV.device).expand_as(weights_RV)
             yield rows, weights_RV.where(weights_RV >= least_R1, 0), ids_RV
         else:
@@ -241,9 +278,37 @@ def _column(samplings: Sequence[Sampling], name: str, like: Tensor) -> Tensor:
     return torch.tensor([getattr(one, name) for one in samplings], dtype=torch.float64, device=like.device)[:, None]
 
 
+def _in_blocks(x_RV: Tensor, fill: float) -> Tensor:
+    """[R, V] -> [R, BLOCK, B]. Block b has every B-th column from b on, so that blocks are reduced side by side."""
+    padded = F.pad(x_RV, (0, -x_RV.shape[1] % BLOCK), value=fill)
+    return padded.view(len(x_RV), BLOCK, padded.shape[1] // BLOCK)
+
+
+def _block_sums(weights_RV: Tensor) -> Tensor:
+    """The sums of the blocks: float64 [R, B]. Unlike sums of rows they are the same beside any other rows."""
+    return _in_blocks(weights_RV, 0).sum(1).double()
+
+
+def _exponentials(logits_RV: Tensor, largest_R1: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Weights in proportion to the probabilities, 1 for the most likely token: float32 [R, V]."""
+    return (logits_RV - largest_R1).div_(_column(samplings, "temperature", logits_RV).float()).exp_()
+
+
 def _pick(weights_RC: Tensor, uniform_R: Tensor) -> Tensor:
     """Invert each row's cumulative distribution at a uniform number: int64 [R], never an index of weight 0."""
-    cumulative_RC = (weights_RC / weights_RC.sum(1, keepdim=True)).cumsum(1)
-    at_R = torch.searchsorted(cumulative_RC, uniform_R[:, None], right=True)[:, 0]
-    last_R = weights_RC.shape[1] - 1 - (weights_RC > 0).flip(1).int().argmax(1)  # if rounding leaves the sum below 1
+    if weights_RC.shape[1] <= 1024:
+        return _pick_within(weights_RC.double(), uniform_R * weights_RC.double().sum(1))
+    sums_RB = _block_sums(weights_RC)
+    target_R = uniform_R * sums_RB.sum(1)
+    block_R = _pick_within(sums_RB, target_R)
+    before_R = target_R - (sums_RB.cumsum(1) - sums_RB).gather(1, block_R[:, None])[:, 0]
+    rows_R = torch.arange(len(block_R), device=block_R.device)
+    within_R = _pick_within(_in_blocks(weights_RC, 0)[rows_R, :, block_R].double(), before_R)
+    return within_R * sums_RB.shape[1] + block_R
+
+
+def _pick_within(weights_RC: Tensor, target_R: Tensor) -> Tensor:
+    """The first index at which the sum of the weights exceeds the target; the last of a weight above 0 at most."""
+    at_R = torch.searchsorted(weights_RC.cumsum(1), target_R[:, None], right=True)[:, 0]
+    last_R = weights_RC.shape[1] - 1 - (weights_RC > 0).flip(1).int().argmax(1)  # if rounding leaves the sum below it
     return torch.minimum(at_R, last_R)

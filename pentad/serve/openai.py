@@ -7,11 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+MAX_BIASES = 1024
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Ids = Annotated[list[int], Field(min_length=1)]
 Prompt = str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
 """A text, token ids, or several of either."""
+
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Body(BaseModel):
@@ -63,7 +67,10 @@ class GenerationBody(SamplingBody):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        return super().sampling() | ({"logit_bias": self.logit_bias} if self.logit_bias else {})
 
     def stops(self) -> list[str]:
         """The strings that end a text."""

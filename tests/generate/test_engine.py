@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import pentad
+from pentad.errors import BadInput
 from pentad.generate.engine import Engine, EngineConfig
 from pentad.generate.requests import Evaluation, Event, Generation
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
-from tests.helpers.engines import Counting, finish, greedy, leaked_pages, request
+from tests.helpers.engines import GREEDY, Counting, finish, greedy, leaked_pages, request
 from tests.helpers.tiny import logits_of, network_of, random_ids, tiny_checkpoint
 
 
@@ -63,6 +64,23 @@ def test_logprobs_are_limited_by_the_vocabulary(step: Counting) -> None:
     finish(Engine(step), one)
     assert len(one.token_logprobs[0].top) == 96
     assert request([1]).token_logprobs == []
+
+
+def test_requests_with_and_without_logprobs_run_together(network: nn.Module, step: Counting) -> None:
+    requests = [request(random_ids(9, seed=i), 4, logprobs=count) for i, count in enumerate([2, None, 0, 5])]
+    finish(Engine(step), *requests)
+    assert [len(one.token_logprobs) for one in requests] == [4, 0, 4, 4]
+    assert [len(one.token_logprobs[0].top) for one in requests if one.logprobs is not None] == [2, 0, 5]
+    for one in (requests[0], requests[3]):
+        assert [report.top[0][0] for report in one.token_logprobs] == one.generated
+
+
+def test_a_bias_for_a_token_outside_the_vocabulary_is_refused(step: Counting) -> None:
+    biased = request(random_ids(9), 3, sampling=GREEDY.replace(logit_bias={95: 100}))
+    finish(Engine(step), biased)
+    assert biased.generated == [95, 95, 95]
+    with pytest.raises(BadInput, match=r"token 96.* 96"):
+        Engine(step).submit(request(random_ids(9), sampling=GREEDY.replace(logit_bias={5: 1, 96: 1})))
 
 
 def test_chunked_prefill_shares_steps_with_decoding(network: nn.Module, step: Counting) -> None:

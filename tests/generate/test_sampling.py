@@ -49,7 +49,7 @@ def candidates_of(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
     [(rows, weights, ids)] = candidates(logits_V[None], [sampling])
     assert rows == [0]
     kept = weights[0] > 0
-    return weights[0][kept] / weights.sum(), ids[0][kept]
+    return weights[0][kept].double() / weights.double().sum(), ids[0][kept]
 
 
 def sample_one(
@@ -57,6 +57,10 @@ def sample_one(
 ) -> int:
     [token], _ = sample(logits_V[None], [Choice(sampling, generator, prompt, generated)])
     return token
+
+
+def penalize_one(logits_V: Tensor, sampling: Sampling, prompt: Any, generated: Any) -> Tensor:
+    return penalize(logits_V[None], [Choice(sampling, torch.Generator(), prompt, generated)])[0]
 
 
 def peer_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
@@ -104,7 +108,7 @@ def test_repetition_penalty_equals_transformers(penalty: float) -> None:
     for seed in range(4):
         logits_V = random_logits(seed)
         prompt, generated = [3, 4, 4, 9], [9, 20, 21, 21, 21]
-        ours = penalize(logits_V, OFF.replace(repetition_penalty=penalty), prompt, generated)
+        ours = penalize_one(logits_V, OFF.replace(repetition_penalty=penalty), prompt, generated)
         ids = torch.tensor([prompt + generated])
         theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits_V[None].clone())[0]
         torch.testing.assert_close(ours, theirs)
@@ -114,12 +118,49 @@ def test_repetition_penalty_equals_transformers(penalty: float) -> None:
 def test_presence_and_frequency_penalties_apply_to_generated_tokens() -> None:
     logits_V = random_logits(0)
     sampling = OFF.replace(presence_penalty=0.5, frequency_penalty=0.25)
-    ours = penalize(logits_V, sampling, [1, 2, 3], [5, 5, 5, 7])
+    ours = penalize_one(logits_V, sampling, [1, 2, 3], [5, 5, 5, 7])
     expected = logits_V.clone()
     expected[5] -= 0.5 + 3 * 0.25
     expected[7] -= 0.5 + 0.25
     torch.testing.assert_close(ours, expected)
-    assert torch.equal(penalize(logits_V, sampling, [1, 2, 3], []), logits_V)
+    assert torch.equal(penalize_one(logits_V, sampling, [1, 2, 3], []), logits_V)
+
+
+@pytest.mark.parametrize("bias", [{3: 5.0, 7: -2.5}, {"3": 5, "7": -2.5}], ids=["numbers", "strings, as in JSON"])
+def test_a_bias_is_added_before_the_penalties(bias: Any) -> None:
+    logits_V = random_logits(0)
+    ours = penalize_one(logits_V, OFF.replace(logit_bias=bias, repetition_penalty=2.0), [3], [])
+    expected = logits_V.clone()
+    expected[7] -= 2.5
+    expected[3] = (expected[3] + 5) / 2
+    torch.testing.assert_close(ours, expected)
+
+
+def test_a_bias_of_100_chooses_the_token_and_one_of_minus_100_bans_it() -> None:
+    greedy, generator = Sampling(temperature=0), torch.Generator()
+    for seed in range(5):
+        logits_V = random_logits(seed)
+        likeliest = int(logits_V.argmax())
+        assert sample_one(logits_V, greedy.replace(logit_bias={11: 100}), generator) == 11
+        assert sample_one(logits_V, OFF.replace(logit_bias={11: 100}), generator) == 11
+        assert sample_one(logits_V, greedy.replace(logit_bias={likeliest: -100}), generator) != likeliest
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        ({-1: 1}, "key '-1'"),
+        ({"x": 1}, "key 'x'"),
+        ({1.5: 1}, "key '1.5'"),
+        ({1: 101}, "token 1 is 101"),
+        ({1: math.nan}, "token 1 is nan"),
+        ({1: "2"}, "token 1 is 2"),
+        ([1], r"\[1\]; expected a mapping"),
+    ],
+)
+def test_a_bad_bias_is_refused(bias: Any, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        OFF.replace(logit_bias=bias)
 
 
 def test_a_penalty_changes_the_greedy_token() -> None:
@@ -151,13 +192,14 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
         assert token == int(logits_V.argmax())
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "min_p": 0.01}], ids=str)
-def test_tokens_are_drawn_with_their_probabilities(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("size", [V, 2000])
+@pytest.mark.parametrize("options", [{}, {"min_p": 0.05}, {"temperature": 0.7, "top_k": 9, "min_p": 0.01}], ids=str)
+def test_tokens_are_drawn_with_their_probabilities(options: dict[str, Any], size: int) -> None:
     """A chi-square test at p = 0.001; tokens expected fewer than five times form one class."""
-    logits_V, sampling, draws = random_logits(1), OFF.replace(**options), 4000
+    logits_V, sampling, draws = random_logits(1, size), OFF.replace(**options), 4000
     generator = torch.Generator().manual_seed(7)
     drawn = torch.tensor([sample_one(logits_V, sampling, generator) for _ in range(draws)])
-    counts = drawn.bincount(minlength=V).double()
+    counts = drawn.bincount(minlength=size).double()
     expected = peer_probabilities(logits_V, sampling).double() * draws
     assert not counts[expected == 0].any()
     common = expected >= 5

@@ -56,6 +56,14 @@ def test_a_seed_repeats_a_text_and_choices_differ(server: Server) -> None:
     assert texts() == first
 
 
+def test_a_bias_changes_the_text(server: Server) -> None:
+    reply = server.client.chat.completions.create(**GREEDY, max_tokens=5, logit_bias={"65": 100})
+    assert reply.choices[0].message.content == "AAAAA"  # each token is a byte
+    refused = server.request("/v1/chat/completions", {**GREEDY, "logit_bias": {"264": 1}})
+    assert refused.status == 400
+    assert "264" in refused.error["message"]
+
+
 def test_stop_strings_end_the_text_across_tokens(server: Server) -> None:
     text = server.client.chat.completions.create(**GREEDY, max_tokens=40).choices[0].message.content
     stop = text[10:14]  # each token is a byte
