@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack, overload
+from typing import Any, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -46,11 +46,15 @@ class LanguageModel(Runner):
         """
         return self._run([self._begin(self.chat_ids(messages), self.tokenizer.stream(), options)])[0]
 
-    def stream(self, prompt: str | Sequence[Message], *, special: bool = False, **options: Unpack[Options]) -> Stream:
-        """Like `complete` (for a string) or `chat` (for messages), but return the text in pieces."""
+    def stream(
+        self, prompt: str | Sequence[Message] | Sequence[int], *, special: bool = False, **options: Unpack[Options]
+    ) -> Stream:
+        """Like `complete` (for a string or token ids) or `chat` (for messages), but return the text in pieces."""
         if isinstance(prompt, str):
             return self._begin(self.prompt_ids(prompt, special=special), self._detokenizer(), options)
-        return self._begin(self.chat_ids(prompt), self.tokenizer.stream(), options)
+        if prompt and isinstance(prompt[0], int):
+            return self._begin(list(cast(Sequence[int], prompt)), self._detokenizer(), options)
+        return self._begin(self.chat_ids(cast(Sequence[Message], prompt)), self.tokenizer.stream(), options)
 
     def chat_ids(self, messages: Sequence[Message] | str) -> list[int]:
         """The prompt of `chat`: the conversation in the chat template, up to the beginning of the reply."""
@@ -112,6 +116,25 @@ class LanguageModel(Runner):
         else:
             scores = [self._slide(one, stride) for one in texts]
         return scores[0] if isinstance(text, str) else scores
+
+    def score_ids(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
+        """Compute the log-likelihoods of the ends of token sequences, which run as one batch.
+
+        Args:
+            sequences: token ids, and the index of the first one that is scored, from 1. The last token predicts nothing
+                that is scored, so there may be one more than the context has.
+
+        Raises:
+            BadInput: there are too few or too many tokens, or they are outside the vocabulary.
+        """
+        requests = [Evaluation(as_ids(ids), first=first) for ids, first in sequences]
+        for request in requests:
+            self._check_ids(request.prompt)
+            if not 1 <= (request.first or 0) < len(request.prompt):
+                raise BadInput(f"of {len(request.prompt)} tokens those from {request.first} on can't be scored")
+            self._check_length(request.prompt[:-1])
+        self._evaluate(*requests)
+        return [self._score(request, len(request.prompt) - (request.first or 0)) for request in requests]
 
     def _slide(self, text: str, stride: int) -> Score:
         """The score of a text in windows."""

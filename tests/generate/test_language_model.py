@@ -346,6 +346,15 @@ def test_requests_wait_while_the_cache_has_no_room(model: LanguageModel) -> None
     assert model.complete("b", max_tokens=4, temperature=0).token_ids == expected
 
 
+def test_a_stream_begins_with_token_ids(model: LanguageModel) -> None:
+    expected = model.complete(TEXT, max_tokens=4, temperature=0)
+    stream = model.stream(list(TEXT.encode()), max_tokens=4, temperature=0)
+    assert "".join(stream) == expected.text
+    assert stream.completion.prompt_token_ids == expected.prompt_token_ids
+    with pytest.raises(BadInput, match="99999"):
+        model.stream([1, 99999])
+
+
 def test_reprs_say_what_matters(model: LanguageModel) -> None:
     with model.stream("a b c", max_tokens=3) as stream:
         next(stream)

@@ -86,6 +86,19 @@ def test_a_list_is_scored_as_each_of_it(model: LanguageModel) -> None:
     assert model.score([]) == []
 
 
+def test_token_sequences_are_scored_from_an_index(model: LanguageModel) -> None:
+    ids = [*TEXT.encode()]
+    whole, end = model.score_ids([(ids, 1), (ids, 40)])
+    assert whole.log_likelihood == pytest.approx(model.score(TEXT).log_likelihood, rel=1e-6)
+    assert (whole.tokens, end.tokens) == (len(ids) - 1, len(ids) - 40)
+    assert end.log_likelihood == pytest.approx(sum(log_likelihood(model, ids)[39:]), rel=1e-5)
+    size = model.context_length
+    assert model.score_ids([([97] * (size + 1), size)])[0].tokens == 1
+    for wrong in ((ids, 0), (ids, len(ids)), ([], 1), ([97] * (size + 2), 1), ([9999, 1], 1)):
+        with pytest.raises(BadInput):
+            model.score_ids([wrong])
+
+
 def test_scores_that_need_more_than_the_memory_are_refused(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
