@@ -1,5 +1,6 @@
 """Errors in the shape of OpenAI's API."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +64,8 @@ def refused_body(error: ValidationError, fields: frozenset[str]) -> APIError:
         return APIError(400, f"{param[:MAX_SHOWN]} is not supported; remove it", param=param, code="unknown_parameter")
     if kind == "missing":
         return APIError(400, f"{param} is missing", param=param, code="missing_required_parameter")
-    expected = found["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    expected = found["msg"].removeprefix("Input should be ")
+    expected = re.sub(r"^\w+ should have (at \w+ \d+ \w+).*", r"\1", expected)  # "List should have at least 1 item …"
     message = f"{param or 'the body'} is {_shown(found['input'])}; expected {expected}"
     return APIError(400, message, param=param or None, code="invalid_value")
 
