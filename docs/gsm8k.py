@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 HERE = Path(__file__).parent
-HELD_OUT = 48
+HELD_OUT = 32
 SFT = """
 objective = "sft"
 [model]
@@ -29,8 +29,8 @@ train = "sft.jsonl"
 validation = "sft_held_out.jsonl"
 [run]
 out = "sft"
-steps = 40
-validate_every = 20
+steps = 24
+validate_every = 8
 checkpoint_every = 10
 sequence_length = 768
 [optimizer]
@@ -45,8 +45,8 @@ train = "pairs.jsonl"
 validation = "pairs_held_out.jsonl"
 [run]
 out = "dpo"
-steps = 16
-validate_every = 8
+steps = 6
+validate_every = 3
 checkpoint_every = 4
 sequence_length = 768
 [optimizer]
@@ -85,8 +85,8 @@ def write_inputs(data: Path, out: Path) -> None:
         "sft_held_out": [
             messages(row["question"], row["answer"]) for row in lines(data / "gsm8k_test.jsonl")[:HELD_OUT]
         ],
-        "pairs": solved[HELD_OUT : HELD_OUT + 128],
-        "pairs_held_out": solved[:HELD_OUT],
+        "pairs": solved[HELD_OUT : HELD_OUT + 48],
+        "pairs_held_out": solved[:24],
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():

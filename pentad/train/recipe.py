@@ -107,7 +107,7 @@ class Run(Table):
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     keep: Positive = 2
-    micro_batch_tokens: Positive = 4096
+    micro_batch_tokens: Positive = 1024
     checkpointing: Literal["auto", "none", "blocks"] = "auto"
     validate_every: Annotated[int, Field(ge=0)] = 0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -116,15 +116,16 @@ class TrainingRun:
                 self._restore(loop, saved)
                 del saved
             write = self._writer(loop, first, identity, report, stack) if processes.rank() == 0 else None
-            validation = self._validation(loop)
+            validation = None if self.held_out is None else self._validation(loop, self.held_out)
 
             def after_step(record: StepRecord) -> None:
                 if write is not None:
                     write(record)
-                self._validate(validation, loop, record.step)
+                if validation is not None:
+                    validation.after_step(loop, record.step)
 
-            if first == 0:
-                self._validate(validation, loop, 0)
+            if validation is not None and first == 0:
+                validation.after_step(loop, 0)
             try:
                 loop.run(first, self.recipe.run.steps or 0, after_step)
             except BadStep as error:
@@ -143,33 +144,12 @@ class TrainingRun:
                 self._write("card.md", self._card(identity))
         return final
 
-    def _validation(self, loop: Loop) -> Validation | None:
-        if self.held_out is None:
-            return None
-        stores, run = [self.held_out], self.recipe.run
-        objective = make_objective(self.recipe, self._network(), stores, loop.dtype)
-        data = TokenData(
-            [Stage(stores, None, 1)],
-            len(self.held_out),
-            run.seed,
-            run.micro_batch_tokens,
-            None,
-            processes.rank(),
-            processes.world(),
-        )
-        return Validation(data, objective)
-
-    def _validate(self, validation: Validation | None, loop: Loop, step: int) -> None:
-        """Measure the held-out data after a step, if it is time for it, and append to validation.jsonl."""
-        every, last = self.recipe.run.validate_every, self.recipe.run.steps
-        if validation is None or not (step in (0, last) or (every and step % every == 0)):
-            return
-        measured = validation.measure(loop)
-        if processes.rank() == 0:
-            path = self.folder / "validation.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] < step]  # not those of steps that ran again
-            self._write(path.name, "\n".join([*kept, json.dumps({"step": step, **measured})]) + "\n")
+    def _validation(self, loop: Loop, held_out: Examples) -> Validation:
+        run, part = self.recipe.run, (processes.rank(), processes.world())
+        objective = make_objective(self.recipe, self._network(), [held_out], loop.dtype)
+        stage = Stage([held_out], None, 1)
+        data = TokenData([stage], len(held_out), run.seed, run.micro_batch_tokens, None, *part)
+        return Validation(data, objective, self.folder / "validation.jsonl", run.validate_every, run.steps or 0)
 
     def _writer(
         self, loop: Loop, first: int, identity: dict[str, Any], report: Callable[[StepRecord], None], stack: ExitStack

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pentad.train.data import TokenData
 from pentad.train.loop import Loop
 from pentad.train.objectives.loss import Objective
-from pentad.train.processes import sum_over_processes
+from pentad.train.processes import rank, sum_over_processes
+from pentad.weights.atomic import disk_errors
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,27 @@ class Validation:
     Attributes:
         data: its first step has all rows.
         objective: the run's, for this data.
+        file: receives one line of JSON for each measurement.
+        every: steps between measurements; 0 for none between the first and the last.
+        steps: of the run.
     """
 
     data: TokenData
     objective: Objective
+    file: Path
+    every: int
+    steps: int
+
+    def after_step(self, loop: Loop, step: int) -> None:
+        """Measure, if it is time for it; `step` is the number of steps done."""
+        if not (step in (0, self.steps) or (self.every and step % self.every == 0)):
+            return
+        measured = self.measure(loop)
+        if rank() == 0:
+            with disk_errors(self.file):
+                lines = self.file.read_text().splitlines() if self.file.exists() else []
+                kept = [line for line in lines if json.loads(line)["step"] < step]  # not those of steps that ran again
+                self.file.write_text("\n".join([*kept, json.dumps({"step": step, **measured})]) + "\n")
 
     def measure(self, loop: Loop) -> dict[str, float]:
         """The loss and the objective's metrics with the parameters as they are; all processes take part."""
