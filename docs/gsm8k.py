@@ -8,6 +8,7 @@ hour.
 """
 
 import json
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -120,7 +121,8 @@ def draw_mask(shown: str, picture: Path) -> None:
         text.append(learned if number and closed else piece, "black on green" if number and closed else None)
         text.append(rest)
     console.print(text)
-    picture.write_text(console.export_svg(title="pentad train sft.toml --show-mask 1"))
+    drawn = console.export_svg(title="pentad train sft.toml --show-mask 1")
+    picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL))  # without web fonts
 
 
 def main(data: Path, out: Path) -> None:
