@@ -23,15 +23,17 @@ class SwiGLU(nn.Module):
         """[N, dim] -> [N, dim]."""
         gate, up = project(x_ND, self.gate_proj, self.up_proj)
         out_ND: Tensor
-        if torch.is_grad_enabled() and type(self.down_proj) is nn.Linear and _is_plain(self.down_proj, gate):
+        if type(self.down_proj) is nn.Linear and _learns_plainly(self.down_proj, gate):
             out_ND = _GatedLinear.apply(gate, up, self.down_proj.weight, self.down_proj.bias)  # type: ignore[no-untyped-call]
         else:
             out_ND = self.down_proj(F.silu(gate) * up)
         return out_ND
 
 
-def _is_plain(linear: nn.Linear, like: Tensor) -> bool:
-    """True if nothing but a matmul in the weight's dtype happens in a layer: no hooks, no autocast."""
+def _learns_plainly(linear: nn.Linear, like: Tensor) -> bool:
+    """True if gradients are recorded, and a layer is only a matmul in the weight's dtype: no hooks, no autocast."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # the compiler fuses by itself
+        return False
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     return not hooks and like.dtype == linear.weight.dtype and not torch.is_autocast_enabled(like.device.type)
 

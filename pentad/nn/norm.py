@@ -22,7 +22,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         weight = self.weight
-        if torch.is_grad_enabled() and x_ND.dtype == weight.dtype and weight.dtype.itemsize >= 4:
+        wide = x_ND.dtype == weight.dtype and weight.dtype.itemsize >= 4
+        if wide and torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the compiler fuses by itself
             learned_ND: Tensor = _RMSNorm.apply(x_ND, weight, self.eps)  # type: ignore[no-untyped-call]
             return learned_ND
         return (torch.rms_norm(x_ND, (self.dim,), eps=self.eps) * weight).to(weight.dtype)
