@@ -128,7 +128,7 @@ class Loop:
         """Run one optimizer step."""
         started, batches = time.perf_counter(), self.data.step(step)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        tokens, *totals = self._totals(step, batches)
+        tokens, *totals = self.totals(step, batches)
         sums: dict[str, float] = {"loss": 0.0}
         for number, batch in enumerate(batches):
             self._seed(step, number)
@@ -162,7 +162,7 @@ class Loop:
             raise BadStep(text, step + 1, batches)
         self.history.append((loss, norm))
 
-    def _totals(self, step: int, batches: Sequence[Any]) -> list[float]:
+    def totals(self, step: int, batches: Sequence[Any]) -> list[float]:
         """The step's tokens, and the objective's totals."""
         parts = []
         for number, batch in enumerate(batches):

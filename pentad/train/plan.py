@@ -57,7 +57,8 @@ def plan(run: TrainingRun, network: Decoder) -> dict[str, Any]:
     """
     facts, settings, data = [store.facts for store in run.stores], run.recipe.run, run.data
     steps = settings.steps or 0
-    tokens = [sum(map(data.length, data.groups(step))) for step in range(steps)]
+    micro_batches = [[data.length(group) for group in data.groups(step)] for step in range(steps)]
+    tokens = [sum(lengths) for lengths in micro_batches]
     estimate = least_bytes(run, network, checkpointing(run, network))
     counted = {
         "rows": sum(fact["rows"] for fact in facts),
@@ -80,7 +81,7 @@ def plan(run: TrainingRun, network: Decoder) -> dict[str, Any]:
     if free is not None and estimate > free:
         return counted
     loop = run.loop(measures=True)
-    largest = max(range(steps), key=lambda step: max(map(data.length, data.groups(step))))
+    largest = max(range(steps), key=lambda step: max(micro_batches[step]))
     loop.step(largest)  # the first step allocates, and needs the most memory
     measured = sorted({round(i * (steps - 1) / _MEASURED_STEPS) for i in range(_MEASURED_STEPS + 1)})
     started = time.perf_counter()

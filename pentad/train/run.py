@@ -116,7 +116,7 @@ class TrainingRun:
                 self._restore(loop, saved)
                 del saved
             write = self._writer(loop, first, identity, report, stack) if processes.rank() == 0 else None
-            validation = None if self.held_out is None else self._validation(loop, self.held_out)
+            validation = None if self.held_out is None else self._validation(self.held_out)
 
             def after_step(record: StepRecord) -> None:
                 if write is not None:
@@ -144,12 +144,11 @@ class TrainingRun:
                 self._write("card.md", self._card(identity))
         return final
 
-    def _validation(self, loop: Loop, held_out: Examples) -> Validation:
+    def _validation(self, held_out: Examples) -> Validation:
         run, part = self.recipe.run, (processes.rank(), processes.world())
-        objective = make_objective(self.recipe, self._network(), [held_out], loop.dtype)
-        stage = Stage([held_out], None, 1)
-        data = TokenData([stage], len(held_out), run.seed, run.micro_batch_tokens, None, *part)
-        return Validation(data, objective, self.folder / "validation.jsonl", run.validate_every, run.steps or 0)
+        stages = [Stage(self.stores, None, 0), Stage([held_out], None, 1)]  # the sources as the objective counts them
+        data = TokenData(stages, len(held_out), run.seed, run.micro_batch_tokens, None, *part)
+        return Validation(data, self.folder / "validation.jsonl", run.validate_every, run.steps or 0)
 
     def _writer(
         self, loop: Loop, first: int, identity: dict[str, Any], report: Callable[[StepRecord], None], stack: ExitStack
@@ -185,7 +184,8 @@ class TrainingRun:
         torch.manual_seed(run.seed)
         network = self._network()
         known = no_references if measures else reference_log_probs
-        objective = make_objective(self.recipe, network, self.stores, build.DTYPES[run.dtype], known)
+        stores = [*self.stores, *([] if self.held_out is None else [self.held_out])]
+        objective = make_objective(self.recipe, network, stores, build.DTYPES[run.dtype], known)
         self._add_lora(network)  # after the objective, whose references are the base model's
         optimizers = Optimizers(network, options)
 

@@ -10,7 +10,6 @@ import torch
 
 from pentad.train.data import TokenData
 from pentad.train.loop import Loop
-from pentad.train.objectives.loss import Objective
 from pentad.train.processes import rank, sum_over_processes
 from pentad.weights.atomic import disk_errors
 
@@ -21,14 +20,12 @@ class Validation:
 
     Attributes:
         data: its first step has all rows.
-        objective: the run's, for this data.
         file: receives one line of JSON for each measurement.
         every: steps between measurements; 0 for none between the first and the last.
         steps: of the run.
     """
 
     data: TokenData
-    objective: Objective
     file: Path
     every: int
     steps: int
@@ -49,11 +46,10 @@ class Validation:
         batches, network = self.data.step(0), loop.network
         network.eval()
         with torch.no_grad(), loop.autocast():
-            parts = [self.objective.totals(network, batch) for batch in batches]
-            totals = sum_over_processes([sum(column) for column in zip(*parts, strict=True)])
+            _, *totals = loop.totals(0, batches)
             sums: dict[str, float] = {}
             for batch in batches:
-                loss = self.objective(network, batch, totals)
+                loss = loop.objective(network, batch, totals)
                 for name, value in {"loss": loss.share, **loss.metrics}.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
         network.train()
