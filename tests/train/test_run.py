@@ -420,3 +420,14 @@ def test_held_out_data_are_measured(tmp_path: Path, base: Path) -> None:
         loss += float(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").detach())
         count += int((labels[1:] >= 0).sum())
     assert measured[-1]["loss"] == pytest.approx(loss / count, rel=1e-4)
+
+
+def test_held_out_pairs_are_compared_with_their_own_references(tmp_path: Path, base: Path) -> None:
+    for name, rows in (("pairs", PAIRS), ("held", PAIRS[::-2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = (f"data.train={tmp_path}/pairs.jsonl", f"data.validation={tmp_path}/held.jsonl")
+    train(recipe(tmp_path, base, "objective=dpo", *files))
+    first, last = (json.loads(line) for line in (tmp_path / "run/validation.jsonl").read_text().splitlines())
+    assert first["loss"] == pytest.approx(0.693147, rel=1e-5)
+    assert last["loss"] < first["loss"]
+    assert last["accuracy"] == 1.0
