@@ -1,16 +1,24 @@
 """Data that can't be trained on: one line each, and exit code 2."""
 
-# ruff: noqa: F811
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.train.test_run import base, own_cache  # noqa: F401 - fixtures
+from tests.helpers.training import write_base
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENTAD_CACHE", str(tmp_path / "cache"))
 
 
 def said(role: str, content: Any) -> dict[str, Any]:

@@ -12,35 +12,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pentad.errors import BadInput
-from pentad.train.loop import StepRecord
 from pentad.train.objectives import references
 from pentad.train.recipe import Recipe, read_recipe
 from pentad.train.run import open_run
 from tests.helpers.peft_adapters import load_in_peft
 from tests.helpers.tiny import assert_equal_logits, peer_logits, random_ids, talking_checkpoint
+from tests.helpers.training import PAIRS, ROWS, train
 
 IDS = random_ids(12)
-ROWS = [
-    {"messages": [{"role": "user", "content": "add " + "1" * n}, {"role": "assistant", "content": "x" * (2 + n % 3)}]}
-    for n in range(1, 12)
-]
-PAIRS = [
-    {"prompt": [{"role": "user", "content": "add " + "1" * n}],
-     "chosen": [{"role": "assistant", "content": "x" * (1 + n % 3)}],
-     "rejected": [{"role": "assistant", "content": "y" * (1 + n % 4)}]}
-    for n in range(1, 9)
-]  # fmt: skip
 LORA = "[lora]\nrank = 4\n"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return talking_checkpoint(tmp_path_factory.mktemp("base")).folder
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PENTAD_CACHE", str(tmp_path / "cache"))
 
 
 def recipe(tmp_path: Path, base: Path, *overrides: str, lora: str = LORA, rows: list[Any] = ROWS) -> Recipe:
@@ -51,24 +36,6 @@ def recipe(tmp_path: Path, base: Path, *overrides: str, lora: str = LORA, rows: 
         f"[optimizer]\nlr = 1e-2\n{lora}"
     )
     return read_recipe(tmp_path / "recipe.toml", overrides)
-
-
-class Killed(BaseException):
-    pass
-
-
-def train(recipe: Recipe, *, resume: bool = False, kill_after: int | None = None) -> tuple[Path, list[StepRecord]]:
-    records: list[StepRecord] = []
-
-    def report(record: StepRecord) -> None:
-        records.append(record)
-        if record.step == kill_after:
-            raise Killed
-
-    try:
-        return open_run(recipe).train(resume=resume, note=lambda _: None, report=report), records
-    except Killed:
-        return Path(), records
 
 
 def saved_names(checkpoint: Path) -> set[str]:

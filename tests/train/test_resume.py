@@ -1,7 +1,5 @@
 """Runs that are killed, and disks that fail: the last good checkpoint is always there."""
 
-# ruff: noqa: F811
-
 import json
 import subprocess
 import sys
@@ -9,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_run import base, own_cache, recipe, train  # noqa: F401 - fixtures
+from tests.helpers.training import recipe, train
 
 KILLS = 20
 
