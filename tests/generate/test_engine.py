@@ -17,16 +17,6 @@ from tests.helpers.engines import GREEDY, Counting, finish, greedy, leaked_pages
 from tests.helpers.tiny import logits_of, network_of, random_ids, tiny_checkpoint
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    return network_of(tiny_checkpoint(tmp_path_factory.mktemp("tiny")).folder)
-
-
-@pytest.fixture
-def step(network: nn.Module) -> Counting:
-    return Counting(network, page_size=16)
-
-
 def test_greedy_tokens_equal_uncached_decoding(network: nn.Module, step: Counting) -> None:
     one, two = request(random_ids(9)), request(random_ids(40, seed=1), max_tokens=5)
     finish(Engine(step), one, two)

@@ -20,16 +20,6 @@ from tests.helpers.tiny_openmoe import openmoe_checkpoint
 HOT = Sampling(temperature=1.5, top_p=1.0)
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    return network_of(tiny_checkpoint(tmp_path_factory.mktemp("tiny")).folder)
-
-
-@pytest.fixture
-def step(network: nn.Module) -> Counting:
-    return Counting(network, page_size=16)
-
-
 @given(st.lists(st.integers(0, 2), max_size=20), st.lists(st.integers(0, 2), max_size=20))
 def test_common_length(one: list[int], other: list[int]) -> None:
     length = common_length(np.array(one, dtype=np.int32), np.array(other, dtype=np.int32))

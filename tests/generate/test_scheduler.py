@@ -18,16 +18,6 @@ from tests.helpers.tiny import network_of, random_ids, tiny_checkpoint
 HOT = Sampling(temperature=1.5, top_p=1.0)
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    return network_of(tiny_checkpoint(tmp_path_factory.mktemp("tiny")).folder)
-
-
-@pytest.fixture
-def step(network: nn.Module) -> Counting:
-    return Counting(network, page_size=16)
-
-
 def limited(step: Counting, pages: int, **options: Any) -> Engine:
     return Engine(step, EngineConfig(max_cache_bytes=pages * step.cache.page_bytes, **options))
 
