@@ -12,7 +12,7 @@ from pentad.serve.answers import Answers, Delta, encode, requests, respond, room
 from pentad.serve.calls import Event
 from pentad.serve.errors import APIError
 from pentad.serve.models import Model
-from pentad.serve.openai import ChatBody, Message
+from pentad.serve.openai import ChatBody
 from pentad.text import Tokenizer
 
 
@@ -22,7 +22,8 @@ async def chat(model: Model, body: ChatBody, request: Request) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         message = f"top_logprobs is {body.top_logprobs}, but logprobs is not true"
         raise APIError(400, message, param="top_logprobs", code="invalid_value")
-    prompt = await encode(lambda: loaded.encode_chat(as_template(body.messages)), "messages")
+    messages = [message.model_dump(exclude_none=True) for message in body.messages]
+    prompt = await encode(lambda: loaded.encode_chat(messages), "messages")
     limit = room(loaded, prompt, body.max_completion_tokens or body.max_tokens, param="messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     asked = requests(body, [prompt], [limit], logprobs, n=body.n or 1)
@@ -30,12 +31,6 @@ async def chat(model: Model, body: ChatBody, request: Request) -> Response:
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
     reply = _Reply(loaded.tokenizer, head, len(prompt), logprobs is not None, body.include_usage)
     return await respond(request, bool(body.stream), answers, reply)
-
-
-def as_template(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages for a template, which knows "developer" by its older name."""
-    dumped = [message.model_dump(exclude_none=True) for message in messages]
-    return [message | ({"role": "system"} if message["role"] == "developer" else {}) for message in dumped]
 
 
 class _Reply:

@@ -34,7 +34,7 @@ class Loaded:
     cache_tokens: int
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The prompt of a conversation.
+        """The prompt of a conversation; templates know "developer" by its older name, "system".
 
         Raises:
             BadInput: the template refuses the messages, or they are much too long for the context.
@@ -44,7 +44,8 @@ class Loaded:
         contents = (message["content"] for message in messages)
         parts = (part for content in contents for part in ([content] if isinstance(content, str) else content))
         self._check_size(part if isinstance(part, str) else part["text"] for part in parts)
-        return self.tokenizer.chat(messages)
+        older = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        return self.tokenizer.chat(older)
 
     def encode_prompts(self, prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
         """The token ids of one or several prompts, each a text or token ids.

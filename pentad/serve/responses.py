@@ -25,11 +25,10 @@ async def respond_statelessly(model: Model, body: ResponseBody, request: Request
 
 
 def _messages(body: ResponseBody) -> list[dict[str, Any]]:
-    """The conversation for the template, which knows "developer" by its older name."""
+    """The conversation, with the instructions as its first message."""
     given = [{"role": "user", "content": body.input}]
     if not isinstance(body.input, str):
-        roles = [("system" if message.role == "developer" else message.role) for message in body.input]
-        given = [{"role": role, "content": one.text()} for role, one in zip(roles, body.input, strict=True)]
+        given = [{"role": message.role, "content": message.text()} for message in body.input]
     return [{"role": "system", "content": body.instructions}, *given] if body.instructions else given
 
 

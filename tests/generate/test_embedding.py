@@ -13,12 +13,7 @@ from pentad.generate.step import PlainStep, Step
 from pentad.nn.batch import pack
 from tests.helpers.engines import finish, leaked_pages, request
 from tests.helpers.programs import needs_kernels
-from tests.helpers.tiny import network_of, random_ids, tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    return network_of(tiny_checkpoint(tmp_path_factory.mktemp("tiny")).folder)
+from tests.helpers.tiny import random_ids
 
 
 @pytest.mark.parametrize("make_step", [PlainStep, pytest.param(PlanStep, marks=needs_kernels)])
