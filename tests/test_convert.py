@@ -1,9 +1,7 @@
 """Converted files are read by pentad, transformers and ggml's reader; converting back gives the same bits."""
 
-import gc
 import json
 import math
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +15,9 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
 from pentad import text, weights
-from pentad.convert import GGUF_TYPES, WORKING_BYTES, conversion_bytes, convert
+from pentad.convert import GGUF_TYPES, convert
 from pentad.errors import BadInput
-from pentad.upcycle import Upcycling
-from pentad.weights.cache import Progress
 from pentad.weights.checkpoint import TensorEntry
-from pentad.weights.mapped import return_free_memory
 from tests.helpers.conversions import LINEAR, LLAMA3, WIDE, YARN, assert_same_bits, tensors_of
 from tests.helpers.gguf_llama import write_gguf
 from tests.helpers.tiny import (
@@ -357,57 +352,3 @@ def test_windows_of_single_layers_are_kept_or_refused(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "d", family="mistral", sliding_window=8, edit={"layer_types": types[:1] * 2})
     convert(tmp_path / "d", tmp_path / "e", to="mistral")
     assert json.loads((tmp_path / "e/params.json").read_text())["sliding_window"] == 8
-
-
-def memory_of(source: Path, format: str, upcycle: Upcycling | None = None) -> int:
-    return conversion_bytes(weights.open(source), format, upcycle)
-
-
-def test_the_memory_of_a_conversion_is_that_of_its_largest_rule(tmp_path: Path) -> None:
-    tiny_checkpoint(tmp_path / "dense", **WIDE)
-    tiny_checkpoint(tmp_path / "mixture", family="mixtral", num_local_experts=4, **WIDE)
-    write_gguf(tmp_path / "q4_0.gguf", tiny_peer(**WIDE), "Q4_0")
-    matrix, square = 64 * 96 * 4, 64 * 64 * 4
-    assert memory_of(tmp_path / "dense", "hf") == 0  # tensors are views of the mapped file
-    assert memory_of(tmp_path / "dense", "gguf") == square  # the rows of queries are permuted
-    assert memory_of(tmp_path / "mixture", "gguf") == 4 * matrix  # experts are stacked
-    assert memory_of(tmp_path / "q4_0.gguf", "gguf") == 0
-    routers = 8 * 64 * 4
-    assert memory_of(tmp_path / "dense", "hf", Upcycling()) == routers
-    assert memory_of(tmp_path / "q4_0.gguf", "hf", Upcycling()) == matrix  # one dense matrix in float32
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_the_estimated_memory_is_what_a_conversion_takes(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1, "num_local_experts": 8}
-    tiny_checkpoint(tmp_path / "a", family="mixtral", **sizes)
-
-    def anonymous() -> int:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(lines["RssAnon"].split()[0]) * 1024
-
-    class Measured(Progress):
-        peak = 0
-
-        def advance(self, n: int) -> None:
-            self.peak = max(self.peak, anonymous())
-
-    gc.collect()
-    return_free_memory()  # which other tests left, and which would not count as growth
-    before, measured = anonymous(), Measured()
-    convert(tmp_path / "a", tmp_path / "b.gguf", to="gguf", progress=measured)
-    expected = 8 * 1024 * 2048 * 4
-    assert memory_of(tmp_path / "a", "gguf") == expected
-    assert 0.7 * expected < measured.peak - before < expected + WORKING_BYTES
-    shutil.rmtree(tmp_path)
-
-
-def test_a_conversion_that_does_not_fit_into_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_checkpoint(tmp_path / "a", family="mixtral", num_local_experts=4)
-    needed = memory_of(tmp_path / "a", "gguf") + WORKING_BYTES
-    monkeypatch.setattr("pentad.convert.available_memory", lambda device: needed - 1)
-    with pytest.raises(BadInput, match=r"needs 0\.1 GB of memory, and 0\.1 GB are available"):
-        convert(tmp_path / "a", tmp_path / "b.gguf", to="gguf")
-    assert not list(tmp_path.glob("b*"))
-    monkeypatch.setattr("pentad.convert.available_memory", lambda device: needed)
-    convert(tmp_path / "a", tmp_path / "b.gguf", to="gguf")
