@@ -72,10 +72,14 @@ class Engine:
         """Let a cache that was not allocated at once grow to at most this many bytes; None: no limit."""
         self._scheduler.limit_cache(nbytes)
 
-    @property
-    def held_pages(self) -> int:
-        """The number of pages that unfinished requests hold."""
-        return len(self._scheduler.held_pages())
+    def count_pages(self) -> dict[str, int]:
+        """The number of the cache's pages by their state; they add up to all pages.
+
+        Returns:
+            "used" by unfinished requests, "kept" for requests that begin like finished ones, and "free".
+        """
+        used, kept, cache = self._scheduler.held_pages(), self._scheduler.store.pages(), self.executor.cache
+        return {"used": len(used), "kept": len(kept - used), "free": cache.pages - cache.pages_in_use}
 
     @property
     def requests(self) -> list[Request]:

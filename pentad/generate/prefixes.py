@@ -42,6 +42,10 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def pages(self) -> set[int]:
+        """The pages of all kept sequences."""
+        return {page for sequence in self._kept for page in sequence.pages}
+
     @property
     def nbytes(self) -> int:
         """Bytes of the pages of all kept sequences."""

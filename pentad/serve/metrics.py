@@ -29,7 +29,12 @@ class Metrics:
             buckets=SEQUENCES,
             registry=registry,
         )
-        self.pages = Gauge("pentad_cache_pages", "pages of the KV cache in use", model, registry=registry)
+        self.pages = Gauge(
+            "pentad_cache_pages",
+            "pages of the KV cache: used by unfinished sequences, kept of finished ones, free",
+            [*model, "state"],
+            registry=registry,
+        )
         self.first_token = Histogram(
             "pentad_time_to_first_token_seconds",
             "from a request to its first token",

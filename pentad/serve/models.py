@@ -40,7 +40,7 @@ class Model:
         state: "unloaded", "loading", "ready", "restarting", "unloading" or "failed".
         created: when the server started, in seconds since 1970.
         last_used: the time of the last request, for unloading.
-        load: what its worker has reported last: "open" sequences, and "pages" of the KV cache in use.
+        load: what its worker has reported last: "open" sequences, and "pages" of the KV cache by their state.
     """
 
     def __init__(self, name: str, path: Path, options: dict[str, Any], *, max_queue: int, metrics: Metrics) -> None:
@@ -49,7 +49,7 @@ class Model:
         self.state = "unloaded"
         self.created = int(time.time())
         self.last_used = 0.0
-        self.load = {"open": 0, "pages": 0}
+        self.load: dict[str, Any] = {"open": 0, "pages": {}}
         self._options = options
         self._max_queue = max_queue
         self._metrics = metrics
@@ -154,7 +154,7 @@ class Model:
         for running in self._running.values():
             running.call.put(APIError(500, f"the worker of {self.name} ended unexpectedly; its requests are lost"))
         self._running.clear()
-        self._receive({"events": [], "open": 0, "pages": 0})
+        self._receive({"events": [], "open": 0, "pages": dict.fromkeys(self.load["pages"], 0)})
         delay = 1
         while True:
             try:
@@ -201,7 +201,7 @@ class Model:
     def _receive(self, message: dict[str, Any]) -> None:
         """Pass the events of one step on."""
         events = message.pop("events")
-        self.load = message
+        self.load.update(message)
         for event in events:
             self._pass_on(**event)
         if tokens := sum("token" in event for event in events):
@@ -210,7 +210,8 @@ class Model:
         decoding = sum(running.decoding for running in self._running.values())
         self._metrics.decoding.labels(self.name).set(decoding)
         self._metrics.waiting.labels(self.name).set(len(self._running) - decoding)
-        self._metrics.pages.labels(self.name).set(self.load["pages"])
+        for state, pages in message.get("pages", {}).items():
+            self._metrics.pages.labels(self.name, state).set(pages)
 
     def _pass_on(self, id: int, finish: str | None = None, message: str = "", bad: bool = False, **event: Any) -> None:
         running = self._running.get(id)

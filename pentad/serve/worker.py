@@ -8,6 +8,7 @@ import json
 import os
 import select
 import sys
+import time
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pentad.generate.requests import Embedding, Evaluation, Generation, Request,
 from pentad.loading import load
 
 READ_BYTES = 1 << 20
+COUNT_SECONDS = 0.25  # between two counts of the pages while requests run
 
 
 class Worker:
@@ -45,9 +47,11 @@ class Worker:
         self._unread = b""
         self._requests: dict[int, Request] = {}
         self._ids: dict[Request, int] = {}
+        self._counted = 0.0
 
     def run(self) -> None:
         """Serve until the front process closes its end."""
+        self.send({"events": [], **self._state()})
         while (lines := self._receive()) is not None:
             events = [event for line in lines if (event := self._obey(json.loads(line))) is not None]
             if self._requests:
@@ -140,8 +144,13 @@ class Worker:
     def _forget(self, request: Request) -> None:
         del self._requests[self._ids.pop(request)]
 
-    def _state(self) -> dict[str, int]:
-        return {"open": len(self._requests), "pages": self._engine.held_pages}
+    def _state(self) -> dict[str, Any]:
+        """The number of open requests and, now and then, the numbers of pages."""
+        now = time.monotonic()
+        if self._requests and now < self._counted + COUNT_SECONDS:
+            return {"open": len(self._requests)}
+        self._counted = now
+        return {"open": len(self._requests), "pages": self._engine.count_pages()}
 
 
 def _pair(report: TokenLogprobs) -> tuple[float, tuple[tuple[int, float], ...]]:

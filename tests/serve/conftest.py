@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.tiny import talking_checkpoint
 
 PATIENCE = 120  # seconds until a test gives up
+PAGE_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,25 @@ class Server:
     """A running `pentad serve`, and the official client of it."""
 
     process: subprocess.Popen[str]
-    url: str
+    ready: dict[str, Any]
     client: OpenAI
+
+    @property
+    def url(self) -> str:
+        return self.ready["url"]
+
+    @property
+    def port(self) -> int:
+        return int(self.root.rpartition(":")[2])
+
+    @property
+    def model(self) -> str:
+        """The name of the first model."""
+        return self.ready["model"]
+
+    @property
+    def cache_pages(self) -> int:
+        return self.ready["cache_tokens"] // PAGE_SIZE
 
     @property
     def root(self) -> str:
@@ -92,9 +110,9 @@ def serving(*arguments: object, key: str = "none") -> Iterator[Server]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            url = json.loads(process.stdout.readline())["url"]
-            with OpenAI(base_url=url, api_key=key, max_retries=0, timeout=PATIENCE) as client:
-                yield Server(process, url, client)
+            ready = json.loads(process.stdout.readline())
+            with OpenAI(base_url=ready["url"], api_key=key, max_retries=0, timeout=PATIENCE) as client:
+                yield Server(process, ready, client)
         finally:
             process.terminate()
             try:
