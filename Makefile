@@ -1,7 +1,7 @@
 # Each target creates what it needs, .venv included. `make` lists the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format bench parity load gpu sanitize docs clean
+.PHONY: help demo test check format bench parity peers load gpu sanitize docs clean
 
 help:    ## list the targets
 	@sed -n 's/^\([a-z]*\): *## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -23,6 +23,9 @@ bench:   ## benchmark pentad, llama.cpp and transformers
 
 parity:  ## compare with llama.cpp, which takes minutes to compile, and with TRL
 	@scripts/parity
+
+peers:   ## run other projects' test suites and clients against pentad serve
+	@scripts/peers
 
 load:    ## let 200 clients use a server for five minutes
 	@scripts/load
