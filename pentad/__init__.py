@@ -15,12 +15,13 @@ from pentad.errors import BadInput, PentadError
 if TYPE_CHECKING:
     from pentad.generate import LanguageModel
     from pentad.loading import load
+    from pentad.text.grammar import Constraint
 
 __version__ = "0.1.0"
 
-__all__ = ["BadInput", "LanguageModel", "PentadError", "__version__", "load"]
+__all__ = ["BadInput", "Constraint", "LanguageModel", "PentadError", "__version__", "load"]
 
-_MODULES = {"LanguageModel": "pentad.generate", "load": "pentad.loading"}
+_MODULES = {"Constraint": "pentad.text.grammar", "LanguageModel": "pentad.generate", "load": "pentad.loading"}
 
 
 def __getattr__(name: str) -> object:

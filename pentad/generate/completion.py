@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from pentad.generate.requests import TokenLogprobs
+from pentad.text.grammar import Constraint
 
 
 class Options(TypedDict, total=False):
@@ -16,6 +17,7 @@ class Options(TypedDict, total=False):
         stop: strings that end the text.
         seed: makes the text reproducible, also in a batch. (In bfloat16 the batch size may change torch's rounding.)
         logprobs: report the log-probability of each new token and of this many most likely tokens.
+        constraint: what the text must be; a text that `max_tokens` cuts is only the beginning of it.
     """
 
     max_tokens: int | None
@@ -30,6 +32,7 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | None
     seed: int | None
     logprobs: int | None
+    constraint: Constraint | None
 
 
 @dataclass(frozen=True)

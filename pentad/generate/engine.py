@@ -177,7 +177,8 @@ class Engine:
                 return True
         return not request.pending(done)
 
-    def _choose(self, requests: list[Generation], logits_MV: Tensor) -> None:
+    def _choose(self, requests: list[Generation], unmasked_MV: Tensor) -> None:
+        logits_MV = _masked(requests, unmasked_MV)
         greedy = all(request.sampling.greedy for request in requests)
         unused = {} if greedy else {request: request.generator.get_state() for request in requests}
         try:
@@ -187,7 +188,7 @@ class Engine:
                 with self.executor.single_threaded():
                     choices = [Choice(r.sampling, r.generator, r.prompt, r.generated) for r in requests]
                     tokens, maxima = sample(logits_MV, choices)
-            reports = self._logprobs(requests, tokens, logits_MV)
+            reports = self._logprobs(requests, tokens, unmasked_MV)
             for request, token, maximum, report in zip(requests, tokens, maxima, reports, strict=True):
                 self._append(request, token, maximum, report)
                 unused.pop(request, None)
@@ -214,14 +215,24 @@ class Engine:
 
     def _append(self, request: Generation, token: int, maximum: float, report: TokenLogprobs | None) -> None:
         """Add the chosen token to its request."""
+        if request.error is not None:
+            return self._finish(request, "error")
         if not math.isfinite(maximum):
             request.error = PentadError(NOT_NUMBERS)
             return self._finish(request, "error")
         if token in request.end_ids:
             return self._finish(request, "stop")
+        if request.matcher is not None:
+            try:
+                request.matcher.accept(token)
+            except BadInput as error:
+                request.error = error
+                return self._finish(request, "error")
         if report is not None:
             request.token_logprobs.append(report)
         request.generated.append(token)
+        if request.matcher is not None and request.matcher.complete:
+            return self._finish(request, "stop", token)
         if len(request.generated) >= request.max_tokens:
             return self._finish(request, "length", token)
         self._events.append(Event(request, token, None))
@@ -230,6 +241,20 @@ class Engine:
         request.finish_reason = reason
         self._events.append(Event(request, token, reason))
         self._scheduler.finish(request, keep=reason != "error")
+
+
+def _masked(requests: Sequence[Generation], logits_MV: Tensor) -> Tensor:
+    """The logits, with minus infinity for tokens that a request's grammar doesn't allow."""
+    if all(request.matcher is None for request in requests):
+        return logits_MV
+    logits_MV = logits_MV.clone()
+    for request, logits_V in zip(requests, logits_MV, strict=True):
+        if request.matcher is not None:
+            try:
+                logits_V.masked_fill_(~request.matcher.mask().to(logits_V.device), -math.inf)
+            except BadInput as error:
+                request.error = error
+    return logits_MV
 
 
 def _reports(logprobs_RV: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:

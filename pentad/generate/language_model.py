@@ -35,7 +35,7 @@ class LanguageModel(Runner):
         Args:
             messages: ``[{"role": "user", "content": "…"}, …]``; a string is one user message.
             options: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-                frequency_penalty, logit_bias, stop, seed, logprobs; see `Options`.
+                frequency_penalty, logit_bias, stop, seed, logprobs, constraint; see `Options`.
 
         Returns:
             The reply.

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pentad.errors import PentadError
+from pentad.generate.constraint import Matcher
 from pentad.generate.sampling import Sampling
 
 
@@ -81,6 +82,7 @@ class Generation(Request):
         max_tokens: maximum number of new tokens.
         end_ids: tokens that end the text and are not part of it.
         logprobs: how many of the most likely tokens to report with each new token; None for no report.
+        matcher: allows only the tokens of a grammar; the text ends when the grammar is complete.
         generated: the new tokens so far.
         token_logprobs: one report for each new token, if requested.
     """
@@ -90,6 +92,7 @@ class Generation(Request):
     max_tokens: int
     end_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
+    matcher: Matcher | None = None
     generated: list[int] = field(default_factory=list)
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
 

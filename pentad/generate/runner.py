@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from functools import cached_property
 from typing import NoReturn, Unpack, overload
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pentad.errors import BadInput, PentadError
 from pentad.generate.completion import Completion, Options
+from pentad.generate.constraint import Compiler
 from pentad.generate.engine import Engine, EngineConfig
 from pentad.generate.requests import Evaluation, Generation, Request
 from pentad.generate.sampling import Sampling
@@ -127,6 +129,11 @@ class Runner:
             )
         return self._tokenizer
 
+    @cached_property
+    def constraints(self) -> Compiler:
+        """Compiles constraints for the tokenizer."""
+        return Compiler(self.tokenizer, self.network.config.vocab_size)
+
     @overload
     def complete(self, prompt: str, *, special: bool = False, **options: Unpack[Options]) -> Completion: ...
     @overload
@@ -140,7 +147,7 @@ class Runner:
             prompt: the text, or a list of texts.
             special: encode control strings in the text as control tokens.
             options: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-                frequency_penalty, logit_bias, stop, seed, logprobs; see `Options`.
+                frequency_penalty, logit_bias, stop, seed, logprobs, constraint; see `Options`.
 
         Returns:
             A `Completion`; for a list of texts a list of them.
@@ -227,7 +234,9 @@ class Runner:
         room = self._check_room(ids)
         self._check_memory([ids])
         sampling = dict(options)
-        limit, stop, seed, logprobs = (sampling.pop(name, None) for name in ("max_tokens", "stop", "seed", "logprobs"))
+        limit, seed, logprobs = (sampling.pop(name, None) for name in ("max_tokens", "seed", "logprobs"))
+        stop, constraint = sampling.pop("stop", None), options.get("constraint")
+        sampling.pop("constraint", None)
         for name, value, least in (("max_tokens", limit, 1), ("logprobs", logprobs, 0), ("seed", seed, 0)):
             if value is not None and (type(value) is not int or not least <= value < 2**63):
                 raise BadInput(f"{name} is {value!r}; expected a whole number of at least {least}")
@@ -236,6 +245,7 @@ class Runner:
         stops = [stop] if isinstance(stop, str) else stop or []
         if not isinstance(stops, Sequence) or not all(isinstance(one, str) for one in stops):
             raise BadInput(f"stop is {stop!r}; expected a string, or a list of strings")
+        matcher = None if constraint is None else self.constraints.matcher(constraint, opens=detokenizer.opening)
         generator = torch.Generator()
         generator.manual_seed(seed) if isinstance(seed, int) else generator.seed()
         prompt, source = self._inputs(ids)
@@ -247,6 +257,7 @@ class Runner:
             max_tokens=room if not isinstance(limit, int) else min(limit, room),
             end_ids=frozenset(self.tokenizer.eos_ids),
             logprobs=logprobs if isinstance(logprobs, int) else None,
+            matcher=matcher,
         )
         stream = Stream(self, request, Transcript(detokenizer, stops))
         with self._lock:

@@ -15,6 +15,9 @@ class Detokenizer:
     """An incremental decoder: its pieces, joined, equal `Tokenizer.decode` of all ids.
 
     It holds back bytes until they complete a character. Invalid bytes become U+FFFD.
+
+    Attributes:
+        opening: true until the first token, if no text precedes it.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, special: bool = False, continues: bool = False) -> None:
@@ -27,7 +30,7 @@ class Detokenizer:
         """
         self._tokenizer = tokenizer
         self._skipped = frozenset() if special else frozenset(tokenizer.control.values())
-        self._opening = not continues
+        self.opening = not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
@@ -41,8 +44,8 @@ class Detokenizer:
         """
         if token in self._skipped:
             return ""
-        to_bytes = self._tokenizer.first_bytes if self._opening else self._tokenizer.token_bytes
-        self._opening = False
+        to_bytes = self._tokenizer.first_bytes if self.opening else self._tokenizer.token_bytes
+        self.opening = False
         return self._utf8.decode(to_bytes(token))
 
     def finish(self) -> str:

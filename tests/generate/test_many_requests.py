@@ -13,7 +13,8 @@ from pentad.generate.engine import Engine, EngineConfig
 from pentad.generate.plan_step import PlanStep
 from pentad.generate.requests import Evaluation, Generation, Request
 from pentad.generate.sampling import Sampling
-from tests.helpers.engines import leaked_pages
+from pentad.text.grammar import Constraint
+from tests.helpers.engines import ENDS, compiler, leaked_pages
 from tests.helpers.programs import needs_kernels
 from tests.helpers.tiny import network_of, tiny_checkpoint
 from tests.helpers.tiny_openmoe import openmoe_checkpoint
@@ -27,6 +28,13 @@ SAMPLINGS = [
     Sampling(temperature=1.0, top_k=20, min_p=0.02, frequency_penalty=0.5),
     Sampling(temperature=0, repetition_penalty=1.3, presence_penalty=0.2),
 ]
+CONSTRAINTS = [
+    Constraint.json_schema({"type": "array", "items": {"type": "string", "maxLength": 9}, "minItems": 30}),
+    Constraint.json_schema({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
+    Constraint.regex("([0-9]{4} ){9,20}[a-z]{9}"),
+    Constraint.choice(["the quick brown fox " * 7, "the quick brown dog", "lazy " * 40]),
+]
+COMPILER = compiler()
 ROPE = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 
 
@@ -98,10 +106,16 @@ def generation(prompt: list[int], seed: int, random: Random) -> Callable[[], Req
     sampling, max_tokens, ends = (
         random.choice(SAMPLINGS),
         random.randint(1, 30) if len(prompt) > 30 else random.randint(40, 150),
-        frozenset(random.choice([(), (3, 4)])),
+        frozenset(random.choice([(), ENDS])),
     )
+    constraint = Random(seed).choice([None, None, None, None, *CONSTRAINTS])
     return lambda: Generation(
-        prompt, sampling=sampling, generator=torch.Generator().manual_seed(seed), max_tokens=max_tokens, end_ids=ends
+        prompt,
+        sampling=sampling,
+        generator=torch.Generator().manual_seed(seed),
+        max_tokens=max_tokens,
+        end_ids=ends if constraint is None else frozenset(ENDS),
+        matcher=None if constraint is None else COMPILER.matcher(constraint, opens=False),
     )
 
 

@@ -1,19 +1,38 @@
 """Requests, and steps that record what they ran, for tests of the engine."""
 
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pentad.generate.constraint import Compiler
 from pentad.generate.engine import Engine
 from pentad.generate.requests import Generation, Request
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep
 from pentad.nn.cache import CachedSequence
+from pentad.text import Tokenizer
 from tests.helpers.tiny import logits_of
 
 GREEDY = Sampling(temperature=0)
+ENDS = (3, 4)
+
+
+def compiler() -> Compiler:
+    """Compiles constraints for networks of 96 tokens: the printable characters of ASCII, of which two end a text."""
+    words = [bytes([32 + token]) for token in range(96)]
+    control = {f"<{token}>": token for token in ENDS}
+    tokenizer = SimpleNamespace(
+        token_bytes=words.__getitem__, first_bytes=words.__getitem__, control=control, eos_ids=ENDS
+    )
+    return Compiler(cast(Tokenizer, tokenizer), 96)
+
+
+def spelled(tokens: Sequence[int]) -> str:
+    """The text of `compiler`'s tokens."""
+    return "".join(chr(32 + token) for token in tokens)
 
 
 class Counting(PlainStep):
