@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -94,15 +95,10 @@ def load(
     checkpoint = weights.open(registry.locate(name_or_path, progress=progress))
     if adapter is not None:
         checkpoint = adapters.merged(checkpoint, Path(adapter))
-    torch_dtype = build.default_dtype(checkpoint) if dtype is None else build.dtype_named(dtype)
     kv_dtype = None if cache_dtype is None else _cache_dtype(cache_dtype)
-    network = build.meta_network(checkpoint)
-    why_torch = kernels_decline(checkpoint, network, device=target, dtype=dtype, quantize=quantize)
+    network, why_torch, quantized, torch_dtype, _ = plan(checkpoint, device=target, dtype=dtype, quantize=quantize)
     if why_torch is not None and kv_dtype == torch.int8:
         raise BadInput(f"cache_dtype is int8, which needs the kernels; plain torch runs {name_or_path}: {why_torch}")
-    quantized = quantize or ("all" if why_torch is None else "operators")
-    if why_torch is None and (quantize or any(entry.quantization for entry in checkpoint.tensors.values())):
-        torch_dtype = torch.float32  # the dtype of norms and biases
     build.fill(network, checkpoint, device=target, dtype=torch_dtype, quantized=quantized, progress=progress)
     if why_torch is not None:
         why_torch += cached_weights(network)
@@ -126,17 +122,51 @@ def load(
     return runner(str(name_or_path), step, tokenizer, context=context, sampling=sampling, load_seconds=seconds)
 
 
-def kernels_decline(
-    checkpoint: Checkpoint, network: Decoder, *, device: torch.device, dtype: object = None, quantize: str | None = None
-) -> str | None:
-    """The reason why `load` runs a checkpoint in plain torch; None if the kernels run it.
+class Plan(NamedTuple):
+    """How `load` runs a checkpoint.
+
+    Attributes:
+        network: the network, on the meta device.
+        why_torch: why plain torch runs it; None if the kernels do.
+        quantized: see `pentad.build.build`.
+        dtype: dtype of the weights that are not quantized.
+        cache_dtype: dtype of keys and values, unless `load` is told another one.
+    """
+
+    network: Decoder
+    why_torch: str | None
+    quantized: str
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+
+
+def plan(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: str | torch.dtype | None = None, quantize: str | None = None
+) -> Plan:
+    """Plan to load a checkpoint, of which only the headers are read.
 
     Args:
-        checkpoint: the checkpoint; only its headers are read.
-        network: the checkpoint's network; the weights may be on the meta device.
+        checkpoint: the checkpoint.
         device: the device to run on.
         dtype, quantize: see `load`.
+
+    Raises:
+        BadInput: see `load`.
     """
+    network = build.meta_network(checkpoint)
+    why_torch = _kernels_decline(checkpoint, network, device, dtype, quantize)
+    chosen = build.default_dtype(checkpoint) if dtype is None else build.dtype_named(dtype)
+    if why_torch is not None:
+        return Plan(network, why_torch, quantize or "operators", chosen, chosen)
+    if quantize or any(entry.quantization for entry in checkpoint.tensors.values()):
+        return Plan(network, None, quantize or "all", torch.float32, torch.float16)  # float32 norms and biases
+    return Plan(network, None, "all", chosen, torch.float32 if chosen == torch.float32 else torch.float16)
+
+
+def _kernels_decline(
+    checkpoint: Checkpoint, network: Decoder, device: torch.device, dtype: object, quantize: str | None
+) -> str | None:
+    """The reason why plain torch runs a checkpoint; None if the kernels run it."""
     if device.type != "cpu":
         return f"the device is {device}"
     if dtype is not None or quantize == "none":

@@ -54,12 +54,19 @@ def estimate(
     return MemoryEstimate(weights, kv_cache_bytes(network, tokens, dtype), process_bytes())
 
 
-def kv_cache_bytes(network: Decoder, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of one sequence's keys and values; for an encoder-decoder, also those of a source of the same length."""
+def kv_cache_bytes(network: Decoder, tokens: int, dtype: torch.dtype, *, lanes: int = 1) -> int:
+    """Bytes of one sequence's keys and values; for an encoder-decoder, also those of a source of the same length.
+
+    Args:
+        network: the network; it may be on the meta device.
+        tokens: the length of the sequence.
+        dtype: dtype of keys and values.
+        lanes: dimensions of a head are rounded up to a multiple of this.
+    """
     from pentad.nn.attention import Attention
 
     return sum(
-        2 * part.kv_heads * part.head_dim * min(tokens, part.window or tokens) * dtype.itemsize
+        2 * part.kv_heads * -(-part.head_dim // lanes) * lanes * min(tokens, part.window or tokens) * dtype.itemsize
         for part in network.modules()
         if isinstance(part, Attention) and part.causal
     )

@@ -61,11 +61,11 @@ def serve(
 
     The first signal stops accepting requests and waits for those that run; a second one stops at once.
 
-    JSON: one object when the first model is loaded: url, model, context_length, weights_bytes, cache_tokens.
+    JSON: one object when the first model is loaded: url, model, context_length, weights_bytes, cache_tokens,
+    memory_bytes (weights, KV cache and the process that runs them).
     """
     try:
         from pentad.serve.app import make_app
-        from pentad.serve.budget import shares
         from pentad.serve.guard import local_hosts
         from pentad.serve.metrics import Metrics
         from pentad.serve.models import Model, Models
@@ -83,13 +83,21 @@ def serve(
     budget = _available() if memory is None else _size(memory)
     keys = [] if api_key_file is None else _keys(api_key_file)
     paths = [registry.locate(source, progress=output.progress()) for _, source in names]
-    parts, metrics = shares(paths, budget), Metrics()
+    metrics = Metrics()
     options = {"context": context, "threads": threads, "dtype": dtype, "quantize": quantize, "fast": fast}
     models = [
-        Model(name, path, {**options, "cache_bytes": part.cache}, max_queue=max_queue, metrics=metrics)
-        for (name, _), path, part in zip(names, paths, parts, strict=True)
+        Model(name, path, options, max_queue=max_queue, metrics=metrics)
+        for (name, _), path in zip(names, paths, strict=True)
     ]
-    together = Models(models, [part.total for part in parts], budget)
+
+    def measured() -> None:
+        for one in models if not as_json else ():
+            assert one.share is not None
+            cache = f"KV cache {output.size(one.share.cache)} = {one.share.cache_tokens:,} tokens"
+            parts = f"weights {output.size(one.share.weights)}, {cache}, the rest for the process"
+            output.note(f"pentad: {one.name} takes up to {output.size(one.share.total)}: {parts}")
+
+    together = Models(models, budget, measured)
     if local_hosts(host) is None and not keys:
         output.note(f"pentad: everyone who reaches {host} can use the models; --api-key-file asks for a key")
     app = make_app(together, metrics, host=host, keys=keys, origins=allow_origin or [])
@@ -99,11 +107,11 @@ def serve(
 
     def ready(first: Model, loaded: Loaded) -> None:
         if as_json:
+            assert first.share is not None
             facts = {"context_length": loaded.context_length, "weights_bytes": loaded.weights_bytes}
-            output.write_json({"url": url, "model": first.name, **facts, "cache_tokens": loaded.cache_tokens})
+            facts |= {"cache_tokens": loaded.cache_tokens, "memory_bytes": first.share.total}
+            output.write_json({"url": url, "model": first.name, **facts})
         else:
-            cache = f"KV cache {output.size(parts[0].cache)} = {loaded.cache_tokens:,} tokens"
-            output.note(f"pentad: {first.name}: weights {output.size(loaded.weights_bytes)}, {cache}")
             output.note(f"pentad: {first.name} runs {loaded.backend}, and is ready at {url}")
 
     with listening:

@@ -97,8 +97,8 @@ def _facts(name: str, context: int | None, dtype: o.DtypeName | None, quantize: 
     from torch import bfloat16, device
 
     from pentad import text, weights
-    from pentad.build import DTYPES, default_dtype, meta_network
-    from pentad.loading import check_quantize, kernels_decline
+    from pentad.build import DTYPES, default_dtype
+    from pentad.loading import check_quantize, plan
     from pentad.memory import estimate
     from pentad.models import family_of
     from pentad.nn.encoder_decoder import EncoderDecoder
@@ -108,15 +108,13 @@ def _facts(name: str, context: int | None, dtype: o.DtypeName | None, quantize: 
     check_quantize(quantize, cpu := device("cpu"))
     checkpoint = weights.open(registry.locate(name, progress=output.progress()))
     family = family_of(checkpoint).names.family
-    network = meta_network(checkpoint)
+    network, why_torch, quantized, *_ = plan(checkpoint, device=cpu, dtype=dtype, quantize=quantize)
     precision = DTYPES[dtype] if dtype else default_dtype(checkpoint)
     trained: int = network.config.context_length
     length = context or trained
     parameters = sum(parameter.numel() for parameter in network.parameters())
     kinds = Counter(e.quantization or str(e.dtype).removeprefix("torch.") for e in checkpoint.tensors.values())
-    why_torch = kernels_decline(checkpoint, network, device=cpu, dtype=dtype, quantize=quantize)
     runs = "by the kernels" if why_torch is None else f"as plain torch: {why_torch}"
-    quantized = quantize or ("all" if why_torch is None else "operators")
     if quantized in QUANTIZED and why_torch is None:
         precision = bfloat16  # of the KV cache: 16 bits
     memory = estimate(checkpoint, network, tokens=length, dtype=precision, quantized=quantized)

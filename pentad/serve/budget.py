@@ -1,43 +1,60 @@
 """How a server's memory is divided among its models."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from pentad.errors import BadInput
 
 PROCESS_BYTES = 400 << 20  # Python, torch and pentad in a worker
 MIN_CACHE_BYTES = 128 << 20
-_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pth")
+
+
+class Size(NamedTuple):
+    """What a model needs, by its headers.
+
+    Attributes:
+        weights: bytes of the weights in memory, quantized as the options say.
+        page: bytes of a page of its KV cache.
+        page_tokens: the number of tokens of a page.
+    """
+
+    weights: int
+    page: int
+    page_tokens: int
 
 
 class Share(NamedTuple):
-    """The memory of one model in bytes: everything, and its KV cache alone."""
+    """The memory of one model in bytes.
 
-    total: int
+    Attributes:
+        weights: its weights.
+        cache: its KV cache.
+        cache_tokens: the number of tokens that the cache has room for.
+    """
+
+    weights: int
     cache: int
+    cache_tokens: int
+
+    @property
+    def total(self) -> int:
+        """The sum, with the worker's process."""
+        return self.weights + self.cache + PROCESS_BYTES
 
 
-def shares(paths: Sequence[Path], memory: int) -> list[Share]:
+def shares(names: Sequence[str], sizes: Sequence[Size], memory: int) -> list[Share]:
     """Divide `memory` equally; a model that needs more than its share takes more, and then they take turns.
 
     Raises:
         BadInput: a model doesn't fit at all.
     """
     found = []
-    for path in paths:
-        fixed = weights_bytes(path) + PROCESS_BYTES
-        total = max(memory // len(paths), fixed + MIN_CACHE_BYTES)
+    for name, (weights, page, page_tokens) in zip(names, sizes, strict=True):
+        fixed = weights + PROCESS_BYTES
+        total = max(memory // len(names), fixed + max(MIN_CACHE_BYTES, page))
         if total > memory:
             needed = f"needs {total / 1e9:.1f} GB of memory at least"
-            raise BadInput(f"{path} {needed}, and {memory / 1e9:.1f} GB are for models; see --memory")
-        found.append(Share(total, total - fixed))
+            raise BadInput(f"{name} {needed}, and {memory / 1e9:.1f} GB are for models; see --memory")
+        pages = (total - fixed) // page
+        found.append(Share(weights, pages * page, pages * page_tokens))
     return found
-
-
-def weights_bytes(path: Path) -> int:
-    """The size of a model's weights in its files; of a folder with several formats, the largest."""
-    if path.is_file() and path.suffix == ".gguf" and "-of-" not in path.name:
-        return path.stat().st_size
-    folder = path if path.is_dir() else path.parent
-    return max(sum(file.stat().st_size for file in folder.glob("*" + suffix)) for suffix in _SUFFIXES)

@@ -8,11 +8,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pentad.errors import BadInput, PentadError
+from pentad.serve.budget import Share, Size, shares
 from pentad.serve.calls import Call, Event, Running
 from pentad.serve.errors import APIError
 from pentad.serve.loaded import Loaded, describe
@@ -32,12 +33,13 @@ class Model:
     Args:
         name: its name in the API.
         path: its files.
-        options: see `pentad.load`, and cache_bytes, the limit of its KV cache.
+        options: see `pentad.load`.
         max_queue: maximum number of sequences that run or wait.
         metrics: the server's.
 
     Attributes:
         state: "unloaded", "loading", "ready", "restarting", "unloading" or "failed".
+        share: its memory; None until it has been measured.
         created: when the server started, in seconds since 1970.
         last_used: the time of the last request, for unloading.
         load: what its worker has reported last: "open" sequences, and "pages" of the KV cache by their state.
@@ -46,7 +48,8 @@ class Model:
     def __init__(self, name: str, path: Path, options: dict[str, Any], *, max_queue: int, metrics: Metrics) -> None:
         self.name = name
         self.path = path
-        self.state = "unloaded"
+        self.state = "loading"  # until it has been measured
+        self.share: Share | None = None
         self.created = int(time.time())
         self.last_used = 0.0
         self.load: dict[str, Any] = {"open": 0, "pages": {}}
@@ -100,31 +103,49 @@ class Model:
         await self._end_process()
         self.state = "unloaded"
 
+    async def measure(self, paths: Sequence[Path]) -> list[Size]:
+        """Let the worker, which then loads this model, read the headers of models.
+
+        Raises:
+            PentadError: a model can't be read.
+        """
+        answer = await self._ask({"measure": [*map(str, paths)]})
+        return [Size(*size) for size in answer["sizes"]]
+
     async def _spawn(self) -> None:
-        arguments = json.dumps({"path": str(self.path), **self._options})
+        assert self.share is not None
+        ready = await self._ask({"load": str(self.path), "cache_bytes": self.share.cache})
+        self._loaded = await asyncio.to_thread(describe, ready)
+        self.state = "ready"
+        assert self._process is not None
+        self._watcher = asyncio.create_task(self._watch(self._process))
+
+    async def _ask(self, message: dict[str, Any]) -> Any:
+        """Send a message to the worker, which is started if it doesn't run, and return its answer."""
         try:
-            process = self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "pentad.serve", arguments),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=MAX_LINE_BYTES,
-                start_new_session=True,  # Ctrl-C at a terminal is for the front process
-            )
-            assert process.stdout is not None
-            line = await process.stdout.readline()
+            if self._process is None or self._process.returncode is not None:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "pentad.serve", json.dumps(self._options)),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    limit=MAX_LINE_BYTES,
+                    start_new_session=True,  # Ctrl-C at a terminal is for the front process
+                )
+            self._send(message)
+            assert self._process.stdout is not None
+            line = await self._process.stdout.readline()
             if not line:
-                raise PentadError(f"{self.name}: its worker ended with code {await process.wait()} while it loaded")
-            ready = json.loads(line)
-            if "failed" in ready:
-                raise (BadInput if ready["bad"] else PentadError)(ready["failed"])
-            self._loaded = await asyncio.to_thread(describe, ready)
+                code = await self._process.wait()
+                raise PentadError(f"{self.name}: its worker ended with code {code} while it loaded")
+            answer = json.loads(line)
+            if "failed" in answer:
+                raise (BadInput if answer["bad"] else PentadError)(answer["failed"])
+            return answer
         except BaseException as error:
             await self._end_process()
             if isinstance(error, OSError):  # such as memory that ran out
                 raise PentadError(f"{self.name}: its worker can't be started: {error}") from error
             raise
-        self.state = "ready"
-        self._watcher = asyncio.create_task(self._watch(process))
 
     async def _end_process(self) -> None:
         if self._process is None or self._process.returncode is not None:
@@ -236,14 +257,14 @@ class Models:
 
     Args:
         models: the first is loaded at the start, the others when they are first used.
-        sizes: what each takes, in bytes.
-        memory: the sum of those that are loaded together is at most this.
+        memory: those that are loaded together take at most so many bytes.
+        measured: is called before the first model is loaded, when the shares of all are known.
     """
 
-    def __init__(self, models: Sequence[Model], sizes: Sequence[int], memory: int) -> None:
+    def __init__(self, models: Sequence[Model], memory: int, measured: Callable[[], None]) -> None:
         self.by_name = {model.name: model for model in models}
-        self._sizes = dict(zip(self.by_name, sizes, strict=True))
         self._memory = memory
+        self._measured = measured
         self._tasks: set[asyncio.Task[None]] = set()
 
     def get(self, name: str) -> Model:
@@ -277,13 +298,13 @@ class Models:
 
     def _to_unload(self, model: Model) -> list[Model]:
         loaded = [one for one in self.by_name.values() if one.state != "unloaded"]
-        free = self._memory - sum(self._sizes[one.name] for one in loaded)
+        needed, free = _total(model), self._memory - sum(map(_total, loaded))
         unused: list[Model] = []
         for one in sorted(loaded, key=lambda one: one.last_used):
-            if free < self._sizes[model.name] and one.idle:
+            if free < needed and one.idle:
                 unused.append(one)
-                free += self._sizes[one.name]
-        if free < self._sizes[model.name]:
+                free += _total(one)
+        if free < needed:
             message = f"there is no memory to load {model.name} while other models are in use; try again soon"
             raise APIError(503, message, retry_after=LOAD_SECONDS)
         return unused
@@ -297,9 +318,17 @@ class Models:
             _logger.warning("pentad: %s", error)
 
     async def start(self) -> tuple[Model, Loaded]:
-        """Load the first model."""
-        model = next(iter(self.by_name.values()))
-        return model, await model.start()
+        """Measure all models, and load the first one.
+
+        Raises:
+            PentadError: a model can't be read, or doesn't fit into the memory, or the first one can't be loaded.
+        """
+        models = [*self.by_name.values()]
+        sizes = await models[0].measure([model.path for model in models])
+        for model, share in zip(models, shares([*self.by_name], sizes, self._memory), strict=True):
+            model.state, model.share = "unloaded", share
+        self._measured()
+        return models[0], await models[0].start()
 
     async def stop(self) -> None:
         """End all workers."""
@@ -307,3 +336,8 @@ class Models:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(model.stop() for model in self.by_name.values()))
+
+
+def _total(model: Model) -> int:
+    assert model.share is not None
+    return model.share.total

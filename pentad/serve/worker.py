@@ -14,14 +14,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pentad import weights
+from pentad import kernels, weights
+from pentad.build import held_bytes
 from pentad.errors import BadInput, PentadError
 from pentad.generate import LanguageModel
 from pentad.generate.engine import Engine, EngineConfig
 from pentad.generate.requests import Embedding, Evaluation, Generation, Request, TokenLogprobs
-from pentad.loading import load
+from pentad.loading import check_quantize, load, plan
+from pentad.memory import kv_cache_bytes
+from pentad.nn.encoder_decoder import EncoderDecoder
+from pentad.serve.budget import Size
 
 READ_BYTES = 1 << 20
+PAGE_SIZE = 256  # tokens of a page of the KV cache
 COUNT_SECONDS = 0.25  # between two counts of the pages while requests run
 
 
@@ -157,37 +162,81 @@ def _pair(report: TokenLogprobs) -> tuple[float, tuple[tuple[int, float], ...]]:
     return report.logprob, report.top
 
 
+def measure(path: str, *, dtype: str | None, quantize: str | None) -> Size:
+    """What a model needs, by its headers.
+
+    Args:
+        path: its files.
+        dtype, quantize: see `pentad.load`.
+
+    Raises:
+        BadInput: see `pentad.load`.
+    """
+    check_quantize(quantize, cpu := torch.device("cpu"))
+    checkpoint = weights.open(path)
+    network, why_torch, quantized, kept_dtype, cache_dtype = plan(
+        checkpoint, device=cpu, dtype=dtype, quantize=quantize
+    )
+    if isinstance(network, EncoderDecoder):
+        raise BadInput(f"{path} is an encoder-decoder; pentad serve runs decoder-only models")
+    lanes = kernels.pool_dim(1, cache_dtype) if why_torch is None else 1
+    page = PAGE_SIZE * kv_cache_bytes(network, 1, cache_dtype, lanes=lanes)
+    return Size(held_bytes(checkpoint, network, kept_dtype, quantized=quantized), page, PAGE_SIZE)
+
+
+def start(path: str, cache_bytes: int, options: dict[str, Any], send: int) -> Worker:
+    """Load a model, and tell the front process what it must know about it."""
+    checkpoint, model = weights.open(path), load(path, **options)
+    assert isinstance(model, LanguageModel)
+    model.tokenizer  # noqa: B018 - raises an error if there is none
+    cache = model.step.cache
+    cache_tokens = cache_bytes // cache.page_bytes * cache.page_size
+    too_long = cache.bytes_for(model.context_length) > cache_bytes  # one sequence would not fit
+    worker = Worker(model, Engine(model.step, EngineConfig(max_cache_bytes=cache_bytes)), 0, send)
+    ready = {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "config": None if checkpoint.format == "gguf" else dict(checkpoint.config),
+        "context_length": min(model.context_length, cache_tokens) if too_long else model.context_length,
+        "vocab_size": model.network.config.vocab_size,
+        "backend": model.step.backend,
+        "weights_bytes": sum(t.nbytes for t in (*model.network.parameters(), *model.network.buffers())),
+        "cache_tokens": cache_tokens,
+    }
+    worker.send(ready)
+    return worker
+
+
 def main() -> None:
-    """Load the model that the first argument describes, and serve it."""
+    """Answer lines of standard input: ``{"measure": [paths]}``, and at last ``{"load": path, "cache_bytes": n}``.
+
+    The first argument has the options of `pentad.load`.
+    """
     options = json.loads(sys.argv[1])
     send = os.dup(1)
     os.dup2(2, 1)  # what a library prints must not appear among the events
-    path, cache_bytes = options.pop("path"), options.pop("cache_bytes")
+    worker = None
     try:
-        checkpoint = weights.open(path)
-        model = load(path, **options)
-        if not isinstance(model, LanguageModel):
-            raise BadInput(f"{path} is an encoder-decoder; pentad serve runs decoder-only models")
-        model.tokenizer  # noqa: B018 - raises an error if there is none
-        cache = model.step.cache
-        cache_tokens = cache_bytes // cache.bytes_for(1) * cache.page_size
-        too_long = cache.bytes_for(model.context_length) > cache_bytes  # one sequence would not fit
-        engine = Engine(model.step, EngineConfig(max_cache_bytes=cache_bytes))
-        ready = {
-            "path": str(checkpoint.path),
-            "format": checkpoint.format,
-            "config": None if checkpoint.format == "gguf" else dict(checkpoint.config),
-            "context_length": min(model.context_length, cache_tokens) if too_long else model.context_length,
-            "vocab_size": model.network.config.vocab_size,
-            "backend": model.step.backend,
-            "weights_bytes": sum(t.nbytes for t in (*model.network.parameters(), *model.network.buffers())),
-            "cache_tokens": cache_tokens,
-        }
+        while worker is None and (line := _read_line(0)):
+            message = json.loads(line)
+            if "load" in message:
+                worker = start(message["load"], message["cache_bytes"], options, send)
+            else:
+                chosen = {name: options[name] for name in ("dtype", "quantize")}
+                sizes = [measure(path, **chosen) for path in message["measure"]]
+                os.write(send, json.dumps({"sizes": sizes}).encode() + b"\n")
     except Exception as error:
-        message = str(error) if isinstance(error, PentadError) else f"{type(error).__name__}: {error}"
-        failed = {"failed": " ".join(message.split()), "bad": isinstance(error, BadInput)}
+        text = str(error) if isinstance(error, PentadError) else f"{type(error).__name__}: {error}"
+        failed = {"failed": " ".join(text.split()), "bad": isinstance(error, BadInput)}
         os.write(send, json.dumps(failed).encode() + b"\n")
         return
-    worker = Worker(model, engine, 0, send)
-    worker.send(ready)
-    worker.run()
+    if worker is not None:
+        worker.run()
+
+
+def _read_line(fd: int) -> bytes:
+    """The next line, byte by byte: what follows it is read by the worker."""
+    line = b""
+    while (byte := os.read(fd, 1)) not in (b"", b"\n"):
+        line += byte
+    return line
