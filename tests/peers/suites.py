@@ -7,6 +7,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("pytest_asyncio", reason="make peers installs it")
+
 PEERS = Path(__file__).parent
 ROOT = PEERS.parents[1]
 CACHE = ROOT / "build" / "peers"

@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.tiny import talking_checkpoint
 from tests.peers.suites import run_suite, sdist
 from tests.serve.conftest import serving
-
-pytest.importorskip("pytest_asyncio", reason="make peers installs it")
 
 NAMES = ("gpt-6-astra", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
 
