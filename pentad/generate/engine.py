@@ -17,7 +17,7 @@ from torch import Tensor
 from pentad.errors import BadInput, PentadError
 from pentad.generate.requests import Embedding, Evaluation, Event, Generation, Request, TokenLogprobs
 from pentad.generate.sampling import Choice, argmax, sample
-from pentad.generate.scheduler import EngineConfig, Scheduled, Scheduler, is_decoding
+from pentad.generate.scheduler import EngineConfig, Scheduled, Scheduler
 from pentad.generate.step import Step
 
 NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite): its weights are damaged"
@@ -27,7 +27,7 @@ __all__ = ["NOT_NUMBERS", "Engine", "EngineConfig"]
 
 
 class Engine:
-    """Runs all admitted requests in each step: prompts in chunks, then one token a step.
+    """Runs all admitted requests in each step: prompts in chunks, then a token a step, or more if drafts are accepted.
 
     Finished sequences keep their pages until others need them. A request that begins with the same tokens as another
     one shares its pages, and runs only the rest.
@@ -109,14 +109,14 @@ class Engine:
         """Run one step. If requests are waiting, check for changes to the network first.
 
         Returns:
-            One event for each request that got a token or finished, also in an earlier step that then failed.
+            An event for each new token and each end of a request, also of an earlier step that then failed.
         """
         if len(self._scheduler.running) < len(self._scheduler.requests):
             self.refresh()
         scheduled = self._scheduler.schedule()
         if scheduled:
-            decoding = sum(is_decoding(request, tokens) for request, tokens, _ in scheduled)
-            prefilling = sum(len(tokens) for _, tokens, _ in scheduled) - decoding
+            decoding = sum(len(part.tokens) for part in scheduled if part.decodes)
+            prefilling = sum(len(part.tokens) for part in scheduled) - decoding
             started = self._clock()
             try:
                 self._run(scheduled)
@@ -131,31 +131,33 @@ class Engine:
         return events
 
     def _run(self, scheduled: list[Scheduled]) -> None:
-        work = [(self._scheduler.sequence(request), tokens) for request, tokens, _ in scheduled]
+        work = [(self._scheduler.sequence(part.request), part.tokens) for part in scheduled]
         starts = accumulate((len(tokens) for _, tokens in work), initial=0)
-        wanted = [start + i for (_, _, rows), start in zip(scheduled, starts, strict=False) for i in rows]
-        self._process([(request, rows) for request, _, rows in scheduled], self.executor(work, wanted))
+        wanted = [start + i for part, start in zip(scheduled, starts, strict=False) for i in part.rows]
+        self._process(scheduled, self.executor(work, wanted))
 
-    def _process(self, scheduled: Sequence[tuple[Request, range]], logits_MV: Tensor) -> None:
+    def _process(self, scheduled: Sequence[Scheduled], logits_MV: Tensor) -> None:
         """Choose tokens, add log-likelihoods, and end finished requests."""
-        generations: list[tuple[Generation, Tensor]] = []
-        sizes = [len(rows) for _, rows in scheduled]
-        parts: Sequence[Tensor] = logits_MV.split(sizes)  # type: ignore[no-untyped-call]
-        embeds = any(isinstance(request, Embedding) for request, _ in scheduled)
-        hidden: Sequence[Tensor] = self.executor.hidden_states().split(sizes) if embeds else parts  # type: ignore[no-untyped-call]
-        for (request, rows), logits_RV, hidden_RD in zip(scheduled, parts, hidden, strict=True):
+        generations: list[tuple[Scheduled, int]] = []
+        start = 0
+        for part in scheduled:
+            request, rows = part.request, slice(start, start + len(part.rows))
             if isinstance(request, Embedding):
-                request.add(hidden_RD)
+                request.add(self.executor.hidden_states()[rows])
                 if not request.pending(self._scheduler.sequence(request).length):
                     self._finish(request, "stop")
-            elif isinstance(request, Generation) and rows:
-                generations.append((request, logits_RV))
-            elif isinstance(request, Evaluation) and self._evaluate(request, rows, logits_RV):
+            elif isinstance(request, Generation) and part.rows:
+                generations.append((part, start))
+            elif isinstance(request, Evaluation) and self._evaluate(request, part.rows, logits_MV[rows]):
                 self._finish(request, "error" if request.error else "stop")
-        if generations:
-            whole = len(generations) == len(logits_MV)
-            logits_GV = logits_MV if whole else torch.cat([logits_1V for _, logits_1V in generations])
-            self._choose([request for request, _ in generations], logits_GV)
+            start = rows.stop
+        accepted = 0
+        while generations:
+            at = [start + accepted for _, start in generations]
+            logits_GV = logits_MV if len(at) == len(logits_MV) else logits_MV[at]
+            self._choose([part for part, _ in generations], accepted, logits_GV)
+            generations = [(part, start) for part, start in generations if _as_drafted(part, accepted)]
+            accepted += 1
 
     def _evaluate(self, request: Evaluation, rows: range, logits_RV: Tensor) -> bool:
         """Add the logits of a step; return whether the evaluation is complete."""
@@ -177,7 +179,9 @@ class Engine:
                 return True
         return not request.pending(done)
 
-    def _choose(self, requests: list[Generation], unmasked_MV: Tensor) -> None:
+    def _choose(self, parts: list[Scheduled], accepted: int, unmasked_MV: Tensor) -> None:
+        """Choose one token of each generation, after so many accepted drafts."""
+        requests = [part.request for part in parts if isinstance(part.request, Generation)]
         logits_MV = _masked(requests, unmasked_MV)
         greedy = all(request.sampling.greedy for request in requests)
         unused = {} if greedy else {request: request.generator.get_state() for request in requests}
@@ -189,7 +193,9 @@ class Engine:
                     choices = [Choice(r.sampling, r.generator, r.prompt, r.generated) for r in requests]
                     tokens, maxima = sample(logits_MV, choices)
             reports = self._logprobs(requests, tokens, unmasked_MV)
-            for request, token, maximum, report in zip(requests, tokens, maxima, reports, strict=True):
+            for part, request, token, maximum, report in zip(parts, requests, tokens, maxima, reports, strict=True):
+                if part.drafts and token not in part.drafted[accepted : accepted + 1]:
+                    self._scheduler.judge_drafts(part, accepted)
                 self._append(request, token, maximum, report)
                 unused.pop(request, None)
         except BaseException:  # these requests have drawn a random number, and will draw it again
@@ -232,14 +238,16 @@ class Engine:
             request.token_logprobs.append(report)
         request.generated.append(token)
         if request.matcher is not None and request.matcher.complete:
-            return self._finish(request, "stop", token)
+            return self._finish(request, "stop", token, report)
         if len(request.generated) >= request.max_tokens:
-            return self._finish(request, "length", token)
-        self._events.append(Event(request, token, None))
+            return self._finish(request, "length", token, report)
+        self._events.append(Event(request, token, None, report))
 
-    def _finish(self, request: Request, reason: str, token: int | None = None) -> None:
+    def _finish(
+        self, request: Request, reason: str, token: int | None = None, report: TokenLogprobs | None = None
+    ) -> None:
         request.finish_reason = reason
-        self._events.append(Event(request, token, reason))
+        self._events.append(Event(request, token, reason, report))
         self._scheduler.finish(request, keep=reason != "error")
 
 
@@ -255,6 +263,13 @@ def _masked(requests: Sequence[Generation], logits_MV: Tensor) -> Tensor:
             except BadInput as error:
                 request.error = error
     return logits_MV
+
+
+def _as_drafted(part: Scheduled, accepted: int) -> bool:
+    """True if a request goes on and its last token is the next draft, so that the following logits are its own."""
+    request = part.request
+    assert isinstance(request, Generation)
+    return request.finish_reason is None and request.generated[-1:] == part.drafted[accepted : accepted + 1]
 
 
 def _reports(logprobs_RV: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:

@@ -27,8 +27,17 @@ class Pace:
             return 0
         return max(1, int((self._max_ratio - 1) * self._decode_seconds(decoding) / median(self._prefilling)))
 
+    def break_even(self, decoding: int) -> float:
+        """The share of drafted tokens that must be accepted for this many sequences to be decoded faster.
+
+        A draft takes as long as a prefilled token, and saves one sequence's share of a step.
+        """
+        if not self._decoding or not self._prefilling:
+            return 0.0
+        return median(self._prefilling) * decoding / self._decode_seconds(decoding)
+
     def measure(self, seconds: float, decoding: int, prefilled: int) -> None:
-        """Add a step's duration, its decoding sequences and its prefilled tokens."""
+        """Add a step's duration, its decoding sequences (and drafted tokens) and its prefilled tokens."""
         if not prefilled:
             self._decoding.append((seconds, decoding))
         elif self._decoding or not decoding:

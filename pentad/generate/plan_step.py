@@ -39,6 +39,8 @@ class PlanStep(Step):
         UnsupportedByKernels: the kernels don't support the network, or are not available.
     """
 
+    exact = True
+
     def __init__(
         self,
         network: Decoder,

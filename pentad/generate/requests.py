@@ -163,14 +163,16 @@ class Embedding(Evaluation):
 
 
 class Event(NamedTuple):
-    """A request's progress in one step.
+    """A new token, or the end of a request.
 
     Attributes:
         request: the request.
-        token_id: its new token; None if the step generated none.
-        finish_reason: the request's, once it has finished.
+        token_id: its new token, if there is one.
+        finish_reason: the request's, with its last event.
+        logprobs: the report on the token, if requested.
     """
 
     request: Request
     token_id: int | None
     finish_reason: str | None
+    logprobs: TokenLogprobs | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pentad.errors import BadInput
+from pentad.generate.lookup import PromptLookup
 from pentad.generate.pace import Pace
 from pentad.generate.prefixes import Key, Prefix, PrefixStore, common_length, key_of
 from pentad.generate.requests import Evaluation, Generation, Request
@@ -32,6 +33,8 @@ class EngineConfig:
         reserved_tokens: tokens reserved beyond a prompt when it is admitted, so that a cache seldom grows.
         max_step_ratio: a step with decoding sequences prefills so few tokens that it takes at most this many times as
             long as a step that only decodes, by the times of earlier steps; None for no bound.
+        max_drafts: maximum tokens per sequence and step that are drafted by prompt lookup. Drafts change no token:
+            they are only used where logits don't depend on chunks.
     """
 
     max_batched_tokens: int = 512
@@ -39,6 +42,7 @@ class EngineConfig:
     max_cache_bytes: int | None = None
     reserved_tokens: int = 256
     max_step_ratio: float | None = 3.0
+    max_drafts: int = 3
 
 
 class Scheduled(NamedTuple):
@@ -48,11 +52,23 @@ class Scheduled(NamedTuple):
         request: the request.
         tokens: its next tokens.
         rows: the indices of those tokens whose logits are wanted.
+        drafts: how many of the tokens, the last ones, are drafts.
     """
 
     request: Request
     tokens: Sequence[int]
     rows: range
+    drafts: int = 0
+
+    @property
+    def drafted(self) -> Sequence[int]:
+        """The drafts."""
+        return self.tokens[len(self.tokens) - self.drafts :]
+
+    @property
+    def decodes(self) -> bool:
+        """True if the tokens are only the one that was generated last, and drafts."""
+        return bool(self.rows) and is_decoding(self.request, self.tokens[: len(self.tokens) - self.drafts])
 
 
 class Scheduler:
@@ -73,6 +89,7 @@ class Scheduler:
     def __init__(self, step: Step, config: EngineConfig) -> None:
         self.config = config
         self.requests: dict[Request, CachedSequence | None] = {}
+        self._lookups: dict[Request, PromptLookup] = {}
         self.pace = Pace(config.max_step_ratio)
         self._limit: int | None = None
         self.use(step)
@@ -144,8 +161,12 @@ class Scheduler:
             keep: whether its sequence is kept, if requests may share it.
         """
         cache, sequence = self.executor.cache, self.requests.pop(request)
+        self._lookups.pop(request, None)
         if sequence is not None:
             kept = keep and sequence.length and (request.source is not None or not self._runs_whole)
+            if isinstance(request, Generation):  # which may have ended within its drafts
+                known = len(request.prompt) + len(request.generated)
+                cache.truncate(sequence, min(sequence.length, known))
             if kept and not (isinstance(request, Evaluation) and request.first is None):
                 key = key_of(request.key, request.generated if isinstance(request, Generation) else [])
                 self.store.add(key[: len(request.key) - len(request.prompt) + sequence.length], sequence)
@@ -160,6 +181,7 @@ class Scheduler:
     def reset(self) -> None:
         """Forget all requests and empty the cache."""
         self.requests.clear()
+        self._lookups.clear()
         self.executor.cache.clear()
         self.store = PrefixStore(self.executor)
 
@@ -171,7 +193,35 @@ class Scheduler:
         for request in counts:
             if self.requests[request] is not None and (count := self._reserve(request, counts[request])):
                 scheduled.append(self._part(request, count))
-        return scheduled
+        decodes = self.config.max_drafts and self.executor.exact and not self._runs_whole
+        return self._with_drafts(scheduled) if decodes and all(part.decodes for part in scheduled) else scheduled
+
+    def _with_drafts(self, scheduled: list[Scheduled]) -> list[Scheduled]:
+        """Add drafts to the parts of a step that only decodes, if the cache has pages for them."""
+        cache, break_even = self.executor.cache, self.pace.break_even(len(scheduled))
+        parts = []
+        for request, tokens, _, _ in scheduled:
+            assert isinstance(request, Generation)
+            sequence, known = self.sequence(request), len(request.prompt) + len(request.generated)
+            most = min(self.config.max_drafts, request.max_length - known)
+            if cache.window is not None:  # rejected tokens must not push others out of the window
+                most = min(most, cache.window - known - 1)
+            if request not in self._lookups:
+                self._lookups[request] = PromptLookup(request.prompt)
+            drafts = self._lookups[request].draft(request.generated, most, break_even)
+            ends = [i for i, token in enumerate(drafts) if token in request.end_ids]
+            drafts = drafts[: min(ends, default=len(drafts))]
+            if cache.missing_pages(sequence, 1 + len(drafts)) > cache.free_pages:
+                drafts = []
+            cache.reserve(sequence, 1 + len(drafts))
+            parts.append(Scheduled(request, [*tokens, *drafts], range(1 + len(drafts)), len(drafts)))
+        return parts
+
+    def judge_drafts(self, part: Scheduled, accepted: int) -> None:
+        """Take back the drafts of the last step that were not accepted."""
+        sequence = self.sequence(part.request)
+        self.executor.cache.truncate(sequence, sequence.length - (part.drafts - accepted))
+        self._lookups[part.request].learn(part.drafts, accepted)
 
     def _count_tokens(self) -> dict[Request, int]:
         """The numbers of tokens that running requests may run in a step, the oldest request first."""

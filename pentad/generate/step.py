@@ -33,11 +33,13 @@ class Step(Protocol):
         network: the network.
         cache: keys and values of its sequences.
         backend: what executes the steps, and why: "as plain torch: a part has a hook".
+        exact: a token's logits have the same bits in any chunk, and beside any other sequences.
     """
 
     network: Decoder
     cache: PagedCache
     backend: str
+    exact: bool = False
 
     def rope_scaling_key(self, length: int) -> int:
         """A key for a sequence's length. Sequences with equal keys have the same RoPE, and may share cached keys."""

@@ -67,13 +67,16 @@ class Stream(Iterator[str]):
             self._last_token = time.perf_counter()
             self._first_token = self._first_token or self._last_token
         for token in request.generated[self._tokens_read :]:
+            self._tokens_read += 1
             self._transcript.add(token)
-        self._tokens_read = len(request.generated)
+            if self._transcript.stopped:
+                break
         if request.finish_reason is not None and not self._transcript.stopped:
             self._transcript.finish()
         if self._transcript.stopped:  # even if the request has ended by length with the same token
             self._runner._engine.cancel(request)
             request.finish_reason = "stop"
+            del request.generated[self._tokens_read :], request.token_logprobs[self._tokens_read :]
 
     @property
     def completion(self) -> Completion:

@@ -53,6 +53,7 @@ class Worker:
         self._requests: dict[int, Request] = {}
         self._ids: dict[Request, int] = {}
         self._counted = 0.0
+        self._new: set[Request] = set()  # those without an event so far
 
     def run(self) -> None:
         """Serve until the front process closes its end."""
@@ -98,6 +99,7 @@ class Worker:
         except PentadError as error:
             return {"id": number, "finish": "error", "message": str(error), "bad": isinstance(error, BadInput)}
         self._requests[number], self._ids[request] = request, number
+        self._new.add(request)
         return None
 
     def _request(self, message: dict[str, Any]) -> Request:
@@ -126,10 +128,11 @@ class Worker:
             failed = [*self._requests]
             self._requests.clear()
             self._ids.clear()
+            self._new.clear()
             message = f"{type(error).__name__}: {error}"
             return [{"id": number, "finish": "error", "message": message} for number in failed]
         events = []
-        for request, token, reason in progress:
+        for request, token, reason, report in progress:
             event: dict[str, Any] = {"id": self._ids[request], "token": token, "finish": reason}
             if reason == "error":
                 event["message"] = str(request.error)
@@ -137,9 +140,10 @@ class Worker:
                 event["embedding"] = F.normalize(request.hidden_D, dim=0).tolist()
             elif isinstance(request, Evaluation) and request.logprobs is not None:
                 event["scores"] = [_pair(one) for one in request.token_logprobs]
-            elif isinstance(request, Generation) and token is not None and request.logprobs is not None:
-                event["logprobs"] = _pair(request.token_logprobs[-1])
-            if isinstance(request, Generation) and len(request.generated) == (token is not None):  # its first event
+            elif report is not None:
+                event["logprobs"] = _pair(report)
+            if request in self._new:  # its first event
+                self._new.remove(request)
                 event["cached"] = request.cached_tokens or None
             if reason is not None:
                 self._forget(request)
@@ -147,6 +151,7 @@ class Worker:
         return events
 
     def _forget(self, request: Request) -> None:
+        self._new.discard(request)
         del self._requests[self._ids.pop(request)]
 
     def _state(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 LINES = pytest.StashKey[list["Line"]]()
 
 

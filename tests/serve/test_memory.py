@@ -24,7 +24,7 @@ def test_a_model_gets_an_equal_share_or_what_it_needs() -> None:
     first, second = shares(["small", "large"], [small, large], 2000 * MB)
     assert (first.total, first.cache, first.cache_tokens) == (1000 * MB, 590 * MB, 590 * 256)
     assert second.total == 900 * MB + PROCESS_BYTES + MIN_CACHE_BYTES
-    with pytest.raises(BadInput, match="large needs 1.5 GB"):
+    with pytest.raises(BadInput, match=r"large needs 1\.5 GB"):
         shares(["small", "large"], [small, large], 1000 * MB)
 
 
