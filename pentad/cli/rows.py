@@ -24,7 +24,7 @@ def complete_rows(
     prompts: str | None, out: Path, loading: Loading, generating: Generating, *, special: bool, as_json: bool
 ) -> None:
     """``pentad complete PROMPTS.jsonl --out OUT.jsonl``."""
-    from pentad.datasets.completions import complete_file
+    from pentad.evaluate.completions import complete_file
 
     if prompts in (None, "-"):
         raise BadInput("--out completes the rows of a file; expected PROMPTS.jsonl before it")

@@ -87,7 +87,8 @@ class Run(Table):
         batch_size: sequences (of pairs: pairs) a step, over all processes.
         sequence_length: the most tokens of a sequence.
         seed: seed of the order of rows, dropout and initial weights.
-        dtype: what is computed in; weights and the optimizer's state are float32.
+        dtype: what is computed in; weights and the optimizer's state are float32. "auto" chooses bfloat16 where this
+            machine multiplies in it faster; a resumed run keeps its choice.
         checkpoint_every: steps between checkpoints; 0 for none.
         keep: the number of checkpoints to keep.
         micro_batch_tokens: the most tokens of one forward pass; a longer sequence goes alone.
@@ -104,7 +105,7 @@ class Run(Table):
     batch_size: Positive = 8
     sequence_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     keep: Positive = 2
     micro_batch_tokens: Positive = 1024

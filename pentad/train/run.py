@@ -37,6 +37,7 @@ from pentad.train.objectives.references import no_references, reference_log_prob
 from pentad.train.objectives.reward import reward_head
 from pentad.train.optimizers import MovingAverage, Optimizers
 from pentad.train.plan import checkpointing, least_bytes, plan
+from pentad.train.precision import faster_dtype
 from pentad.train.recipe import Recipe
 from pentad.train.schedules import learning_rate
 from pentad.train.trackers import open_trackers
@@ -357,6 +358,7 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
         raise BadInput(f"run.sequence_length is {recipe.run.sequence_length}; this model has at most {limit} positions")
     if recipe.lora is not None:
         adapters.target_layers(source, recipe.lora.targets)  # refused before the data is tokenized
+    recipe = _with_dtype(recipe)
     data = recipe.data
     encoder = Encoder(tokenizer, learns, recipe.run.sequence_length, data.truncate)
     fingerprint = _fingerprint(named)
@@ -367,6 +369,17 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
     ]
     held_out = prepare(Path(data.validation), encoder, fingerprint, skip_bad=data.skip_bad) if data.validation else None
     return TrainingRun(recipe, Path(recipe.run.out), source, named, tokenizer, stores, held_out)
+
+
+def _with_dtype(recipe: Recipe) -> Recipe:
+    """The recipe with the dtype that "auto" means: that of the run in its folder, or what a probe finds."""
+    if recipe.run.dtype != "auto":
+        return recipe
+    if processes.world() > 1:
+        raise BadInput('run.dtype is "auto", and processes could choose differently; name float32 or bfloat16')
+    started = Path(recipe.run.out) / "recipe.json"
+    dtype = json.loads(started.read_text())["run"]["dtype"] if started.exists() else faster_dtype()
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dtype": dtype})})
 
 
 def _fingerprint(source: Checkpoint) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import pentad
-from pentad.datasets import completions
-from pentad.datasets.completions import OPEN_ROWS, Output, PromptRow, complete_file, row_seed
 from pentad.errors import BadInput, PentadError
+from pentad.evaluate import completions
+from pentad.evaluate.completions import OPEN_ROWS, Output, PromptRow, complete_file, row_seed
 from pentad.generate import LanguageModel, Options
 from tests.helpers.tiny import talking_checkpoint
 
