@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
+from pentad.text.files import refusing
 from pentad.text.grammar import Constraint
 
 if TYPE_CHECKING:
@@ -122,7 +123,9 @@ class Compiler:
         llguidance = _llguidance()
         vocabulary, openers = self._vocabulary(opens)
         grammar = json.dumps({"grammars": [{"lark_grammar": constraint.grammar + _OPTIONS}]})
-        compiled = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
+        with refusing("the grammar can't be used"):
+            limits = llguidance.LLParserLimits(**LIMITS)
+            compiled = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
         if compiled.is_error():
             raise BadInput(f"the grammar can't be used: {_reason(compiled)}")
         if warnings := compiled.get_grammar_warnings():

@@ -17,6 +17,7 @@ from pentad.serve.models import Model
 from pentad.serve.openai import SamplingBody
 from pentad.serve.streaming import EventStream, unless_gone
 from pentad.text import Detokenizer
+from pentad.text.grammar import Constraint
 from pentad.text.transcript import Transcript
 
 T = TypeVar("T")
@@ -57,9 +58,17 @@ def room(loaded: Loaded, prompt: Sequence[int], max_tokens: int | None, *, param
 
 
 def requests(
-    body: SamplingBody, prompts: Sequence[Sequence[int]], limits: Sequence[int], logprobs: int | None, *, n: int = 1
+    body: SamplingBody,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    logprobs: int | None,
+    *,
+    n: int = 1,
+    constraint: Constraint | None = None,
+    opens: bool,
 ) -> list[dict[str, Any]]:
-    """The messages to the worker: `n` sequences for each prompt."""
+    """The messages to the worker: `n` sequences for each prompt; `opens` as in `Compiler.matcher`."""
+    constrained = {} if constraint is None else {"constraint": constraint.grammar, "opens": opens}
     return [
         {
             "prompt": prompt,
@@ -67,6 +76,7 @@ def requests(
             "sampling": body.sampling(),
             "seed": body.seed_of(choice),
             "logprobs": logprobs,
+            **constrained,
         }
         for prompt, limit in zip(prompts, limits, strict=True)
         for choice in range(n)

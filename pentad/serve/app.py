@@ -26,10 +26,10 @@ from pentad.serve.openai import Body, ChatBody, CompletionBody, EmbeddingBody, M
 from pentad.serve.responses import respond_statelessly
 
 FIELDS = frozenset(
-    name
+    field.alias or name
     for body in vars(openai).values()
     if isinstance(body, type) and issubclass(body, Body)
-    for name in body.model_fields
+    for name, field in body.model_fields.items()
 )
 BODIES = (ChatBody, CompletionBody, ResponseBody, EmbeddingBody)
 SCHEMAS = "#/components/schemas/{model}"

@@ -1,5 +1,6 @@
 """/v1/completions."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -10,6 +11,7 @@ from fastapi.responses import Response
 
 from pentad.serve.answers import Answers, Delta, encode, requests, respond, room, usage
 from pentad.serve.errors import APIError
+from pentad.serve.formats import constraint_of
 from pentad.serve.models import Model
 from pentad.serve.openai import MAX_CHOICES, CompletionBody
 from pentad.serve.streaming import unless_gone
@@ -32,10 +34,14 @@ async def complete(model: Model, body: CompletionBody, request: Request) -> Resp
     for prompt in prompts:
         room(loaded, prompt, wanted, param="prompt")
     scores = await unless_gone(request, _score(model, prompts, body.logprobs)) if body.echo else []
-    asked = requests(body, prompts, [wanted] * len(prompts), body.logprobs, n=count) if wanted else []
+    constraint = await asyncio.to_thread(constraint_of, body)
+    limits = [wanted] * len(prompts)
+    asked = requests(body, prompts, limits, body.logprobs, n=count, constraint=constraint, opens=False)
     tokenizer = loaded.tokenizer
     choices = [prompt for prompt in prompts for _ in range(count)]
-    answers = Answers(model, asked, [tokenizer.stream(continues=True) for _ in choices], body.stops(), n=count)
+    answers = Answers(
+        model, asked if wanted else [], [tokenizer.stream(continues=True) for _ in choices], body.stops(), n=count
+    )
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
     echoes = [_Echo(prompt, score) for prompt, score in zip(prompts, scores, strict=False) for _ in range(count)]
     reports = [_Report(tokenizer) for _ in choices] if body.logprobs is not None else []

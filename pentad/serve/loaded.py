@@ -1,5 +1,6 @@
 """What the front process knows about a model that its worker has loaded: the tokenizer, and limits."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from pentad import text
 from pentad.errors import BadInput
+from pentad.serve.tools import OPEN, described, with_calls
 from pentad.text import Tokenizer
 from pentad.weights.gguf_header import read_metadata
 
@@ -33,19 +35,31 @@ class Loaded:
     weights_bytes: int
     cache_tokens: int
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The prompt of a conversation; templates know "developer" by its older name, "system".
+
+        Args:
+            messages: the conversation.
+            tools: functions that may be called, as in the request.
 
         Raises:
             BadInput: the template refuses the messages, or they are much too long for the context.
         """
         if len(messages) > self.context_length:
             raise BadInput(f"{len(messages)} messages are too many for the context of {self.context_length} tokens")
-        contents = (message["content"] for message in messages)
+        for number, message in enumerate(messages):
+            if message.get("content") is None and not message.get("tool_calls"):
+                raise BadInput(f"messages.{number}.content is missing")
+        contents = (message.get("content") or () for message in messages)
         parts = (part for content in contents for part in ([content] if isinstance(content, str) else content))
-        self._check_size(part if isinstance(part, str) else part["text"] for part in parts)
-        older = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-        return self.tokenizer.chat(older)
+        texts = [part if isinstance(part, str) else part["text"] for part in parts]
+        self._check_size([*texts, json.dumps([*tools, *(message.get("tool_calls") for message in messages)])])
+        older = with_calls([{**m, "role": "system"} if m["role"] == "developer" else {**m} for m in messages])
+        called = bool(tools) or any(m["role"] == "tool" or m.get("tool_calls") for m in older)
+        templates = self.tokenizer.templates
+        if called and OPEN.strip() not in templates.get("tool_use", templates.get("default", "")):
+            return self.tokenizer.chat(described(older, tools))
+        return self.tokenizer.chat(older, tools=list(tools) or None)
 
     def encode_prompts(self, prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
         """The token ids of one or several prompts, each a text or token ids.

@@ -8,12 +8,14 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 MAX_BIASES = 1024
+MAX_TOOLS = 128
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Ids = Annotated[list[int], Field(min_length=1)]
 Prompt = str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
 """A text, token ids, or several of either."""
 
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -61,8 +63,39 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
+class JSONSchema(Body):
+    """A schema is always enforced, whatever `strict` says."""
+
+    name: Annotated[str, Field(max_length=1000)]
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """One of these, as vLLM has them."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = Field(None, description="In llguidance's variant of Lark's notation.")
+
+    def given(self) -> dict[str, Any]:
+        """The fields that were given."""
+        return self.model_dump(exclude_none=True, by_alias=True)
+
+
 class GenerationBody(SamplingBody):
     """The fields of both kinds of completions."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
@@ -86,14 +119,47 @@ class TextPart(Body):
     text: str
 
 
+class CalledFunction(Body):
+    name: FunctionName
+    arguments: str
+
+
+class ToolCall(Body):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
 
 
-class TextFormat(Body):
-    type: Literal["text"]
+class Function(Body):
+    """The parameters are always enforced, whatever `strict` says."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: FunctionName
+
+
+class ToolChoice(Body):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatBody(GenerationBody):
@@ -104,9 +170,9 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    response_format: TextFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -153,8 +219,17 @@ class InputMessage(Body):
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
+class ResponsesFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
 class ResponseText(Body):
-    format: TextFormat | None = None
+    format: ResponsesFormat | None = None
+    verbosity: None = None
 
 
 class ResponseBody(SamplingBody):

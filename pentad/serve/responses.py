@@ -1,5 +1,6 @@
 """/v1/responses, without state: a response is not stored, and a conversation is sent whole."""
 
+import asyncio
 import itertools
 import time
 import uuid
@@ -10,8 +11,9 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from pentad.serve.answers import Answers, Delta, encode, requests, respond, room
+from pentad.serve.formats import responses_constraint
 from pentad.serve.models import Model
-from pentad.serve.openai import ResponseBody
+from pentad.serve.openai import ResponseBody, ResponsesFormat
 
 
 async def respond_statelessly(model: Model, body: ResponseBody, request: Request) -> Response:
@@ -19,9 +21,12 @@ async def respond_statelessly(model: Model, body: ResponseBody, request: Request
     loaded = model.loaded
     prompt = await encode(lambda: loaded.encode_chat(_messages(body)), "input")
     limit = room(loaded, prompt, body.max_output_tokens, param="input")
-    asked = requests(body, [prompt], [limit], None)
+    form = ResponsesFormat(type="text") if body.text is None or body.text.format is None else body.text.format
+    constraint = await asyncio.to_thread(responses_constraint, form)
+    asked = requests(body, [prompt], [limit], None, constraint=constraint, opens=True)
     answers = Answers(model, asked, [loaded.tokenizer.stream()], [])
-    return await respond(request, bool(body.stream), answers, _Reply(model.name, body, len(prompt)), named_events=True)
+    reply = _Reply(model.name, body, form, len(prompt))
+    return await respond(request, bool(body.stream), answers, reply, named_events=True)
 
 
 def _messages(body: ResponseBody) -> list[dict[str, Any]]:
@@ -35,7 +40,7 @@ def _messages(body: ResponseBody) -> list[dict[str, Any]]:
 class _Reply:
     """Builds the objects of a reply."""
 
-    def __init__(self, name: str, body: ResponseBody, prompt_tokens: int) -> None:
+    def __init__(self, name: str, body: ResponseBody, form: ResponsesFormat, prompt_tokens: int) -> None:
         self._prompt_tokens = prompt_tokens
         self._item_id = f"msg_{uuid.uuid4().hex}"
         self._head = {
@@ -51,7 +56,7 @@ class _Reply:
             "previous_response_id": None,
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": form.model_dump(exclude_none=True, by_alias=True)},
             "tool_choice": body.tool_choice or "auto",
             "tools": [],
             "top_p": body.top_p,

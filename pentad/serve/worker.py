@@ -9,6 +9,7 @@ import os
 import select
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,15 +19,18 @@ from pentad import kernels, weights
 from pentad.build import held_bytes
 from pentad.errors import BadInput, PentadError
 from pentad.generate import LanguageModel
+from pentad.generate.constraint import Matcher
 from pentad.generate.engine import Engine, EngineConfig
 from pentad.generate.requests import Embedding, Evaluation, Generation, Request, TokenLogprobs
 from pentad.loading import check_quantize, load, plan
 from pentad.memory import kv_cache_bytes
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.serve.budget import Size
+from pentad.text.grammar import Constraint
 
 READ_BYTES = 1 << 20
 PAGE_SIZE = 256  # tokens of a page of the KV cache
+COMPILE_SECONDS = 0.002  # between two looks whether a constraint has been compiled, while nothing else runs
 COUNT_SECONDS = 0.25  # between two counts of the pages while requests run
 
 
@@ -35,7 +39,8 @@ class Worker:
 
     A request is a line such as ``{"id": 7, "prompt": [1, 2], "max_tokens": 9, "sampling": {}, "seed": null, "logprobs":
     null}``, or with ``"score": true`` for the log-probabilities of the prompt, or with ``"pooling": "mean"`` for its
-    embedding. ``{"cancel": 7}`` ends it.
+    embedding. ``"constraint": GRAMMAR, "opens": true`` constrains it; the grammar is compiled in a thread, so that it
+    doesn't delay other requests. ``{"cancel": 7}`` ends it.
 
     Args:
         model: the model.
@@ -50,6 +55,8 @@ class Worker:
         self._receive_fd = receive
         self._send_fd = send
         self._unread = b""
+        self._compiling: dict[int, tuple[dict[str, Any], Future[Matcher]]] = {}
+        self._compiler = ThreadPoolExecutor(1)
         self._requests: dict[int, Request] = {}
         self._ids: dict[Request, int] = {}
         self._counted = 0.0
@@ -59,7 +66,8 @@ class Worker:
         """Serve until the front process closes its end."""
         self.send({"events": [], **self._state()})
         while (lines := self._receive()) is not None:
-            events = [event for line in lines if (event := self._obey(json.loads(line))) is not None]
+            refusals = [*(self._obey(json.loads(line)) for line in lines), *self._compiled()]
+            events = [event for event in refusals if event is not None]
             if self._requests:
                 events += self._step()
             if lines or events:
@@ -75,7 +83,8 @@ class Worker:
         """The lines that have arrived, waiting for some if there is nothing to run; None at the end."""
         while True:
             idle = not self._requests
-            if not select.select([self._receive_fd], [], [], None if idle else 0)[0]:
+            timeout = (COMPILE_SECONDS if self._compiling else None) if idle else 0
+            if not select.select([self._receive_fd], [], [], timeout)[0]:
                 return []
             data = os.read(self._receive_fd, READ_BYTES)
             if not data:
@@ -87,14 +96,28 @@ class Worker:
     def _obey(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Begin or cancel a request; returns an event if it is refused."""
         if "cancel" in message:
+            self._compiling.pop(message["cancel"], None)
             request = self._requests.get(message["cancel"])
             if request is not None:
                 self._engine.cancel(request)
                 self._forget(request)
             return None
+        if "constraint" in message:
+            constraint = Constraint(message["constraint"])
+            compiled = self._compiler.submit(self._model.constraints.matcher, constraint, opens=message["opens"])
+            self._compiling[message["id"]] = message, compiled
+            return None
+        return self._begin(message)
+
+    def _compiled(self) -> list[dict[str, Any] | None]:
+        """Begin the requests whose constraints have been compiled; returns events of those that are refused."""
+        ready = [number for number, (_, compiled) in self._compiling.items() if compiled.done()]
+        return [self._begin(*self._compiling.pop(number)) for number in ready]
+
+    def _begin(self, message: dict[str, Any], compiled: Future[Matcher] | None = None) -> dict[str, Any] | None:
         number = message["id"]
         try:
-            request = self._request(message)
+            request = self._request(message, None if compiled is None else compiled.result())
             self._engine.submit(request)
         except PentadError as error:
             return {"id": number, "finish": "error", "message": str(error), "bad": isinstance(error, BadInput)}
@@ -102,7 +125,7 @@ class Worker:
         self._new.add(request)
         return None
 
-    def _request(self, message: dict[str, Any]) -> Request:
+    def _request(self, message: dict[str, Any], matcher: Matcher | None) -> Request:
         prompt = message["prompt"]
         if "pooling" in message:
             return Embedding(prompt, last=message["pooling"] == "last")
@@ -118,6 +141,7 @@ class Worker:
             max_tokens=message["max_tokens"],
             end_ids=frozenset(self._model.tokenizer.eos_ids),
             logprobs=logprobs,
+            matcher=matcher,
         )
 
     def _step(self) -> list[dict[str, Any]]:
@@ -135,7 +159,7 @@ class Worker:
         for request, token, reason, report in progress:
             event: dict[str, Any] = {"id": self._ids[request], "token": token, "finish": reason}
             if reason == "error":
-                event["message"] = str(request.error)
+                event |= {"message": str(request.error), "bad": isinstance(request.error, BadInput)}
             if isinstance(request, Embedding) and reason == "stop" and request.hidden_D is not None:
                 event["embedding"] = F.normalize(request.hidden_D, dim=0).tolist()
             elif isinstance(request, Evaluation) and request.logprobs is not None:
@@ -156,11 +180,12 @@ class Worker:
 
     def _state(self) -> dict[str, Any]:
         """The number of open requests and, now and then, the numbers of pages."""
+        count = len(self._requests) + len(self._compiling)
         now = time.monotonic()
         if self._requests and now < self._counted + COUNT_SECONDS:
-            return {"open": len(self._requests)}
+            return {"open": count}
         self._counted = now
-        return {"open": len(self._requests), "pages": self._engine.count_pages()}
+        return {"open": count, "pages": self._engine.count_pages()}
 
 
 def _pair(report: TokenLogprobs) -> tuple[float, tuple[tuple[int, float], ...]]:

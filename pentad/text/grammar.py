@@ -35,13 +35,17 @@ class Constraint:
             raise BadInput(f"the grammar has {len(self.grammar):,} characters; expected at most {MAX_CHARACTERS:,}")
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any]) -> Constraint:
+    def json_schema(cls, schema: Mapping[str, Any], path: str = "schema") -> Constraint:
         """JSON that a schema describes, with the properties of objects in the order of the schema.
+
+        Args:
+            schema: the schema.
+            path: its name in errors.
 
         Raises:
             BadInput: the schema is malformed, or uses a keyword that would not be enforced.
         """
-        return cls(f"start: {embedded(schema)}")
+        return cls(f"start: {embedded(schema, path)}")
 
     @classmethod
     def json_object(cls) -> Constraint:
@@ -79,7 +83,7 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def embedded(schema: Mapping[str, Any], path: str = "schema") -> str:
+def embedded(schema: Mapping[str, Any], path: str) -> str:
     """The part of a grammar that stands for JSON of a schema.
 
     Raises:
