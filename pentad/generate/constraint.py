@@ -46,7 +46,7 @@ class Matcher:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._openers = openers
-        self._accepted = 0
+        self._begun = False
 
     @property
     def complete(self) -> bool:
@@ -66,7 +66,7 @@ class Matcher:
         self._check()
         allowed = np.unpackbits(bits, bitorder="little").view(np.bool_)
         mask = allowed[: self._vocab_size]
-        if not self._accepted and self._openers:
+        if not self._begun and self._openers:
             mask[list(self._openers)] = allowed[list(self._openers.values())]
         return torch.from_numpy(mask)
 
@@ -76,15 +76,9 @@ class Matcher:
         Raises:
             BadInput: the token can't come next, or the state exceeds the limits.
         """
-        self._matcher.consume_token(token if self._accepted else self._openers.get(token, token))
+        self._matcher.consume_token(token if self._begun else self._openers.get(token, token))
         self._check()
-        self._accepted += 1
-
-    def rollback(self, count: int) -> None:
-        """Remove the last tokens of the text."""
-        self._matcher.rollback(count)
-        self._check()
-        self._accepted -= count
+        self._begun = True
 
     def _check(self) -> None:
         if self._matcher.is_error():

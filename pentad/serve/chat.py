@@ -25,8 +25,12 @@ async def chat(model: Model, body: ChatBody, request: Request) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         message = f"top_logprobs is {body.top_logprobs}, but logprobs is not true"
         raise APIError(400, message, param="top_logprobs", code="invalid_value")
-    messages = [message.model_dump(exclude_none=True) for message in body.messages]
+    messages = [one.model_dump(exclude_none=True) for one in body.messages]
     tools = [] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+    for number, one in enumerate(body.messages):
+        if one.content is None and not one.tool_calls:
+            param = f"messages.{number}.content"
+            raise APIError(400, f"{param} is missing", param=param, code="missing_required_parameter")
     constraint = await asyncio.to_thread(chat_constraint, body)
     prompt = await encode(lambda: loaded.encode_chat(messages, tools), "messages")
     limit = room(loaded, prompt, body.max_completion_tokens or body.max_tokens, param="messages")

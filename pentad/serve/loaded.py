@@ -47,9 +47,6 @@ class Loaded:
         """
         if len(messages) > self.context_length:
             raise BadInput(f"{len(messages)} messages are too many for the context of {self.context_length} tokens")
-        for number, message in enumerate(messages):
-            if message.get("content") is None and not message.get("tool_calls"):
-                raise BadInput(f"messages.{number}.content is missing")
         contents = (message.get("content") or () for message in messages)
         parts = (part for content in contents for part in ([content] if isinstance(content, str) else content))
         texts = [part if isinstance(part, str) else part["text"] for part in parts]

@@ -142,7 +142,7 @@ def test_structured_outputs(server: Server, outputs: Any, pattern: str) -> None:
         ),
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "clock"),
-        ({"messages": [{"role": "user"}]}, "messages", "content is missing"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
         (
             {
                 "messages": [
