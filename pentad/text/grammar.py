@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pentad.errors import BadInput
-from pentad.text.json_schema import check_schema
+from pentad.text.json_schema import checked_schema
 
 __all__ = ["Constraint"]
 
@@ -89,12 +89,8 @@ def embedded(schema: Mapping[str, Any], path: str) -> str:
     Raises:
         BadInput: the schema is malformed, or uses a keyword that would not be enforced; the message begins with `path`.
     """
-    check_schema(schema, path)
-    try:
-        whole = {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}
-        return "%json " + json.dumps(whole, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        raise BadInput(f"{path} is not JSON; expected a JSON schema") from None
+    whole = {**checked_schema(schema, path), "x-guidance": {"whitespace_pattern": _WHITESPACE}}
+    return "%json " + json.dumps(whole, ensure_ascii=False)
 
 
 def _escaped(found: re.Match[str]) -> str:

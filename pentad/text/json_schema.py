@@ -1,5 +1,6 @@
 """The part of JSON Schema that is enforced. Everything else is refused by name."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from decimal import Decimal, InvalidOperation
@@ -7,7 +8,7 @@ from typing import Any
 
 from pentad.errors import BadInput
 
-__all__ = ["check_schema"]
+__all__ = ["checked_schema"]
 
 MAX_MULTIPLE = 20_000  # the automaton has a state for each remainder
 
@@ -35,8 +36,35 @@ _OF_ROOT = frozenset({"$id", "$schema"})  # inside they would change the meaning
 _KNOWN = _ONE | _SEVERAL | _NAMED | _ENFORCED | _ANNOTATIONS
 
 
-def check_schema(schema: Any, path: str = "schema") -> None:
-    """Raise BadInput if a schema has a keyword that is not enforced; the message begins with `path`."""
+# llguidance's own patterns allow the 29th of February in any year, and leap seconds at any time.
+_LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
+_LONG, _SHORT = "(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])", "(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+_DATE = f"(?:{_YEAR}-(?:{_LONG}|{_SHORT}|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP}-02-29)"
+_HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOUR}:[0-5][0-9](?:\.[0-9]{{1,9}})?(?:[zZ]|[+-]{_HOUR})"
+_FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[tT]{_TIME}$"}
+
+
+def checked_schema(schema: Any, path: str = "schema") -> dict[str, Any]:
+    """Copy a schema, with the formats of dates and times as patterns.
+
+    Raises:
+        BadInput: it has a keyword that is not enforced; the message begins with `path`.
+    """
+    _check_schema(schema, path)
+    try:
+        copied: dict[str, Any] = json.loads(json.dumps(schema, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        raise BadInput(f"{path} is not JSON; expected a JSON schema") from None
+    for _, part in _parts(copied, path):
+        if isinstance(form := part.get("format"), str) and form in _FORMATS:
+            del part["format"]
+            part["allOf"] = [*part.get("allOf", ()), {"pattern": _FORMATS[form]}]
+    return copied
+
+
+def _check_schema(schema: Any, path: str) -> None:
     if not isinstance(schema, Mapping):
         raise BadInput(f"{path} is {_shown(schema)}; expected an object")
     dialect = schema.get("$schema", _DIALECTS[0])
@@ -54,7 +82,7 @@ def check_schema(schema: Any, path: str = "schema") -> None:
     _check_multiples(multiples, path)
 
 
-def _parts(schema: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parts(schema: Any, path: str) -> Iterator[tuple[str, Any]]:
     """A schema and all schemas in it, with their paths."""
     if isinstance(schema, bool):
         return
