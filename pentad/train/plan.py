@@ -56,7 +56,7 @@ def plan(run: TrainingRun, network: Decoder) -> dict[str, Any]:
         reference model and saving. If memory is short, they are None.
     """
     facts, settings, data = [store.facts for store in run.stores], run.recipe.run, run.data
-    steps = settings.steps or 0
+    steps = settings.steps
     micro_batches = [[data.length(group) for group in data.groups(step)] for step in range(steps)]
     tokens = [sum(lengths) for lengths in micro_batches]
     estimate = least_bytes(run, network, checkpointing(run, network))

@@ -83,7 +83,7 @@ class Run(Table):
 
     Attributes:
         out: the folder of the run.
-        steps: optimizer steps; with `data.stages` their sum.
+        steps: optimizer steps; left out with `data.stages`, whose sum they are.
         batch_size: sequences (of pairs: pairs) a step, over all processes.
         sequence_length: the most tokens of a sequence.
         seed: seed of the order of rows, dropout and initial weights.
@@ -101,7 +101,7 @@ class Run(Table):
     """
 
     out: str
-    steps: Positive | None = None
+    steps: Annotated[int, Field(ge=0)] = 0
     batch_size: Positive = 8
     sequence_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -230,11 +230,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInput(f"{path}: [data] needs train, or stages, and not both")
     if recipe.data.stages:
         total = sum(stage.steps for stage in recipe.data.stages)
-        if recipe.run.steps not in (None, total):
+        if recipe.run.steps not in (0, total):
             raise BadInput(f"{path}: run.steps is {recipe.run.steps}, but the stages have {total} steps; leave it out")
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"steps": total})})
-    elif recipe.run.steps is None:
-        raise BadInput(f"{path}: run.steps is missing")
+    elif not recipe.run.steps:
+        raise BadInput(f"{path}: run.steps is missing, or 0")
     if (recipe.model.base is None) == (recipe.model.config is None):
         raise BadInput(f"{path}: [model] needs base, or config to start from random weights, and not both")
     if recipe.model.config is not None and recipe.model.tokenizer is None:

@@ -73,7 +73,7 @@ class TrainingRun:
     def data(self) -> TokenData:
         """The batches."""
         run, stores = self.recipe.run, iter(self.stores)
-        lengths = [stage.steps for stage in self.recipe.data.stages] or [run.steps or 0]
+        lengths = [stage.steps for stage in self.recipe.data.stages] or [run.steps]
         stages = [
             Stage([next(stores) for _ in mixture], [s.weight for s in mixture] if len(mixture) > 1 else None, steps)
             for mixture, steps in zip(self.recipe.data.mixtures(), lengths, strict=True)
@@ -128,7 +128,7 @@ class TrainingRun:
             if validation is not None and first == 0:
                 validation.after_step(loop, 0)
             try:
-                loop.run(first, self.recipe.run.steps or 0, after_step)
+                loop.run(first, self.recipe.run.steps, after_step)
             except BadStep as error:
                 process = f"-{processes.rank()}" if processes.world() > 1 else ""
                 name = f"bad-step-{error.step}{process}.json"
@@ -149,7 +149,7 @@ class TrainingRun:
         run, part = self.recipe.run, (processes.rank(), processes.world())
         stages = [Stage(self.stores, None, 0), Stage([held_out], None, 1)]  # the sources as the objective counts them
         data = TokenData(stages, len(held_out), run.seed, run.micro_batch_tokens, None, *part)
-        return Validation(data, self.folder / "validation.jsonl", run.validate_every, run.steps or 0)
+        return Validation(data, self.folder / "validation.jsonl", run.validate_every, run.steps)
 
     def _writer(
         self, loop: Loop, first: int, identity: dict[str, Any], report: Callable[[StepRecord], None], stack: ExitStack
@@ -193,7 +193,7 @@ class TrainingRun:
         def rate(step: int) -> float:
             peak = 0.0 if measures else options.lr
             return learning_rate(
-                options.schedule, step, run.steps or 0, peak=peak, warmup=options.warmup, decay=options.decay
+                options.schedule, step, run.steps, peak=peak, warmup=options.warmup, decay=options.decay
             )
 
         return Loop(
