@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -44,7 +45,8 @@ class Call:
     def __init__(self, ids: Sequence[int], cancel: Callable[[int], None]) -> None:
         self._open = dict(enumerate(ids))
         self._cancel = cancel
-        self._events: asyncio.Queue[Event | APIError] = asyncio.Queue()
+        self._events: deque[Event | APIError] = deque()
+        self._arrival: asyncio.Future[None] | None = None  # what `next` waits for
 
     async def next(self) -> Event:
         """Wait for the next event.
@@ -52,7 +54,10 @@ class Call:
         Raises:
             APIError: the worker refused a sequence, or died.
         """
-        event = await self._events.get()
+        while not self._events:
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        event = self._events.popleft()
         if isinstance(event, APIError):
             raise event
         return event
@@ -61,7 +66,9 @@ class Call:
         """Add an event."""
         if isinstance(event, Event) and event.finish is not None:
             self._open.pop(event.choice, None)
-        self._events.put_nowait(event)
+        self._events.append(event)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     def cancel(self, choice: int) -> None:
         """End one sequence, unless it has finished."""

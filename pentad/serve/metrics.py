@@ -1,5 +1,9 @@
 """What /metrics reports, in Prometheus's text format."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -51,6 +55,36 @@ class Metrics:
         )
         self.restarts = Counter("pentad_worker_restarts", "workers that ended unexpectedly", model, registry=registry)
 
+    def of(self, model: str) -> ModelMetrics:
+        """The metrics of one model."""
+        return ModelMetrics(self, model)
+
     def text(self) -> bytes:
         """The reply to /metrics."""
         return generate_latest(self._registry)
+
+
+class ModelMetrics:
+    """The metrics of one model, looked up once: each token is counted.
+
+    Args:
+        metrics: the server's.
+        model: the model's name.
+    """
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self.prompt_tokens = metrics.prompt_tokens.labels(model)
+        self.cached_tokens = metrics.cached_tokens.labels(model)
+        self.generated_tokens = metrics.generated_tokens.labels(model)
+        self.waiting = metrics.waiting.labels(model)
+        self.decoding = metrics.decoding.labels(model)
+        self.batch = metrics.batch.labels(model)
+        self.first_token = metrics.first_token.labels(model)
+        self.between_tokens = metrics.between_tokens.labels(model)
+        self.restarts = metrics.restarts.labels(model)
+        self._pages, self._model = metrics.pages, model
+
+    def count_pages(self, pages: Mapping[str, int]) -> None:
+        """Set the numbers of pages by their state."""
+        for state, count in pages.items():
+            self._pages.labels(self._model, state).set(count)

@@ -25,6 +25,7 @@ LOAD_SECONDS = 5  # until a client should ask again for a model that is loading
 STOP_SECONDS = 5
 MAX_RESTART_DELAY = 60
 _logger = logging.getLogger(__name__)
+_to_json = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` makes an encoder each time
 
 
 class Model:
@@ -55,7 +56,7 @@ class Model:
         self.load: dict[str, Any] = {"open": 0, "pages": {}}
         self._options = options
         self._max_queue = max_queue
-        self._metrics = metrics
+        self._metrics = metrics.of(name)
         self._loaded: Loaded | None = None
         self._failure = ""
         self._running: dict[int, Running] = {}
@@ -171,7 +172,7 @@ class Model:
         code = await process.wait()
         self.state = "restarting"
         _logger.warning("pentad: the worker of %s ended with code %s; starting another one", self.name, code)
-        self._metrics.restarts.labels(self.name).inc()
+        self._metrics.restarts.inc()
         for running in self._running.values():
             running.call.put(APIError(500, f"the worker of {self.name} ended unexpectedly; its requests are lost"))
         self._running.clear()
@@ -205,7 +206,7 @@ class Model:
         call = Call(ids, self._cancel)
         for choice, (number, request) in enumerate(zip(ids, requests, strict=True)):
             self._running[number] = Running(call, choice)
-            self._metrics.prompt_tokens.labels(self.name).inc(len(request["prompt"]))
+            self._metrics.prompt_tokens.inc(len(request["prompt"]))
             self._send({"id": number, **request})
         self.last_used = time.monotonic()
         return call
@@ -217,24 +218,26 @@ class Model:
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        self._process.stdin.write(_to_json(message).encode() + b"\n")
 
     def _receive(self, message: dict[str, Any]) -> None:
         """Pass the events of one step on."""
         events = message.pop("events")
         self.load.update(message)
+        now, metrics = time.perf_counter(), self._metrics
         for event in events:
-            self._pass_on(**event)
+            self._pass_on(now, **event)
         if tokens := sum("token" in event for event in events):
-            self._metrics.batch.labels(self.name).observe(tokens)
-            self._metrics.generated_tokens.labels(self.name).inc(tokens)
+            metrics.batch.observe(tokens)
+            metrics.generated_tokens.inc(tokens)
         decoding = sum(running.decoding for running in self._running.values())
-        self._metrics.decoding.labels(self.name).set(decoding)
-        self._metrics.waiting.labels(self.name).set(len(self._running) - decoding)
-        for state, pages in message.get("pages", {}).items():
-            self._metrics.pages.labels(self.name, state).set(pages)
+        metrics.decoding.set(decoding)
+        metrics.waiting.set(len(self._running) - decoding)
+        metrics.count_pages(message.get("pages", {}))
 
-    def _pass_on(self, id: int, finish: str | None = None, message: str = "", bad: bool = False, **event: Any) -> None:
+    def _pass_on(
+        self, now: float, id: int, finish: str | None = None, message: str = "", bad: bool = False, **event: Any
+    ) -> None:
         running = self._running.get(id)
         if running is None:  # cancelled in the meantime
             return
@@ -244,11 +247,11 @@ class Model:
             running.call.put(APIError(400 if bad else 500, message))
             return
         if "token" in event:
-            now = time.perf_counter()
             histogram = self._metrics.between_tokens if running.decoding else self._metrics.first_token
-            histogram.labels(self.name).observe(now - running.last)
+            histogram.observe(now - running.last)
             running.last, running.decoding = now, True
-            self._metrics.cached_tokens.labels(self.name).inc(event.get("cached", 0))
+            if "cached" in event:
+                self._metrics.cached_tokens.inc(event["cached"])
         running.call.put(Event(running.choice, finish=finish, **event))
 
 

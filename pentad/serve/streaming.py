@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from pentad.serve.errors import APIError, ClientGone
 
 T = TypeVar("T")
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # `json.dumps` makes an encoder each time
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -80,4 +81,4 @@ async def _lines(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], n
 
 def _line(chunk: dict[str, Any], named: bool = False) -> bytes:
     name = b"event: " + chunk["type"].encode() + b"\n" if named else b""
-    return name + b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return name + b"data: " + _to_json(chunk).encode() + b"\n\n"

@@ -31,6 +31,7 @@ from pentad.text.grammar import Constraint
 READ_BYTES = 1 << 20
 PAGE_SIZE = 256  # tokens of a page of the KV cache
 COMPILE_SECONDS = 0.002  # between two looks whether a constraint has been compiled, while nothing else runs
+_to_json = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` makes an encoder each time
 COUNT_SECONDS = 0.25  # between two counts of the pages while requests run
 
 
@@ -75,7 +76,7 @@ class Worker:
 
     def send(self, message: dict[str, Any]) -> None:
         """Write one line."""
-        data = memoryview(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        data = memoryview(_to_json(message).encode() + b"\n")
         while data:
             data = data[os.write(self._send_fd, data) :]
 

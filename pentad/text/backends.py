@@ -142,7 +142,7 @@ class TokenizersBackend:
         if not self.byte_level:
             return _piece_bytes(piece)
         try:
-            return bytes(BYTE_OF[character] for character in piece)
+            return bytes(map(BYTE_OF.__getitem__, piece))
         except KeyError:
             return piece.encode()
 

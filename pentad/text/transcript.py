@@ -20,6 +20,7 @@ class Transcript:
         self.stopped = False
         self._detokenizer = detokenizer
         self._stop = [string for string in stop if string]
+        self._longest_begin = max((len(string) for string in self._stop), default=1) - 1
         self._held = ""
 
     def add(self, token: int) -> None:
@@ -43,8 +44,7 @@ class Transcript:
 
     def _may_begin_stop(self) -> int:
         """The number of characters at the end of the held text that may begin a stop string."""
-        longest = max((len(string) for string in self._stop), default=1) - 1
-        for count in range(min(longest, len(self._held)), 0, -1):
+        for count in range(min(self._longest_begin, len(self._held)), 0, -1):
             if any(string.startswith(self._held[-count:]) for string in self._stop):
                 return count
         return 0
