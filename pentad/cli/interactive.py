@@ -37,7 +37,9 @@ def _yes_or_no(text: str) -> bool:
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
     **{
-        name: get_args(hint)[0] for name, hint in get_type_hints(Generating).items() if name not in ("stop", "logprobs")
+        name: get_args(hint)[0]
+        for name, hint in get_type_hints(Generating).items()
+        if name not in ("stop", "logprobs", "schema")
     },
     "truncate": _yes_or_no,
 }

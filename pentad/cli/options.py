@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -166,12 +167,29 @@ class Generating:
         Option(min=0, metavar="N", help="With --json: each token's log-probability, and the N likeliest tokens."),
     ] = None
 
+    schema: Annotated[
+        Path | None, Option(metavar="FILE", help="A JSON schema: the text is JSON that it describes.")
+    ] = None
+
     def options(self, *, as_json: bool) -> Options:
         """The options that were given, as `LanguageModel.stream` takes them."""
         if self.logprobs is not None and not as_json:
             raise BadInput("--logprobs reports in JSON: add --json")
         given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if (schema := given.pop("schema")) is not None:
+            from pentad.text.grammar import Constraint
+
+            given["constraint"] = Constraint.json_schema(_read_schema(schema), str(schema))
         return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
+
+
+def _read_schema(file: Path) -> Any:
+    try:
+        return json.loads(read_text(str(file)))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{file} is not JSON: {error}") from None
 
 
 DECLARED: dict[str, Any] = {}

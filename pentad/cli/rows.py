@@ -30,6 +30,8 @@ def complete_rows(
         raise BadInput("--out completes the rows of a file; expected PROMPTS.jsonl before it")
     options: Options = generating.options(as_json=True)
     seed = options.pop("seed", None) or 0
+    constraint = options.get("constraint")
+    settings = {**options, **({} if constraint is None else {"constraint": constraint.grammar})}
     given = {name: value for name in ("dtype", "quantize", "fast", "context") if (value := getattr(loading, name))}
     given |= {"special": True} if special else {}
     bars, started, tokens = output.progress("rows") or Progress(), time.perf_counter(), 0
@@ -48,7 +50,7 @@ def complete_rows(
             loading.load,
             Path(str(prompts)),
             out,
-            settings={"model": loading.model, "generated_with": {**given, **options, "seed": seed}},
+            settings={"model": loading.model, "generated_with": {**given, **settings, "seed": seed}},
             seed=seed,
             special=special,
             options=options,

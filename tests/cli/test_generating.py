@@ -125,6 +125,55 @@ def test_invalid_arguments_are_refused(pentad, smollm2: Path, arguments: list[st
     assert message in done.error
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "yes"]}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize("command", ["chat", "complete"])
+def test_a_text_is_json_of_a_schema(pentad, tmp_path: Path, command: str) -> None:
+    talking_checkpoint(tmp_path / "model")
+    (tmp_path / "schema.json").write_text(json.dumps({**SCHEMA, "additionalProperties": False}))
+    options = [
+        "--model",
+        tmp_path / "model",
+        "--schema",
+        tmp_path / "schema.json",
+        "--seed",
+        "3",
+        "--max-tokens",
+        "200",
+    ]
+    done = pentad(command, "hi", *options, "--json")
+    assert json.loads(done.json["text"])["a"] in ("x", "yes")
+    assert done.json["finish_reason"] == "stop"
+    assert pentad(command, "hi", *options).out.rstrip("\n") == done.json["text"]
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    assert pentad("complete", rows, "--out", tmp_path / "out.jsonl", *options).code == 0
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert json.loads(row["text"])["a"] in ("x", "yes")
+    assert "enum" in row["generated_with"]["constraint"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("{", "is not JSON"),
+        ("[]", "expected an object"),
+        ('{"properties": {"a": {"uniqueItems": true}}}', "schema.json.properties.a.uniqueItems"),
+        ('{"type": "colour"}', "colour"),
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_refused(pentad, tmp_path: Path, text: str | None, message: str) -> None:
+    talking_checkpoint(tmp_path / "model")
+    if text is not None:
+        (tmp_path / "schema.json").write_text(text)
+    done = pentad("complete", "hi", "--model", tmp_path / "model", "--schema", tmp_path / "schema.json")
+    assert done.code == 2
+    assert message in done.error
+
+
 def test_a_full_context_is_noted(pentad, smollm2: Path) -> None:
     done = pentad("complete", "1 2 3 4 5 6 7 8", "--model", smollm2, "--context", "20", "--temperature", "0")
     assert done.code == 0
