@@ -14,7 +14,7 @@ from pentad.serve.calls import Event
 from pentad.serve.errors import APIError
 from pentad.serve.loaded import Loaded
 from pentad.serve.models import Model
-from pentad.serve.openai import SamplingBody
+from pentad.serve.openai import SamplingBody, StreamOptions
 from pentad.serve.streaming import EventStream, unless_gone
 from pentad.text import Detokenizer
 from pentad.text.grammar import Constraint
@@ -75,6 +75,7 @@ def requests(
             "max_tokens": limit,
             "sampling": body.sampling(),
             "seed": body.seed_of(choice),
+            "ignore_eos": bool(body.ignore_eos),
             "logprobs": logprobs,
             **constrained,
         }
@@ -215,3 +216,10 @@ def usage(prompt_tokens: int, answers: Answers) -> dict[str, Any]:
         "total_tokens": prompt_tokens + answers.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": answers.cached_tokens},
     }
+
+
+def usage_so_far(options: StreamOptions | None, prompt_tokens: int, answers: Answers) -> dict[str, Any]:
+    """The field `usage` of an event that isn't the last one of a stream."""
+    if options is None:
+        return {}
+    return {"usage": usage(prompt_tokens, answers) if options.continuous_usage_stats else None}

@@ -9,12 +9,12 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from pentad.serve.answers import Answers, Delta, encode, requests, respond, room, usage
+from pentad.serve.answers import Answers, Delta, encode, requests, respond, room, usage, usage_so_far
 from pentad.serve.calls import Event
 from pentad.serve.errors import APIError
 from pentad.serve.formats import chat_constraint
 from pentad.serve.models import Model
-from pentad.serve.openai import ChatBody
+from pentad.serve.openai import ChatBody, StreamOptions
 from pentad.serve.tools import Call, CallParser
 from pentad.text import Tokenizer
 
@@ -62,7 +62,7 @@ class _Reply:
         prompt_tokens: int,
         parsers: list[CallParser],
         logprobs: bool,
-        include_usage: bool,
+        include_usage: StreamOptions | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._head = head
@@ -106,7 +106,7 @@ class _Reply:
                 "logprobs": self._report(delta.tokens),
                 "finish_reason": finish,
             }
-            yield {**head, "choices": [choice], **({"usage": None} if self._include_usage else {})}
+            yield {**head, "choices": [choice], **usage_so_far(self._include_usage, self._prompt_tokens, answers)}
         if self._include_usage:
             yield {**head, "choices": [], "usage": usage(self._prompt_tokens, answers)}
 

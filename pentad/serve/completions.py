@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from fastapi import Request
 from fastapi.responses import Response
 
-from pentad.serve.answers import Answers, Delta, encode, requests, respond, room, usage
+from pentad.serve.answers import Answers, Delta, encode, requests, respond, room, usage, usage_so_far
 from pentad.serve.errors import APIError
 from pentad.serve.formats import constraint_of
 from pentad.serve.models import Model
-from pentad.serve.openai import MAX_CHOICES, CompletionBody
+from pentad.serve.openai import MAX_CHOICES, CompletionBody, StreamOptions
 from pentad.serve.streaming import unless_gone
 from pentad.text import Detokenizer, Tokenizer
 
@@ -121,7 +121,7 @@ class _Reply:
         echoes: list[_Echo],
         reports: list[_Report],
         prompt_tokens: int,
-        include_usage: bool,
+        include_usage: StreamOptions | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._head = head
@@ -138,12 +138,15 @@ class _Reply:
         }
 
     async def chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
-        more = {"usage": None} if self._include_usage else {}
         unechoed = set(range(len(self._echoes)))
         async for delta in answers.deltas():
             echo = self._echo(delta.choice) if delta.choice in unechoed else None
             unechoed.discard(delta.choice)
-            yield {**self._head, "choices": [self._choice(echo, delta)], **more}
+            yield {
+                **self._head,
+                "choices": [self._choice(echo, delta)],
+                **usage_so_far(self._include_usage, self._prompt_tokens, answers),
+            }
         if self._include_usage:
             yield {**self._head, "choices": [], "usage": usage(self._prompt_tokens, answers)}
 

@@ -44,6 +44,7 @@ class SamplingBody(ModelBody):
     presence_penalty: float | None = Field(None, ge=-100, le=100)
     frequency_penalty: float | None = Field(None, ge=-100, le=100)
     seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED)
+    ignore_eos: bool | None = Field(None, description="Go on after the token that ends a text.")
     stream: bool | None = None
 
     def sampling(self) -> dict[str, Any]:
@@ -60,6 +61,7 @@ class SamplingBody(ModelBody):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(None, description="With include_usage: also in each event.")
     include_obfuscation: Literal[False] | None = None
 
 
@@ -110,8 +112,10 @@ class GenerationBody(SamplingBody):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def include_usage(self) -> StreamOptions | None:
+        """How a stream reports the numbers of tokens; None if it doesn't."""
+        options = self.stream_options
+        return options if options is not None and options.include_usage else None
 
 
 class TextPart(Body):

@@ -140,7 +140,7 @@ class Worker:
             sampling=self._model.sampling.replace(**message["sampling"]),
             generator=generator,
             max_tokens=message["max_tokens"],
-            end_ids=frozenset(self._model.tokenizer.eos_ids),
+            end_ids=frozenset() if message["ignore_eos"] else frozenset(self._model.tokenizer.eos_ids),
             logprobs=logprobs,
             matcher=matcher,
         )

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import venv
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,18 @@ def run_suite(folder: Path, name: str, *arguments: str, **environment: str) -> N
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "listed", listed, *arguments]
     path = os.pathsep.join([str(PEERS), str(ROOT)])
     assert subprocess.run(command, cwd=folder, env=os.environ | environment | {"PYTHONPATH": path}).returncode == 0
+
+
+def command(package: str, version: str) -> Path:
+    """The command of a package that pins other versions of pentad's dependencies, from an environment of its own.
+
+    The environment shares all packages of this one whose versions suit it, such as torch.
+    """
+    folder = CACHE / f"{package}-{version}"
+    if not (folder / "bin" / package).exists():
+        venv.create(folder, with_pip=True, clear=True)
+        shared = next(folder.glob("lib/*/site-packages")) / "shared.pth"
+        shared.write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, f"{package}=={version}"], check=True)
+    return folder / "bin" / package

@@ -98,3 +98,21 @@ def test_a_refusal_names_the_field(server: Server, options: dict, param: str) ->
     with pytest.raises(openai.BadRequestError) as raised:
         server.client.completions.create(**{**GREEDY, "prompt": "hi", **options})
     assert raised.value.param == param
+
+
+def test_a_stream_may_count_tokens_in_each_event(server: Server) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 3, "stream": True, "stream_options": options}
+    events = [event.usage for event in server.client.completions.create(**body)]
+    assert None not in events
+    counts = [event.completion_tokens for event in events]
+    assert counts == sorted(counts)
+    assert (counts[-1], {event.prompt_tokens for event in events}) == (3, {5})
+
+
+def test_a_text_goes_on_after_its_end_if_that_is_ignored(server: Server) -> None:
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 3, "temperature": 0, "logit_bias": {"256": 100}}
+    ends = server.client.completions.create(**body)
+    goes_on = server.client.completions.create(**body, extra_body={"ignore_eos": True})
+    assert ends.choices[0].finish_reason == "stop"
+    assert (goes_on.choices[0].finish_reason, goes_on.usage.completion_tokens) == ("length", 3)
