@@ -1,0 +1,1 @@
+from tests.serve.conftest import server, tiny  # noqa: F401 - fixtures
