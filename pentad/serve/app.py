@@ -4,11 +4,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import ValidationError
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -17,12 +15,14 @@ import pentad
 from pentad.serve import openai
 from pentad.serve.chat import chat
 from pentad.serve.completions import complete
+from pentad.serve.document import described, documented
 from pentad.serve.embeddings import embed
 from pentad.serve.errors import APIError, ClientGone, refused_body
 from pentad.serve.guard import Guard, local_hosts
 from pentad.serve.metrics import Metrics
 from pentad.serve.models import Model, Models
 from pentad.serve.openai import Body, ChatBody, CompletionBody, EmbeddingBody, ModelBody, ResponseBody
+from pentad.serve.replies import ChatCompletion, Completion, EmbeddingList, Health, ModelList, ModelReply, ResponseReply
 from pentad.serve.responses import respond_statelessly
 
 FIELDS = frozenset(
@@ -31,8 +31,6 @@ FIELDS = frozenset(
     if isinstance(body, type) and issubclass(body, Body)
     for name, field in body.model_fields.items()
 )
-BODIES = (ChatBody, CompletionBody, ResponseBody, EmbeddingBody)
-SCHEMAS = "#/components/schemas/{model}"
 B = TypeVar("B", bound=ModelBody)
 
 
@@ -50,33 +48,32 @@ def make_app(
     """
     app = FastAPI(title="pentad", version=pentad.__version__, docs_url=None, redoc_url=None)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **described(ModelList))
     def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [_describe(model) for model in models.by_name.values()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", **described(ModelReply))
     def get_model(name: str) -> dict[str, Any]:
         return _describe(models.get(name))
 
-    def post(path: str, kind: type[B], answer: Callable[[Model, B, Request], Awaitable[Response]]) -> None:
-        reference = {"$ref": SCHEMAS.format(model=kind.__name__)}
-        described = {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
-
-        @app.post(path, openapi_extra=described)
+    def post(
+        path: str, kind: type[B], reply: type[BaseModel], answer: Callable[[Model, B, Request], Awaitable[Response]]
+    ) -> None:
+        @app.post(path, **described(reply, kind, streams="stream" in kind.model_fields))
         async def route(request: Request) -> Response:
             body = await _read_body(request, kind)
             return await answer(models.ready(body.model), body, request)
 
-    post("/v1/chat/completions", ChatBody, chat)
-    post("/v1/completions", CompletionBody, complete)
-    post("/v1/responses", ResponseBody, respond_statelessly)
-    post("/v1/embeddings", EmbeddingBody, embed)
+    post("/v1/chat/completions", ChatBody, ChatCompletion, chat)
+    post("/v1/completions", CompletionBody, Completion, complete)
+    post("/v1/responses", ResponseBody, ResponseReply, respond_statelessly)
+    post("/v1/embeddings", EmbeddingBody, EmbeddingList, embed)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def report() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/health")
+    @app.get("/health", **described(Health))
     def health() -> JSONResponse:
         states = {model.name: {"state": model.state, **model.load} for model in models.by_name.values()}
         used = [model.state for model in models.by_name.values() if model.state != "unloaded"]
@@ -100,15 +97,7 @@ def make_app(
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         return JSONResponse(APIError(error.status_code, message).body, error.status_code, error.headers)
 
-    def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            bodies = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=SCHEMAS)[1]["$defs"]
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies)
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = document  # type: ignore[method-assign]
+    app.openapi = documented(app, [*models.by_name])  # type: ignore[method-assign]
     guarded = Guard(app, metrics=metrics, hosts=local_hosts(host), keys=keys)
     return (
         CORSMiddleware(guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]) if origins else guarded

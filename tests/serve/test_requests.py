@@ -4,6 +4,7 @@ import json
 import socket
 from typing import Any
 
+import jsonschema
 import pytest
 
 from tests.serve.conftest import Server, eventually
@@ -215,3 +216,19 @@ def test_metrics(server: Server) -> None:
     assert growth('pentad_time_between_tokens_seconds_count{model="tiny"}') == 6
     assert growth('pentad_requests_total{route="/v1/chat/completions",status="200"}') == 1
     assert after['pentad_decoding_sequences{model="tiny"}'] == after['pentad_waiting_sequences{model="tiny"}'] == 0
+
+
+def test_replies_are_as_described(server: Server) -> None:
+    document = server.request("/openapi.json").json
+    completion = {"model": "tiny", "prompt": "Hello", "max_tokens": 2}
+    for path, body in [
+        ("chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2}),
+        ("completions", completion | {"logprobs": 2, "echo": True}),
+        ("completions", completion | {"n": 0}),
+        ("responses", {"model": "tiny", "input": "Hello", "max_output_tokens": 2}),
+        ("embeddings", {"model": "tiny", "input": "Hello"}),
+    ]:
+        reply = server.request(f"/v1/{path}", body)
+        described = document["paths"][f"/v1/{path}"]["post"]["responses"]["200" if reply.status == 200 else "default"]
+        schema = described["content"]["application/json"]["schema"]
+        jsonschema.validate(reply.json, {**schema, "components": document["components"]})
