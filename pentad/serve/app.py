@@ -73,7 +73,7 @@ def make_app(
     def report() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/health", **described(Health))
+    @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health, "description": "Not all are ready"}})
     def health() -> JSONResponse:
         states = {model.name: {"state": model.state, **model.load} for model in models.by_name.values()}
         used = [model.state for model in models.by_name.values() if model.state != "unloaded"]

@@ -17,8 +17,11 @@ SCHEMAS = "#/components/schemas/{model}"
 
 def described(reply: type[BaseModel], body: type[ModelBody] | None = None, *, streams: bool = False) -> dict[str, Any]:
     """The options of a route that describe its replies, and the body that it reads."""
-    events = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if streams else {}
-    responses = {200: {"model": reply, **events}, "default": {"model": Error, "description": "An error"}}
+    events: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if streams else {}
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {"model": reply, **events},
+        "default": {"model": Error, "description": "An error"},
+    }
     if body is None:
         return {"responses": responses}
     content = {"application/json": {"schema": {"$ref": SCHEMAS.format(model=body.__name__)}}}
