@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pentad import kernels
 from pentad.errors import BadInput
 
 MIN_TEMPERATURE = 1e-5  # a lower temperature is treated as 0; it would overflow
@@ -200,6 +201,8 @@ def sample(logits_MV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], lis
     """
     if any(choice.sampling.changes_logits for choice in choices):
         logits_MV = penalize(logits_MV, choices)
+    if kernels.isas() and logits_MV.device.type == "cpu":
+        return kernels.sample(logits_MV, [_draw(choice) for choice in choices])
     tokens, largest = argmax(logits_MV)
     sampled = [row for row, choice in enumerate(choices) if choice.sampling.temperature >= MIN_TEMPERATURE]
     if sampled:
@@ -207,11 +210,22 @@ def sample(logits_MV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], lis
         logits_RV = logits_MV if len(sampled) == len(tokens) else logits_MV[sampled]
         for rows, weights_RC, ids_RC in candidates(logits_RV, samplings):
             generators = [choices[sampled[row]].generator for row in rows]
-            uniform_R = torch.stack([torch.rand((), dtype=torch.float64, generator=one) for one in generators])
+            uniform_R = torch.tensor([_uniform(one) for one in generators], dtype=torch.float64)
             at_R = _pick(weights_RC, uniform_R.to(weights_RC.device))
             for row, token in zip(rows, ids_RC.gather(1, at_R[:, None])[:, 0].tolist(), strict=True):
                 tokens[sampled[row]] = token
     return tokens, largest
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), dtype=torch.float64, generator=generator))
+
+
+def _draw(choice: Choice) -> kernels.Draw:
+    options, generator = choice.sampling, choice.generator
+    if options.temperature < MIN_TEMPERATURE:
+        return kernels.Draw()
+    return kernels.Draw(options.temperature, options.top_k, options.top_p, options.min_p, _uniform(generator))
 
 
 def candidates(logits_MV: Tensor, samplings: Sequence[Sampling]) -> Iterator[tuple[list[int], Tensor, Tensor]]:

@@ -7,6 +7,20 @@ its instruction sets, or if the environment has ``PENTAD_KERNELS=off``. `reason(
 from pentad.kernels.arguments import CachePools, Tokens, pool_dim
 from pentad.kernels.binding import Buffer, isas, reason
 from pentad.kernels.program import Norm, Program
+from pentad.kernels.sampling import Draw, sample
 from pentad.kernels.weight import Weight, packs
 
-__all__ = ["Buffer", "CachePools", "Norm", "Program", "Tokens", "Weight", "isas", "packs", "pool_dim", "reason"]
+__all__ = [
+    "Buffer",
+    "CachePools",
+    "Draw",
+    "Norm",
+    "Program",
+    "Tokens",
+    "Weight",
+    "isas",
+    "packs",
+    "pool_dim",
+    "reason",
+    "sample",
+]

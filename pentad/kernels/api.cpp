@@ -50,7 +50,9 @@ constexpr Constant constants[] = {
     F(Step, sequences), F(Step, threads), F(Step, fast), F(Step, isa), F(Step, page_size), F(Step, cache_type),
     F(Step, padded_dim), F(Step, block_table_width), F(Step, ids), F(Step, positions), F(Step, wanted_rows),
     F(Step, cu_seqlens), F(Step, lengths), F(Step, dropped), F(Step, block_tables), F(Step, limits), F(Step, rotations),
-    F(Step, keys), F(Step, values), F(Step, buffers), {"Step", sizeof(Step)}, {"LANES", LANES}, {"BLOCK", BLOCK},
+    F(Step, keys), F(Step, values), F(Step, buffers), {"Step", sizeof(Step)}, F(Draw, logits), F(Draw, temperature),
+    F(Draw, top_k), F(Draw, top_p), F(Draw, min_p), F(Draw, uniform), F(Draw, largest), F(Draw, token),
+    {"Draw", sizeof(Draw)}, {"LANES", LANES}, {"BLOCK", BLOCK},
     {"MAX_HEAD_DIM", MAX_HEAD_DIM}, {"MAX_STEP_ROWS", MAX_STEP_ROWS}, {"MAX_SIZE", MAX_SIZE}, {nullptr, 0}};
 
 struct PlanContext {
@@ -136,6 +138,10 @@ EXPORT void pentad_run(const Op* ops, int count, const Step* step) {
     return found;
   };
   run_on_pool({count, chunks, work, prefetch, &plan}, step->threads);
+}
+
+EXPORT void pentad_sample(int isa, Draw* draws, int rows, int vocab, float* scratch) {
+  isas[isa]->sample(draws, rows, vocab, scratch);
 }
 
 // The number of chunks of an operation, for benchmarks/roofline.py.

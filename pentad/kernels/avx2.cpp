@@ -68,5 +68,5 @@ bool runs_here() {
 #include "kernels.h"
 
 namespace pentad {
-const Kernels avx2_kernels = {"avx2", runs_here, chunks, work, weight_addresses, buffer_sizes};
+const Kernels avx2_kernels = {"avx2", runs_here, chunks, work, weight_addresses, buffer_sizes, sample};
 }

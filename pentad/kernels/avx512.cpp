@@ -64,5 +64,5 @@ bool runs_here() {
 #include "kernels.h"
 
 namespace pentad {
-const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work, weight_addresses, buffer_sizes};
+const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work, weight_addresses, buffer_sizes, sample};
 }

@@ -6,7 +6,7 @@ The library exports its own declarations; pentad refuses to load a library whose
 import ctypes
 import os
 from collections.abc import Iterator
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum, IntFlag
 from functools import cache
 from pathlib import Path
@@ -53,11 +53,23 @@ class CStep(ctypes.Structure):
     ]
 
 
+class CDraw(ctypes.Structure):
+    _fields_ = [
+        ("logits", c_void_p),
+        ("temperature", c_float),
+        ("top_k", c_int32),
+        *_fields("top_p min_p", c_float),
+        ("uniform", c_double),
+        ("largest", c_float),
+        ("token", c_int32),
+    ]
+
+
 def _declared() -> Iterator[tuple[str, int]]:
     """The values that the library must match: "Enum.NAME", "Struct.field" (its offset) and "Struct" (its size)."""
     for enum in (Type, OpKind, Flag, Activation, Buffer):
         yield from ((f"{enum.__name__}.{member.name}", member.value) for member in enum)
-    structs: dict[str, type[ctypes.Structure]] = {"Matrix": CMatrix, "Op": COp, "Step": CStep}
+    structs: dict[str, type[ctypes.Structure]] = {"Matrix": CMatrix, "Op": COp, "Step": CStep, "Draw": CDraw}
     for name, struct in structs.items():
         yield name, ctypes.sizeof(struct)
         yield from (
@@ -92,6 +104,8 @@ def _load() -> tuple[ctypes.CDLL, dict[str, int]] | str:
     library.pentad_pack.argtypes = [c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int32]
     library.pentad_run.argtypes = [POINTER(COp), c_int32, POINTER(CStep)]
     library.pentad_buffer_sizes.argtypes = [POINTER(COp), c_int32, POINTER(CStep), POINTER(c_int64)]
+    library.pentad_sample.argtypes = [c_int32, POINTER(CDraw), c_int32, c_int32, c_void_p]
+    library.pentad_sample.restype = None
     library.pentad_pack.restype = library.pentad_run.restype = library.pentad_buffer_sizes.restype = None
     return library, limits
 

@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "mixture.h"
+#include "sample.h"
 
 namespace pentad {
 namespace {

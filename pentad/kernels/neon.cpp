@@ -23,5 +23,5 @@ bool runs_here() { return true; }
 #include "kernels.h"
 
 namespace pentad {
-const Kernels neon_kernels = {"neon", runs_here, chunks, work, weight_addresses, buffer_sizes};
+const Kernels neon_kernels = {"neon", runs_here, chunks, work, weight_addresses, buffer_sizes, sample};
 }

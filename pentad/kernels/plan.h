@@ -99,9 +99,21 @@ struct Step {
   void* buffers[BUFFERS];
 };
 
+// A row of logits, and how to choose its token; see Draw in sampling.py.
+struct Draw {
+  const float* logits;  // [vocab]
+  float temperature;
+  int32_t top_k;
+  float top_p, min_p;
+  double uniform;
+  float largest;  // the results
+  int32_t token;
+};
+
 // The functions of one instruction set. An operation is divided into `chunks`, which threads may run in any order;
 // the division doesn't change a bit of the results. `weight_addresses` gives the addresses (up to 3) where a chunk's
 // weights begin, so that they can be prefetched. `buffer_sizes` gives the floats that a step needs in each buffer.
+// `sample` chooses the tokens of rows.
 struct Kernels {
   const char* name;
   bool (*runs_here)();
@@ -109,6 +121,7 @@ struct Kernels {
   void (*work)(const Op&, const Step&, int chunk);
   int (*weight_addresses)(const Op&, const Step&, int chunk, const uint8_t** addresses);
   void (*buffer_sizes)(const Op* ops, int count, const Step&, int64_t* floats);
+  void (*sample)(Draw* draws, int rows, int vocab, float* scratch);
 };
 
 extern const Kernels avx512_kernels, avx2_kernels, neon_dotprod_kernels, neon_kernels, portable_kernels;

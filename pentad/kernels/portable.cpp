@@ -70,5 +70,5 @@ bool runs_here() { return true; }
 #include "kernels.h"
 
 namespace pentad {
-const Kernels portable_kernels = {"portable", runs_here, chunks, work, weight_addresses, buffer_sizes};
+const Kernels portable_kernels = {"portable", runs_here, chunks, work, weight_addresses, buffer_sizes, sample};
 }
