@@ -136,8 +136,12 @@ def test_a_scaling_extends_the_context(tmp_path: Path, name: str) -> None:
 
 
 def test_yarn_extends_the_context_of_its_original_length(tmp_path: Path) -> None:
-    tiny_checkpoint(tmp_path, **scaled({**YARN, "original_max_position_embeddings": 256, "factor": 4.0}))
-    assert pentad.load(tmp_path).context_length == 1024
+    yarn = {**YARN, "original_max_position_embeddings": 64, "factor": 4.0}
+    tiny = tiny_checkpoint(tmp_path, **scaled(yarn), max_position_embeddings=64)
+    model = pentad.load(tmp_path)
+    assert model.context_length == 256
+    for tokens in (64, 65, 256):
+        assert_equal_logits(model.logits(random_ids(tokens)), peer_logits(tiny.peer, random_ids(tokens)))
 
 
 def test_a_dynamic_scaling_keeps_the_base_of_the_length_at_opening(tmp_path: Path) -> None:
