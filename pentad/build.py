@@ -289,7 +289,7 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
     for entry, tensor in zip(placement.entries, tensors, strict=True):
         if isinstance(tensor, QuantizedTensor):
             tensor.release()
-        elif entry.mapped and any(placement.types):
+        elif entry.mapped and (any(placement.types) or tensor.dtype != dtype):  # all of it was copied
             drop_pages(tensor)
 
 

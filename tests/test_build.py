@@ -171,3 +171,18 @@ def test_a_gguf_config_is_read_without_tensor_data(tmp_path: Path) -> None:
     gguf_checkpoint(tmp_path)
     checkpoint = unreadable(pentad.weights.open(tmp_path / "m.gguf"))
     assert read_family_config(family_of(checkpoint), checkpoint).vocab_size == 96  # type: ignore[attr-defined]
+
+
+def test_the_pages_of_converted_tensors_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_checkpoint(tmp_path, dtype=torch.float16)
+    checkpoint, dropped = pentad.weights.open(tmp_path), 0
+
+    def count(view: torch.Tensor) -> None:
+        nonlocal dropped
+        dropped += 1
+
+    monkeypatch.setattr("pentad.build.drop_pages", count)
+    build(checkpoint, dtype=torch.float16)
+    assert dropped == 0  # the network's weights are views of the file
+    build(checkpoint, trainable=True)
+    assert dropped == len(checkpoint.tensors)
