@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.tiny import talking_checkpoint
+
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
@@ -20,6 +22,7 @@ import pytest
     ],
 )
 def test_bad_options_are_one_line(tmp_path: Path, pentad, arguments: list[str], named: str) -> None:
+    talking_checkpoint(tmp_path)
     done = pentad("serve", *(argument.format(folder=tmp_path) for argument in arguments))
     assert done.code == 2
     assert named in done.error
