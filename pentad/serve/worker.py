@@ -29,6 +29,7 @@ from pentad.serve.budget import Size
 from pentad.text.grammar import Constraint
 
 READ_BYTES = 1 << 20
+MAX_STEP_RATIO = 2.0  # so that the gaps that clients see stay below 3 times the usual one, although times vary
 PAGE_SIZE = 256  # tokens of a page of the KV cache
 COMPILE_SECONDS = 0.002  # between two looks whether a constraint has been compiled, while nothing else runs
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` makes an encoder each time
@@ -223,7 +224,9 @@ def start(path: str, cache_bytes: int, options: dict[str, Any], send: int) -> Wo
     cache = model.step.cache
     cache_tokens = cache_bytes // cache.page_bytes * cache.page_size
     too_long = cache.bytes_for(model.context_length) > cache_bytes  # one sequence would not fit
-    worker = Worker(model, Engine(model.step, EngineConfig(max_cache_bytes=cache_bytes)), 0, send)
+    worker = Worker(
+        model, Engine(model.step, EngineConfig(max_cache_bytes=cache_bytes, max_step_ratio=MAX_STEP_RATIO)), 0, send
+    )
     ready = {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
