@@ -139,11 +139,13 @@ class Engine:
     def _process(self, scheduled: Sequence[Scheduled], logits_MV: Tensor) -> None:
         """Choose tokens, add log-likelihoods, and end finished requests."""
         generations: list[tuple[Scheduled, int]] = []
+        embeds = any(isinstance(part.request, Embedding) for part in scheduled)
+        hidden_MD = self.executor.hidden_states() if embeds else logits_MV
         start = 0
         for part in scheduled:
             request, rows = part.request, slice(start, start + len(part.rows))
             if isinstance(request, Embedding):
-                request.add(self.executor.hidden_states()[rows])
+                request.add(hidden_MD[rows])
                 if not request.pending(self._scheduler.sequence(request).length):
                     self._finish(request, "stop")
             elif isinstance(request, Generation) and part.rows:

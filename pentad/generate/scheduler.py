@@ -304,10 +304,9 @@ class Scheduler:
 
     def _shrink_cache(self) -> None:
         """Return the memory of a burst of requests to the system, unless somebody else uses pages."""
-        cache, kept = self.executor.cache, [sequence for sequence, _ in self.store.items()]
-        pages = len({page for sequence in kept for page in sequence.pages})
+        cache, pages = self.executor.cache, len(self.store.pages())
         if cache.nbytes > MIN_SHRUNK_BYTES and cache.pages_in_use == pages < cache.pages / 4:
-            cache.compact(*kept)
+            cache.compact(*(sequence for sequence, _ in self.store.items()))
             return_free_memory()
 
     # Admission

@@ -39,7 +39,7 @@ async def chat(model: Model, body: ChatBody, request: Request) -> Response:
     answers = Answers(model, asked, [loaded.tokenizer.stream() for _ in asked], body.stops(), n=len(asked))
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
     parsers = [CallParser() for _ in asked] if tools else []
-    reply = _Reply(loaded.tokenizer, head, len(prompt), parsers, logprobs is not None, body.include_usage)
+    reply = _Reply(loaded.tokenizer, head, len(prompt), parsers, logprobs is not None, body.usage_options)
     return await respond(request, bool(body.stream), answers, reply)
 
 
@@ -52,7 +52,7 @@ class _Reply:
         prompt_tokens: the number of tokens of the prompt.
         parsers: find the calls of tools, one per choice; empty without tools.
         logprobs: report log-probabilities.
-        include_usage: end a stream with the numbers of tokens.
+        usage_options: how a stream reports the numbers of tokens; None if it doesn't.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class _Reply:
         prompt_tokens: int,
         parsers: list[CallParser],
         logprobs: bool,
-        include_usage: StreamOptions | None,
+        usage_options: StreamOptions | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._head = head
         self._prompt_tokens = prompt_tokens
         self._parsers = parsers
         self._logprobs = logprobs
-        self._include_usage = include_usage
+        self._usage_options = usage_options
 
     def whole(self, choices: list[Delta], answers: Answers) -> dict[str, Any]:
         return {
@@ -106,8 +106,8 @@ class _Reply:
                 "logprobs": self._report(delta.tokens),
                 "finish_reason": finish,
             }
-            yield {**head, "choices": [choice], **usage_so_far(self._include_usage, self._prompt_tokens, answers)}
-        if self._include_usage:
+            yield {**head, "choices": [choice], **usage_so_far(self._usage_options, self._prompt_tokens, answers)}
+        if self._usage_options:
             yield {**head, "choices": [], "usage": usage(self._prompt_tokens, answers)}
 
     def _parsed(self, delta: Delta) -> tuple[str, list[Call], str | None]:

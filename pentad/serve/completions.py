@@ -46,7 +46,7 @@ async def complete(model: Model, body: CompletionBody, request: Request) -> Resp
     echoes = [_Echo(prompt, score) for prompt, score in zip(prompts, scores, strict=False) for _ in range(count)]
     reports = [_Report(tokenizer) for _ in choices] if body.logprobs is not None else []
     reply = _Reply(
-        tokenizer, {**head, "model": model.name}, echoes, reports, sum(map(len, prompts)), body.include_usage
+        tokenizer, {**head, "model": model.name}, echoes, reports, sum(map(len, prompts)), body.usage_options
     )
     return await respond(request, bool(body.stream), answers, reply)
 
@@ -111,7 +111,7 @@ class _Reply:
         echoes: what to put in front of each choice; empty without echo.
         reports: one per choice; empty without logprobs.
         prompt_tokens: the number of tokens of all prompts.
-        include_usage: end a stream with the numbers of tokens.
+        usage_options: how a stream reports the numbers of tokens; None if it doesn't.
     """
 
     def __init__(
@@ -121,14 +121,14 @@ class _Reply:
         echoes: list[_Echo],
         reports: list[_Report],
         prompt_tokens: int,
-        include_usage: StreamOptions | None,
+        usage_options: StreamOptions | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._head = head
         self._echoes = echoes
         self._reports = reports
         self._prompt_tokens = prompt_tokens
-        self._include_usage = include_usage
+        self._usage_options = usage_options
 
     def whole(self, choices: list[Delta], answers: Answers) -> dict[str, Any]:
         return {
@@ -145,9 +145,9 @@ class _Reply:
             yield {
                 **self._head,
                 "choices": [self._choice(echo, delta)],
-                **usage_so_far(self._include_usage, self._prompt_tokens, answers),
+                **usage_so_far(self._usage_options, self._prompt_tokens, answers),
             }
-        if self._include_usage:
+        if self._usage_options:
             yield {**self._head, "choices": [], "usage": usage(self._prompt_tokens, answers)}
 
     def _echo(self, choice: int) -> _Echo | None:

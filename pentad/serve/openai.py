@@ -112,7 +112,7 @@ class GenerationBody(SamplingBody):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
-    def include_usage(self) -> StreamOptions | None:
+    def usage_options(self) -> StreamOptions | None:
         """How a stream reports the numbers of tokens; None if it doesn't."""
         options = self.stream_options
         return options if options is not None and options.include_usage else None
