@@ -39,7 +39,7 @@ def target_layers(source: Checkpoint, targets: str | Sequence[str]) -> list[str]
     Raises:
         BadInput: a target names no linear layer of a block.
     """
-    network = build.meta_network(source)
+    network = build.meta_decoder(source)
     shapes = {name: shape for name, shape in _linear_shapes(network).items() if LAYER.search(name)}
     if targets == ALL_LINEAR:
         return [name.removesuffix(".weight") for name in shapes]
@@ -69,7 +69,7 @@ def merged(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """
     if not checkpoint.tensors:
         raise BadInput(f"{checkpoint.path}: there are no weights next to the config")
-    network = build.meta_network(checkpoint)
+    network = build.meta_decoder(checkpoint)
     shapes = _linear_shapes(network)
     changes = read_adapter(folder).changes(_layouts(checkpoint, network), shapes)
     tensors, last, dequantized = dict(checkpoint.tensors), LastResult(), 0
@@ -97,7 +97,7 @@ def save(
         source: the base model's checkpoint.
         folder, alpha, rslora, dropout, base: see `pentad.weights.peft.write_adapter`.
     """
-    plain = build.meta_network(source)
+    plain = build.meta_decoder(source)
     factors = {
         f"{name}.weight": LowRank(layer.lora_A.detach(), layer.lora_B.detach())
         for name, layer in lora_layers(network).items()

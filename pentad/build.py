@@ -8,14 +8,14 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pentad.errors import BadInput
-from pentad.models import families, family_of
+from pentad.models import check_task, families, family_of
 from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import corrected_by_tensors, read_family_config
 from pentad.nn.decoder import Decoder
@@ -28,6 +28,8 @@ from pentad.weights.mapped import drop_pages
 from pentad.weights.quantized import BLOCKS, QuantizedTensor
 from pentad.weights.quantizer import QUANTIZED
 from pentad.weights.scratch import quantized_copy
+
+N = TypeVar("N", bound=nn.Module)
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def build(
     quantized: str = "operators",
     seed: int = 0,
     progress: Progress | None = None,
-) -> Decoder:
+) -> nn.Module:
     """Build a checkpoint's network with its weights, or a config's network with initial weights.
 
     Args:
@@ -76,7 +78,7 @@ def build(
     return network.train(trainable).requires_grad_(trainable)
 
 
-def meta_network(source: Checkpoint | ModelConfig) -> Decoder:
+def meta_network(source: Checkpoint | ModelConfig) -> nn.Module:
     """Build the network of a checkpoint or a config on the meta device.
 
     Raises:
@@ -88,11 +90,24 @@ def meta_network(source: Checkpoint | ModelConfig) -> Decoder:
     return _network(family, corrected_by_tensors(read_family_config(family, source), source), "meta")
 
 
+def meta_decoder(source: Checkpoint | ModelConfig) -> Decoder:
+    """`meta_network` of a language model.
+
+    Raises:
+        BadInput: see `meta_network`; or the network is of another kind.
+    """
+    if isinstance(source, Checkpoint):
+        check_task(source, "language")
+    network = meta_network(source)
+    assert isinstance(network, Decoder)
+    return network
+
+
 def _family_of_config(config: ModelConfig) -> Family:
     return next(family for family in families() if family.config is type(config))
 
 
-def _network(family: Family, config: ModelConfig, device: torch.device | str) -> Decoder:
+def _network(family: Family, config: ModelConfig, device: torch.device | str) -> nn.Module:
     with torch.device(device), _NoInitialization():
         return family.network(config)
 
@@ -107,9 +122,13 @@ class _NoInitialization(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _initialize(network: Decoder, family: Family, config: Any, seed: int) -> None:
-    """Set biases to 0, norms to 1, and draw matrices in float32 on the CPU with the family's standard deviation."""
+def _initialize(network: nn.Module, family: Family, config: Any, seed: int) -> None:
+    """Initialize as the family does, or: biases 0, norms 1, matrices drawn in float32 on the CPU with the family's
+    standard deviation."""
     generator = torch.Generator().manual_seed(seed)
+    if family.initialize is not None:
+        family.initialize(network, config, generator)
+        return
     for name, parameter in network.named_parameters():
         if parameter.dim() < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -120,19 +139,20 @@ def _initialize(network: Decoder, family: Family, config: Any, seed: int) -> Non
 
 def _copy_parameters(network: nn.Module) -> None:
     """Copy parameters out of mapped files, since training writes to them."""
+    tensors = named_tensors(network)
     for names in parameter_names(network).values():
-        _set_parameter(network, names, nn.Parameter(network.get_parameter(names[0]).detach().clone()))
+        _set_tensor(network, names, tensors[names[0]].detach().clone())
 
 
 def fill(
-    network: Decoder,
+    network: N,
     checkpoint: Checkpoint,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantized: str = "operators",
     progress: Progress | None = None,
-) -> Decoder:
+) -> N:
     """Put a checkpoint's tensors into its network, which is on the meta device. For the arguments see `build`.
 
     Raises:
@@ -147,10 +167,14 @@ def fill(
         for placement in placements:
             _place(network, placement, dtype, device)
             progress.advance(placement.nbytes)
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta and not buffer.is_floating_point():  # num_batches_tracked
+                setattr(module, name, torch.zeros_like(buffer, device=device))
     return network.eval()
 
 
-def held_bytes(checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, *, quantized: str = "operators") -> int:
+def held_bytes(checkpoint: Checkpoint, network: nn.Module, dtype: torch.dtype, *, quantized: str = "operators") -> int:
     """Bytes that a checkpoint's weights take on a CPU; the checkpoint can be a config without weights.
 
     Args:
@@ -168,11 +192,11 @@ def held_bytes(checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, *, 
     else:
         names = parameter_names(network)
         kept = {name: _kept_type(network, names[name], None, quantized, dtype, cpu) for name in names}
-    total = 0.0
+    total, tensors = 0.0, named_tensors(network)
     for name, type in kept.items():
         size, nbytes = (1, dtype.itemsize) if type is None else BLOCKS[type]
         bytes_per_weight = QuantizedLinear.bytes_per_weight if type and quantized == "operators" else nbytes / size
-        total += network.get_parameter(name).numel() * bytes_per_weight
+        total += tensors[name].numel() * bytes_per_weight
     return int(total)
 
 
@@ -197,7 +221,7 @@ class _Placement(NamedTuple):
 
 
 def _placements(
-    checkpoint: Checkpoint, network: Decoder, dtype: torch.dtype, device: torch.device, quantized: str
+    checkpoint: Checkpoint, network: nn.Module, dtype: torch.dtype, device: torch.device, quantized: str
 ) -> list[_Placement]:
     placements = []
     all_names = parameter_names(network)
@@ -213,7 +237,7 @@ def _placements(
 
 
 def _kept_type(
-    network: Decoder, names: list[str], stored: str | None, quantized: str, dtype: torch.dtype, device: torch.device
+    network: nn.Module, names: list[str], stored: str | None, quantized: str, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """The type of the blocks in which a parameter is kept; None for a float parameter.
 
@@ -223,12 +247,14 @@ def _kept_type(
         stored: the type in the file.
         quantized, dtype, device: see `build`.
     """
-    shape, owners = network.get_parameter(names[0]).shape, [name.rpartition(".") for name in names]
+    owners = [name.rpartition(".") for name in names]
     parts = [type(network.get_submodule(owner)) if leaf == "weight" else None for owner, _, leaf in owners]
     if quantized == "operators":
-        return stored if parts == [nn.Linear] and QuantizedLinear.has_operator(stored, shape, dtype, device) else None
+        shape = network.get_parameter(names[0]).shape if parts == [nn.Linear] else ()
+        return stored if QuantizedLinear.has_operator(stored, shape, dtype, device) else None
     if quantized == "none" or not set(parts) <= KEEPS_BLOCKS:
         return None
+    shape = network.get_parameter(names[0]).shape
     return quantized_type(names[0], shape, quantized) if quantized in QUANTIZED else stored
 
 
@@ -245,22 +271,30 @@ def quantized_type(name: str, shape: Sequence[int], wanted: str) -> str | None:
     return "q5_0" if wanted == "q4_k" and shape[-1] % 256 else wanted
 
 
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors that checkpoints store, by name: parameters and floating-point buffers, such as the statistics of a
+    batch norm."""
+    state = network.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+
 def parameter_names(network: nn.Module) -> dict[str, list[str]]:
-    """Map each parameter's first name to all its names; tied parameters have several."""
+    """Map the first name of each of `named_tensors` to all its names; tied parameters have several."""
     names: dict[str, list[str]] = {}
-    first_names: dict[nn.Parameter, str] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        names.setdefault(first_names.setdefault(parameter, name), []).append(name)
+    first_names: dict[Tensor, str] = {}
+    for name, tensor in named_tensors(network).items():
+        names.setdefault(first_names.setdefault(tensor, name), []).append(name)
     return names
 
 
-def pairings(checkpoint: Checkpoint, network: Decoder) -> list[Pairing]:
+def pairings(checkpoint: Checkpoint, network: nn.Module) -> list[Pairing]:
     """Pair a network's parameters with the tensors of its checkpoint.
 
     Raises:
         BadInput: tensors are missing, not used, of the wrong shape or not floating-point numbers.
     """
-    shapes = {name: tuple(network.get_parameter(name).shape) for name in parameter_names(network)}
+    tensors = named_tensors(network)
+    shapes = {name: tuple(tensors[name].shape) for name in parameter_names(network)}
     family = family_of(checkpoint)
     tables = family.layouts(network.config, checkpoint.format)
     if not tables:
@@ -285,7 +319,7 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
                     network.set_submodule(owner, _quantized_part(network.get_submodule(owner), value))
                 continue
             value = value.dequantize(dtype)
-        _set_parameter(network, names, nn.Parameter(value.to(device, dtype), requires_grad=False))
+        _set_tensor(network, names, value.to(device, dtype))
     for entry, tensor in zip(placement.entries, tensors, strict=True):
         if isinstance(tensor, QuantizedTensor):
             tensor.release()
@@ -293,10 +327,13 @@ def _place(network: nn.Module, placement: _Placement, dtype: torch.dtype, device
             drop_pages(tensor)
 
 
-def _set_parameter(network: nn.Module, names: list[str], parameter: nn.Parameter) -> None:
+def _set_tensor(network: nn.Module, names: list[str], value: Tensor) -> None:
+    """Set a buffer, or a frozen parameter that all `names` share."""
+    parameter = nn.Parameter(value, requires_grad=False)
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(owner), leaf, parameter)
+        path, _, leaf = name.rpartition(".")
+        owner = network.get_submodule(path)
+        setattr(owner, leaf, value if leaf in owner._buffers else parameter)
 
 
 def _quantized_part(part: nn.Module, weight: QuantizedTensor) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pentad import adapters, text, weights
-from pentad.build import default_dtype, dtype_named, meta_network, pairings, quantized_type
+from pentad.build import default_dtype, dtype_named, meta_decoder, pairings, quantized_type
 from pentad.errors import BadInput
 from pentad.memory import available_memory
 from pentad.models import family_of
@@ -204,7 +204,7 @@ class _Converter:
             raise BadInput(f"{checkpoint.path}: there are no weights next to the config")
         self.checkpoint, self.format = checkpoint, format
         self.family = family_of(checkpoint)
-        self.network = meta_network(checkpoint)
+        self.network = meta_decoder(checkpoint)
         self.entries: dict[str, tuple[TensorEntry, ...]] = {}
         self.values: dict[str, Callable[[], Value]] = {}
         if trained is None:
@@ -372,7 +372,7 @@ def _read_back(converter: _Converter, config: Mapping[str, Any], tensors: list[P
         entries[t.name] = TensorEntry(t.name, t.shape, dtype, None, t.nbytes, t.make)
     path, format, before = converter.checkpoint.path, converter.format, converter.config
     written = Checkpoint(path, format, config, {}, entries)
-    network = meta_network(written)
+    network = meta_decoder(written)
     old_rope, new_rope = _rope(converter.network), _rope(network)
     lost = {f.name for f in fields(before) if getattr(network.config, f.name, f.default) != getattr(before, f.name)}
     lost -= {"rope_theta", "rope_parameters", "partial_rotary_factor"}  # the rotations are compared instead

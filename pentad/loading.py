@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +20,19 @@ from pentad.generate.plan import check_network
 from pentad.generate.plan_step import cached_weights, step_for
 from pentad.generate.sampling import Sampling
 from pentad.generate.step import PlainStep, Step
+from pentad.models import family_of
+from pentad.models.family import TASKS
 from pentad.nn.decoder import Decoder
 from pentad.nn.encoder_decoder import EncoderDecoder
 from pentad.text.folder_settings import read_generation
+from pentad.vision.runner import VisionModel
 from pentad.weights.cache import Progress
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.quantizer import QUANTIZED
 
 DEVICES = ("cpu", "cuda", "mps")
+VISION_RUNNERS = {"classify": "pentad.vision.classifier:Classifier", "detect": "pentad.vision.detector:Detector"}
+"""A family's task -> the class that runs its networks."""
 _logger = logging.getLogger(__name__)
 
 
@@ -55,7 +61,7 @@ def load(
     cache_dtype: str | torch.dtype | None = None,
     fast: bool = False,
     progress: Progress | None = None,
-) -> LanguageModel | EncoderDecoderModel:
+) -> LanguageModel | EncoderDecoderModel | VisionModel:
     """Load a published model.
 
     Args:
@@ -70,14 +76,15 @@ def load(
         adapter: the folder of a LoRA adapter in PEFT's format, which is merged into the weights while they are loaded;
             the quantized ones among them become float32.
         threads: CPU threads of the whole process.
-        context: maximum sequence length in tokens; the model's limit by default.
+        context: maximum sequence length in tokens; the model's limit by default. This option and `quantize`, `adapter`,
+            `cache_dtype` and `fast` are for language models only.
         cache_dtype: dtype of the KV cache, or "int8" (kernels only). By default `dtype`; with the kernels float32 if
             all weights are float32, else float16.
         fast: the kernels quantize activations to 8 bits instead of 16.
         progress: reports downloads and loading.
 
     Returns:
-        The runner: a `LanguageModel`, or an `EncoderDecoderModel`.
+        The runner: a `LanguageModel`, an `EncoderDecoderModel`, or the runner of a vision model.
 
     Raises:
         BadInput: the model doesn't exist, its files are broken, or an option is out of range.
@@ -93,6 +100,14 @@ def load(
     target = _device(device)
     check_quantize(quantize, target)
     checkpoint = weights.open(registry.locate(name_or_path, progress=progress))
+    if (task := family_of(checkpoint).task) != "language":
+        given = {"quantize": quantize, "adapter": adapter, "context": context, "cache_dtype": cache_dtype, "fast": fast}
+        if wrong := next((option for option, value in given.items() if value), None):
+            raise BadInput(f"{wrong} is for language models; {name_or_path} is {TASKS[task]}")
+        chosen = build.default_dtype(checkpoint) if dtype is None else build.dtype_named(dtype)
+        vision_runner, vision = _vision_runner(str(name_or_path), task), build.meta_network(checkpoint)
+        build.fill(vision, checkpoint, device=target, dtype=chosen, quantized="none", progress=progress)
+        return vision_runner(str(name_or_path), vision, checkpoint, load_seconds=time.perf_counter() - started)
     if adapter is not None:
         checkpoint = adapters.merged(checkpoint, Path(adapter))
     kv_dtype = None if cache_dtype is None else _cache_dtype(cache_dtype)
@@ -120,6 +135,14 @@ def load(
     runner = EncoderDecoderModel if isinstance(network, EncoderDecoder) else LanguageModel
     seconds = time.perf_counter() - started
     return runner(str(name_or_path), step, tokenizer, context=context, sampling=sampling, load_seconds=seconds)
+
+
+def _vision_runner(name: str, task: str) -> type[VisionModel]:
+    if task not in VISION_RUNNERS:
+        raise BadInput(f"{name} is {TASKS[task]}")
+    module, _, runner = VISION_RUNNERS[task].partition(":")
+    found: type[VisionModel] = getattr(import_module(module), runner)
+    return found
 
 
 class Plan(NamedTuple):
@@ -153,7 +176,7 @@ def plan(
     Raises:
         BadInput: see `load`.
     """
-    network = build.meta_network(checkpoint)
+    network = build.meta_decoder(checkpoint)
     why_torch = _kernels_decline(checkpoint, network, device, dtype, quantize)
     chosen = build.default_dtype(checkpoint) if dtype is None else build.dtype_named(dtype)
     if why_torch is not None:

@@ -15,7 +15,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from pentad.build import meta_network, parameter_names
+from pentad.build import meta_decoder, parameter_names
 from pentad.errors import BadInput
 from pentad.models.family import Family
 from pentad.models.language import llama, mistral, mixtral
@@ -68,7 +68,7 @@ def mixture_network(checkpoint: Checkpoint, family: Family, dense: DecoderConfig
         raise BadInput(f"{path}: this model has biases ({', '.join(biases)}); Mixtral supports none")
     experts = {"num_local_experts": upcycling.experts, "num_experts_per_tok": upcycling.top_k}
     config = read_config(mixtral.MixtralConfig, {**asdict(dense), **experts}, path).resolve(checkpoint)
-    return meta_network(config)
+    return meta_decoder(config)
 
 
 def mixture_values(

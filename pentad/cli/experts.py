@@ -31,7 +31,7 @@ def show_experts(source: str, picture: Path | None, *, loading: o.Loading, as_js
         BadInput: a dense model, an empty text, or Pillow is missing.
     """
     from pentad import weights
-    from pentad.build import meta_network
+    from pentad.build import meta_decoder
     from pentad.generate.expert_use import expert_use, has_experts
     from pentad.weights import registry
 
@@ -42,7 +42,7 @@ def show_experts(source: str, picture: Path | None, *, loading: o.Loading, as_js
     text = o.read_text(source)
     model = loading.model
     path = registry.locate(model, progress=output.progress())
-    if not has_experts(meta_network(weights.open(path))):
+    if not has_experts(meta_decoder(weights.open(path))):
         raise BadInput(f"{model} is a dense model: it has no experts")
     loaded = replace(loading, model=str(path)).load()
     window = min(loading.context or WINDOW, loaded.context_length)

@@ -96,9 +96,13 @@ class Loading:
             from pentad import kernels
             from pentad.generate import LanguageModel
             from pentad.loading import load
+            from pentad.models.family import TASKS
+            from pentad.vision.runner import VisionModel
 
             values = {field.name: getattr(self, field.name) for field in fields(self)}
             loaded = load(values.pop("model"), **values, progress=output.progress())
+        if isinstance(loaded, VisionModel):
+            raise BadInput(f"{self.model} is {TASKS[loaded.task]}")
         if self.adapter is not None:
             output.note(f"pentad: {self.model} runs with {self.adapter} merged into its weights, {loaded.step.backend}")
         elif isinstance(loaded, LanguageModel) and loaded.network.device.type == "cpu":

@@ -39,7 +39,7 @@ class PentadLM(TemplateLM):  # type: ignore[misc]
         options: for `pentad.load`.
 
     Raises:
-        BadInput: the model can't be loaded, has no tokenizer, or is an encoder-decoder.
+        BadInput: the model can't be loaded, has no tokenizer, or isn't a decoder-only language model.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class PentadLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         model = pretrained if isinstance(pretrained, LanguageModel) else load(pretrained, **options)
         if not isinstance(model, LanguageModel):
-            raise BadInput(f"{pretrained} is an encoder-decoder; expected a decoder-only model")
+            raise BadInput(f"{pretrained} is a {type(model).__name__}; expected a decoder-only language model")
         self.model, self.tokenizer = model, model.tokenizer
         self.batch_size = int(batch_size) if str(batch_size).isdecimal() else BATCH  # "auto"
         self._device = model.network.device

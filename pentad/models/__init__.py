@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from pentad.errors import BadInput
+from pentad.models.family import TASKS
 
 if TYPE_CHECKING:
     from pentad.models.family import Family
@@ -39,6 +40,13 @@ def families() -> Iterator[Family]:
         yield import_module(name).FAMILY
 
 
+def check_task(checkpoint: Checkpoint, task: str) -> None:
+    """Raise BadInput if a checkpoint's networks have another task, one of `TASKS`."""
+    family = family_of(checkpoint)
+    if family.task != task:
+        raise BadInput(f"{checkpoint.path}: {family.names.family} is {TASKS[family.task]}")
+
+
 def family_of(checkpoint: Checkpoint) -> Family:
     """Find a checkpoint's family by its config.
 
@@ -51,14 +59,18 @@ def family_of(checkpoint: Checkpoint) -> Family:
                 raise BadInput(f"{checkpoint.path}: {checkpoint.format} files of {family.names.family} are unsupported")
             return family
     key = NAME_KEYS.get(checkpoint.format)
-    if key is None:
+    if checkpoint.format == "consolidated":
         raise BadInput(
             f"{checkpoint.path}: params.json has neither hidden_dim (Mistral's) nor multiple_of (Meta's),"
             " so its architecture is unknown"
         )
+    if key is None:
+        tensors = f"its {len(checkpoint.tensors)} tensors ({', '.join([*checkpoint.tensors][:3])}, …)"
+        raise BadInput(f"{checkpoint.path}: no config.json beside it, and {tensors} are of no known architecture")
     name = checkpoint.config.get(key)
     if not isinstance(name, str):
         raise BadInput(f"{checkpoint.path}: the config has no {key!r}, so its architecture is unknown")
-    names = [family.names.gguf if checkpoint.format == "gguf" else family.names.family for family in families()]
+    known_here = (family.names for family in families() if checkpoint.format in family.key_tables)
+    names = [names.gguf if checkpoint.format == "gguf" else names.family for names in known_here]
     known = ", ".join(sorted({name for name in names if name is not None}))
     raise BadInput(f"{checkpoint.path}: architecture {name!r} is not supported; supported: {known}")

@@ -7,9 +7,20 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from pentad.nn.decoder import Decoder
+    import torch
+    from torch import nn
+
     from pentad.weights.checkpoint import Checkpoint
     from pentad.weights.keytable import KeyTable
+
+
+TASKS = {
+    "language": "a language model: use pentad chat, complete, score or serve",
+    "classify": "a classifier of images: use pentad classify",
+    "detect": "a detector: use pentad detect",
+    "pretrain": "a pretrained encoder: pentad train fine-tunes it",
+}
+"""What a family's networks do -> what they are, and the commands for them."""
 
 
 class ArchitectureNames(NamedTuple):
@@ -65,22 +76,29 @@ class Family:
         key_tables: checkpoint format -> function from a config to the key tables of such files. The first table is used
             for writing. If a format is absent or has no table, it can't store the network.
         names: the family's names.
-        recognizes: whether a checkpoint's format and config belong to the family. If None, `names` decides.
+        recognizes: whether a checkpoint belongs to the family, by its format, config, and names and shapes of tensors.
+            If None, `names` decides.
         init_std: standard deviation of an initial weight matrix, from the config and the tensor's name; the config's
             ``initializer_range`` if None.
+        task: what the networks do, a key of `TASKS`; it decides the runner.
+        read_config: the config of a checkpoint, if it isn't a config.json of the config's fields; not resolved.
+        initialize: draws all initial weights of a network; replaces `init_std`.
     """
 
     config: type[ModelConfig]
-    network: Callable[[Any], Decoder]
+    network: Callable[[Any], nn.Module]
     key_tables: Mapping[str, Callable[[Any], list[KeyTable]]]
     names: ArchitectureNames
-    recognizes: Callable[[str, Mapping[str, Any]], bool] | None = None
+    recognizes: Callable[[Checkpoint], bool] | None = None
     init_std: Callable[[Any, str], float] | None = None
+    task: str = "language"
+    read_config: Callable[[Checkpoint], ModelConfig] | None = None
+    initialize: Callable[[Any, Any, torch.Generator], None] | None = None
 
     def matches(self, checkpoint: Checkpoint) -> bool:
         """True if a checkpoint belongs to this family, by its config."""
         if self.recognizes is not None:
-            return self.recognizes(checkpoint.format, checkpoint.config)
+            return self.recognizes(checkpoint)
         if checkpoint.format == "gguf":
             return self.names.gguf is not None and checkpoint.config.get("general.architecture") == self.names.gguf
         return checkpoint.config.get("model_type") in (self.names.family, *self.names.aliases)

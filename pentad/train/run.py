@@ -84,7 +84,7 @@ class TrainingRun:
 
     def plan(self) -> dict[str, Any]:
         """What the run would do; see `pentad.train.plan.plan`."""
-        return plan(self, self._add_lora(build.meta_network(self.source)))
+        return plan(self, self._add_lora(build.meta_decoder(self.source)))
 
     @processes.joined()
     def train(self, *, resume: bool = False, note: Callable[[str], None], report: Callable[[StepRecord], None]) -> Path:
@@ -243,7 +243,7 @@ class TrainingRun:
                 raise BadInput(f"{self.folder}: another process trains in it; choose another run.out") from None
 
     def _check_memory(self) -> None:
-        network, free = self._add_lora(build.meta_network(self.source)), available_memory(torch.device("cpu"))
+        network, free = self._add_lora(build.meta_decoder(self.source)), available_memory(torch.device("cpu"))
         needed = least_bytes(self, network, checkpointing(self, network))
         if free is not None and needed > free:
             raise BadInput(
@@ -258,6 +258,7 @@ class TrainingRun:
     def _network(self) -> Decoder:
         config = read_family_config(family_of(self.source), self.source)
         network = build.build(self.source if self.source.tensors else config, trainable=True, seed=self.recipe.run.seed)
+        assert isinstance(network, Decoder)
         if self.recipe.objective == "reward":
             network.head = reward_head(network)
         return network
@@ -344,7 +345,7 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
     tokenizer = text.load(named)
     if tokenizer is None:
         raise BadInput(f"{named.path} has no tokenizer; name one in model.tokenizer")
-    network = build.meta_network(source)
+    network = build.meta_decoder(source)
     if isinstance(network, EncoderDecoder):
         raise BadInput(f"{source.path}: encoder-decoder models can't be trained yet")
     if tokenizer.vocab_size > network.config.vocab_size:

@@ -20,7 +20,8 @@ def open(path: str | Path) -> Checkpoint:
     Args:
         path: a GGUF file (or any part of a split one); a folder in Hugging Face's layout, or its config.json, weights
             or index; a folder in the consolidated layout, or its params.json, weights or index; a folder with one GGUF
-            file; or a config alone (any .json file; consolidated only as params.json), which gives no tensors.
+            file; weights alone (a state dict in one file); or a config alone (any .json file; consolidated only as
+            params.json), which gives no tensors.
 
     Raises:
         BadInput: the path is none of these, or a file is damaged or incomplete; the message names the file.

@@ -9,7 +9,7 @@ from pentad.errors import BadInput
 
 READABLE = (
     "pentad reads GGUF files, folders with a config.json and model.safetensors or pytorch_model.bin, and folders with "
-    "a params.json and consolidated.safetensors or .pth"
+    "a params.json and consolidated.safetensors or .pth; of vision models also one .pth or .safetensors file alone"
 )
 MAX_JSON_BYTES = 100_000_000  # the limit of safetensors headers
 _MAX_MESSAGE = 600  # a hostile file may have megabytes for a tensor's name

@@ -13,6 +13,7 @@ from pentad.weights.safetensors import read_safetensors
 from pentad.weights.shards import INDEX, Reader, read_index, read_shards
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 _READERS: dict[str, Reader] = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_pickled}
 """Weights in Hugging Face's layout, in the order in which transformers looks for them."""
 
@@ -59,19 +60,22 @@ def open_consolidated(folder: Path, named: str | None = None) -> Checkpoint:
 
 
 def open_weights(path: Path, reader: Reader) -> Checkpoint:
-    """Open the checkpoint that a weight file belongs to, with all shards if an index names the file."""
+    """Open the checkpoint that a weight file belongs to, with all shards if an index names the file; without a config
+    beside it, the file alone."""
     if is_consolidated(path.name):
         return open_consolidated(path.parent, path.name)
     for name, shard_reader in _READERS.items():
         index = path.with_name(name + INDEX)
         if index.is_file() and path.name in read_index(index).values():
             return _hf(path.parent, read_shards(index, shard_reader))
+    if not any((path.parent / name).is_file() for name in (CONFIG, PARAMS, ADAPTER)):
+        return Checkpoint(path, "state_dict", {}, {}, reader(path))
     return _hf(path.parent, reader(path))
 
 
 def _hf(folder: Path, tensors: dict[str, TensorEntry]) -> Checkpoint:
     if not (folder / CONFIG).is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER).is_file():
             refuse(folder, f"an adapter, not a model; load its base model with --adapter {folder}")
         found = f"{PARAMS} describes only consolidated weights" if (folder / PARAMS).is_file() else READABLE
         refuse(folder, f"no {CONFIG} there; {found}")

@@ -10,6 +10,9 @@ from pentad.errors import PentadError
 from pentad.weights.checkpoint import TensorEntry
 from pentad.weights.files import describe, read_start, refuse
 
+WRAPPERS = ("model", "state_dict")
+"""Keys under which training scripts save the tensors, beside the optimizer's state and other values."""
+
 _ZIP = b"PK\x03\x04"
 _SAFE = "ask for the model as safetensors"
 
@@ -38,6 +41,9 @@ def read_pickled(path: Path) -> dict[str, TensorEntry]:
         function = re.search(r"GLOBAL (\S+)", str(error))
         problem = f"its pickle wants to run code ({function[1]})" if function else "not an archive of tensors"
         refuse(path, f"{problem}: refused; {_SAFE}")
+    for key in WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict):
         refuse(path, f"holds a {type(state).__name__}, not a dict of tensors; {_SAFE}")
     return {name: _entry(path, name, value) for name, value in state.items()}

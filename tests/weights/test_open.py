@@ -95,7 +95,10 @@ def test_a_safetensors_file_of_another_name(tmp_path: Path) -> None:
     assert list(pentad.weights.open(tmp_path / "mine.safetensors").tensors) == ["x"]
     assert not pentad.weights.open(tmp_path).tensors
     (tmp_path / "config.json").unlink()
-    assert "no config.json" in refusal(tmp_path / "mine.safetensors")
+    alone = pentad.weights.open(tmp_path / "mine.safetensors")
+    assert (alone.format, alone.path, list(alone.tensors)) == ("state_dict", tmp_path / "mine.safetensors", ["x"])
+    (tmp_path / "adapter_config.json").touch()
+    assert "an adapter, not a model" in refusal(tmp_path / "mine.safetensors")
 
 
 def test_a_config_alone(tmp_path: Path) -> None:

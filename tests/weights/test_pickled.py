@@ -68,6 +68,11 @@ def test_parameters_are_read_as_tensors(path: Path) -> None:
     assert not weight.requires_grad
 
 
+def test_a_state_dict_inside_a_training_checkpoint(path: Path) -> None:
+    torch.save({"model": {"x": torch.ones(1)}, "optimizer": {"step": 3}, "epoch": 3}, path)
+    assert list(read_pickled(path)) == ["x"]
+
+
 def test_code_is_not_run(path: Path) -> None:
     trace = path.with_name("trace")
     torch.save({"x": torch.ones(1), "y": CodeOnUnpickling(trace)}, path)
@@ -87,7 +92,7 @@ def test_the_format_before_2020_is_refused(path: Path) -> None:
     [
         ([torch.ones(1)], "holds a list, not a dict of tensors"),
         ({"epoch": 3}, "'epoch' is a int, not a named tensor"),
-        ({"model": {"x": torch.ones(1)}}, "'model' is a dict"),
+        ({"net": {"x": torch.ones(1)}}, "'net' is a dict"),
         ({1: torch.ones(1)}, "1 is a Tensor, not a named tensor"),
         ({"x": torch.ones(1).expand(10**12)}, "'x' of .10+,. is more than the file holds"),
         ({"x": torch.eye(3).to_sparse()}, "'x' of .3, 3. is more than|not an archive of tensors"),

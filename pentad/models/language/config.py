@@ -65,6 +65,8 @@ def read_family_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
     Raises:
         BadInput: fields are missing, have the wrong type, contradict each other, or are not supported by the family.
     """
+    if family.read_config is not None:
+        return family.read_config(checkpoint).resolve(checkpoint)
     cls = family.config
     match checkpoint.format:
         case "gguf":

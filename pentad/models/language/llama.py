@@ -3,14 +3,13 @@
 A pre-norm transformer: RMSNorm, grouped-query attention with RoPE, SwiGLU, and no biases in the published models.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
 from pentad.models.language.decoder_only import PreNormConfig, PreNormDecoder, self_attention
 from pentad.nn.feedforward import SwiGLU
+from pentad.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +32,10 @@ class Llama(PreNormDecoder):
         )
 
 
-def recognizes(format: str, config: Mapping[str, Any]) -> bool:
+def recognizes(checkpoint: Checkpoint) -> bool:
     """GGUF files of mixtures are "llama" too. Meta's params.json names no architecture, but has its own keys."""
-    match format:
+    config = checkpoint.config
+    match checkpoint.format:
         case "consolidated":
             return "multiple_of" in config and "hidden_dim" not in config
         case "gguf":

@@ -9,7 +9,6 @@ Llama's block with the paper's three ideas (section 2):
   of any length stores O(window) tokens, and prompts longer than the window run in chunks.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -54,11 +53,12 @@ class Mistral(PreNormDecoder):
         )
 
 
-def recognizes(format: str, config: Mapping[str, Any]) -> bool:
+def recognizes(checkpoint: Checkpoint) -> bool:
     """Among dense models only Mistral's params.json has hidden_dim. Mistral's GGUF files are read as "llama"."""
-    if format == "consolidated":
+    config = checkpoint.config
+    if checkpoint.format == "consolidated":
         return "hidden_dim" in config and not config.get("moe") and "num_experts" not in config
-    return format == "hf" and config.get("model_type") in ("mistral", "ministral")
+    return checkpoint.format == "hf" and config.get("model_type") in ("mistral", "ministral")
 
 
 FAMILY = Family(

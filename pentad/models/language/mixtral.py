@@ -5,7 +5,7 @@ The parts of the mixture are in `pentad.nn.moe`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from pentad.models.family import ArchitectureNames, Family
 from pentad.models.language import key_rules
@@ -99,9 +99,10 @@ def _separate_experts(pattern: str, names: Mapping[str, str], config: MixtralCon
     ]
 
 
-def recognizes(format: str, config: Mapping[str, Any]) -> bool:
+def recognizes(checkpoint: Checkpoint) -> bool:
     """Mixtral's GGUF files are "llama" with experts; its params.json has ``moe`` or ``num_experts``."""
-    match format:
+    config = checkpoint.config
+    match checkpoint.format:
         case "gguf":
             return config.get("general.architecture") == "llama" and bool(config.get("llama.expert_count"))
         case "consolidated":

@@ -14,7 +14,7 @@ excludes it, which matters only with padding. The configs on the Hugging Face hu
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family
@@ -114,11 +114,12 @@ def init_std(config: OpenMoeConfig, name: str) -> float:
     return config.initializer_range
 
 
-def recognizes(format: str, config: Mapping[str, Any]) -> bool:
+def recognizes(checkpoint: Checkpoint) -> bool:
     """The published config.json has model_type "llama" but its own architecture."""
+    config = checkpoint.config
     architectures = config.get("architectures")
     listed = isinstance(architectures, list) and "OpenMoeForCausalLM" in architectures
-    return format == "hf" and (listed or config.get("model_type") == "openmoe")
+    return checkpoint.format == "hf" and (listed or config.get("model_type") == "openmoe")
 
 
 FAMILY = Family(

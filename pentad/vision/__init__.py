@@ -1,0 +1,1 @@
+"""Networks for images: preprocessing, postprocessing, and the runners that `pentad.load` returns."""
