@@ -1,0 +1,129 @@
+"""Vision against its peers, interleaved, each with the same answers: python benchmarks/vision.py [nms …].
+
+nms: pentad's NMS and RoIAlign against torchvision's C++. They need a torchvision whose operators load in this
+interpreter, or Debian's (apt install python3-torchvision), which --peer /usr/bin/python3 runs in a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+# What the peer's process does: a line of standard input names a case, and the seconds are its answer.
+PEER = """
+import json, sys, time, torch, torchvision
+torch.set_num_threads(int(sys.argv[2]))
+cases = torch.load(sys.argv[1])
+print(json.dumps(f"torchvision {torchvision.__version__}"), flush=True)
+for line in sys.stdin:
+    operator, *arguments = cases[line.strip()]
+    start = time.perf_counter()
+    result = getattr(torchvision.ops, operator)(*arguments)
+    seconds = time.perf_counter() - start
+    torch.save(result, sys.argv[1] + ".result")
+    print(json.dumps(seconds), flush=True)
+"""
+
+
+class Peer:
+    """torchvision in a process of its own."""
+
+    def __init__(self, python: str, cases: dict[str, tuple], threads: int, folder: str) -> None:
+        self.path = f"{folder}/cases.pt"
+        torch.save(cases, self.path)
+        self.process = subprocess.Popen(
+            [python, "-c", PEER, self.path, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.version = json.loads(self.process.stdout.readline())
+
+    def run(self, name: str) -> tuple[float, Tensor]:
+        self.process.stdin.write(name + "\n")
+        self.process.stdin.flush()
+        seconds = json.loads(self.process.stdout.readline())
+        return seconds, torch.load(f"{self.path}.result")
+
+
+def detections(count: int, centers: int, spread: float) -> tuple[Tensor, Tensor]:
+    """Boxes around random centers, as detectors give them before NMS, and their scores."""
+    around = torch.rand(centers, 2) * 1000
+    start = around[torch.randint(centers, (count,))] + torch.randn(count, 2) * spread
+    return torch.cat((start, start + 30 + 60 * torch.rand(count, 2)), 1), torch.rand(count)
+
+
+def compare(name: str, ours: Callable[[], Tensor], peer: Peer, same: Callable[[Tensor, Tensor], bool]) -> None:
+    times: list[tuple[float, float]] = []
+    for _ in range(7):
+        start = time.perf_counter()
+        result = ours()
+        seconds = time.perf_counter() - start
+        theirs, expected = peer.run(name)
+        assert same(result, expected), f"{name}: the results differ"
+        times.append((seconds, theirs))
+    mine, theirs = ([1000 * pair[side] for pair in times[1:]] for side in (0, 1))
+    print(
+        f"{name:28} pentad {min(mine):8.2f} ms (median {median(mine):8.2f})"
+        f"   torchvision {min(theirs):8.2f} ms (median {median(theirs):8.2f})"
+        f"   {min(mine) / min(theirs):5.2f} x its time"
+    )
+
+
+def nms_section(python: str, threads: int) -> None:
+    from pentad.nn.boxes import nms, roi_align
+
+    torch.manual_seed(0)
+    grid = torch.randint(0, 40, (10_000, 2)).float()
+    ties = torch.cat((grid, grid + torch.randint(1, 20, (10_000, 2))), 1), torch.randint(10, (10_000,)) / 10
+    boxes = {
+        "NMS 10,000, crowded": detections(10_000, 300, 5.0),
+        "NMS 10,000, spread": detections(10_000, 10_000, 5.0),
+        "NMS 10,000, ties": ties,
+        "NMS 300": detections(300, 30, 5.0),
+        "NMS 0": detections(0, 1, 1.0),
+    }
+    features = torch.randn(1, 256, 64, 64).to(memory_format=torch.channels_last)
+    start = torch.rand(500, 2) * 240 - 10
+    regions = torch.cat((torch.zeros(500, 1), start, start + 5 + 100 * torch.rand(500, 2)), 1)
+    cases: dict[str, tuple] = {name: ("nms", *pair, 0.5) for name, pair in boxes.items()}
+    for sampling in (2, -1):
+        for aligned in (False, True):
+            name = f"RoIAlign 500, {sampling}, {aligned}"
+            cases[name] = ("roi_align", features, regions, [7, 7], 0.25, sampling, aligned)
+    with tempfile.TemporaryDirectory() as folder:
+        peer = Peer(python, cases, threads, folder)
+        print(f"torch {torch.__version__}, {peer.version}, {threads} thread(s)")
+        for name, (corners, scores) in boxes.items():
+            compare(name, lambda c=corners, s=scores: nms(c, s, 0.5), peer, torch.equal)
+        for name in [name for name in cases if name not in boxes]:
+            *_, sampling, aligned = cases[name]
+            compare(
+                name,
+                lambda s=sampling, a=aligned: roi_align(
+                    features, regions[:, 1:], torch.zeros(500).long(), (7, 7), 0.25, max(s, 0), a
+                ),
+                peer,
+                lambda one, other: torch.allclose(one, other, atol=1e-5),
+            )
+        peer.process.stdin.close()
+
+
+SECTIONS = {"nms": nms_section}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--peer", default=sys.executable, help="a Python interpreter with torchvision")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for section in options.sections:
+        SECTIONS[section](options.peer, options.threads)

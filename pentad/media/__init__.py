@@ -1,0 +1,1 @@
+"""Image and video files to tensors and back, and drawing on pictures: ``pip install 'pentad[vision]'``."""
