@@ -59,7 +59,7 @@ OTHER_FAMILIES: dict[str, Callable[[Path], Any]] = {
 
 def test_every_family_is_tested() -> None:
     tested = {name.split(",")[0] for name in (*GGUF_FAMILIES, *OTHER_FAMILIES)}
-    assert tested == {family.names.family for family in families()}
+    assert tested == {family.names.family for family in families() if family.task == "language"}
 
 
 def logits(model: LanguageModel | EncoderDecoderModel) -> Tensor:

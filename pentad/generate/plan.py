@@ -38,7 +38,7 @@ KNOWN_ATTRIBUTES: dict[type[nn.Module], set[str]] = {
     },
     SwiGLU: {"gate_proj", "up_proj", "down_proj"},
     GatedSwiGLU: {"gate_proj", "up_proj", "down_proj"},
-    GeluMLP: {"up_proj", "down_proj"},
+    GeluMLP: {"up_proj", "down_proj", "approximate"},
     MixtureOfExperts: {
         *("router", "experts", "route", "top_k", "capacity", "training_capacity"),
         *("group_size", "jitter", "generator"),
@@ -103,7 +103,7 @@ class Planner:
         qkv = self._linears(attention, "q_proj", "k_proj", "v_proj")
         if type(block) is ParallelBlock:
             norm, feedforward = read(block, "norm", "feedforward")
-            up, down = self._linears(_check_type(feedforward, GeluMLP), "up_proj", "down_proj")
+            up, down = self._gelu(feedforward)
             self._norm(norm, [*qkv, up])
             matmul(qkv, Buffer.NORMED, Buffer.PROJECTED)
             matmul([up], Buffer.NORMED, Buffer.GATES, gelu=True)
@@ -139,7 +139,7 @@ class Planner:
         if type(part) is MixtureOfExperts:
             return self._mixture(norm, part)
         if type(part) is GeluMLP:
-            up, down = self._linears(part, "up_proj", "down_proj")
+            up, down = self._gelu(part)
             self._norm(norm, [up])
             self.program.matmul([up], Buffer.NORMED, Buffer.GATES, gelu=True)
         else:
@@ -157,6 +157,11 @@ class Planner:
         known = SwiGLUExperts if type(part) is SwiGLUExperts else SwiGLU
         gate, up, down = self._linears(_check_type(part, known), "gate_proj", "up_proj", "down_proj")
         return [gate, up], down
+
+    def _gelu(self, part: nn.Module) -> list[Weight]:
+        if self.guards.read(_check_type(part, GeluMLP), "approximate") != "tanh":
+            raise UnsupportedByKernels("GELU is exact, not approximated by tanh")
+        return self._linears(part, "up_proj", "down_proj")
 
     def _mixture(self, norm: nn.Module, part: MixtureOfExperts) -> None:
         read, program = self.guards.read, self.program

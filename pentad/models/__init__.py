@@ -13,10 +13,9 @@ if TYPE_CHECKING:
     from pentad.models.family import Family
     from pentad.weights.checkpoint import Checkpoint
 
-MODULES = [
-    f"pentad.models.language.{name}"
-    for name in ("openmoe", "llama", "mistral", "qwen2", "qwen3", "phi", "mixtral", "qwen", "switch_transformers")
-]
+_LANGUAGE = "openmoe", "llama", "mistral", "qwen2", "qwen3", "phi", "mixtral", "qwen", "switch_transformers"
+_VISION = "vit", "mae", "resnet", "nfnet"
+MODULES = [*(f"pentad.models.language.{name}" for name in _LANGUAGE), *(f"pentad.models.vision.{n}" for n in _VISION)]
 """Modules with a FAMILY. They are imported one after the other until a family matches a checkpoint.
 
 OpenMoE comes before Llama because its ``config.json`` has Llama's ``model_type``.

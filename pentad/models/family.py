@@ -81,7 +81,8 @@ class Family:
         init_std: standard deviation of an initial weight matrix, from the config and the tensor's name; the config's
             ``initializer_range`` if None.
         task: what the networks do, a key of `TASKS`; it decides the runner.
-        read_config: the config of a checkpoint, if it isn't a config.json of the config's fields; not resolved.
+        read_config: the config of a checkpoint without a ``model_type``, such as a state dict's or a Darknet
+            cfg's; not resolved.
         initialize: draws all initial weights of a network; replaces `init_std`.
     """
 

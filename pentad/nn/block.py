@@ -97,6 +97,34 @@ class PreNormBlock(nn.Module):
         return _add_feedforward(x_ND, self.feedforward, self.feedforward_norm(x_ND), batch)
 
 
+class DropPathBlock(PreNormBlock):
+    """`PreNormBlock` with stochastic depth (arXiv:1603.09382): in training, each branch is left out of a whole sequence
+    with probability `drop_path`, and is otherwise scaled up."""
+
+    def __init__(
+        self,
+        attention_norm: nn.Module,
+        attention: nn.Module,
+        feedforward_norm: nn.Module,
+        feedforward: nn.Module,
+        drop_path: float,
+    ) -> None:
+        super().__init__(attention_norm, attention, feedforward_norm, feedforward)
+        self.drop_path = drop_path
+
+    def forward(self, x_ND: Tensor, batch: Batch) -> Tensor:
+        """[N, D] -> [N, D]."""
+        x_ND = x_ND + self._dropped(self.attention(self.attention_norm(x_ND), batch), batch)
+        return x_ND + self._dropped(self.feedforward(self.feedforward_norm(x_ND)), batch)
+
+    def _dropped(self, y_ND: Tensor, batch: Batch) -> Tensor:
+        if not self.training or not self.drop_path:
+            return y_ND
+        keep_B = y_ND.new_empty(len(batch.layout), 1).bernoulli_(1 - self.drop_path).div_(1 - self.drop_path)
+        lengths = batch.layout.cu_seqlens_on(y_ND.device).diff()
+        return y_ND * keep_B.repeat_interleave(lengths, 0, output_size=len(y_ND))
+
+
 class ExtraFeedforwardBlock(PreNormBlock):
     """`PreNormBlock`, then x + extra_feedforward(extra_norm(x)): OpenMoE's block with a mixture.
 

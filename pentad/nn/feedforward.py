@@ -59,19 +59,22 @@ class _GatedLinear(torch.autograd.Function):
 
 
 class GeluMLP(nn.Module):
-    """down(gelu(up(x))), with biases: GPT-2's feed-forward layer.
+    """down(gelu(up(x))), with biases: the feed-forward layer of GPT-2 and ViT.
 
-    GELU (arXiv:1606.08415) is approximated by tanh, published as ``gelu_new``.
+    Args:
+        dim, hidden_dim: widths.
+        approximate: "tanh" for the approximation of GELU (arXiv:1606.08415) published as ``gelu_new``, or "none".
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, *, approximate: str = "tanh") -> None:
         super().__init__()
+        self.approximate = approximate
         self.up_proj = nn.Linear(dim, hidden_dim)
         self.down_proj = nn.Linear(hidden_dim, dim)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """[N, dim] -> [N, dim]."""
-        out_ND: Tensor = self.down_proj(F.gelu(self.up_proj(x_ND), approximate="tanh"))
+        out_ND: Tensor = self.down_proj(F.gelu(self.up_proj(x_ND), approximate=self.approximate))
         return out_ND
 
 

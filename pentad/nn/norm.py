@@ -69,4 +69,5 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         weight = self.weight
-        return (F.layer_norm(x_ND.float(), (self.dim,), eps=self.eps) * weight + self.bias).to(weight.dtype)
+        y_ND = F.layer_norm(x_ND.float(), (self.dim,), weight.float(), self.bias.float(), self.eps)
+        return y_ND.to(weight.dtype)

@@ -214,10 +214,12 @@ class KeyTable:
     Args:
         rules: a later rule for a module overrides an earlier one.
         ignored: regular expressions for names of the file's tensors that the network doesn't need.
+        prefix: if given, modules without a rule have this before their name in the file, which is otherwise the same.
     """
 
-    def __init__(self, rules: Iterable[Rule], ignored: Sequence[str] = ()) -> None:
+    def __init__(self, rules: Iterable[Rule], ignored: Sequence[str] = (), prefix: str | None = None) -> None:
         self.rules = list(rules)
+        self.prefix = prefix
         self.ignored = [re.compile(pattern) for pattern in ignored]
         self._rule_of = {module: rule for rule in self.rules for module in _names(rule.ours)}
 
@@ -232,6 +234,8 @@ class KeyTable:
             module, _, leaf = name.rpartition(".")
             numbers = LAYER.findall(module)
             rule = self._rule_of.get(module) or self._rule_of.get(LAYER.sub("*", module))
+            if rule is None and self.prefix is not None:
+                rule = Rule(module, self.prefix + module)
             if rule is None:
                 raise LookupError(f"the family's key table has no rule for its own tensor {name}")
             ours, theirs = (

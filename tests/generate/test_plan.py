@@ -65,7 +65,7 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_every_family_is_tested() -> None:
-    assert {name.split(",")[0] for name in FAMILIES} >= {family.names.family for family in families()} - {
+    assert {name.split(",")[0] for name in FAMILIES} >= {f.names.family for f in families() if f.task == "language"} - {
         "switch_transformers"
     }
 

@@ -65,7 +65,7 @@ def read_family_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
     Raises:
         BadInput: fields are missing, have the wrong type, contradict each other, or are not supported by the family.
     """
-    if family.read_config is not None:
+    if family.read_config is not None and "model_type" not in checkpoint.config:
         return family.read_config(checkpoint).resolve(checkpoint)
     cls = family.config
     match checkpoint.format:
