@@ -1,8 +1,11 @@
 """A GGUF vocabulary gives llama.cpp's ids, for each value of tokenizer.ggml.pre that pentad reads.
 
 The vocabulary is trained on the test's texts. llama.cpp may split characters that its table of Unicode categories lacks
-differently; the texts have none.
+differently; the texts have none. Where llama.cpp's splits are known not to be the published ones, texts are left out.
 """
+
+import unicodedata
+from functools import partial
 
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,15 @@ from tests.parity.golden import apart
 pytest.importorskip("llama_cpp", reason="make parity installs it")
 
 TEXTS = [text for text in SHORT if text] + [gguf_vocab.PROBE, "It's WE'LL 1234 12345.6", "\r\n\n  x \t\n"]
+
+
+def is_split_as_published(pre: str, text: str) -> bool:
+    """Whether llama.cpp splits the text as the model's published tokenizer.json does."""
+    if pre == "tekken":  # its form of the expression has no marks (category M)
+        return not any(unicodedata.category(c).startswith("M") for c in text)
+    if pre in ("deepseek-llm", "deepseek-coder"):  # it sees U+000B for other spaces, some of which are in a class
+        return not any(c.isspace() and ord(c) > 127 for c in text)
+    return True
 
 
 def metadata(pre: str) -> dict[str, Any]:
@@ -50,11 +62,11 @@ def write(path: Path, keys: dict[str, Any]) -> None:
     writer.close()
 
 
-def ids(path: Path) -> list[list[int]]:
+def ids(path: Path, texts: list[str]) -> list[list[int]]:
     import llama_cpp
 
     model = llama_cpp.Llama(model_path=str(path), vocab_only=True, verbose=False)
-    return [model.tokenize(text.encode(), add_bos=False, special=False) for text in TEXTS]
+    return [model.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
 
 
 @pytest.mark.parametrize("pre", byte_level.SPLITS)
@@ -63,4 +75,6 @@ def test_ids_equal_llama_cpps(tmp_path: Path, pre: str) -> None:
     write(tmp_path / "m.gguf", keys)
     tokenizer = gguf_vocab.load(keys)
     assert tokenizer is not None
-    assert [tokenizer.encode(text) for text in TEXTS] == apart(ids, tmp_path / "m.gguf")
+    texts = [text for text in TEXTS if is_split_as_published(pre, text)]
+    assert len(texts) > len(TEXTS) / 2
+    assert [tokenizer.encode(text) for text in texts] == apart(partial(ids, texts=texts), tmp_path / "m.gguf")
