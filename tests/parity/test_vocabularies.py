@@ -6,7 +6,6 @@ differently; the texts have none. Where llama.cpp's splits are known not to be t
 
 import unicodedata
 from functools import partial
-
 from pathlib import Path
 from typing import Any
 
