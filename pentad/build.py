@@ -170,7 +170,7 @@ def fill(
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta and not buffer.is_floating_point():  # num_batches_tracked
-                setattr(module, name, torch.zeros_like(buffer, device=device))
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
     return network.eval()
 
 

@@ -20,14 +20,15 @@ def open(path: str | Path) -> Checkpoint:
     Args:
         path: a GGUF file (or any part of a split one); a folder in Hugging Face's layout, or its config.json, weights
             or index; a folder in the consolidated layout, or its params.json, weights or index; a folder with one GGUF
-            file; weights alone (a state dict in one file); or a config alone (any .json file; consolidated only as
-            params.json), which gives no tensors.
+            file; Darknet's .cfg or .weights, with the other beside it; weights alone (a state dict in one file); or a
+            config alone (any .json file; consolidated only as params.json), which gives no tensors.
 
     Raises:
         BadInput: the path is none of these, or a file is damaged or incomplete; the message names the file.
     """
     from pentad.weights.checkpoint import Checkpoint
     from pentad.weights.consolidated import is_consolidated
+    from pentad.weights.darknet import CFG, WEIGHTS, open_darknet
     from pentad.weights.files import READABLE, describe, read_json, read_start, refuse
     from pentad.weights.folder import CONFIG, PARAMS, open_consolidated, open_folder, open_weights
     from pentad.weights.gguf import open_gguf
@@ -40,6 +41,8 @@ def open(path: str | Path) -> Checkpoint:
         return open_folder(path)
     if path.exists() and not path.is_file():
         refuse(path, "neither a file nor a folder")
+    if path.suffix in (CFG, WEIGHTS):
+        return open_darknet(path)
     start = read_start(path)
     if start.startswith(MAGIC):
         return open_gguf(path)

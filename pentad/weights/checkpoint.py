@@ -41,10 +41,11 @@ class Checkpoint:
     """A checkpoint's files, opened: only headers have been read.
 
     Attributes:
-        path: the folder or, for GGUF and state dicts, the file (the first part of a split one).
-        format: "hf" (config.json beside the weights), "consolidated" (params.json), "gguf", or "state_dict" (weights in
-            one file, without a config).
-        config: config.json, params.json, or a GGUF's metadata under the file's own keys; empty for a state dict.
+        path: the folder or, for GGUF, Darknet (.cfg) and state dicts, the file (the first part of a split one).
+        format: "hf" (config.json beside the weights), "consolidated" (params.json), "gguf", "darknet", or "state_dict"
+            (weights in one file, without a config).
+        config: config.json, params.json, or a GGUF's metadata under the file's own keys; Darknet's texts (cfg, names)
+            and header; empty for a state dict.
         generation: generation_config.json; empty if there is none.
         tensors: by name; empty for a config without weights.
     """

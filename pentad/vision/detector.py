@@ -1,0 +1,161 @@
+"""Detectors: boxes with labels and scores, for images of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pentad.errors import BadInput
+from pentad.vision.darknet import DarknetPredictor
+from pentad.vision.found import Found
+from pentad.vision.runner import VisionModel
+from pentad.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+    Image = str | Path | bytes | Tensor | Picture
+    """A path, a file's content, uint8 [3, H, W] (red, green, blue), or a picture of Pillow's."""
+
+THRESHOLD = 0.25
+PREDICTORS: dict[str, Callable[..., Any]] = {"Darknet": DarknetPredictor}
+"""A network's class -> its pre- and postprocessing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """One object.
+
+    Attributes:
+        box: x0, y0, x1, y1 in pixels; as in OpenCV it may reach beyond the image.
+        label: name of its class.
+        label_id: number of its class.
+        score: from 0 to 1.
+    """
+
+    box: tuple[float, float, float, float]
+    label: str
+    label_id: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """The objects of one image.
+
+    Attributes:
+        image: the image's path; None if it has none.
+        width, height: of the image, in pixels.
+        detections: the objects, by falling score.
+    """
+
+    image: str | None
+    width: int
+    height: int
+    detections: tuple[Detection, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return asdict(self)
+
+
+class Detector(VisionModel):
+    """A detector that is ready to run.
+
+    >>> import pentad
+    >>> detector = pentad.load("yolov3-tiny")
+    >>> for found in detector.detect(["dog.jpg", "cat.jpg"], threshold=0.5):
+    ...     print(found.image, [(one.label, one.score, one.box) for one in found.detections])
+    """
+
+    task: ClassVar[str] = "detect"
+
+    def __init__(self, name: str, network: nn.Module, checkpoint: Checkpoint, *, load_seconds: float = 0.0) -> None:
+        super().__init__(name, network, checkpoint, load_seconds=load_seconds)
+        if not self.labels:
+            raise BadInput(f"{name} has no detection layer, so it finds no boxes; expected one of a detector")
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The labels of all classes, by number."""
+        labels: Sequence[str] = self.network.config.names  # type: ignore[union-attr, assignment]
+        return labels
+
+    def detect(
+        self,
+        images: Image | Sequence[Image],
+        *,
+        threshold: float = THRESHOLD,
+        letterbox: bool = False,
+        classes: Collection[str | int] | None = None,
+        batch_size: int = 1,
+    ) -> list[Detections]:
+        """Find the objects of images.
+
+        Args:
+            images: one image or several.
+            threshold: the least score of an object.
+            letterbox: keep the aspect ratio and fill the rest with gray, as Darknet does; the default stretches images
+                to the network's size, as OpenCV's users do.
+            classes: labels or numbers of the classes to look for; all by default.
+            batch_size: images that go through the network together.
+
+        Returns:
+            One result for each image.
+
+        Raises:
+            BadInput: an image can't be read, or an argument is out of range.
+        """
+        single = isinstance(images, str | Path | bytes | Tensor) or not isinstance(images, Sequence)
+        many: Sequence[Image] = [images] if single else images  # type: ignore[list-item, assignment]
+        if not 0 <= threshold <= 1:
+            raise BadInput(f"threshold is {threshold}; expected a number from 0 to 1")
+        if batch_size < 1:
+            raise BadInput(f"batch_size is {batch_size}; expected a whole number of at least 1")
+        wanted = None if classes is None else {self.label_id(one) for one in classes}
+        predict = PREDICTORS[type(self.network).__name__](self.network, letterbox=letterbox)
+        results = []
+        for start in range(0, len(many), batch_size):
+            batch = many[start : start + batch_size]
+            pixels = [_pixels(image) for image in batch]
+            for image, tensor, found in zip(batch, pixels, predict(pixels, threshold), strict=True):
+                name = str(image) if isinstance(image, str | Path) else None
+                height, width = tensor.shape[1:]
+                results.append(Detections(name, width, height, tuple(self._objects(found, wanted))))
+        return results
+
+    def _objects(self, found: Found, wanted: set[int] | None) -> Iterator[Detection]:
+        for box, score, label in zip(*(one.tolist() for one in found), strict=True):
+            if wanted is None or label in wanted:
+                yield Detection(tuple(box), self.labels[label], label, score)
+
+    def label_id(self, label: str | int) -> int:
+        """The number of a class, by its label or number.
+
+        Raises:
+            BadInput: there is none.
+        """
+        if label in self.labels:
+            return self.labels.index(str(label))
+        if str(label).isdecimal() and int(label) < len(self.labels):
+            return int(label)
+        known = ", ".join(self.labels[:100])
+        raise BadInput(f"class is {label!r}; expected one of {known}, or a number below {len(self.labels)}")
+
+
+def _pixels(image: Image) -> Tensor:
+    """An image as uint8 [3, H, W]."""
+    from pentad.media.images import from_pil, read_image
+
+    if isinstance(image, str | Path | bytes):
+        return read_image(image)
+    if not isinstance(image, Tensor):
+        return from_pil(image)
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+        raise BadInput(f"the image is {image.dtype} {list(image.shape)}; expected uint8 [3, height, width]")
+    return image

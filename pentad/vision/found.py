@@ -1,0 +1,19 @@
+"""The objects of one image, as tensors."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Found(NamedTuple):
+    """The objects of one image, by falling score.
+
+    Attributes:
+        boxes_N4: x0, y0, x1, y1 in pixels of the image.
+        scores_N: from 0 to 1.
+        labels_N: numbers of the classes.
+    """
+
+    boxes_N4: Tensor
+    scores_N: Tensor
+    labels_N: Tensor
