@@ -97,7 +97,7 @@ def load(
         if threads < 1:
             raise BadInput(f"threads is {threads}; expected at least 1")
         torch.set_num_threads(threads)
-    target = _device(device)
+    target = device_named(device)
     check_quantize(quantize, target)
     checkpoint = weights.open(registry.locate(name_or_path, progress=progress))
     if (task := family_of(checkpoint).task) != "language":
@@ -219,7 +219,8 @@ def _cache_dtype(name: str | torch.dtype) -> torch.dtype:
     return torch.int8 if str(name).removeprefix("torch.") == "int8" else build.dtype_named(name)
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def device_named(name: str | torch.device | None) -> torch.device:
+    """A device from its name, by default CUDA if available; raise BadInput if it can't be used."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if str(name).partition(":")[0] not in DEVICES:

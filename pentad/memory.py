@@ -72,8 +72,12 @@ def kv_cache_bytes(network: Decoder, tokens: int, dtype: torch.dtype, *, lanes: 
     )
 
 
-def process_bytes() -> int:
-    """The peak memory of this process so far; 0 on Windows."""
+def process_bytes(device: torch.device | None = None) -> int:
+    """The peak memory of this process so far, on the CPU or in tensors on a CUDA device; 0 on Windows."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:

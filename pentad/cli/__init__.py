@@ -15,6 +15,7 @@ import typer
 import pentad
 from pentad.cli import output
 from pentad.cli.benching import bench
+from pentad.cli.classifying import classify
 from pentad.cli.converting import convert, merge
 from pentad.cli.detecting import detect
 from pentad.cli.environment import env
@@ -33,7 +34,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
-for command in (chat, complete, score, models, pull, rm, show, detect, convert, merge, train, serve, bench, env):
+COMMANDS = (
+    *(chat, complete, score, classify, detect),
+    *(models, pull, rm, show, convert, merge, train, serve, bench, env),
+)
+for command in COMMANDS:
     app.command()(with_groups(command))
 app.command("run", hidden=True)(with_groups(chat))  # as Ollama names them
 app.command("list", hidden=True)(with_groups(models))

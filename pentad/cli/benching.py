@@ -191,9 +191,7 @@ def _run(step: Step, case: Case, vocabulary: int) -> float:
 
 def _prefill(step: Step, prompts: list[tuple[CachedSequence, list[int]]]) -> None:
     """Run prompts in steps as large as the engine's; each prompt's last row gives logits."""
-    from pentad.generate.engine import EngineConfig
-
-    max_tokens = EngineConfig().max_batched_tokens
+    max_tokens = step.batched_tokens
     waiting = deque((sequence, ids) for sequence, ids in prompts if ids)
     while waiting:
         work: list[tuple[CachedSequence, list[int]]] = []

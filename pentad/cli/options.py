@@ -55,6 +55,10 @@ Quantize = Annotated[
         " none dequantizes instead, and turns the CPU kernels off. Default: as in the file.",
     ),
 ]
+Device = Annotated[
+    str | None, Option(metavar="NAME", help="cpu, cuda or mps. Default: CUDA if there is a GPU, else the CPU.")
+]
+Threads = Annotated[int | None, Option(min=1, max=1024, metavar="N", help="CPU threads.")]
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,8 @@ class Loading:
         Path | None,
         Option(metavar="DIR", help="A LoRA adapter in PEFT's format, merged into the weights while they are loaded."),
     ] = None
-    device: Annotated[
-        str | None, Option(metavar="NAME", help="cpu, cuda or mps. Default: CUDA if there is a GPU, else the CPU.")
-    ] = None
-    threads: Annotated[int | None, Option(min=1, max=1024, metavar="N", help="CPU threads.")] = None
+    device: Device = None
+    threads: Threads = None
     fast: Annotated[
         bool,
         Option("--fast", help="The CPU kernels round activations to 8 bits instead of 16 where weights are quantized."),
@@ -116,6 +118,34 @@ class Loading:
     def load_decoder_only(self, verb: str) -> LanguageModel:
         """`load`; raises BadInput if the model is an encoder-decoder, for which `verb` is not defined."""
         return decoder_only(self.load(), verb)
+
+
+@dataclass(frozen=True)
+class VisionLoading:
+    """Options of every command that loads a vision model."""
+
+    dtype: Annotated[
+        DtypeName | None,
+        Option(metavar="TYPE", help="Compute in float32, bfloat16 or float16. Default: as the weights are stored."),
+    ] = None
+    device: Device = None
+    threads: Threads = None
+
+    def load(self, model: str, task: str) -> Any:
+        """`pentad.load`, with progress on the terminal; BadInput if the model has another task."""
+        with output.status(f"loading {model} …"):
+            from pentad.weights import registry
+
+            registry.check(model)
+            from pentad.loading import load
+            from pentad.models.family import TASKS
+
+            options = {field.name: getattr(self, field.name) for field in fields(self)}
+            loaded = load(model, **options, progress=output.progress())
+        found = getattr(loaded, "task", "language")
+        if found != task:
+            raise BadInput(f"{model} is {TASKS[found]}")
+        return loaded
 
 
 def decoder_only(model: LanguageModel | EncoderDecoderModel, verb: str) -> LanguageModel:

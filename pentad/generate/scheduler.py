@@ -26,7 +26,7 @@ class EngineConfig:
     """Limits of an engine.
 
     Attributes:
-        max_batched_tokens: maximum tokens per step.
+        max_batched_tokens: maximum tokens per step; None for what the executor runs best.
         max_num_seqs: maximum sequences that run together; other requests wait.
         max_cache_bytes: size of the KV cache, which is allocated once. With None it grows. The keys and values of an
             encoder-decoder's sources are not counted.
@@ -37,7 +37,7 @@ class EngineConfig:
             they are only used where logits don't depend on chunks.
     """
 
-    max_batched_tokens: int = 512
+    max_batched_tokens: int | None = None
     max_num_seqs: int = 32
     max_cache_bytes: int | None = None
     reserved_tokens: int = 256
@@ -101,6 +101,7 @@ class Scheduler:
             BadInput: the cache's limit is below one page.
         """
         self.executor = step
+        self._max_batched_tokens = self.config.max_batched_tokens or step.batched_tokens
         self.store = PrefixStore(step)
         mixtures = [part for part in step.network.modules() if isinstance(part, MixtureOfExperts)]
         self._runs_whole = any(mixture.capacity is not None for mixture in mixtures)
@@ -228,7 +229,7 @@ class Scheduler:
         running = self.running
         pending = {request: request.pending(self.sequence(request).length) for request in running}
         decoding = {request for request in running if is_decoding(request, pending[request])}
-        left = self.config.max_batched_tokens - len(decoding)
+        left = self._max_batched_tokens - len(decoding)
         if not self._runs_whole:
             left = int(min(left, self.pace.prefill_tokens(len(decoding))))
         counts: dict[Request, int] = {}
@@ -352,7 +353,7 @@ class Scheduler:
                 continue
             if now > length and now >= offset and cache.can_truncate(sequence, now - offset):
                 best, length = Prefix(sequence, now - offset), now
-            stays = cache.window is None or common + self.config.max_batched_tokens <= cache.window
+            stays = cache.window is None or common + self._max_batched_tokens <= cache.window
             if common > computed and stays:
                 awaited = max(awaited, common)
         return best, awaited >= length + MIN_AWAITED_TOKENS

@@ -34,12 +34,14 @@ class Step(Protocol):
         cache: keys and values of its sequences.
         backend: what executes the steps, and why: "as plain torch: a part has a hook".
         exact: a token's logits have the same bits in any chunk, and beside any other sequences.
+        batched_tokens: how many tokens of prompts a step should run.
     """
 
     network: Decoder
     cache: PagedCache
     backend: str
     exact: bool = False
+    batched_tokens: int = 512
 
     def rope_scaling_key(self, length: int) -> int:
         """A key for a sequence's length. Sequences with equal keys have the same RoPE, and may share cached keys."""
@@ -97,6 +99,8 @@ class PlainStep(Step):
         self.backend = f"as plain torch: {why}"
         self._replan = replan
         self._hidden_MD = torch.empty(0)
+        if network.device.type == "cuda":
+            self.batched_tokens = 8192  # fewer would leave the device waiting for the next operation's launch
         layers = [part for part in network.modules() if isinstance(part, Attention)]
         rope = layers[0].rope
         self._scaling = DefaultRope() if rope is None else rope.scaling

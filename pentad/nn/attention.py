@@ -169,7 +169,9 @@ def _sdpa(q_NHD: Tensor, k: Tensor, v: Tensor, queries: SequenceLayout, keys: Ke
         q_QHD, k_1GKD, v_1GKD = q_NHD.narrow(0, start, count), _rows(k, span), _rows(v, span)
         if count == 1 and scoring.bias is None:  # all heads of a group see the same keys: pass them as the queries
             q_1GRD = q_QHD.view(1, groups, heads // groups, -1)
-            out.append(F.scaled_dot_product_attention(q_1GRD, k_1GKD, v_1GKD, scale=scoring.scale).view(1, heads, -1))
+            out.append(
+                F.scaled_dot_product_attention(q_1GRD, k_1GKD, v_1GKD, scale=scoring.scale).reshape(1, heads, -1)
+            )
         else:
             out.append(_one_length(q_QHD.transpose(0, 1)[None], k_1GKD, v_1GKD, scoring)[0])
     return out[0] if len(out) == 1 else torch.cat(out)
@@ -241,7 +243,8 @@ def _varlen_form(q_NHD: Tensor, keys: Keys) -> str | None:
 @cache
 def _probe_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> str | None:
     """Try the kernel once. Its support for block tables (with or without `cu_seq_k`), page sizes, grouped heads and
-    windows depends on torch's version, backend and device, and is not documented."""
+    windows depends on torch's version, backend and device, and is not documented. If need be, pages are gathered,
+    and the heads of keys and values repeated."""
     q_QHD = torch.randn(3, 2, head_dim, device=device, dtype=dtype)
     k, v = (torch.randn(3 * (page_size or 100), 1, head_dim, device=device, dtype=dtype) for _ in range(2))
     queries, length = SequenceLayout.of([3]), page_size + 5
@@ -250,7 +253,8 @@ def _probe_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, page_
         keys = PagedKV([k], [v], page_size, ((2, 0),), (length,), torch.zeros(0, dtype=torch.int64, device=device))
     scoring = _Scoring(causal=True, window=4, scale=None, bias=None)
     expected = _sdpa(q_QHD, k, v, queries, keys, scoring)
-    for form in ("cu_seq_k", "no cu_seq_k"):
+    forms = ["cu_seq_k", "no cu_seq_k", "gathered", "repeated"] if page_size else ["cu_seq_k", "repeated"]
+    for form in forms:
         try:
             y_QHD = _varlen(q_QHD, k, v, queries, keys, scoring, form)
         except (ImportError, TypeError, ValueError, RuntimeError):
@@ -263,26 +267,32 @@ def _probe_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, page_
 def _varlen(
     q_NHD: Tensor, k: Tensor, v: Tensor, queries: SequenceLayout, keys: Keys, scoring: _Scoring, form: str
 ) -> Tensor:
-    """CUDA's varlen kernel, which reads pages in place."""
+    """CUDA's varlen kernel, which reads pages in place if it can."""
     from torch.nn.attention.varlen import varlen_attn
 
     device, layout = q_NHD.device, keys.layout if isinstance(keys, PagedKV) else keys
-    paged: dict[str, Any] = {}
-    if isinstance(keys, PagedKV):
-        paged = {"seqused_k": keys.seqused, "block_table": keys.padded_block_tables}
+    options: dict[str, Any] = {}
+    if isinstance(keys, PagedKV) and form in ("gathered", "repeated"):
+        k, v = k.index_select(0, keys.rows), v.index_select(0, keys.rows)
+    elif isinstance(keys, PagedKV):
+        options = {"seqused_k": keys.seqused, "block_table": keys.padded_block_tables}
         k, v = (pool.view(-1, keys.page_size, *pool.shape[1:]) for pool in (k, v))
+    if q_NHD.shape[1] != k.shape[-2]:
+        if form == "repeated":
+            k, v = (x.repeat_interleave(q_NHD.shape[1] // x.shape[1], 1) for x in (k, v))
+        else:
+            options["enable_gqa"] = True
     out = varlen_attn(
         q_NHD,
         k,
         v,
         queries.cu_seqlens_on(device).int(),
-        layout.cu_seqlens_on(device).int() if form == "cu_seq_k" else None,
+        None if form == "no cu_seq_k" else layout.cu_seqlens_on(device).int(),
         max(queries.lengths),
         max(keys.lengths),
         scale=scoring.scale,
         window_size=((scoring.window or 0) - 1, 0 if scoring.causal else -1),  # keys before and after the query's own
-        enable_gqa=q_NHD.shape[1] != k.shape[-2],
-        **paged,
+        **options,
     )
     assert isinstance(out, Tensor)
     return out

@@ -116,13 +116,22 @@ class PagedKV:
     def _span(self, block_table: tuple[int, ...], length: int) -> tuple[int, int] | Tensor:
         if block_table == tuple(range(block_table[0], block_table[0] + len(block_table))):
             return block_table[0] * self.page_size, length
+        return self._rows(block_table, length).to(self.slot_mapping.device)
+
+    def _rows(self, block_table: tuple[int, ...], length: int) -> Tensor:
         pages = torch.tensor(block_table)[:, None] * self.page_size + torch.arange(self.page_size)
-        return pages.flatten()[:length].to(self.slot_mapping.device)
+        return pages.flatten()[:length]
 
     @cached_property
     def layout(self) -> SequenceLayout:
         """The layout of the cached tokens, as if concatenated."""
         return SequenceLayout.of(self.lengths)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The pool rows of all sequences' tokens, as int64 on the pools' device."""
+        rows = [self._rows(table, length) for table, length in zip(self.block_tables, self.lengths, strict=True)]
+        return torch.cat(rows).to(self.slot_mapping.device)
 
     @cached_property
     def padded_block_tables(self) -> Tensor:

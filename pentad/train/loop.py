@@ -37,7 +37,7 @@ class StepRecord(NamedTuple):
         learning_rate: of this step.
         grad_norm: before clipping.
         seconds: wall time of the step.
-        peak_bytes: the most memory that this process has had so far.
+        peak_bytes: the most memory that this process has had so far; on CUDA, in tensors there.
         metrics: the objective's own, means like the loss.
     """
 
@@ -147,7 +147,8 @@ class Loop:
         if self.average is not None:
             self.average.update()
         seconds = time.perf_counter() - started
-        return StepRecord(step + 1, means.pop("loss"), int(tokens), lr, norm, seconds, process_bytes(), means)
+        peak = process_bytes(self.device)
+        return StepRecord(step + 1, means.pop("loss"), int(tokens), lr, norm, seconds, peak, means)
 
     def _check(self, step: int, loss: float, norm: float, batches: Sequence[Any]) -> None:
         """Stop before the optimizer's step if a number isn't finite or is a spike."""
@@ -173,8 +174,12 @@ class Loop:
 
     def autocast(self) -> torch.autocast:
         """A context in which matmuls run in `dtype`."""
-        device = next(self.network.parameters()).device.type
-        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """The network's device."""
+        return next(self.network.parameters()).device
 
     def _seed(self, step: int, number: int) -> None:
         """Seed dropout and router noise, as a function of the seed, the step, the micro-batch and the process."""

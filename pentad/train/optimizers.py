@@ -79,7 +79,7 @@ class Optimizers:
         for name, tensor in tensors.items():
             name, _, key = name.rpartition("/")
             optimizer, parameter = self._owners[name]
-            optimizer.state[parameter][key] = tensor.clone()
+            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 
 def _groups(network: nn.Module, options: Optimizer) -> dict[str, Group]:

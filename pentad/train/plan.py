@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pentad.memory import available_memory, process_bytes
 from pentad.nn.decoder import Decoder
 
@@ -40,7 +38,7 @@ def checkpointing(run: TrainingRun, network: Decoder) -> str:
     """The recipe's activation checkpointing; "auto" becomes "blocks" if memory would be short without."""
     if run.recipe.run.checkpointing != "auto":
         return run.recipe.run.checkpointing
-    free = available_memory(torch.device("cpu"))
+    free = available_memory(run.device)
     return "blocks" if free is not None and least_bytes(run, network, "none") > free * 0.7 else "none"
 
 
@@ -77,7 +75,7 @@ def plan(run: TrainingRun, network: Decoder) -> dict[str, Any]:
         "memory_bytes": None,
         "seconds": None,
     }
-    free = available_memory(torch.device("cpu"))
+    free = available_memory(run.device)
     if free is not None and estimate > free:
         return counted
     loop = run.loop(measures=True)
@@ -90,4 +88,4 @@ def plan(run: TrainingRun, network: Decoder) -> dict[str, Any]:
     rate = (time.perf_counter() - started) / sum(tokens[step] for step in measured)
     saved = sum(tensor.nbytes for tensor in run.state(loop).values()) if settings.checkpoint_every < steps else 0
     saving = saved if settings.checkpoint_every else 0
-    return {**counted, "memory_bytes": process_bytes() + saving, "seconds": rate * sum(tokens)}
+    return {**counted, "memory_bytes": process_bytes(run.device) + saving, "seconds": rate * sum(tokens)}

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pentad.loading import device_named
+
 
 def rank() -> int:
     """This process's number, from 0."""
@@ -19,11 +21,24 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def device(name: str) -> torch.device:
+    """This process's device: a recipe's `run.device`, where "auto" is CUDA if available. Each process has its own GPU.
+
+    Raises:
+        BadInput: the device can't be used here.
+    """
+    found = device_named(None if name == "auto" else name)
+    if found.type == "cuda" and ":" not in name:
+        found = device_named(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.cuda.set_device(found)
+    return found
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Connect with the other processes, if there are any."""
     if world() > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
@@ -33,8 +48,7 @@ def joined() -> Iterator[None]:
 
 def wait_for_all() -> None:
     """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
+    sum_over_processes([0.0])
 
 
 def sum_over_processes(values: Sequence[float]) -> list[float]:

@@ -87,6 +87,7 @@ class Run(Table):
         batch_size: sequences (of pairs: pairs) a step, over all processes.
         sequence_length: the most tokens of a sequence.
         seed: seed of the order of rows, dropout and initial weights.
+        device: "auto" is CUDA if there is a GPU, else the CPU. Under torchrun each process takes a GPU of its own.
         dtype: what is computed in; weights and the optimizer's state are float32. "auto" chooses bfloat16 where this
             machine multiplies in it faster; a resumed run keeps its choice.
         checkpoint_every: steps between checkpoints; 0 for none.
@@ -105,6 +106,7 @@ class Run(Table):
     batch_size: Positive = 8
     sequence_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     keep: Positive = 2

@@ -70,6 +70,11 @@ class TrainingRun:
     held_out: Examples | None = None
 
     @cached_property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return processes.device(self.recipe.run.device)
+
+    @cached_property
     def data(self) -> TokenData:
         """The batches."""
         run, stores = self.recipe.run, iter(self.stores)
@@ -80,7 +85,7 @@ class TrainingRun:
         ]
         bin_size = run.sequence_length if self.recipe.data.pack else None
         processors = processes.rank(), processes.world()
-        return TokenData(stages, run.batch_size, run.seed, run.micro_batch_tokens, bin_size, *processors)
+        return TokenData(stages, run.batch_size, run.seed, run.micro_batch_tokens, bin_size, *processors, self.device)
 
     def plan(self) -> dict[str, Any]:
         """What the run would do; see `pentad.train.plan.plan`."""
@@ -148,7 +153,7 @@ class TrainingRun:
     def _validation(self, held_out: Examples) -> Validation:
         run, part = self.recipe.run, (processes.rank(), processes.world())
         stages = [Stage(self.stores, None, 0), Stage([held_out], None, 1)]  # the sources as the objective counts them
-        data = TokenData(stages, len(held_out), run.seed, run.micro_batch_tokens, None, *part)
+        data = TokenData(stages, len(held_out), run.seed, run.micro_batch_tokens, None, *part, self.device)
         return Validation(data, self.folder / "validation.jsonl", run.validate_every, run.steps)
 
     def _writer(
@@ -243,7 +248,7 @@ class TrainingRun:
                 raise BadInput(f"{self.folder}: another process trains in it; choose another run.out") from None
 
     def _check_memory(self) -> None:
-        network, free = self._add_lora(build.meta_decoder(self.source)), available_memory(torch.device("cpu"))
+        network, free = self._add_lora(build.meta_decoder(self.source)), available_memory(self.device)
         needed = least_bytes(self, network, checkpointing(self, network))
         if free is not None and needed > free:
             raise BadInput(
@@ -257,7 +262,8 @@ class TrainingRun:
 
     def _network(self) -> Decoder:
         config = read_family_config(family_of(self.source), self.source)
-        network = build.build(self.source if self.source.tensors else config, trainable=True, seed=self.recipe.run.seed)
+        source = self.source if self.source.tensors else config
+        network = build.build(source, device=self.device, trainable=True, seed=self.recipe.run.seed)
         assert isinstance(network, Decoder)
         if self.recipe.objective == "reward":
             network.head = reward_head(network)
@@ -285,6 +291,7 @@ class TrainingRun:
             "max_spike",
             "trackers",
             "validate_every",
+            "device",  # see below
         ):  # they change no number
             del settings["run"][name]
         data = {file: digest for store in self.stores for file, digest in store.facts["files"].items()}
@@ -292,6 +299,7 @@ class TrainingRun:
             "recipe": settings,
             "data": sorted(data.values()),
             "torch": torch.__version__,
+            "device": self.device.type,
             "threads": torch.get_num_threads(),
             "processes": processes.world(),
             "pentad": pentad.__version__,
@@ -302,8 +310,8 @@ class TrainingRun:
         for name in ("recipe", "data"):
             if old[name] != new[name]:
                 raise BadInput(f"--resume: the {name} differs from the run's: {_difference(old[name], new[name])}")
-        for name in ("torch", "threads", "processes", "pentad"):
-            if old[name] != new[name]:
+        for name in ("torch", "device", "threads", "processes", "pentad"):
+            if old.get(name, "cpu") != new[name]:
                 note(f"not bit-exact: {name} was {old[name]} and is {new[name]}")
 
     def _open_log(self, first: int, loop: Loop) -> TextIO:
@@ -338,6 +346,7 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
         BadInput: an unknown objective or model, a broken row, no tokenizer or no chat template.
     """
     learns = data_for(recipe.objective)
+    processes.device(recipe.run.device)  # refused before the data is tokenized
     if recipe.run.batch_size < processes.world():
         raise BadInput(f"run.batch_size is {recipe.run.batch_size}; expected at least one for each process")
     source = weights.open(Path(recipe.model.config) if recipe.model.config else registry.locate(str(recipe.model.base)))
@@ -379,7 +388,11 @@ def _with_dtype(recipe: Recipe) -> Recipe:
     if processes.world() > 1:
         raise BadInput('run.dtype is "auto", and processes could choose differently; name float32 or bfloat16')
     started = Path(recipe.run.out) / "recipe.json"
-    dtype = json.loads(started.read_text())["run"]["dtype"] if started.exists() else faster_dtype()
+    dtype = (
+        json.loads(started.read_text())["run"]["dtype"]
+        if started.exists()
+        else faster_dtype(processes.device(recipe.run.device))
+    )
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dtype": dtype})})
 
 

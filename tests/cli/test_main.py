@@ -30,7 +30,21 @@ def test_help(pentad, arguments: list[str]) -> None:
 
 def test_every_command_has_json_and_help() -> None:
     assert {name for name, command in COMMANDS.commands.items() if not command.hidden} == {
-        *("chat", "complete", "score", "models", "pull", "rm", "show", "convert", "merge", "train", "serve", "bench"),
+        *(
+            "chat",
+            "complete",
+            "score",
+            "classify",
+            "models",
+            "pull",
+            "rm",
+            "show",
+            "convert",
+            "merge",
+            "train",
+            "serve",
+            "bench",
+        ),
         "env",
     }
     for command in COMMANDS.commands.values():

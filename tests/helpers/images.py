@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
 import pentad.weights
 from pentad.build import build
+
+disable_progress_bar()
 
 
 def randomized(peer: nn.Module, seed: int = 0) -> Any:

@@ -14,14 +14,15 @@ from tests.helpers.training import recipe, train
 
 def pretend(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
     """bfloat16 is faster than float32 by this factor."""
-    monkeypatch.setattr(precision, "matmul_seconds", lambda dtype: 1.0 if dtype == torch.float32 else 1 / gain)
+    monkeypatch.setattr(precision, "matmul_seconds", lambda dtype, device: 1.0 if dtype == torch.float32 else 1 / gain)
 
 
 def test_bfloat16_must_be_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert precision.faster_dtype() in ("float32", "bfloat16")
+    cpu = torch.device("cpu")
+    assert precision.faster_dtype(cpu) in ("float32", "bfloat16")
     for gain, expected in ((0.5, "float32"), (1.1, "float32"), (1.5, "bfloat16")):
         pretend(monkeypatch, gain)
-        assert precision.faster_dtype() == expected
+        assert precision.faster_dtype(cpu) == expected
 
 
 def test_a_resumed_run_keeps_its_dtype(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

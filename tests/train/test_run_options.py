@@ -144,3 +144,8 @@ def test_held_out_pairs_are_compared_with_their_own_references(tmp_path: Path, b
     assert first["loss"] == pytest.approx(0.693147, rel=1e-5)
     assert last["loss"] < first["loss"]
     assert last["accuracy"] == 1.0
+
+
+def test_an_unknown_device_is_one_line(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(BadInput, match="device is tpu; expected one of cpu, cuda, mps"):
+        open_run(recipe(tmp_path, base, "run.device=tpu"))

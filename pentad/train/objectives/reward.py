@@ -31,7 +31,7 @@ def reward_head(network: Decoder) -> nn.Linear:
     """A new head with one output, initialized as in transformers."""
     head = nn.Linear(network.embed.weight.shape[1], 1, bias=False)
     nn.init.normal_(head.weight, std=getattr(network.config, "initializer_range", 0.02))
-    return head
+    return head.to(network.device)
 
 
 @dataclass(frozen=True)

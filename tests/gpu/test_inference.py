@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 import pentad
+from pentad.convert import convert
 from pentad.generate.step import PlainStep
 from pentad.nn.attention import attention
 from pentad.nn.batch import PagedKV, SequenceLayout
-from tests.helpers.tiny import assert_equal_logits, random_ids, rms, talking_checkpoint
+from tests.helpers.tiny import assert_equal_logits, random_ids, rms, talking_checkpoint, tiny_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -93,3 +94,28 @@ def test_gradients_through_ragged_attention() -> None:
 def test_a_cache_of_another_dtype(folder: Path) -> None:
     model = pentad.load(folder, device=DEVICE, dtype="float32", cache_dtype="bfloat16")
     assert model.complete("Hello", max_tokens=4, temperature=0).completion_tokens > 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3", "phi"])
+def test_other_families(tmp_path: Path, family: str) -> None:
+    small = {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}
+    tiny_checkpoint(tmp_path, family=family, **small)
+    models = {device: load(tmp_path, "float32", device) for device in ("cpu", DEVICE)}
+    assert_equal_logits(models[DEVICE].logits(IDS[:60]).cpu(), models["cpu"].logits(IDS[:60]))
+
+
+@pytest.mark.parametrize("quantize", [None, "none"])
+def test_a_quantized_file(folder: Path, tmp_path: Path, quantize: str | None) -> None:
+    convert(folder, tmp_path / "tiny.gguf", to="gguf", quantize="q8_0")
+    exact = pentad.load(tmp_path / "tiny.gguf", device="cpu", quantize="none", dtype="float32").logits(IDS)
+    ours = pentad.load(tmp_path / "tiny.gguf", device=DEVICE, quantize=quantize, dtype="float32").logits(IDS)
+    assert rms(ours.cpu() - exact) <= (0.2 if quantize is None else 1e-3) * rms(exact)
+
+
+def test_sampling_options_run_beside_each_other(folder: Path) -> None:
+    model = load(folder, "float32")
+    alone = model.complete("Hello", max_tokens=12, temperature=0.8, top_p=0.9, seed=5)
+    beside = model.complete(["Hello", "?"], max_tokens=12, temperature=0.8, top_p=0.9, seed=5)
+    assert beside[0].token_ids == alone.token_ids
+    limited = model.complete("Hello", max_tokens=12, temperature=0, constraint=pentad.Constraint.regex("[0-9]{3}"))
+    assert limited.text.isdigit()
