@@ -11,8 +11,10 @@ Which token has a role
     special_tokens_map.json before tokenizer_config.json; but beside an ``added_tokens_decoder`` it is not read.
 Which tokens surround a plain prompt
     tokenizer.json's ``post_processor``. tokenizer_config.json's ``add_bos_token`` and ``add_eos_token`` count only for
-    vocabularies without a tokenizer.json. (vLLM uses transformers. llama.cpp's converter reads the post-processor too,
-    but lets ``add_bos_token`` and ``add_eos_token`` override it.)
+    vocabularies without a tokenizer.json; if they are absent, BOS is added, as by Meta's code, transformers 4 and
+    llama.cpp (transformers 5 does so for Code Llama only). T5's spiece.model: EOS at the end, no BOS. (vLLM uses
+    transformers. llama.cpp's converter reads the post-processor too, but lets ``add_bos_token`` and ``add_eos_token``
+    override it.)
 What ends a text, and how to sample
     generation_config.json; without this file config.json. The tokenizer's ``eos_token`` also ends a text.
 """

@@ -69,6 +69,8 @@ def load(checkpoint: Source) -> Tokenizer | None:
     adds_bos, closing = settings.config.get("add_bos_token"), vocabulary.closing
     if vocabulary.opening is not None:  # tokenizer.json
         bos, adds_bos = next(iter(vocabulary.opening), bos), bool(vocabulary.opening)
+    elif file.name == _T5:  # its code has no settings for this
+        adds_bos, closing = False, [] if eos is None else [eos]
     elif settings.config.get("add_eos_token") and eos is not None:
         closing = [eos]
     return Tokenizer(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
@@ -19,6 +20,7 @@ from pentad.errors import BadInput
 from pentad.generate.sampling import Sampling
 from pentad.text import load
 from tests.helpers.tiny import edit_json, talking_checkpoint
+from tests.helpers.vocabularies import sentencepiece_model
 
 TEXT = "one<a>two <b> <c>hello</s> <d>"
 ROLES = ("bos_token", "eos_token", "pad_token")
@@ -196,3 +198,27 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, written: dict[str, An
     (tmp_path / f"{name}.json").write_text(json.dumps(written))
     with pytest.raises(BadInput, match=rf"{name}\.json: "):
         load(SimpleNamespace(path=tmp_path, format="hf", config={}))
+
+
+FLAGS = [None, True, False]
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "CodeLlamaTokenizer", "T5Tokenizer"])
+@pytest.mark.parametrize(("adds_bos", "adds_eos"), list(itertools.product(FLAGS, FLAGS)))
+def test_what_surrounds_a_prompt_without_a_tokenizer_json(
+    tmp_path: Path, name: str, adds_bos: bool | None, adds_eos: bool | None
+) -> None:
+    """transformers 4, Meta's code and llama.cpp add BOS unless told otherwise; transformers 5 only for Code Llama."""
+    t5 = name == "T5Tokenizer"
+    config = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config |= {} if adds_bos is None else {"add_bos_token": adds_bos}
+    config |= {} if adds_eos is None else {"add_eos_token": adds_eos}
+    vocabulary = sentencepiece_model(model_type="unigram", vocab_size=450) if t5 else sentencepiece_model()
+    (tmp_path / ("spiece.model" if t5 else "tokenizer.model")).write_bytes(vocabulary)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load(SimpleNamespace(path=tmp_path, format="hf", config={}))
+    theirs = getattr(transformers, name).from_pretrained(tmp_path).encode("hello one")
+    if name == "LlamaTokenizer" and adds_bos is None:
+        theirs = [1, *theirs]
+    assert ours is not None
+    assert [*ours.encode("hello one", bos=ours.adds_bos), *ours.closing] == theirs
