@@ -7,8 +7,8 @@ from typing import Any
 
 from pentad.errors import BadInput
 from pentad.serve.errors import APIError
-from pentad.serve.openai import ChatBody, GenerationBody, ResponseFormat, ResponsesFormat, ToolChoice
-from pentad.serve.tools import calls_constraint
+from pentad.serve.openai import ChatBody, Function, GenerationBody, ResponseBody, ResponseFormat, ResponsesFormat
+from pentad.serve.tools import CallableTool, calls_constraint
 from pentad.text.grammar import Constraint
 
 
@@ -52,8 +52,15 @@ def _format(given: ResponseFormat) -> Constraint | None:
     return _json(given.type, schema, "response_format.json_schema.schema")
 
 
-def responses_constraint(given: ResponsesFormat) -> Constraint | None:
-    """The same of `text.format` in /v1/responses."""
+def responses_constraint(body: ResponseBody) -> Constraint | None:
+    """What a response must be, from `text.format`, `tools` and `tool_choice`; see `chat_constraint`."""
+    tools = {f"tools.{number}.parameters": tool for number, tool in enumerate(body.tools or [])}
+    choice = body.tool_choice if isinstance(body.tool_choice, str | None) else body.tool_choice.name
+    named = choice is not None and choice is not body.tool_choice
+    return _with_calls(_responses_format(body.format), tools, choice, named, body.parallel_tool_calls is not False)
+
+
+def _responses_format(given: ResponsesFormat) -> Constraint | None:
     if (given.schema_ is not None) != (given.type == "json_schema"):
         there = "missing" if given.schema_ is None else f"given, but the type is {given.type!r}"
         raise _refusal("text.format.schema", f"text.format.schema is {there}")
@@ -80,26 +87,39 @@ def chat_constraint(body: ChatBody) -> Constraint | None:
         APIError: as in `constraint_of`; `tool_choice` names an unknown function, or the parameters of a function would
             not be enforced.
     """
-    answer = constraint_of(body)
-    if not body.tools or body.tool_choice == "none":
-        if body.tool_choice not in (None, "none", "auto"):
+    tools = {f"tools.{number}.function.parameters": tool.function for number, tool in enumerate(body.tools or [])}
+    choice = body.tool_choice if isinstance(body.tool_choice, str | None) else body.tool_choice.function.name
+    named = choice is not None and choice is not body.tool_choice
+    return _with_calls(constraint_of(body), tools, choice, named, body.parallel_tool_calls is not False)
+
+
+def _with_calls(
+    answer: Constraint | None, tools: Mapping[str, Function], choice: str | None, named: bool, parallel: bool
+) -> Constraint | None:
+    """A constraint on the reply that also allows, or requires, calls.
+
+    Args:
+        answer: what a reply without calls must be.
+        tools: path of the parameters in the request -> function.
+        choice: "auto" (or None), "none" or "required"; if `named`, the name of the function to call.
+        named: see `choice`.
+        parallel: whether there may be several calls.
+    """
+    if not tools or (choice == "none" and not named):
+        if named or choice == "required":
             raise _refusal("tool_choice", "tool_choice asks for a call, but there are no tools")
         return answer
-    tools = [
-        {"index": number, "name": tool.function.name, "parameters": tool.function.parameters}
-        for number, tool in enumerate(body.tools)
-    ]
-    names = [tool.function.name for tool in body.tools]
+    names = [tool.name for tool in tools.values()]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise _refusal("tools", f"tools has two functions {repeated!r}; expected different names")
-    choice, parallel = body.tool_choice or "auto", body.parallel_tool_calls is not False
-    if isinstance(choice, ToolChoice):
-        wanted, parallel = choice.function.name, False
-        tools = [tool for tool in tools if tool["name"] == wanted]
+    if named:
+        tools, parallel = {path: tool for path, tool in tools.items() if tool.name == choice}, False
         if not tools:
-            raise _refusal("tool_choice", f"tool_choice names {wanted!r}; expected one of tools: {', '.join(names)}")
+            raise _refusal("tool_choice", f"tool_choice names {choice!r}; expected one of tools: {', '.join(names)}")
+    callable_tools = [CallableTool(tool.name, tool.parameters, path) for path, tool in tools.items()]
     try:
-        return calls_constraint(tools, required=choice != "auto", parallel=parallel, answer=answer)
+        required = named or choice == "required"
+        return calls_constraint(callable_tools, required=required, parallel=parallel, answer=answer)
     except BadInput as error:
         raise _refusal("tools", str(error)) from None
 

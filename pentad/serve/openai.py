@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -223,6 +223,56 @@ class InputMessage(Body):
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
+class InputCall(Body):
+    """A call of an earlier response."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: FunctionName
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class InputCallOutput(Body):
+    """What a function returned."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[InputPart]
+    id: str | None = None
+    status: str | None = None
+
+    def text(self) -> str:
+        """Its content."""
+        return self.output if isinstance(self.output, str) else "\n".join(part.text for part in self.output)
+
+
+def _type_of_item(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else None
+    return "message" if kind is None else str(kind)
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputCallOutput, Tag("function_call_output")],
+    Discriminator(_type_of_item),
+]
+
+
+class FunctionType(Body):
+    type: Literal["function"]
+
+
+class ResponsesTool(Function, FunctionType):
+    pass
+
+
+class ResponsesToolChoice(NamedFunction, FunctionType):
+    pass
+
+
 class ResponsesFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -239,16 +289,21 @@ class ResponseText(Body):
 class ResponseBody(SamplingBody):
     """The body of /v1/responses. Responses are not stored."""
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     text: ResponseText | None = None
     store: Literal[False] | None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include: Annotated[list[str], Field(max_length=0)] | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
+
+    @property
+    def format(self) -> ResponsesFormat:
+        """The form of the text."""
+        return ResponsesFormat(type="text") if self.text is None or self.text.format is None else self.text.format

@@ -12,7 +12,7 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pentad.errors import BadInput
 from pentad.text.grammar import Constraint, embedded, quoted
@@ -29,13 +29,27 @@ To call one, reply with its name and arguments as JSON:
 </tool_call>"""
 
 
+class CallableTool(NamedTuple):
+    """A function that may be called.
+
+    Attributes:
+        name: its name.
+        parameters: the JSON schema of its arguments; None for no arguments.
+        path: where the parameters are in the request.
+    """
+
+    name: str
+    parameters: Mapping[str, Any] | None
+    path: str
+
+
 def calls_constraint(
-    tools: Sequence[Mapping[str, Any]], *, required: bool, parallel: bool, answer: Constraint | None = None
+    tools: Sequence[CallableTool], *, required: bool, parallel: bool, answer: Constraint | None = None
 ) -> Constraint:
     """The grammar of replies with calls.
 
     Args:
-        tools: the functions that may be called: name, parameters and index in the request.
+        tools: the functions that may be called.
         required: whether there must be a call; else there may be text, and calls after it.
         parallel: whether there may be several.
         answer: what a reply without calls must be.
@@ -47,8 +61,8 @@ def calls_constraint(
     more = f"({quoted(chr(10) + OPEN)} call)*" if parallel else ""
     lines = [f"calls: call {more}", f"call: {' | '.join(names)}"]
     for name, tool in zip(names, tools, strict=True):
-        head = quoted(f'{{"name": "{tool["name"]}", "arguments": ')
-        lines.append(f"{name}: {head} {embedded(_parameters(tool), _path(tool))} {quoted('}' + CLOSE)}")
+        head = quoted(f'{{"name": "{tool.name}", "arguments": ')
+        lines.append(f"{name}: {head} {embedded(_parameters(tool), tool.path)} {quoted('}' + CLOSE)}")
     if required:
         return Constraint("\n".join([f"start: {quoted(OPEN)} calls", *lines]))
     if answer is not None:
@@ -58,17 +72,12 @@ def calls_constraint(
     return Constraint("\n".join([*text, *lines]))
 
 
-def _path(tool: Mapping[str, Any]) -> str:
-    return f"tools.{tool['index']}.function.parameters"
-
-
-def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
-    given = tool["parameters"]
-    if given is None:
+def _parameters(tool: CallableTool) -> dict[str, Any]:
+    if tool.parameters is None:
         return {"type": "object", "additionalProperties": False}
-    if given.get("type", "object") != "object":
-        raise BadInput(f"{_path(tool)}.type is {str(given['type'])[:40]!r}; expected 'object'")
-    return {"type": "object", **given}
+    if tool.parameters.get("type", "object") != "object":
+        raise BadInput(f"{tool.path}.type is {str(tool.parameters['type'])[:40]!r}; expected 'object'")
+    return {"type": "object", **tool.parameters}
 
 
 def with_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
