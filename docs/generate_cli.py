@@ -39,16 +39,26 @@ and why.
 def reference() -> str:
     """The text of the page."""
     group: Any = typer.main.get_command(app)
-    return INTRODUCTION + "".join("\n" + "\n".join(section(c)) + "\n" for c in group.commands.values() if not c.hidden)
+    return INTRODUCTION + "".join("\n" + "\n".join(section(name, c)) + "\n" for name, c in commands(group))
 
 
-def section(command: Any) -> Iterator[str]:
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands of a group and of the groups in it, with their full names."""
+    for command in group.commands.values():
+        name = f"{prefix}{command.name}"
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{name} ")
+        elif not command.hidden:
+            yield name, command
+
+
+def section(name: str, command: Any) -> Iterator[str]:
     """The lines of one command's section."""
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
-    usage = [f"pentad {command.name}"]
+    usage = [f"pentad {name}"]
     usage += [p.metavar if p.required else f"[{p.metavar}]" for p in arguments]
-    yield f"## pentad {command.name}"
+    yield f"## pentad {name}"
     yield ""
     yield f"`{' '.join([*usage, '[OPTIONS]'])}`"
     yield ""

@@ -17,6 +17,7 @@ from pentad.cli import output
 from pentad.cli.benching import bench
 from pentad.cli.classifying import classify
 from pentad.cli.converting import convert, merge
+from pentad.cli.data import data
 from pentad.cli.detecting import detect
 from pentad.cli.environment import env
 from pentad.cli.generating import chat, complete, score
@@ -40,6 +41,7 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command()(with_groups(command))
+app.add_typer(data, name="data")
 app.command("run", hidden=True)(with_groups(chat))  # as Ollama names them
 app.command("list", hidden=True)(with_groups(models))
 
