@@ -41,7 +41,7 @@ SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out malformed records
 
 def scenes(
     out: Out,
-    images: Annotated[int, Option(min=1, max=10_000_000, metavar="N", help="Number of pictures.")] = 100,
+    pictures: Annotated[int, Option("--images", min=1, max=10_000_000, metavar="N", help="Number of pictures.")] = 100,
     seed: Annotated[int, Option(min=0, max=2**32 - 1, metavar="N", help="Another seed gives other scenes.")] = 0,
     size: Annotated[int, Option(min=32, max=1024, metavar="N", help="Height and width in pixels.")] = 160,
     objects: Annotated[int, Option(min=1, max=20, metavar="N", help="Most objects in a scene.")] = 4,
@@ -64,16 +64,16 @@ def scenes(
 
     JSON: path, format, images, videos, names (of the classes).
     """
-    if videos > images:
-        raise BadInput(f"--videos is {videos}; expected at most --images, which is {images}")
+    if videos > pictures:
+        raise BadInput(f"--videos is {videos}; expected at most --images, which is {pictures}")
     from pentad.datasets.scene_folders import write_scenes
     from pentad.datasets.scenes import Scenes
 
-    made = Scenes(images, seed, size=size, objects=(1, objects), held_out=held_out, fashion_folder=fashion)
+    made = Scenes(pictures, seed, size=size, objects=(1, objects), held_out=held_out, fashion_folder=fashion)
     names = list(made.names)
     write_scenes(made, out, layout, videos=videos, frames=frames, progress=output.progress("scenes"))
     if as_json:
-        facts = {"path": str(out), "format": layout.value, "images": images, "videos": videos, "names": names}
+        facts = {"path": str(out), "format": layout.value, "images": pictures, "videos": videos, "names": names}
         output.write_json(facts)
     else:
         output.write(f"{out}\n")
