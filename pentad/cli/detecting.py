@@ -1,123 +1,111 @@
-"""``pentad detect``: objects in images."""
+"""``pentad detect``: objects in images and videos."""
 
 from __future__ import annotations
 
-import glob
-import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated
 
 from typer import Argument, Exit, Option
 
 from pentad.cli import options as o
-from pentad.cli import output
+from pentad.cli.detections import VIDEOS, Job, Source, write_coco
+from pentad.cli.downloads import download, is_url
+from pentad.cli.image_files import IMAGES, image_files
+from pentad.cli.paths import model_names
 from pentad.errors import BadInput
 
-if TYPE_CHECKING:
-    from pentad.vision.detector import Detections
-
 DEFAULT_DETECTOR = "yolov3-tiny"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-"""Files of a folder that are images."""
-
-Images = Annotated[list[str], Argument(metavar="IMAGE…", help="Image files, folders of images, or patterns ('*.jpg').")]
-Threshold = Annotated[float, Option(min=0, max=1, metavar="X", help="The least score of an object.")]
-Out = Annotated[Path | None, Option(metavar="DIR", help="Draw the boxes, and write the pictures into DIR.")]
-Letterbox = Annotated[
-    bool, Option("--letterbox", help="Keep the aspect ratio, as Darknet does. By default images are stretched.")
-]
-Classes = Annotated[
-    str | None, Option(metavar="A,B", help="Look for these classes only: labels or numbers, with commas.")
-]
-BatchSize = Annotated[int, Option(min=1, max=1024, metavar="N", help="Images that go through the network together.")]
-Model = Annotated[str, Option("--model", "-m", metavar="NAME", help="A name, or a .cfg file with its .weights beside.")]
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+"""Formats of images whose pictures with boxes have the same format; the others become .png."""
 
 
 def detect(
-    images: Images,
-    model: Model = DEFAULT_DETECTOR,
-    threshold: Threshold = 0.25,
-    letterbox: Letterbox = False,
-    classes: Classes = None,
-    out: Out = None,
-    batch_size: BatchSize = 1,
+    images: Annotated[
+        list[str],
+        Argument(metavar="IMAGE…", help="Image and video files, folders of them, or patterns such as '*.jpg'."),
+    ],
+    model: Annotated[
+        str,
+        Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="A detector: a known name, or a Darknet .cfg with its .weights beside it.",
+            autocompletion=model_names,
+        ),
+    ] = DEFAULT_DETECTOR,
+    threshold: Annotated[float, Option(min=0, max=1, metavar="X", help="Report objects whose score exceeds X.")] = 0.25,
+    classes: Annotated[
+        str | None, Option(metavar="A,B", help="Report only these classes: labels or numbers, with commas.")
+    ] = None,
+    out: Annotated[
+        Path | None, Option(metavar="DIR", help="Write the pictures with boxes to DIR, videos as .mp4.")
+    ] = None,
+    coco_out: Annotated[
+        Path | None, Option(metavar="FILE", help="Write the objects of all images to FILE in COCO's JSON, with scores.")
+    ] = None,
+    letterbox: Annotated[
+        bool, Option("--letterbox", help="Keep the aspect ratio, as Darknet does. By default images are stretched.")
+    ] = False,
+    batch_size: Annotated[
+        int, Option(min=1, max=1024, metavar="N", help="Images that go through the network together.")
+    ] = 1,
+    allow_url: Annotated[bool, Option("--allow-url", help="Download images whose names are http(s):// URLs.")] = False,
+    *,
+    loading: o.VisionLoading,
     as_json: o.Json = False,
 ) -> None:
-    """Find objects in images.
+    """Find objects in images and videos, and draw them.
 
-    JSON lines, one an image: image, width, height, detections [{box [x0, y0, x1, y1] in pixels, label,
-    label_id, score}].
+    An image that can't be read is reported, and the others are processed.
+
+    JSON lines, one an image or frame: image, width, height, detections [{box [x0, y0, x1, y1] in
+    pixels, label, label_id, score}]; of videos also frame and time (in seconds).
     """
-    paths = list(find_images(images))
-    with output.status(f"loading {model} …"):
-        from pentad.loading import load
-        from pentad.models.family import TASKS
-        from pentad.vision.detector import Detector
-
-        detector = load(model, progress=output.progress())
-        if not isinstance(detector, Detector):
-            raise BadInput(f"{model} is {TASKS[getattr(detector, 'task', 'language')]}")
-    chosen = None if classes is None else [one.strip() for one in classes.split(",")]
-    failed = False
-    for path in paths:
-        started = time.perf_counter()
-        try:
-            (found,) = detector.detect(path, threshold=threshold, letterbox=letterbox, classes=chosen)
-        except BadInput as error:
-            output.fail(str(error))
-            failed = True
-            continue
-        seconds = time.perf_counter() - started
-        show(found, seconds, as_json=as_json)
-        if out is not None:
-            draw(found, path, out)
-    if failed:
-        raise Exit(2)
+    if out is not None and out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out} is a file; expected a folder")
+    if coco_out is not None and (coco_out.is_dir() or not coco_out.parent.is_dir()):
+        raise BadInput(f"--coco-out {coco_out} can't be written; expected a file in a folder that is there")
+    with TemporaryDirectory(prefix="pentad-") as downloads:
+        sources = list(_sources(images, out, Path(downloads) if allow_url else None))
+        detector = loading.load(model, "detect")
+        chosen = None if classes is None else [detector.label_id(one.strip()) for one in classes.split(",")]
+        job = Job(detector, threshold, chosen, letterbox, batch_size, as_json, coco=[] if coco_out else None)
+        job.run(sources)
+    if coco_out is not None:
+        write_coco(coco_out, job.coco or [], detector.labels)
+    if job.code:
+        raise Exit(job.code)
 
 
-def find_images(given: list[str]) -> Iterator[Path]:
-    """The files that arguments name: files, the images of folders, and what patterns match."""
-    for one in given:
-        path = Path(one)
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-            if not found:
-                raise BadInput(f"{one} is a folder without images ({', '.join(SUFFIXES)})")
-            yield from found
-        elif path.exists() or not glob.has_magic(one):
-            yield path
+def _sources(arguments: Sequence[str], out: Path | None, downloads: Path | None) -> Iterator[Source]:
+    """What the arguments name.
+
+    Raises:
+        BadInput: nothing has such a name, a URL isn't allowed, or a picture would replace its image.
+    """
+    targets = set[Path]()
+    for argument in arguments:
+        if is_url(argument):
+            if downloads is None:
+                raise BadInput(f"{argument[:200]} is a URL; expected a file, or --allow-url to download it")
+            paths = [download(argument, downloads)]
         else:
-            matches = sorted(glob.glob(one, recursive=True))
-            if not matches:
-                raise BadInput(f"no file matches {one!r}")
-            yield from map(Path, matches)
+            paths = image_files([argument], (*IMAGES, *VIDEOS))
+        for path in paths:
+            target = None if out is None else _target(path, out, targets)
+            if target is not None and target.exists() and target.samefile(path):
+                raise BadInput(f"{target} would be replaced by its picture with boxes: use another folder for --out")
+            yield Source(argument if is_url(argument) else str(path), path, target)
 
 
-def show(found: Detections, seconds: float, *, as_json: bool) -> None:
-    """Write the objects of one image."""
-    if as_json:
-        output.write_json(found.to_json())
-        return
-    counts = Counter(one.label for one in found.detections)
-    words = ", ".join(f"{count} {label}" for label, count in counts.items()) or "nothing found"
-    output.write(f"{found.image}  {found.width} x {found.height}  {words}  ({seconds * 1000:.0f} ms)\n")
-    if found.detections:
-        rows = [
-            (f"  {one.label}", f"{one.score:.2f}", *(f"{side:.0f}" for side in one.box)) for one in found.detections
-        ]
-        output.write_table([("  label", "score", "x0", "y0", "x1", "y1"), *rows])
-
-
-def draw(found: Detections, path: Path, folder: Path) -> None:
-    import torch
-
-    from pentad.media.drawing import draw_detections
-    from pentad.media.images import read_image, write_image
-
-    boxes = torch.tensor([one.box for one in found.detections]).reshape(-1, 4)
-    captions = [f"{one.label} {one.score:.2f}" for one in found.detections]
-    ids = [one.label_id for one in found.detections]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_image(folder / path.name, draw_detections(read_image(path), boxes, captions, label_ids=ids))
+def _target(path: Path, folder: Path, used: set[Path]) -> Path:
+    """The file to write for an image: of its name, with a number if another image has the same."""
+    ending = path.suffix.lower()
+    suffix = ".mp4" if ending in VIDEOS else path.suffix if ending in PICTURES else ".png"
+    names = (f"{path.stem}{'' if number == 1 else f'-{number}'}{suffix}" for number in range(1, len(used) + 2))
+    target = next(folder / name for name in names if folder / name not in used)
+    used.add(target)
+    return target

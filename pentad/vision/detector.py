@@ -59,9 +59,14 @@ class Detections:
     height: int
     detections: tuple[Detection, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
-        return asdict(self)
+    def to_json(self, frame: int | None = None, time: float | None = None) -> dict[str, Any]:
+        """The fields as JSON has them.
+
+        Args:
+            frame, time: number and seconds of a video's frame.
+        """
+        moment = {} if frame is None else {"frame": frame, "time": time}
+        return {"image": self.image, **moment, **asdict(self)}
 
 
 class Detector(VisionModel):
