@@ -196,8 +196,8 @@ def _is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 2**53)
 
 
-def coco_json(names: Sequence[str], images: Iterable[LabeledImage], root: Path) -> dict[str, Any]:
-    """Annotations as COCO writes them, with names of files below `root`; categories count from 1."""
+def coco_json(names: Sequence[str], images: Iterable[LabeledImage], root: Path | None = None) -> dict[str, Any]:
+    """Annotations as COCO writes them, with names of files below `root` or alone; categories count from 1."""
     content: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -207,7 +207,7 @@ def coco_json(names: Sequence[str], images: Iterable[LabeledImage], root: Path) 
         content["images"].append(
             {
                 "id": image.number,
-                "file_name": image.path.relative_to(root).as_posix(),
+                "file_name": image.path.name if root is None else image.path.relative_to(root).as_posix(),
                 "width": image.width,
                 "height": image.height,
             }
