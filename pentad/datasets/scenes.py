@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +25,13 @@ from pentad.datasets.sprites import Sprites, digits, fashion, photographs
 from pentad.errors import BadInput
 from pentad.vision import masks
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
 __all__ = ["Scene", "Scenes"]
 
 Random = np.random.RandomState
 """Its streams never change, unlike those of numpy's newer generators."""
-
-Pixels = NDArray[np.uint8]
-"""[H, W, 3], red, green, blue."""
 
 _VISIBLE = 0.5  # the least share of an object that is seen
 _TRIES = 8
@@ -44,7 +44,7 @@ class Placed:
     Attributes:
         sprite: its number among the sprites.
         label: its class.
-        color: red, green, blue, 0 to 255.
+        color: red, green, blue.
         size: of its square, in pixels.
         angle: in degrees, to the left.
         x, y: of its center.
@@ -53,7 +53,7 @@ class Placed:
 
     sprite: int
     label: int
-    color: tuple[float, float, float]
+    color: tuple[int, int, int]
     size: float
     angle: float
     x: float
@@ -65,12 +65,20 @@ class Cut(NamedTuple):
     """The part of an object inside of the picture.
 
     Attributes:
-        window: rows and columns of the picture.
-        alpha: uint8, how much each pixel there is covered.
+        box: left, top, right and bottom in the picture.
+        alpha: how much each pixel there is covered, as a gray picture.
+        solid: which pixels show the object.
     """
 
-    window: tuple[slice, slice]
-    alpha: NDArray[np.uint8]
+    box: tuple[int, int, int, int]
+    alpha: Picture
+    solid: NDArray[np.bool_]
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the picture."""
+        left, top, right, bottom = self.box
+        return slice(top, bottom), slice(left, right)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Scenes:
 
     @cached_property
     def _photographs(self) -> Sequence[Any]:
-        return photographs(held_out=self.held_out)
+        return photographs(self.size, held_out=self.held_out)
 
     @property
     def names(self) -> Sequence[str]:
@@ -161,7 +169,7 @@ class Scenes:
             yield self._draw(background, placed, [self._cut(one) for one in placed], moving=True)
             placed = [self._moved(one) for one in placed]
 
-    def _plan(self, index: int) -> tuple[Pixels, list[Placed], list[Cut]]:
+    def _plan(self, index: int) -> tuple[Picture, list[Placed], list[Cut]]:
         """The background and the objects of a scene, and what each covers."""
         if not 0 <= index < self.count:
             raise IndexError(f"there is no scene {index}; there are {self.count}")
@@ -175,12 +183,13 @@ class Scenes:
             area = float(self.sprites.coverage[one.sprite]) * one.size**2
             for _ in range(_TRIES):
                 cut = self._cut(one)
-                region, solid = shown[cut.window], cut.alpha > 127
-                hidden = np.bincount(region[solid] + 1, minlength=len(placed) + 1)
+                region = shown[cut.window]
+                hidden = np.bincount(region[cut.solid] + 1, minlength=len(placed) + 1)
                 left = [seen - gone for seen, gone in zip(visible, hidden[1:].tolist(), strict=True)]
                 if hidden.sum() >= _VISIBLE * area and all(map(operator.ge, left, least)):
-                    color = self._color(random, background[cut.window][solid].mean(0))
-                    region[solid] = len(placed)
+                    behind = background.resize((1, 1), box=cut.box).convert("L").tobytes()[0]  # the mean
+                    color = self._color(random, behind)
+                    region[cut.solid] = len(placed)
                     placed.append(replace(one, color=color))
                     cuts.append(cut)
                     visible, least = [*left, int(hidden.sum())], [*least, _VISIBLE * area]
@@ -198,12 +207,12 @@ class Scenes:
         speed = (right - 0.5) * 0.05 * self.size, (down - 0.5) * 0.05 * self.size, (spin - 0.5) * 8
         return Placed(sprite, int(self.sprites.labels[sprite]), (0, 0, 0), size, (angle - 0.5) * 60, x, y, speed)
 
-    def _color(self, random: Random, behind: NDArray[np.float64]) -> tuple[float, float, float]:
+    def _color(self, random: Random, behind: int) -> tuple[int, int, int]:
         """A color that stands out: light on dark, dark on light."""
         hue, saturation, share = random.uniform(size=3).tolist()
-        value = 0.8 + 0.2 * share if behind @ (0.299, 0.587, 0.114) < 120 else 0.05 + 0.35 * share
+        value = 0.8 + 0.2 * share if behind < 120 else 0.05 + 0.35 * share
         red, green, blue = colorsys.hsv_to_rgb(hue, 0.2 + 0.8 * saturation, value)
-        return 255 * red, 255 * green, 255 * blue
+        return round(255 * red), round(255 * green), round(255 * blue)
 
     def _moved(self, one: Placed) -> Placed:
         x, y, (right, down, spin) = one.x + one.speed[0], one.y + one.speed[1], one.speed
@@ -212,35 +221,34 @@ class Scenes:
         spin = -spin if abs(one.angle + spin) > 30 and (one.angle > 0) == (spin > 0) else spin
         return replace(one, x=x, y=y, angle=one.angle + spin, speed=(right, down, spin))
 
-    def _background(self, random: Random) -> Pixels:
+    def _background(self, random: Random) -> Picture:
         """A crop of a photograph, or a texture: soft noise of two scales, sometimes with stripes."""
         from PIL import Image, ImageChops
 
         size = (self.size, self.size)
-        contrast, light = random.uniform(0.6, 1.1), random.uniform(-25, 25)
-        adjusted = np.clip((np.arange(256) - 128) * contrast + 128 + light, 0, 255).astype(np.uint8)
+        haze = Image.new("RGB", size, (random.randint(40, 216),) * 3)
+        clearness = random.uniform(0.6, 1.05)
         if random.uniform() < 0.6:
-            photograph = self._photographs[random.randint(len(self._photographs))]
-            side = random.uniform(0.25, 0.9) * min(photograph.size)
-            left, top = (random.uniform(0, length - side) for length in photograph.size)
-            box = (left, top, left + side, top + side)
-            picture = photograph.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=1.01)
+            photograph: Picture = self._photographs[random.randint(len(self._photographs))]
+            left, top = (random.randint(length - self.size + 1) for length in photograph.size)
+            picture = photograph.crop((left, top, left + self.size, top + self.size))
             if random.uniform() < 0.5:
                 picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            return adjusted.take(np.asarray(picture))
+            return Image.blend(haze, picture, clearness)
         coarse = random.uniform(40, 215, 3) + random.uniform(-60, 60, (*random.randint(2, 6, 2), 3))
         fine = 128 + random.uniform(-25, 25, (*random.randint(12, 40, 2), 3))
         wide, narrow = (
             Image.fromarray(np.clip(noise, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
             for noise in (coarse, fine)
         )
-        pixels = adjusted.take(np.asarray(ImageChops.add(wide, narrow, offset=-128)))
+        picture = Image.blend(haze, ImageChops.add(wide, narrow, offset=-128), clearness)
         if random.uniform() < 0.4:
             angle, period = random.uniform(0, math.pi), random.uniform(4, 20)
             at = np.arange(self.size, dtype=np.float32) * (period / self.size * 2 * math.pi)
             wave = np.sin(at[:, None] * math.cos(angle) + at * math.sin(angle))[:, :, None]
-            pixels = np.clip(pixels + wave * random.uniform(8, 30, 3), 0, 255).astype(np.uint8)
-        return pixels
+            striped = np.asarray(picture) + wave * random.uniform(8, 30, 3)
+            picture = Image.fromarray(np.clip(striped, 0, 255).astype(np.uint8))
+        return picture
 
     def _cut(self, one: Placed) -> Cut:
         """The part of an object that is inside of the picture."""
@@ -251,7 +259,7 @@ class Scenes:
         left, top = max(0, math.floor(one.x - reach)), max(0, math.floor(one.y - reach))
         right, bottom = (min(self.size, math.ceil(at + reach)) for at in (one.x, one.y))
         if right <= left or bottom <= top:
-            return Cut((slice(0, 0), slice(0, 0)), np.zeros((0, 0), np.uint8))
+            return Cut((0, 0, 0, 0), Image.new("L", (0, 0)), np.zeros((0, 0), np.bool_))
         sprite = self.sprites.images[one.sprite]
         zoom, dx, dy, middle = sprite.width / one.size, left - one.x, top - one.y, sprite.width / 2
         matrix = (
@@ -260,18 +268,16 @@ class Scenes:
         )
         size = right - left, bottom - top
         alpha = sprite.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-        return Cut((slice(top, bottom), slice(left, right)), np.asarray(alpha))
+        return Cut((left, top, right, bottom), alpha, np.asarray(alpha) > 127)
 
     def _draw(
-        self, background: Pixels, placed: Sequence[Placed], cuts: Sequence[Cut], *, moving: bool = False
+        self, background: Picture, placed: Sequence[Placed], cuts: Sequence[Cut], *, moving: bool = False
     ) -> Scene:
-        pixels = background.copy()
+        picture = background.copy()
         shown = np.full((self.size, self.size), -1, np.int16)
         for number, (one, cut) in enumerate(zip(placed, cuts, strict=True)):
-            behind = pixels[cut.window].astype(np.float32)
-            behind += (np.array(one.color, np.float32) - behind) * (cut.alpha[:, :, None] / np.float32(255))
-            pixels[cut.window] = behind + np.float32(0.5)
-            shown[cut.window][cut.alpha > 127] = number
+            picture.paste(one.color, cut.box, cut.alpha)
+            shown[cut.window][cut.solid] = number
         seen = shown == np.arange(len(placed), dtype=np.int16)[:, None, None]
         rows, columns = seen.any(2), seen.any(1)
         tracks = [number for number in range(len(placed)) if rows[number].any()]
@@ -280,7 +286,7 @@ class Scenes:
             ys, xs = np.flatnonzero(rows[number]), np.flatnonzero(columns[number])
             box[:] = xs[0], ys[0], xs[-1] + 1, ys[-1] + 1
         sample = Sample(
-            torch.from_numpy(pixels).permute(2, 0, 1),
+            torch.from_numpy(np.array(picture)).permute(2, 0, 1),
             torch.from_numpy(boxes),
             torch.tensor([placed[number].label for number in tracks], dtype=torch.int64),
             torch.zeros(len(tracks), dtype=torch.bool),

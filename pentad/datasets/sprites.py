@@ -17,6 +17,7 @@ from pentad.errors import BadInput
 __all__ = ["Sprites", "digits", "fashion", "photographs"]
 
 _SIDE = 32
+_ZOOMS = 10
 _FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
@@ -58,15 +59,22 @@ def fashion(folder: Path, *, held_out: bool) -> Sprites:
 
 
 @cache
-def photographs(*, held_out: bool) -> Sequence[Any]:
-    """The two photographs that scikit-learn has, a temple and a flower; the right third is held out."""
+def photographs(size: int, *, held_out: bool) -> Sequence[Any]:
+    """scikit-learn's two photographs, a temple and a flower, so that crops of a size show more or less of them.
+
+    Their right third is held out.
+    """
     from PIL import Image
 
     pictures = []
     for name in ("china.jpg", "flower.jpg"):
         pixels = _datasets().load_sample_image(name)
         border = pixels.shape[1] * 2 // 3
-        pictures.append(Image.fromarray(np.ascontiguousarray(pixels[:, border:] if held_out else pixels[:, :border])))
+        picture = Image.fromarray(np.ascontiguousarray(pixels[:, border:] if held_out else pixels[:, :border]))
+        for step in range(_ZOOMS):
+            zoom = size / min(picture.size) * 1.1 * 3.5 ** (step / (_ZOOMS - 1))
+            sides = [round(side * zoom) for side in picture.size]
+            pictures.append(picture.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
     return pictures
 
 
