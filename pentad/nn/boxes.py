@@ -26,6 +26,7 @@ __all__ = [
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # decoded boxes are at most so much larger than their reference
 _BLOCK, _CHUNK = 128, 1024  # temporaries of NMS stay in the second-level cache
+_ONE_PASS = 700  # so many boxes are compared faster in one pass than label by label
 
 
 def box_area(boxes_N4: Tensor) -> Tensor:
@@ -88,32 +89,43 @@ def nms(boxes_N4: Tensor, scores_N: Tensor, threshold: float) -> Tensor:
     Returns:
         The indices of the kept boxes, by falling score.
     """
-    order_N = scores_N.argsort(descending=True, stable=True)
-    planes_5N = _planes(boxes_N4[order_N].float() if boxes_N4.dtype.itemsize < 4 else boxes_N4[order_N])
-    limit = _largest_at_most(threshold, planes_5N.dtype)
-    kept = list[Tensor]()
-    # The best boxes left are compared with each other, and the kept ones among them with all the rest.
-    while len(order_N):
-        block_5K = planes_5N[:, :_BLOCK]
-        best = _first_of_each(_iou(block_5K, block_5K) > limit)
-        kept.append(order_N[:_BLOCK][best])
-        order_N, planes_5N = order_N[_BLOCK:], planes_5N[:, _BLOCK:]
-        if len(order_N):
-            winners_5K = block_5K[:, best]
-            chunks = torch.split(planes_5N, _CHUNK, 1)
-            free_N = torch.cat([(_iou(winners_5K, chunk) > limit).any(0) for chunk in chunks]).logical_not_()
-            order_N, planes_5N = order_N[free_N], planes_5N[:, free_N]
-    return torch.cat(kept) if kept else order_N
+    return _kept(boxes_N4, scores_N, None, threshold)
 
 
 def batched_nms(boxes_N4: Tensor, scores_N: Tensor, labels_N: Tensor, threshold: float) -> Tensor:
     """`nms` among the boxes of each label; the indices of all kept boxes, by falling score."""
+    if len(boxes_N4) <= _ONE_PASS:
+        return _kept(boxes_N4, scores_N, labels_N, threshold)
     kept_N = torch.zeros_like(labels_N, dtype=torch.bool)
     for label in torch.unique(labels_N):
         members = (labels_N == label).nonzero()[:, 0]
         kept_N[members[nms(boxes_N4[members], scores_N[members], threshold)]] = True
     kept = kept_N.nonzero()[:, 0]
     return kept[scores_N[kept].argsort(descending=True, stable=True)]
+
+
+def _kept(boxes_N4: Tensor, scores_N: Tensor, labels_N: Tensor | None, threshold: float) -> Tensor:
+    """`nms`, in which boxes of different labels don't suppress each other."""
+    order_N = scores_N.argsort(descending=True, stable=True)
+    planes_5N = _planes(boxes_N4[order_N].float() if boxes_N4.dtype.itemsize < 4 else boxes_N4[order_N])
+    labels_N = None if labels_N is None else labels_N[order_N]
+    limit = _largest_at_most(threshold, planes_5N.dtype)
+
+    def suppresses(winners: Tensor, losers: Tensor) -> Tensor:
+        """Which of some places in the order suppress which others."""
+        over = _iou(planes_5N[:, winners], planes_5N[:, losers]) > limit
+        return over if labels_N is None else over & (labels_N[winners, None] == labels_N[losers])
+
+    kept = list[Tensor]()
+    left = torch.arange(len(order_N), device=order_N.device)
+    # The best boxes left are compared with each other, and the kept ones among them with all the rest.
+    while len(left):
+        block, left = left[:_BLOCK], left[_BLOCK:]
+        kept.append(block[_first_of_each(suppresses(block, block))])
+        if len(left):
+            hit = torch.cat([suppresses(kept[-1], chunk).any(0) for chunk in torch.split(left, _CHUNK)])
+            left = left[~hit]
+    return order_N[torch.cat(kept)] if kept else order_N
 
 
 def _planes(boxes_N4: Tensor) -> Tensor:

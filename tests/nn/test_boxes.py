@@ -63,8 +63,10 @@ def test_boxes_without_area_survive() -> None:
     assert nms(flat, torch.ones(2), 0.5).tolist() == [0, 1]
 
 
-def test_labels_are_suppressed_apart() -> None:
-    corners, scores, labels = boxes(200, 30, whole=True), (torch.rand(200) * 9).round() / 9, torch.randint(5, (200,))
+@pytest.mark.parametrize("count", [200, 1100])
+def test_labels_are_suppressed_apart(count: int) -> None:
+    corners, labels = boxes(count, 30, whole=True), torch.randint(5, (count,))
+    scores = (torch.rand(count) * 9).round() / 9
     kept = batched_nms(corners, scores, labels, 0.4)
     expected = torch.cat(
         [m[nms(corners[m], scores[m], 0.4)] for i in range(5) for m in [(labels == i).nonzero()[:, 0]]]
