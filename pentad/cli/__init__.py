@@ -20,6 +20,7 @@ from pentad.cli.converting import convert, merge
 from pentad.cli.data import data
 from pentad.cli.detecting import detect
 from pentad.cli.environment import env
+from pentad.cli.evaluating import evaluate
 from pentad.cli.generating import chat, complete, score
 from pentad.cli.inventory import models, pull, rm
 from pentad.cli.options import DECLARED, expected, with_groups
@@ -37,7 +38,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(chat, complete, score, classify, detect),
-    *(models, pull, rm, show, convert, merge, train, serve, bench, env),
+    *(models, pull, rm, show, convert, merge, train, serve, evaluate, bench, env),
 )
 for command in COMMANDS:
     app.command()(with_groups(command))

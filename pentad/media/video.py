@@ -17,9 +17,8 @@ try:
 except ModuleNotFoundError as error:
     raise BadInput("videos need PyAV; install it: pip install 'pentad[vision]'") from error
 
-__all__ = ["VIDEO_SUFFIXES", "Frame", "VideoFacts", "VideoWriter", "read_video", "video_facts"]
+__all__ = ["Frame", "VideoFacts", "VideoWriter", "read_video", "video_facts"]
 
-VIDEO_SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm")
 # Containers only: FFmpeg also reads playlists, which name other files and addresses.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,ogg,flv,asf,h264,hevc,apng,ivf"
 _TICK = Fraction(1, 90_000)  # seconds

@@ -3,6 +3,7 @@
 import gzip
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pentad import BadInput
+from pentad.datasets import sprites
 from pentad.datasets.coco import read_coco
 from pentad.datasets.scene_folders import write_scenes
 from pentad.datasets.scenes import Scenes
@@ -134,3 +136,10 @@ def test_clothes_come_from_a_folder_of_fashion_mnist(tmp_path: Path) -> None:
 def test_numbers_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(BadInput, match="expected"):
         Scenes(1, **options)
+
+
+def test_scikit_learn_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    sprites.digits.cache_clear()
+    with pytest.raises(BadInput, match=r"pip install 'pentad\[vision\]'"):
+        Scenes(1)[0]

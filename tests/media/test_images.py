@@ -1,7 +1,9 @@
 """Reading and writing image files."""
 
 import io
+import runpy
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import pentad
 from pentad import BadInput
 from pentad.media.images import image_size, read_image, write_image
 
@@ -63,6 +66,11 @@ def test_every_mode_becomes_three_channels(mode: str) -> None:
     data = encoded(gray.convert(mode), "TIFF" if mode == "CMYK" else "PNG")
     assert read_image(data).shape == (3, 3, 4)
     assert read_image(data).float().mean() == 255
+
+
+def test_a_cmyk_jpeg_has_its_colors() -> None:
+    data = encoded(Image.new("RGB", (16, 16), (0, 255, 0)).convert("CMYK"), "JPEG")
+    assert read_image(data)[:, 8, 8].tolist() == pytest.approx([0, 255, 0], abs=12)
 
 
 def test_16_bit_gray_levels_keep_their_high_bytes() -> None:
@@ -137,3 +145,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_image(tmp_path / "x.JPG").shape == pixels.shape
     with pytest.raises(BadInput, match="suffix"):
         write_image(tmp_path / "x.txt", pixels)
+
+
+@pytest.mark.parametrize(("module", "package"), [("images", "PIL"), ("video", "av")])
+def test_a_missing_package_is_named_with_its_install(
+    module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    path = Path(pentad.__file__).parent / "media" / f"{module}.py"
+    with pytest.raises(BadInput, match=r"pip install 'pentad\[vision\]'"):
+        runpy.run_path(str(path))
