@@ -44,18 +44,20 @@ class Object:
 
     def mask(self, height: int, width: int) -> Tensor:
         """The bool mask [H, W]; the box filled, if that is all that is known."""
-        if self.segmentation is None:
-            x0, y0, x1, y1 = (round(edge) for edge in self.box)
-            mask_HW = torch.zeros(height, width, dtype=torch.bool)
-            mask_HW[y0:y1, x0:x1] = True
-            return mask_HW
-        return masks.decode(self.rle(height, width) or {})
+        if isinstance(self.segmentation, list):
+            return masks.fill_polygons(self.segmentation, height, width)
+        if self.segmentation is not None:
+            return masks.decode(self.segmentation)
+        x0, y0, x1, y1 = (round(edge) for edge in self.box)
+        mask_HW = torch.zeros(height, width, dtype=torch.bool)
+        mask_HW[y0:y1, x0:x1] = True
+        return mask_HW
 
     def rle(self, height: int, width: int) -> RLE | None:
         """The compressed code of the mask; None if only the box is known."""
-        if self.segmentation is None or not isinstance(self.segmentation, list):
-            return self.segmentation
-        return masks.from_polygons(self.segmentation, height, width)
+        if isinstance(self.segmentation, list):
+            return masks.from_polygons(self.segmentation, height, width)
+        return self.segmentation
 
 
 @dataclass(frozen=True, slots=True)

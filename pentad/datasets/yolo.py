@@ -137,8 +137,8 @@ def _object(words: list[str], height: int, width: int, classes: int) -> Object:
         raise BadInput(f"there are {len(numbers)} numbers after the class; expected 4, or the points of a polygon")
     polygon = [value * (height if place % 2 else width) for place, value in enumerate(numbers)]
     box = min(polygon[::2]), min(polygon[1::2]), max(polygon[::2]), max(polygon[1::2])
-    rle = masks.from_polygons([polygon], height, width)
-    return Object(fitting_box(box, height, width), label, [polygon], area=float(masks.rle_area(rle)))
+    area = float(masks.fill_polygons([polygon], height, width).sum())
+    return Object(fitting_box(box, height, width), label, [polygon], area=area)
 
 
 def yolo_lines(image: LabeledImage, *, segments: bool = False) -> Iterable[str]:

@@ -19,6 +19,7 @@ __all__ = [
     "RLE",
     "decode",
     "encode",
+    "fill_polygons",
     "from_polygons",
     "paste_masks",
     "rle_area",
@@ -43,7 +44,8 @@ def encode(mask_HW: Tensor) -> RLE:
     """The compressed code of a bool mask [H, W]."""
     height, width = mask_HW.shape
     flat = mask_HW.cpu().numpy().astype(np.int8).ravel(order="F")
-    return _rle(height, width, np.append(np.flatnonzero(np.diff(flat, prepend=0)), flat.size))
+    ends = np.append(np.flatnonzero(np.diff(flat, prepend=0)), flat.size)
+    return {"size": [height, width], "counts": to_text(np.diff(ends, prepend=0).tolist())}
 
 
 def decode(rle: RLE | dict[str, Any]) -> Tensor:
@@ -105,11 +107,6 @@ def _from_text(text: str | bytes) -> list[int]:
     return counts
 
 
-def _rle(height: int, width: int, ends: NDArray[np.int64]) -> RLE:
-    """The code of runs that end at these pixels."""
-    return {"size": [height, width], "counts": to_text(np.diff(ends, prepend=0).tolist())}
-
-
 def rle_area(rle: RLE | dict[str, Any]) -> int:
     """The number of the mask's pixels."""
     return sum(rle_counts(rle)[1::2])
@@ -128,13 +125,18 @@ def rle_box(rle: RLE | dict[str, Any]) -> tuple[float, float, float, float]:
     return float(start[0] // height), float(top), float(last[-1] // height + 1), float(bottom + 1)
 
 
+def fill_polygons(polygons: Iterable[Sequence[float]], height: int, width: int) -> Tensor:
+    """The mask [H, W] of the union of polygons ``[x0, y0, x1, y1, …]``, pixel for pixel as COCO's tools draw them."""
+    flat = np.zeros(height * width, np.bool_)
+    for polygon in polygons:
+        ends = _fill(np.asarray(polygon, np.float64).reshape(-1, 2), height, width)
+        flat |= np.repeat(np.arange(len(ends)) % 2 == 1, np.diff(ends, prepend=0))
+    return torch.from_numpy(flat.reshape(height, width, order="F"))
+
+
 def from_polygons(polygons: Iterable[Sequence[float]], height: int, width: int) -> RLE:
-    """The union of polygons ``[x0, y0, x1, y1, …]``, drawn pixel for pixel as COCO's tools do."""
-    codes = [
-        _rle(height, width, _fill(np.asarray(polygon, np.float64).reshape(-1, 2), height, width))
-        for polygon in polygons
-    ]
-    return codes[0] if len(codes) == 1 else encode(sum(map(decode, codes), torch.zeros(height, width)) > 0)
+    """The code of `fill_polygons`."""
+    return encode(fill_polygons(polygons, height, width))
 
 
 def _fill(points_N2: NDArray[np.float64], height: int, width: int) -> NDArray[np.int64]:
