@@ -14,6 +14,7 @@ from pentad.errors import BadInput
 from pentad.vision.darknet import DarknetPredictor
 from pentad.vision.found import Found
 from pentad.vision.runner import VisionModel
+from pentad.vision.yolox import YOLOXPredictor
 from pentad.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     """A path, a file's content, uint8 [3, H, W] (red, green, blue), or a picture of Pillow's."""
 
 THRESHOLD = 0.25
-PREDICTORS: dict[str, Callable[..., Any]] = {"Darknet": DarknetPredictor}
+PREDICTORS: dict[str, Callable[..., Any]] = {"Darknet": DarknetPredictor, "YOLOX": YOLOXPredictor}
 """A network's class -> its pre- and postprocessing."""
 
 
