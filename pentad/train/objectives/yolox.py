@@ -56,10 +56,8 @@ def assign(out_NO: Tensor, predicted_N4: Tensor, boxes_M4: Tensor, labels_M: Ten
     iou_MC = pairwise_iou(boxes_M4, predicted_N4[candidates].float())
     score_CK = (out_CO[:, 5:].sigmoid() * out_CO[:, 4:5].sigmoid()).sqrt()
     target_MK = F.one_hot(labels_M, out_CO.shape[1] - 5).float()
-    shape = len(boxes_M4), *score_CK.shape
-    class_MC = F.binary_cross_entropy(score_CK.expand(shape), target_MK[:, None].expand(shape), reduction="none").sum(
-        -1
-    )
+    score_MCK, target_MCK = torch.broadcast_tensors(score_CK, target_MK[:, None])
+    class_MC = F.binary_cross_entropy(score_MCK, target_MCK, reduction="none").sum(-1)
     cost_MC = class_MC - IOU_COST * (iou_MC + 1e-8).log() + FAR_COST * ~near_MC
     counts_M = iou_MC.topk(min(CANDIDATES, len(candidates))).values.sum(1).int().clamp(min=1)
     chosen_MC = torch.zeros_like(near_MC)
@@ -98,7 +96,8 @@ class YOLOXObjective:
     ) -> Loss:
         """The share of the mean over images."""
         out_BNO = network(batch.images_BCHW).float()
-        at = cells(*batch.images_BCHW.shape[2:], device=out_BNO.device)
+        height, width = batch.images_BCHW.shape[2:]
+        at = cells(height, width, out_BNO.device)
         predicted_BN4 = decode(out_BNO, at)
         learns_BN = torch.zeros_like(out_BNO[..., 4])
         predicted, boxes, logits, targets = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
