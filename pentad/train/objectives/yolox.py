@@ -56,7 +56,8 @@ def assign(out_NO: Tensor, predicted_N4: Tensor, boxes_M4: Tensor, labels_M: Ten
     iou_MC = pairwise_iou(boxes_M4, predicted_N4[candidates].float())
     score_CK = (out_CO[:, 5:].sigmoid() * out_CO[:, 4:5].sigmoid()).sqrt()
     target_MK = F.one_hot(labels_M, out_CO.shape[1] - 5).float()
-    score_MCK, target_MCK = torch.broadcast_tensors(score_CK, target_MK[:, None])
+    shape = (len(boxes_M4), *score_CK.shape)
+    score_MCK, target_MCK = score_CK.expand(shape), target_MK[:, None].expand(shape)
     class_MC = F.binary_cross_entropy(score_MCK, target_MCK, reduction="none").sum(-1)
     cost_MC = class_MC - IOU_COST * (iou_MC + 1e-8).log() + FAR_COST * ~near_MC
     counts_M = iou_MC.topk(min(CANDIDATES, len(candidates))).values.sum(1).int().clamp(min=1)
