@@ -102,8 +102,8 @@ def _opened(path: str | Path) -> Iterator[Any]:
     with path.open("rb") as file:
         container = _container(path, file)
         try:
-            if not container.streams.video:
-                raise BadInput(f"{path} has no video stream")
+            if not container.streams.video or container.streams.video[0].codec_context is None:
+                raise BadInput(f"{path} has no video stream that can be decoded")
             yield container
         finally:
             container.close()

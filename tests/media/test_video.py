@@ -111,6 +111,10 @@ def test_sound_alone_and_large_frames_are_refused(clip: Path) -> None:
         container.mux(stream.encode(None))
     with pytest.raises(BadInput, match="no video stream"):
         video_facts(clip.with_name("sound.mp4"))
+    unknown = clip.with_name("codec.mp4")
+    unknown.write_bytes(clip.read_bytes().replace(b"avc1", b"zzz1"))
+    with pytest.raises(BadInput, match="no video stream that can be decoded"):
+        next(read_video(unknown))
     with pytest.raises(BadInput, match="64 x 48 pixels"):
         next(read_video(clip, max_pixels=1000))
     with pytest.raises(BadInput, match="not there"):
