@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def _images_folder(path: Path, images: list[Any]) -> Path:
     split = path.stem.rpartition("_")[2]  # instances_val2017
     places = [path.parent, path.parent / "images", path.parent.parent / "images", path.parent.parent / split]
     places += [path.parent.parent / "images" / split, path.parent.parent]
-    return next((place for place in places if isinstance(name, str) and (place / name).is_file()), path.parent)
+    return next((place for place in places if isinstance(name, str) and isfile(place / name)), path.parent)
 
 
 def _image(record: Any, folder: Path) -> LabeledImage:
@@ -144,7 +145,7 @@ def _image(record: Any, folder: Path) -> LabeledImage:
         raise BadInput(f"width and height are {width!r} and {height!r}; expected whole numbers from 1 to {_SIDES[-1]}")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise BadInput(f"file_name is {name!r}; expected a path inside of the images' folder")
-    if not (folder / name).is_file():
+    if not isfile(folder / name):  # unlike Path's, False for names that no disk takes
         raise BadInput(f"{folder / name} is not there")
     return LabeledImage(folder / name, height, width, (), record["id"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -70,9 +71,9 @@ def _read(file: Path, folder: Path, number: int, problems: Problems) -> tuple[La
     height, width = size
     name = (root.findtext("filename") or file.with_suffix(".jpg").name).strip()
     path = folder / "JPEGImages" / Path(name).name
-    if not path.is_file():
-        path = next((path.with_suffix(s) for s in (".jpg", ".png", ".jpeg") if path.with_suffix(s).is_file()), path)
-    if not path.is_file():
+    if not isfile(path):
+        path = next((path.with_suffix(s) for s in (".jpg", ".png", ".jpeg") if isfile(path.with_suffix(s))), path)
+    if not isfile(path):
         raise BadInput(f"{path} is not there")
     objects, names = list[Object](), list[str]()
     for index, record in enumerate(root.iter("object"), 1):

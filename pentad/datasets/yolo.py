@@ -57,8 +57,8 @@ def _config(path: Path) -> dict[str, Any] | None:
         raise BadInput(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict):  # number: name
-        if sorted(names) != list(range(len(names))):
-            raise BadInput(f"{path}: the classes' numbers are {sorted(names)}; expected 0 to {len(names) - 1}")
+        if set(names) != set(range(len(names))):
+            raise BadInput(f"{path}: the classes' numbers are {list(names)}; expected 0 to {len(names) - 1}")
         names = [names[number] for number in range(len(names))]
     if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
         raise BadInput(f"{path} has no names of classes, each its own")

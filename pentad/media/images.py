@@ -4,6 +4,7 @@ Pixels lie in memory as in the file, channels last: a batch of these tensors has
 """
 
 from io import BytesIO
+from os.path import isdir, isfile
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,8 @@ def _name(source: str | Path | bytes) -> str:
 
 def _open(source: str | Path | bytes, name: str, max_pixels: int) -> Image.Image:
     """Open an image without decoding it, and check its size."""
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise BadInput(f"{name} is {'a folder' if Path(source).is_dir() else 'not there'}; expected an image file")
+    if not isinstance(source, bytes) and not isfile(source):
+        raise BadInput(f"{name} is {'a folder' if isdir(source) else 'not there'}; expected an image file")
     Image.init()
     try:
         image = Image.open(

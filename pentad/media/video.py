@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
@@ -97,8 +98,8 @@ def read_video(path: str | Path, *, every: int = 1, max_pixels: int = MAX_PIXELS
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
     path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path} is {'a folder' if path.is_dir() else 'not there'}; expected a video file")
+    if not isfile(path):
+        raise BadInput(f"{path} is {'a folder' if isdir(path) else 'not there'}; expected a video file")
     with path.open("rb") as file:
         container = _container(path, file)
         try:

@@ -70,6 +70,7 @@ BAD = {
     "polygon": (changed("annotations", 1, segmentation=[[1, 2, 3, 4]]), "annotation 2.*polygons"),
     "polygon with NaN": (changed("annotations", 1, segmentation=[[1, 2, 3, 4, 5, float("nan")]]), "annotation 2"),
     "missing file": (changed("images", 1, file_name="c.png"), "image 9.*c.png is not there"),
+    "name of no file": (changed("images", 1, file_name="x" * 5000), "image 9.*is not there"),
     "path out": (changed("images", 1, file_name="../b.png"), "image 9.*inside"),
     "no size": (changed("images", 0, width=0), "image 7.*width"),
     "image's id twice": (changed("images", 1, id=7), "image 7.*id was used"),

@@ -97,6 +97,8 @@ def test_bad_folders_of_yolo_are_named(tmp_path: Path) -> None:
         read_objects(yolo(tmp_path / "1", "", None))
     with pytest.raises(BadInput, match="0 to 1"):
         read_objects(yolo(tmp_path / "2", "", "train: images\nnames: {0: a, 2: b}"))
+    with pytest.raises(BadInput, match="expected 0 to 1"):
+        read_objects(yolo(tmp_path / "5", "", "train: images\nnames: {0: a, b: c}"))
     with pytest.raises(BadInput, match="not YAML"):
         read_objects(yolo(tmp_path / "3", "", "names: [a"))
     with pytest.raises(BadInput, match="no entry 'test'"):
