@@ -52,8 +52,16 @@ constexpr Constant constants[] = {
     F(Step, cu_seqlens), F(Step, lengths), F(Step, dropped), F(Step, block_tables), F(Step, limits), F(Step, rotations),
     F(Step, keys), F(Step, values), F(Step, buffers), {"Step", sizeof(Step)}, F(Draw, logits), F(Draw, temperature),
     F(Draw, top_k), F(Draw, top_p), F(Draw, min_p), F(Draw, uniform), F(Draw, largest), F(Draw, token),
-    {"Draw", sizeof(Draw)}, {"LANES", LANES}, {"BLOCK", BLOCK},
-    {"MAX_HEAD_DIM", MAX_HEAD_DIM}, {"MAX_STEP_ROWS", MAX_STEP_ROWS}, {"MAX_SIZE", MAX_SIZE}, {nullptr, 0}};
+    {"Draw", sizeof(Draw)}, V(ConvKind, CONVOLVE), V(ConvKind, DEPTHWISE), V(ConvKind, MAXPOOL), V(ConvKind, REPEAT),
+    V(ConvActivation, NONE), V(ConvActivation, LEAKY), V(ConvActivation, RELU), V(ConvActivation, MISH),
+    V(ConvActivation, SWISH), V(ConvActivation, LOGISTIC), F(ConvOp, kind), F(ConvOp, activation),
+    F(ConvOp, add_activation), F(ConvOp, batch), F(ConvOp, in_height), F(ConvOp, in_width), F(ConvOp, in_channels),
+    F(ConvOp, out_height), F(ConvOp, out_width), F(ConvOp, out_channels), F(ConvOp, size), F(ConvOp, stride),
+    F(ConvOp, pad_top), F(ConvOp, pad_left), F(ConvOp, in_stride), F(ConvOp, out_stride), F(ConvOp, add_stride),
+    F(ConvOp, in), F(ConvOp, add), F(ConvOp, out), F(ConvOp, weight), F(ConvOp, bias), F(ConvOp, zeros),
+    {"ConvOp", sizeof(ConvOp)}, {"LANES", LANES}, {"BLOCK", BLOCK},
+    {"MAX_HEAD_DIM", MAX_HEAD_DIM}, {"MAX_STEP_ROWS", MAX_STEP_ROWS}, {"MAX_SIZE", MAX_SIZE},
+    {"MAX_CONV_SIZE", MAX_CONV_SIZE}, {nullptr, 0}};
 
 struct PlanContext {
   const Op* ops;
@@ -142,6 +150,22 @@ EXPORT void pentad_run(const Op* ops, int count, const Step* step) {
 
 EXPORT void pentad_sample(int isa, Draw* draws, int rows, int vocab, float* scratch) {
   isas[isa]->sample(draws, rows, vocab, scratch);
+}
+
+EXPORT void pentad_convolve(const ConvOp* ops, int count, int isa, int threads) {
+  struct Context {
+    const ConvOp* ops;
+    const Kernels* kernels;
+  } context = {ops, isas[isa]};
+  const auto chunks = [](const void* p, int phase) {
+    const auto& c = *(const Context*)p;
+    return c.kernels->conv_chunks(c.ops[phase]);
+  };
+  const auto work = [](const void* p, int phase, int chunk) {
+    const auto& c = *(const Context*)p;
+    c.kernels->conv_work(c.ops[phase], chunk);
+  };
+  run_on_pool({count, chunks, work, nullptr, &context}, threads);
 }
 
 // The number of chunks of an operation, for benchmarks/roofline.py.

@@ -11,7 +11,9 @@ namespace pentad {
 namespace {
 
 struct Isa : AnyLanes {
-  static constexpr int ROWS = 4;
+  static constexpr int ROWS = 4, PIXELS = 6;
+  using V = float __attribute__((vector_size(32)));
+  static inline __attribute__((always_inline)) V fma_v(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
   using B = uint8_t __attribute__((vector_size(64)));
 
   // always inlined: a call would pass 64-byte vectors through memory
@@ -68,5 +70,5 @@ bool runs_here() {
 #include "kernels.h"
 
 namespace pentad {
-const Kernels avx2_kernels = {"avx2", runs_here, chunks, work, weight_addresses, buffer_sizes, sample};
+const Kernels avx2_kernels = {"avx2", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks, conv_work};
 }

@@ -17,7 +17,9 @@ namespace pentad {
 namespace {
 
 struct Isa {
-  static constexpr int ROWS = 8;
+  static constexpr int ROWS = 8, PIXELS = 12;
+  using V = float __attribute__((vector_size(64)));
+  static inline V fma_v(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
   using F = float __attribute__((vector_size(64)));
   using I = int32_t __attribute__((vector_size(64)));
   using B = uint8_t __attribute__((vector_size(64)));
@@ -64,5 +66,5 @@ bool runs_here() {
 #include "kernels.h"
 
 namespace pentad {
-const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work, weight_addresses, buffer_sizes, sample};
+const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks, conv_work};
 }

@@ -20,7 +20,17 @@ Buffer = IntEnum(
     "Buffer", "RESIDUAL NORMED PROJECTED ATTENDED GATES LOGITS SCORES PAIRED BLOCKS PARTIALS ROUTES", start=0
 )
 
-LIMITS = ("LANES", "BLOCK", "MAX_HEAD_DIM", "MAX_STEP_ROWS", "MAX_SIZE")  # the constants that only plan.h defines
+ConvKind = IntEnum("ConvKind", "CONVOLVE DEPTHWISE MAXPOOL REPEAT", start=0)
+ConvActivation = IntEnum("ConvActivation", "NONE LEAKY RELU MISH SWISH LOGISTIC", start=0)
+
+LIMITS = (
+    "LANES",
+    "BLOCK",
+    "MAX_HEAD_DIM",
+    "MAX_STEP_ROWS",
+    "MAX_SIZE",
+    "MAX_CONV_SIZE",
+)  # the constants that only plan.h defines
 _LIBRARY = Path(__file__).with_name("_kernels.so")
 
 
@@ -65,11 +75,21 @@ class CDraw(ctypes.Structure):
     ]
 
 
+class CConvOp(ctypes.Structure):
+    _fields_ = [
+        *_fields("kind activation add_activation batch in_height in_width in_channels", c_int32),
+        *_fields("out_height out_width out_channels size stride pad_top pad_left", c_int32),
+        *_fields("in_stride out_stride add_stride", c_int32),
+        *_fields("in_ add out weight bias zeros", c_void_p),
+    ]
+
+
 def _declared() -> Iterator[tuple[str, int]]:
     """The values that the library must match: "Enum.NAME", "Struct.field" (its offset) and "Struct" (its size)."""
-    for enum in (Type, OpKind, Flag, Activation, Buffer):
+    for enum in (Type, OpKind, Flag, Activation, Buffer, ConvKind, ConvActivation):
         yield from ((f"{enum.__name__}.{member.name}", member.value) for member in enum)
-    structs: dict[str, type[ctypes.Structure]] = {"Matrix": CMatrix, "Op": COp, "Step": CStep, "Draw": CDraw}
+    structs: dict[str, type[ctypes.Structure]]
+    structs = {"Matrix": CMatrix, "Op": COp, "Step": CStep, "Draw": CDraw, "ConvOp": CConvOp}
     for name, struct in structs.items():
         yield name, ctypes.sizeof(struct)
         yield from (
@@ -96,7 +116,9 @@ def _load() -> tuple[ctypes.CDLL, dict[str, int]] | str:
             exported[name.decode()] = value.value
     limits = {name: exported.pop(name, 0) for name in LIMITS}
     different = dict(exported.items() ^ set(_declared())).keys() | {name for name in LIMITS if not limits[name]}
-    if different:
+    if all("Conv" in name or name == "MAX_CONV_SIZE" for name in different):  # an older one still runs language models
+        limits["MAX_CONV_SIZE"] *= not different
+    else:
         return f"{_LIBRARY.name} is from another version of pentad ({min(different)} differs): install pentad again"
     library.pentad_isa.argtypes, library.pentad_isa.restype = [c_int32], c_char_p
     library.pentad_row_bytes.argtypes, library.pentad_row_bytes.restype = [c_int32] * 2, c_int64
@@ -106,6 +128,9 @@ def _load() -> tuple[ctypes.CDLL, dict[str, int]] | str:
     library.pentad_buffer_sizes.argtypes = [POINTER(COp), c_int32, POINTER(CStep), POINTER(c_int64)]
     library.pentad_sample.argtypes = [c_int32, POINTER(CDraw), c_int32, c_int32, c_void_p]
     library.pentad_sample.restype = None
+    if limits["MAX_CONV_SIZE"]:
+        library.pentad_convolve.argtypes = [POINTER(CConvOp), c_int32, c_int32, c_int32]
+        library.pentad_convolve.restype = None
     library.pentad_pack.restype = library.pentad_run.restype = library.pentad_buffer_sizes.restype = None
     return library, limits
 

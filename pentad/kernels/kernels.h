@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "convolution.h"
 #include "mixture.h"
 #include "sample.h"
 

@@ -23,5 +23,5 @@ bool runs_here() { return true; }
 #include "kernels.h"
 
 namespace pentad {
-const Kernels neon_kernels = {"neon", runs_here, chunks, work, weight_addresses, buffer_sizes, sample};
+const Kernels neon_kernels = {"neon", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks, conv_work};
 }

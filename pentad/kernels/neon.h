@@ -13,7 +13,11 @@ namespace {
 #define UNROLL_4 _Pragma("GCC unroll 4")  // otherwise arrays of registers are kept in memory
 
 struct Neon : AnyLanes {
-  static constexpr int ROWS = 2;
+  static constexpr int ROWS = 2, PIXELS = 6;
+  using V = float __attribute__((vector_size(16)));
+  static inline __attribute__((always_inline)) V fma_v(V a, V b, V c) {
+    return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  }
   using B = uint8_t __attribute__((vector_size(64)));
 
   // always inlined: a call would pass 64-byte vectors through memory

@@ -110,6 +110,24 @@ struct Draw {
   int32_t token;
 };
 
+enum ConvKind : int32_t { CONVOLVE, DEPTHWISE, MAXPOOL, REPEAT };
+enum ConvActivation : int32_t { NONE, LEAKY, RELU, MISH, SWISH, LOGISTIC };
+constexpr int MAX_CONV_SIZE = 16;
+
+// An operation on images [batch, height, width, channels]; see convolution.h. Reads of `in` and `add` may go up to 15 floats
+// beyond the last channel.
+struct ConvOp {
+  int32_t kind, activation, add_activation;
+  int32_t batch, in_height, in_width, in_channels;
+  int32_t out_height, out_width, out_channels;
+  int32_t size, stride, pad_top, pad_left;
+  int32_t in_stride, out_stride, add_stride;  // floats from pixel to pixel
+  const float *in, *add;                      // add: added after the activation; null for none
+  float* out;
+  const float *weight, *bias;
+  const float* zeros;                         // [in_channels]
+};
+
 // The functions of one instruction set. An operation is divided into `chunks`, which threads may run in any order;
 // the division doesn't change a bit of the results. `weight_addresses` gives the addresses (up to 3) where a chunk's
 // weights begin, so that they can be prefetched. `buffer_sizes` gives the floats that a step needs in each buffer.
@@ -122,6 +140,8 @@ struct Kernels {
   int (*weight_addresses)(const Op&, const Step&, int chunk, const uint8_t** addresses);
   void (*buffer_sizes)(const Op* ops, int count, const Step&, int64_t* floats);
   void (*sample)(Draw* draws, int rows, int vocab, float* scratch);
+  int (*conv_chunks)(const ConvOp&);
+  void (*conv_work)(const ConvOp&, int chunk);
 };
 
 extern const Kernels avx512_kernels, avx2_kernels, neon_dotprod_kernels, neon_kernels, portable_kernels;

@@ -8,7 +8,9 @@ namespace pentad {
 namespace {
 
 struct Isa : AnyLanes {
-  static constexpr int ROWS = 2;
+  static constexpr int ROWS = 2, PIXELS = 2;
+  using V = float __attribute__((vector_size(16)));
+  static inline V fma_v(V a, V b, V c) { return a * b + c; }
   using B = uint8_t __attribute__((vector_size(64)));
 
   static inline F fma(F a, F b, F c) { return a * b + c; }
@@ -70,5 +72,5 @@ bool runs_here() { return true; }
 #include "kernels.h"
 
 namespace pentad {
-const Kernels portable_kernels = {"portable", runs_here, chunks, work, weight_addresses, buffer_sizes, sample};
+const Kernels portable_kernels = {"portable", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks, conv_work};
 }

@@ -1,5 +1,6 @@
 """Boxes from the networks of Darknet's .cfg files: pre- and postprocessing as in OpenCV's reader or in Darknet."""
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from pentad.models.vision.darknet import Darknet
 from pentad.nn.boxes import batched_nms
+from pentad.vision.darknet_plan import DarknetPlan
 from pentad.vision.found import Found
 from pentad.vision.preprocess import resize_opencv
 
@@ -26,7 +28,8 @@ class DarknetPredictor:
 
     def __init__(self, network: Darknet, *, letterbox: bool = False) -> None:
         self.network, self.letterbox = network, letterbox
-        self.labels: Sequence[str] = network.config.names
+        self._plan: DarknetPlan | None = None
+        self._one_at_a_time = threading.Lock()  # a plan has one memory
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor], threshold: float) -> list[Found]:
@@ -35,7 +38,8 @@ class DarknetPredictor:
         _, height, width = self.network.cfg.shape
         resize = _letterboxed if self.letterbox else _stretched
         batch = torch.stack([resize(image, height, width) for image in images]).to(first.device, first.dtype)
-        predictions = self.network(batch)
+        with self._one_at_a_time:
+            predictions = self.network.decode(self._outputs(batch))
         found = []
         for image, boxes_N4, scores_NK in zip(images, predictions.boxes_BN4, predictions.scores_BNK, strict=True):
             scores_N, labels_N = scores_NK.max(1)
@@ -45,6 +49,14 @@ class DarknetPredictor:
             kept = batched_nms(boxes_N4, scores_N.cpu(), labels_N.cpu(), NMS)
             found.append(Found(boxes_N4[kept], scores_N.cpu()[kept], labels_N.cpu()[kept]))
         return found
+
+    def _outputs(self, batch_BCHW: Tensor) -> list[Tensor]:
+        """The inputs of the detection layers: by the CPU kernels if they have all layers, else by torch."""
+        if not DarknetPlan.supports(self.network):
+            return self.network.outputs(batch_BCHW.contiguous(memory_format=torch.channels_last))
+        if self._plan is None or not self._plan.fits(batch_BCHW):
+            self._plan = DarknetPlan(self.network, len(batch_BCHW), torch.get_num_threads())
+        return self._plan.run(batch_BCHW)
 
     def _to_pixels(self, boxes_N4: Tensor, height: int, width: int) -> Tensor:
         """Boxes in pixels of the image, from shares of what the network has seen."""

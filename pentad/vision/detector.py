@@ -83,6 +83,7 @@ class Detector(VisionModel):
 
     def __init__(self, name: str, network: nn.Module, checkpoint: Checkpoint, *, load_seconds: float = 0.0) -> None:
         super().__init__(name, network, checkpoint, load_seconds=load_seconds)
+        self._predictors: dict[bool, Any] = {}
         if not self.labels:
             raise BadInput(f"{name} has no detection layer, so it finds no boxes; expected one of a detector")
 
@@ -124,7 +125,7 @@ class Detector(VisionModel):
         if batch_size < 1:
             raise BadInput(f"batch_size is {batch_size}; expected a whole number of at least 1")
         wanted = None if classes is None else {self.label_id(one) for one in classes}
-        predict = PREDICTORS[type(self.network).__name__](self.network, letterbox=letterbox)
+        predict = self._predictor(letterbox)
         results = []
         for start in range(0, len(many), batch_size):
             batch = many[start : start + batch_size]
@@ -134,6 +135,12 @@ class Detector(VisionModel):
                 height, width = tensor.shape[1:]
                 results.append(Detections(name, width, height, tuple(self._objects(found, wanted))))
         return results
+
+    def _predictor(self, letterbox: bool) -> Any:
+        if letterbox not in self._predictors:
+            make = PREDICTORS[type(self.network).__name__]
+            self._predictors[letterbox] = make(self.network, letterbox=letterbox)
+        return self._predictors[letterbox]
 
     def _objects(self, found: Found, wanted: set[int] | None) -> Iterator[Detection]:
         for box, score, label in zip(*(one.tolist() for one in found), strict=True):
