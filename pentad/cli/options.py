@@ -126,7 +126,9 @@ class VisionLoading:
 
     dtype: Annotated[
         DtypeName | None,
-        Option(metavar="TYPE", help="Compute in float32, bfloat16 or float16. Default: as the weights are stored."),
+        Option(
+            metavar="TYPE", help="Compute in float32, bfloat16 or float16. Default: float32 on a CPU, or as stored."
+        ),
     ] = None
     device: Device = None
     threads: Threads = None

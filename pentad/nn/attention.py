@@ -363,7 +363,8 @@ class Attention(nn.Module):
         Args:
             x_ND: [N, dim].
             batch: the layout of the rows. If it has pages, the keys and values of the rows are written to them.
-            context_MD: for cross-attention without pages, rows [M, context_dim] in the layout ``batch.context``.
+            context_MD: for cross-attention without pages, rows [M, context_dim] in the layout ``batch.context``. If
+                given, a self-attention layer attends to these rows instead of its own.
 
         Returns:
             [N, dim].
@@ -371,7 +372,7 @@ class Attention(nn.Module):
         Raises:
             ValueError: cross-attention without a context.
         """
-        if self.context_dim is not None:
+        if self.context_dim is not None or context_MD is not None:
             return self._cross(x_ND, batch, context_MD)
         q_NHD, k, v = self._heads(project(x_ND, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:

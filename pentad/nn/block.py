@@ -5,13 +5,14 @@ Legend: N rows, D width of the residual stream.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pentad.nn.batch import Batch
+from pentad.nn.batch import Batch, SequenceLayout
 from pentad.nn.moe.layer import MixtureOfExperts
 from pentad.nn.moe.routers import Routing
 
@@ -116,6 +117,18 @@ class DropPathBlock(PreNormBlock):
         """[N, D] -> [N, D]."""
         x_ND = x_ND + self._dropped(self.attention(self.attention_norm(x_ND), batch), batch)
         return x_ND + self._dropped(self.feedforward(self.feedforward_norm(x_ND)), batch)
+
+    def first_rows(self, x_BND: Tensor) -> Tensor:
+        """What `forward` gives for the first row of each of B sequences of equal length: [B, D].
+
+        A last block whose other rows nobody reads saves most of its work.
+        """
+        count, length = x_BND.shape[:2]
+        y_ND, first = self.attention_norm(x_BND.flatten(0, 1)), Batch.of(*[1] * count, device=x_BND.device)
+        layout = SequenceLayout.of([length] * count)
+        attended_BD = self.attention(y_ND[::length], replace(first, context=layout), y_ND)
+        x_BD = x_BND[:, 0] + self._dropped(attended_BD, first)
+        return x_BD + self._dropped(self.feedforward(self.feedforward_norm(x_BD)), first)
 
     def _dropped(self, y_ND: Tensor, batch: Batch) -> Tensor:
         if not self.training or not self.drop_path:

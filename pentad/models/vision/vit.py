@@ -5,7 +5,7 @@ The files are those of transformers (ViTForImageClassification, ViTModel), and t
 Legend: B images [C, H, W], P patches an image, N = B * (P + 1) rows, D width, V classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -102,23 +102,27 @@ class ViT(nn.Module):
 
     def pooled(self, images_BCHW: Tensor, *, checkpointing: str = "none") -> Tensor:
         """What the head sees, [B, D]."""
-        hidden_BND = self._encode(images_BCHW, checkpointing)
-        pooled_BD: Tensor = self.norm(
-            hidden_BND[:, 0] if self.config.global_pool == "token" else hidden_BND[:, 1:].mean(1)
-        )
-        return pooled_BD
+        x_BND = self._embed(images_BCHW)
+        if self.config.global_pool == "avg":
+            pooled_BD = run_encoder(self.layers, x_BND, checkpointing)[:, 1:].mean(1)
+        else:
+            last = self.layers[-1]
+            assert isinstance(last, DropPathBlock)
+            pooled_BD = last.first_rows(run_encoder(self.layers[:-1], x_BND, checkpointing))
+        normed_BD: Tensor = self.norm(pooled_BD)
+        return normed_BD
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """The normed rows [B, 1 + P, D] of the class token and the patches."""
-        features_BND: Tensor = self.norm(self._encode(images_BCHW, "none"))
+        features_BND: Tensor = self.norm(run_encoder(self.layers, self._embed(images_BCHW)))
         return features_BND
 
-    def _encode(self, images_BCHW: Tensor, checkpointing: str) -> Tensor:
+    def _embed(self, images_BCHW: Tensor) -> Tensor:
+        """Class token and patches with their positions, [B, 1 + P, D]."""
         grid_BDRC = self.patch_embed(images_BCHW)
         positions_1ND = resized_positions(self.positions.weight, *grid_BDRC.shape[2:])
         patches_BPD = grid_BDRC.flatten(2).transpose(1, 2)
-        x_BND = torch.cat([self.cls_token.weight.expand(len(images_BCHW), -1, -1), patches_BPD], 1) + positions_1ND
-        return run_encoder(self.layers, x_BND, checkpointing)
+        return torch.cat([self.cls_token.weight.expand(len(images_BCHW), -1, -1), patches_BPD], 1) + positions_1ND
 
 
 def encoder_blocks(
@@ -131,7 +135,7 @@ def encoder_blocks(
         yield DropPathBlock(LayerNorm(width, eps), attention, LayerNorm(width, eps), feedforward, rate)
 
 
-def run_encoder(blocks: nn.ModuleList, x_BND: Tensor, checkpointing: str = "none") -> Tensor:
+def run_encoder(blocks: Iterable[nn.Module], x_BND: Tensor, checkpointing: str = "none") -> Tensor:
     """Run blocks over sequences of equal length, [B, N, D]."""
     batch = Batch.of(*[x_BND.shape[1]] * len(x_BND), device=x_BND.device)
     return run_blocks(blocks, x_BND.flatten(0, 1), batch, checkpointing=checkpointing)[0].view_as(x_BND)
