@@ -36,12 +36,11 @@ from pentad.weights.gguf_writer import write_gguf
 from pentad.weights.keytable import KeyTable, LastResult, Value, on_meta
 from pentad.weights.quantizer import QUANTIZED
 from pentad.weights.safetensors_writer import write_safetensors
-from pentad.weights.writing import PendingTensor
+from pentad.weights.writing import SHARD_BYTES, PendingTensor
 
 FORMATS = {"hf": "hf", "mistral": "consolidated", "gguf": "gguf"}
 """Target of `convert` -> `Checkpoint.format`."""
 
-SHARD_BYTES = 5_000_000_000
 WORKING_BYTES = 1 << 26  # buffers of a few MiB, in which tensors are quantized and written
 _PART = re.compile(r".*-\d{5}-of-\d{5}\.gguf")  # names of the parts of a split GGUF
 FLOATS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from pentad.train.loop import StepRecord
-    from pentad.train.run import TrainingRun
+    from pentad.train.run import TextRun
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
     try:
         from pentad.train.processes import rank
         from pentad.train.recipe import read_recipe
-        from pentad.train.run import open_run
+        from pentad.train.run import TextRun, open_run
     except ModuleNotFoundError as error:
         raise BadInput(f"pentad train needs {error.name}; install it: pip install 'pentad[train]'") from error
     import torch
@@ -54,10 +54,12 @@ def train(
         torch.set_num_threads(threads)
     flags = [f"data.{name}=true" for name, given in (("truncate", truncate), ("skip_bad", skip_bad)) if given]
     run = open_run(read_recipe(recipe, [*(set_ or []), *flags]))
-    skipped = [line for store in run.stores for line in store.facts["skipped"]]
+    skipped = run.skipped
     for line in skipped:
         output.note(f"pentad: skipped: {line}")
     if show_mask:
+        if not isinstance(run, TextRun):
+            raise BadInput("--show-mask is for texts; this recipe trains on images")
         _show_mask(run, show_mask)
         return
     if plan:
@@ -114,7 +116,7 @@ def _number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
-def _show_mask(run: TrainingRun, count: int) -> None:
+def _show_mask(run: TextRun, count: int) -> None:
     """Print examples; learned tokens are green on a terminal, and stand in [brackets] elsewhere."""
     from rich.console import Console
     from rich.text import Text

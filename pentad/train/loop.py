@@ -21,7 +21,7 @@ from pentad.errors import PentadError
 from pentad.memory import process_bytes
 from pentad.nn.moe.layer import MixtureOfExperts
 from pentad.train.objectives.loss import Objective
-from pentad.train.optimizers import MovingAverage, Optimizers
+from pentad.train.optimizers import MovingAverage, Optimizers, clip_adaptively
 from pentad.train.processes import rank, sum_gradients, sum_over_processes
 
 HISTORY, MIN_HISTORY = 50, 10  # the numbers of steps whose medians tell what a spike is
@@ -95,6 +95,7 @@ class Loop:
         learning_rate: a function of the step.
         seed: the run's seed.
         max_grad_norm: the gradient's norm is clipped to this.
+        adaptive_clip: see the recipe.
         dtype: dtype of the computation; float32 or, by autocast, bfloat16.
         checkpointing: "none" or "blocks".
         average: a moving average of the parameters, or None.
@@ -109,6 +110,7 @@ class Loop:
     learning_rate: Callable[[int], float]
     seed: int = 0
     max_grad_norm: float = 1.0
+    adaptive_clip: float = 0.0
     dtype: torch.dtype = torch.float32
     checkpointing: str = "none"
     average: MovingAverage | None = None
@@ -140,6 +142,11 @@ class Loop:
         names = sorted(sums)
         means = dict(zip(names, sum_over_processes([sums[name] for name in names]), strict=True))
         sum_gradients(parameters)
+        if self.adaptive_clip:
+            body = (
+                p for name, p in self.network.named_parameters() if p.requires_grad and not name.startswith("head.")
+            )
+            clip_adaptively(body, self.adaptive_clip)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         self._check(step, means["loss"], norm, batches)
         lr = self.learning_rate(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -27,6 +27,7 @@ class Optimizers:
 
     def __init__(self, network: nn.Module, options: Optimizer) -> None:
         self._groups = _groups(network, options)
+        self._layers = len(getattr(network, "layers", ()))
         named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         if not named:
             raise BadInput("optimizer.groups freezes all parameters; nothing would be trained")
@@ -36,7 +37,9 @@ class Optimizers:
         if options.name == "muon":
             self._add(torch.optim.Muon, {n: p for n, p in named.items() if n in hidden}, options, lr=options.lr)
             named = {name: parameter for name, parameter in named.items() if name not in hidden}
-        if options.name == "adafactor":
+        if options.name == "sgd":
+            self._add(torch.optim.SGD, named, options, lr=options.lr, momentum=options.betas[0], nesterov=True)
+        elif options.name == "adafactor":
             self._add(torch.optim.Adafactor, named, options, lr=options.lr)
         else:
             betas = (options.betas[0], options.betas[1])
@@ -48,7 +51,8 @@ class Optimizers:
             group = self._groups.get(name, Group(parameters=name))
             decay = options.weight_decay if parameter.dim() > 1 else 0.0
             decay = decay if group.weight_decay is None else group.weight_decay
-            settings.setdefault((group.lr_scale, decay), []).append(parameter)
+            scale = group.lr_scale * options.layer_decay ** self._layers_above(name)
+            settings.setdefault((scale, decay), []).append(parameter)
         if settings:
             groups = [
                 {"params": parameters, "lr_scale": scale, "weight_decay": decay}
@@ -57,6 +61,13 @@ class Optimizers:
             optimizer = kind(groups, **arguments)
             self._optimizers.append(optimizer)
             self._owners |= {name: (optimizer, parameter) for name, parameter in named.items()}
+
+    def _layers_above(self, name: str) -> int:
+        """The number of blocks from a parameter to the head: 0 for the head and the final norm."""
+        part, _, rest = name.partition(".")
+        if part == "layers":
+            return self._layers - int(rest.partition(".")[0])
+        return 0 if part in ("norm", "head") else self._layers + 1
 
     def step(self, lr: float) -> None:
         """Update the parameters with this learning rate, then drop the gradients."""
@@ -127,3 +138,25 @@ class MovingAverage:
         """Replace the network's parameters by their averages."""
         for name, tensor in self.tensors.items():
             self._parameters[name].copy_(tensor)
+
+
+@torch.no_grad()
+def clip_adaptively(parameters: Iterable[nn.Parameter], clip_factor: float = 0.01, eps: float = 1e-3) -> None:
+    """Adaptive gradient clipping (arXiv:2102.06171): limit each output unit's gradient to a part of the unit's norm.
+
+    Args:
+        parameters: weights with gradients; a unit is the first dimension of a matrix or kernel, or a whole vector.
+        clip_factor: largest ratio of the norms.
+        eps: least norm of a unit.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        limit = _unit_norms(parameter).clamp_(min=eps).mul_(clip_factor)
+        norms = _unit_norms(parameter.grad)
+        parameter.grad.mul_(torch.where(norms < limit, 1.0, limit / norms.clamp(min=1e-6)))
+
+
+def _unit_norms(x: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())) or None, keepdim=True)
+    return norms

@@ -9,7 +9,7 @@ from pentad.memory import available_memory, process_bytes
 from pentad.nn.decoder import Decoder
 
 if TYPE_CHECKING:
-    from pentad.train.run import TrainingRun
+    from pentad.train.run import TextRun
 
 _SAVED_BYTES = {"none": 90, "blocks": 5}
 """Activations a token, a layer and a unit of the width, in float32; measured with SmolLM2."""
@@ -17,7 +17,7 @@ _SAVED_BYTES = {"none": 90, "blocks": 5}
 _MEASURED_STEPS = 4
 
 
-def least_bytes(run: TrainingRun, network: Decoder, checkpointing: str) -> int:
+def least_bytes(run: TextRun, network: Decoder, checkpointing: str) -> int:
     """An estimate of the memory of a run: weights, gradients, the optimizer's state and the largest micro-batch.
 
     Args:
@@ -34,7 +34,7 @@ def least_bytes(run: TrainingRun, network: Decoder, checkpointing: str) -> int:
     return 4 * parameters + kept * learned + tokens * width * layers * _SAVED_BYTES[checkpointing]
 
 
-def checkpointing(run: TrainingRun, network: Decoder) -> str:
+def checkpointing(run: TextRun, network: Decoder) -> str:
     """The recipe's activation checkpointing; "auto" becomes "blocks" if memory would be short without."""
     if run.recipe.run.checkpointing != "auto":
         return run.recipe.run.checkpointing
@@ -42,7 +42,7 @@ def checkpointing(run: TrainingRun, network: Decoder) -> str:
     return "blocks" if free is not None and least_bytes(run, network, "none") > free * 0.7 else "none"
 
 
-def plan(run: TrainingRun, network: Decoder) -> dict[str, Any]:
+def plan(run: TextRun, network: Decoder) -> dict[str, Any]:
     """Count the data, then run a few steps with a learning rate of 0.
 
     Args:

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pentad.errors import BadInput
 
+IMAGE_OBJECTIVES = ("classify", "mae")
+"""Objectives on images, of vision models."""
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -93,6 +96,7 @@ class Run(Table):
         checkpoint_every: steps between checkpoints; 0 for none.
         keep: the number of checkpoints to keep.
         micro_batch_tokens: the most tokens of one forward pass; a longer sequence goes alone.
+        micro_batch_images: the most images of one forward pass.
         checkpointing: activation checkpointing, "none" or "blocks"; "auto" chooses by the memory that is available.
         validate_every: steps between measurements of `data.validation`; 0 for the first and the last only.
         ema: decay of an exponential moving average of the parameters, which is then the trained model; 0 for none.
@@ -111,6 +115,7 @@ class Run(Table):
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     keep: Positive = 2
     micro_batch_tokens: Positive = 1024
+    micro_batch_images: Positive = 32
     checkpointing: Literal["auto", "none", "blocks"] = "auto"
     validate_every: Annotated[int, Field(ge=0)] = 0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -133,9 +138,15 @@ class Group(Table):
 
 
 class Optimizer(Table):
-    """The optimizer and the schedule of its learning rate; see `pentad.train.optimizers`."""
+    """The optimizer and the schedule of its learning rate; see `pentad.train.optimizers`.
 
-    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    Attributes:
+        name: of sgd (with Nesterov's momentum) the momentum is the first of `betas`.
+        layer_decay: factor of the learning rate from each block to the one before it, and of the embeddings (BEiT).
+        adaptive_clip: the most that a gradient's norm may be of its unit's norm (NFNet), besides the head; 0 for none.
+    """
+
+    name: Literal["adamw", "adafactor", "muon", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0, lt=100)]
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: list[Fraction] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
@@ -144,6 +155,8 @@ class Optimizer(Table):
     warmup: Fraction = 0.1
     decay: Fraction = 0.2
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    adaptive_clip: Annotated[float, Field(ge=0)] = 0.0
     groups: list[Group] = []
 
 
@@ -164,6 +177,32 @@ class Preference(Table):
     desirable_weight: Annotated[float, Field(ge=0)] = 1.0
     undesirable_weight: Annotated[float, Field(ge=0)] = 1.0
     center_rewards_coefficient: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Images(Table):
+    """Options of the objectives on images.
+
+    Attributes:
+        size: side of the network's input in pixels; by default the model's.
+        crop: the least part of an image's area that a random crop shows; 1 for no crops.
+        flip: mirror half of the images.
+        fraction: the part of each class, or of all images, to train on.
+        mixup: parameter of the beta distribution from which images and labels are mixed (arXiv:1710.09412); 0 for none.
+        label_smoothing: the share of a label that is spread over all classes.
+        drop_path: stochastic depth of the last block.
+        global_pool: what the head of a ViT sees: the class "token", or the "avg" of the patches.
+        probe: train the head only, on a frozen network (linear probing).
+    """
+
+    size: Annotated[int, Field(ge=8, le=4096)] | None = None
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    flip: bool = False
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    global_pool: Literal["token", "avg"] | None = None
+    probe: bool = False
 
 
 class Lora(Table):
@@ -194,6 +233,7 @@ class Recipe(Table):
 
     Attributes:
         objective: a key of `pentad.train.objectives.catalog.OBJECTIVES`; or losses of pairs -> their weights.
+        images: options of objectives on images.
         lora: if given, adapters are trained, not the weights.
     """
 
@@ -203,6 +243,7 @@ class Recipe(Table):
     run: Run
     optimizer: Optimizer
     preference: Preference = Preference()
+    images: Images = Images()
     lora: Lora | None = None
 
 
@@ -239,6 +280,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInput(f"{path}: run.steps is missing, or 0")
     if (recipe.model.base is None) == (recipe.model.config is None):
         raise BadInput(f"{path}: [model] needs base, or config to start from random weights, and not both")
+    if recipe.objective in IMAGE_OBJECTIVES:
+        return recipe
     if recipe.model.config is not None and recipe.model.tokenizer is None:
         raise BadInput(f"{path}: [model] has a config; it also needs tokenizer, a model whose tokenizer is used")
     if recipe.objective == "reward" and recipe.lora is not None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pentad.train.data import TokenData
-from pentad.train.loop import Loop
+from pentad.train.loop import Data, Loop
 from pentad.train.processes import rank, sum_over_processes
 from pentad.weights.atomic import disk_errors
 
@@ -25,7 +24,7 @@ class Validation:
         steps: of the run.
     """
 
-    data: TokenData
+    data: Data
     file: Path
     every: int
     steps: int

@@ -15,6 +15,8 @@ from pentad.weights.quantizer import quantize
 
 SLAB = 1 << 20  # numbers at a time; as float32 4 MiB. A multiple of every block.
 
+SHARD_BYTES = 5_000_000_000  # transformers' default
+
 
 @dataclass(frozen=True)
 class PendingTensor:

@@ -10,7 +10,8 @@ from torch import nn
 
 import tests.helpers.torchvision_stub  # noqa: F401
 from pentad.build import build, meta_network
-from pentad.models.vision.nfnet import NFNetConfig, clip_adaptively
+from pentad.models.vision.nfnet import NFNetConfig
+from pentad.train.optimizers import clip_adaptively
 from tests.helpers.images import assert_close, images, network_of, randomized
 
 timm: Any = import_module("timm")

@@ -6,7 +6,7 @@ residual branch starts at zero (SkipInit, arXiv:2002.10444). The files are timm'
 Legend: B images [C, H, W]; V classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
@@ -47,7 +47,7 @@ class NFNetConfig(ClassifierConfig):
     group_size: int = 128
     alpha: float = 0.2
     std_conv_eps: float = 1e-5
-    drop_path_rate: float = 0.0
+    drop_path_rate: float = field(default=0.0, metadata={"least": 0})
 
     HEAD = "head.fc"
 
@@ -216,28 +216,6 @@ class NFNet(nn.Module):
             x_BCHW = conv(scaled_gelu(x_BCHW) if i else x_BCHW)
         features_BCHW: Tensor = self.final_conv(self.stages(x_BCHW))
         return scaled_gelu(features_BCHW).mean((2, 3))
-
-
-@torch.no_grad()
-def clip_adaptively(parameters: list[nn.Parameter], clip_factor: float = 0.01, eps: float = 1e-3) -> None:
-    """Adaptive gradient clipping: scale the gradient of each output unit down to `clip_factor` times the unit's norm.
-
-    Args:
-        parameters: weights with gradients; a unit is the first dimension of a matrix or kernel, or a whole vector.
-        clip_factor: largest ratio of the norms.
-        eps: least norm of a unit.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        limit = _unit_norms(parameter).clamp_(min=eps).mul_(clip_factor)
-        norms = _unit_norms(parameter.grad)
-        parameter.grad.mul_(torch.where(norms < limit, 1.0, limit / norms.clamp(min=1e-6)))
-
-
-def _unit_norms(x: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())) or None, keepdim=True)
-    return norms
 
 
 def _timm(config: NFNetConfig) -> list[KeyTable]:

@@ -6,7 +6,7 @@ Legend: B images [C, H, W], P patches an image, N = B * (P + 1) rows, D width, V
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -50,7 +50,7 @@ class ViTConfig(ClassifierConfig):
     qkv_bias: bool = True
     initializer_range: float = 0.02
     global_pool: str = "token"
-    drop_path_rate: float = 0.0
+    drop_path_rate: float = field(default=0.0, metadata={"least": 0})
 
     @property
     def patches(self) -> int:

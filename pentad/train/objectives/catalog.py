@@ -19,7 +19,7 @@ from pentad.train.objectives.loss import Objective
 from pentad.train.objectives.preference import LOSSES, REFERENCE_FREE, PairObjective
 from pentad.train.objectives.references import reference_log_probs
 from pentad.train.objectives.reward import RewardObjective
-from pentad.train.recipe import Recipe
+from pentad.train.recipe import IMAGE_OBJECTIVES, Recipe
 
 OBJECTIVES = {**dict.fromkeys(LOSSES, PAIRS), "pretrain": DOCUMENTS, "sft": REPLIES, "kto": UNPAIRED, "reward": PAIRS}
 """Name in a recipe -> the data that it learns from; see `pentad.datasets.examples`."""
@@ -34,7 +34,7 @@ def data_for(objective: str | Mapping[str, float]) -> str:
     known = OBJECTIVES if isinstance(objective, str) else LOSSES
     for name in [objective] if isinstance(objective, str) else objective:
         if name not in known:
-            raise BadInput(f"objective is {name!r}; expected one of {', '.join(known)}")
+            raise BadInput(f"objective is {name!r}; expected one of {', '.join([*known, *IMAGE_OBJECTIVES])}")
     return OBJECTIVES[objective] if isinstance(objective, str) else PAIRS
 
 
