@@ -67,12 +67,13 @@ def photographs(size: int, *, held_out: bool) -> Sequence[Any]:
     from PIL import Image
 
     pictures = []
+    closest = min(3.5, max(1.0, 1500 / (1.1 * size)))  # large ones would take hundreds of megabytes
     for name in ("china.jpg", "flower.jpg"):
         pixels = _datasets().load_sample_image(name)
         border = pixels.shape[1] * 2 // 3
         picture = Image.fromarray(np.ascontiguousarray(pixels[:, border:] if held_out else pixels[:, :border]))
         for step in range(_ZOOMS):
-            zoom = size / min(picture.size) * 1.1 * 3.5 ** (step / (_ZOOMS - 1))
+            zoom = size / min(picture.size) * 1.1 * closest ** (step / (_ZOOMS - 1))
             sides = [round(side * zoom) for side in picture.size]
             pictures.append(picture.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
     return pictures

@@ -189,7 +189,8 @@ def roi_align(
     """
     channels = features_NCHW.shape[1]
     with torch.no_grad():
-        edges = boxes_K4.to(features_NCHW.dtype) * spatial_scale - (0.5 if aligned else 0.0)
+        exact = torch.promote_types(features_NCHW.dtype, torch.float32)
+        edges = boxes_K4.to(exact) * spatial_scale - (0.5 if aligned else 0.0)
         start, size = edges[:, :2], edges[:, 2:] - edges[:, :2]
         if not aligned:
             size = size.clamp(min=1)
@@ -206,7 +207,7 @@ def roi_align(
             x = _taps(start[chosen, 0], size[chosen, 0], output_size[1], samples_x, features_NCHW.shape[3])
             y = _taps(start[chosen, 1], size[chosen, 1], output_size[0], samples_y, features_NCHW.shape[2])
             index, weight = _outer(x, y, images_K[chosen], features_NCHW.shape[2], features_NCHW.shape[3])
-        pooled = F.embedding_bag(index, rows_RC, per_sample_weights=weight, mode="sum")
+        pooled = F.embedding_bag(index, rows_RC, per_sample_weights=weight.to(rows_RC.dtype), mode="sum")
         result[chosen] = pooled.view(-1, *output_size, channels)
     return result.permute(0, 3, 1, 2)
 

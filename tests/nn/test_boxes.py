@@ -114,6 +114,16 @@ def test_roi_align_and_its_gradient_are_torchvisions(sampling: int, aligned: boo
     assert torch.allclose(features.grad, copy.grad, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_coordinates_are_exact_in_any_dtype(dtype: torch.dtype) -> None:
+    """With coordinates in bfloat16 a box at 200 would be off by a pixel."""
+    features, corners = torch.randn(1, 3, 64, 64), torch.tensor([[201.3, 190.7, 243.9, 230.1]])
+    expected = roi_align(features, corners, torch.tensor([0]), (7, 7), 0.25, 2)
+    ours = roi_align(features.to(dtype), corners, torch.tensor([0]), (7, 7), 0.25, 2)
+    assert ours.dtype == dtype
+    assert torch.allclose(ours.float(), expected, atol=0.03)
+
+
 def sampled(features: Tensor, box: list[float], cells: int, samples: int) -> Tensor:
     """RoIAlign of one box and one channel, sample by sample; one that is further than a pixel outside counts as 0."""
     height, width = features.shape
