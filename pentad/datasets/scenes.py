@@ -33,7 +33,7 @@ __all__ = ["Scene", "Scenes"]
 Random = np.random.RandomState
 """Its streams never change, unlike those of numpy's newer generators."""
 
-_VISIBLE = 0.5  # the least share of an object that is seen
+_VISIBLE = 0.6  # the least share of an object that is seen
 _TRIES = 8
 
 
@@ -205,7 +205,7 @@ class Scenes:
         size = 0.16 * (0.5 / 0.16) ** log_size * self.size
         x, y = (0.1 + 0.8 * x) * self.size, (0.1 + 0.8 * y) * self.size
         speed = (right - 0.5) * 0.05 * self.size, (down - 0.5) * 0.05 * self.size, (spin - 0.5) * 8
-        return Placed(sprite, int(self.sprites.labels[sprite]), (0, 0, 0), size, (angle - 0.5) * 60, x, y, speed)
+        return Placed(sprite, int(self.sprites.labels[sprite]), (0, 0, 0), size, (angle - 0.5) * 50, x, y, speed)
 
     def _color(self, random: Random, behind: int) -> tuple[int, int, int]:
         """A color that stands out: light on dark, dark on light."""
@@ -218,7 +218,7 @@ class Scenes:
         x, y, (right, down, spin) = one.x + one.speed[0], one.y + one.speed[1], one.speed
         right = -right if not 0.1 * self.size < x < 0.9 * self.size and (x > self.size / 2) == (right > 0) else right
         down = -down if not 0.1 * self.size < y < 0.9 * self.size and (y > self.size / 2) == (down > 0) else down
-        spin = -spin if abs(one.angle + spin) > 30 and (one.angle > 0) == (spin > 0) else spin
+        spin = -spin if abs(one.angle + spin) > 25 and (one.angle > 0) == (spin > 0) else spin
         return replace(one, x=x, y=y, angle=one.angle + spin, speed=(right, down, spin))
 
     def _background(self, random: Random) -> Picture:
