@@ -2,13 +2,16 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = ["Letterbox", "center_crop", "fit_sides", "resize_opencv", "resize_pillow", "yolox_letterbox"]
 
 YOLOX_GRAY = 114
+_CACHED = 32_768  # numbers, of which temporary arrays stay in the second-level cache
 
 
 class Letterbox(NamedTuple):
@@ -28,33 +31,42 @@ def resize_opencv(image_3HW: Tensor, height: int, width: int) -> Tensor:
     if image_3HW.shape[1:] == (height, width):
         return image_3HW
     rows, columns = image_3HW.shape[1:]
-    pixels_HR = image_3HW.permute(1, 2, 0).reshape(rows, 3 * columns)
+    # NumPy runs on this thread alone: many short operations would wait for each other's threads.
+    pixels_HR = image_3HW.permute(1, 2, 0).reshape(rows, 3 * columns).numpy()
     below, share_y = _neighbors(rows, height)
     left, share_x = _neighbors(columns, width)
-    share_x = torch.where((left < 0) | (left >= columns - 1), 0, share_x)  # past the border OpenCV has one column only
-    left = left.clamp(0, columns - 1)
-    sides = []
-    for column, share in ((left, 1 - share_x), ((left + 1).clamp(max=columns - 1), share_x)):
-        index = (3 * column[:, None] + torch.arange(3)).flatten()
-        sides.append((index.numpy(), _fixed_point(share).repeat_interleave(3)))
-    total = torch.full((height, 3 * width), 2, dtype=torch.int32)
-    for row, share in ((below, 1 - share_y), (below + 1, share_y)):
-        line = pixels_HR.index_select(0, row.clamp(0, rows - 1)).numpy()
-        first, second = (torch.from_numpy(line.take(index, 1)).int().mul_(weight) for index, weight in sides)
-        sums = first.add_(second).bitwise_right_shift_(4)
-        total += sums.mul_(_fixed_point(share)[:, None]).bitwise_right_shift_(16)
-    return total.bitwise_right_shift_(2).to(torch.uint8).view(height, width, 3).permute(2, 0, 1)
+    share_x = np.where((left < 0) | (left >= columns - 1), 0, share_x)  # past the border OpenCV has one column only
+    left = left.clip(0, columns - 1)
+    sides = [
+        ((3 * column[:, None] + np.arange(3)).ravel(), _fixed_point(share).repeat(3))
+        for column, share in ((left, 1 - share_x), ((left + 1).clip(max=columns - 1), share_x))
+    ]
+    resized = np.empty((height, 3 * width), np.uint8)
+    step = max(1, _CACHED // (3 * width))
+    for start in range(0, height, step):
+        part = slice(start, start + step)
+        total = 2
+        for row, share in ((below[part], 1 - share_y[part]), (below[part] + 1, share_y[part])):
+            line = pixels_HR[row.clip(0, rows - 1)]
+            first, second = (line.take(index, 1) * weight for index, weight in sides)
+            first += second
+            first >>= 4
+            first *= _fixed_point(share)[:, None]
+            first >>= 16
+            total += first
+        resized[part] = total >> 2
+    return torch.from_numpy(resized.reshape(height, width, 3)).permute(2, 0, 1)
 
 
-def _neighbors(length: int, resized: int) -> tuple[Tensor, Tensor]:
+def _neighbors(length: int, resized: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The pixel before each resized pixel's center, and the next one's share, in single precision as OpenCV."""
-    at = ((torch.arange(resized, dtype=torch.float64) + 0.5) * (length / resized) - 0.5).float()
-    before = at.floor()
-    return before.long(), at - before
+    at = ((np.arange(resized) + 0.5) * (length / resized) - 0.5).astype(np.float32)
+    before = np.floor(at)
+    return before.astype(np.int64), at - before
 
 
-def _fixed_point(share: Tensor) -> Tensor:
-    return (share * 2048).round().to(torch.int32)
+def _fixed_point(share: NDArray[np.float32]) -> NDArray[np.int32]:
+    return np.rint(share * 2048).astype(np.int32)
 
 
 def yolox_letterbox(image_3HW: Tensor, height: int, width: int) -> Letterbox:
