@@ -132,8 +132,12 @@ class ObjectDataset:
         """The objects of an image."""
         return self.images[index]
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read an image. Raises BadInput if it is damaged, or has another size than the annotations say."""
+    def pixels(self, index: int) -> Tensor:
+        """Read an image, uint8 [3, H, W].
+
+        Raises:
+            BadInput: it is damaged, or has another size than the annotations say.
+        """
         from pentad.media.images import read_image
 
         labeled = self.images[index]
@@ -141,9 +145,14 @@ class ObjectDataset:
         if image_3HW.shape[1:] != (labeled.height, labeled.width):
             size = f"{image_3HW.shape[2]} x {image_3HW.shape[1]}"
             raise BadInput(f"{labeled.path} is {size}; its annotations expect {labeled.width} x {labeled.height}")
+        return image_3HW
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read an image with its objects. Raises BadInput as `pixels` does."""
+        labeled = self.images[index]
         found = labeled.objects
         return Sample(
-            image_3HW,
+            self.pixels(index),
             torch.tensor([o.box for o in found], dtype=torch.float32).view(-1, 4),
             torch.tensor([o.label for o in found], dtype=torch.int64),
             torch.tensor([o.crowd for o in found], dtype=torch.bool),

@@ -32,19 +32,73 @@ from pentad.weights import registry
 
 
 @dataclass
-class ImageRun(TrainingRun):
+class VisionRun(TrainingRun):
     """A run of a vision model.
 
     Attributes:
-        family, config: of the trained network, which for classification gets the data's classes as its labels.
+        config: of the trained network, with the data's classes.
         examples: the images to train on.
         held_out: the images of the validation, or None.
     """
 
-    family: Family
+    config: Any
+    examples: Any
+    held_out: Any
+
+    def files(self) -> dict[str, str]:
+        files: dict[str, str] = self.examples.files
+        return files
+
+    @property
+    def skipped(self) -> list[str]:
+        skipped: list[str] = self.examples.skipped
+        return skipped
+
+    def check_memory(self) -> None:
+        """Weights, gradients, the optimizer's state and an average; activations aren't counted."""
+        parameters = sum(p.numel() for p in build.meta_network(self.config).parameters())
+        needed, free = parameters * (4 + 4 + 8 + 4 * bool(self.recipe.run.ema)), available_memory(self.device)
+        if free is not None and needed > free:
+            sizes = f"{needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are available"
+            raise BadInput(f"the run needs at least {sizes}: choose a smaller model")
+
+    def checkpointing(self, network: nn.Module) -> str:
+        return "blocks" if self.recipe.run.checkpointing == "blocks" else "none"
+
+    def plan(self) -> dict[str, Any]:
+        """Count the images, and measure one step with a learning rate of 0."""
+        run, network = self.recipe.run, build.meta_network(self.config)
+        loop = self.loop(measures=True)
+        loop.step(0)
+        started = time.perf_counter()
+        loop.step(1)
+        seconds = (time.perf_counter() - started) * run.steps
+        return {
+            "images": len(self.examples.examples),
+            "classes": len(self.examples.names),
+            "skipped": self.examples.skipped,
+            "steps": run.steps,
+            "epochs": run.steps * run.batch_size / len(self.examples.examples),
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "trained_parameters": sum(p.numel() for p in loop.network.parameters() if p.requires_grad),
+            "estimated_bytes": process_bytes(self.device),
+            "memory_bytes": process_bytes(self.device),
+            "seconds": seconds,
+        }
+
+
+@dataclass
+class ImageRun(VisionRun):
+    """A run on whole images or crops of objects.
+
+    Attributes:
+        family: of the trained network, which for classification gets the data's classes as its labels.
+    """
+
     config: ClassifierConfig
     examples: ImageExamples
     held_out: ImageExamples | None
+    family: Family
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
@@ -67,24 +121,6 @@ class ImageRun(TrainingRun):
         part = {"rank": processes.rank(), "world": processes.world(), "device": self.device}
         size = {"batch_size": batch_size, "micro_batch": run.micro_batch_images}
         return ImageData(examples, seed=run.seed, size=how.size[0], how=how, shuffle=False, **part, **size)  # type: ignore[arg-type]
-
-    def files(self) -> dict[str, str]:
-        return self.examples.files
-
-    @property
-    def skipped(self) -> list[str]:
-        return self.examples.skipped
-
-    def check_memory(self) -> None:
-        """Weights, gradients, the optimizer's state and an average; activations aren't counted."""
-        parameters = sum(p.numel() for p in build.meta_network(self.config).parameters())
-        needed, free = parameters * (4 + 4 + 8 + 4 * bool(self.recipe.run.ema)), available_memory(self.device)
-        if free is not None and needed > free:
-            sizes = f"{needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are available"
-            raise BadInput(f"the run needs at least {sizes}: choose a smaller model")
-
-    def checkpointing(self, network: nn.Module) -> str:
-        return "blocks" if self.recipe.run.checkpointing == "blocks" else "none"
 
     def network_and_objective(self, *, measures: bool) -> tuple[nn.Module, Objective]:
         network, images = self._network(), self.recipe.images
@@ -117,27 +153,6 @@ class ImageRun(TrainingRun):
         """Write the trained network as its family's published folders are."""
         export(network, self.family, folder, self.preprocessing)
 
-    def plan(self) -> dict[str, Any]:
-        """Count the images, and measure one step with a learning rate of 0."""
-        run, network = self.recipe.run, build.meta_network(self.config)
-        loop = self.loop(measures=True)
-        loop.step(0)
-        started = time.perf_counter()
-        loop.step(1)
-        seconds = (time.perf_counter() - started) * run.steps
-        return {
-            "images": len(self.examples.examples),
-            "classes": len(self.examples.names),
-            "skipped": self.examples.skipped,
-            "steps": run.steps,
-            "epochs": run.steps * run.batch_size / len(self.examples.examples),
-            "parameters": sum(p.numel() for p in network.parameters()),
-            "trained_parameters": sum(p.numel() for p in loop.network.parameters() if p.requires_grad),
-            "estimated_bytes": process_bytes(self.device),
-            "memory_bytes": process_bytes(self.device),
-            "seconds": seconds,
-        }
-
 
 def open_image_run(recipe: Recipe) -> ImageRun:
     """Open the model's files and list the images.
@@ -169,7 +184,7 @@ def open_image_run(recipe: Recipe) -> ImageRun:
         raise BadInput(f"images.size is {images.size}; expected a multiple of the patches' {config.patch_size}")  # type: ignore[attr-defined]
     if not labeled and images.size not in (None, config.image_size):  # type: ignore[attr-defined]
         raise BadInput(f"images.size is {images.size}; expected the model's {config.image_size}")  # type: ignore[attr-defined]
-    return ImageRun(recipe, Path(recipe.run.out), source, family, config, examples.fraction(images.fraction), held_out)
+    return ImageRun(recipe, Path(recipe.run.out), source, config, examples.fraction(images.fraction), held_out, family)
 
 
 def _classifier(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pentad.errors import BadInput
 
-IMAGE_OBJECTIVES = ("classify", "mae")
+IMAGE_OBJECTIVES = ("classify", "mae", "detect")
 """Objectives on images, of vision models."""
 
 Positive = Annotated[int, Field(ge=1)]
@@ -205,6 +205,24 @@ class Images(Table):
     probe: bool = False
 
 
+class Objects(Table):
+    """Options of detect, with YOLOX's defaults for small models (arXiv:2107.08430).
+
+    Attributes:
+        mosaic: the share of images that are composed of four.
+        mixup: the share of mosaics that are mixed with another one.
+        scale: the least and the largest factor of the objects' sizes in a mosaic.
+        color: shift hue, saturation and brightness.
+        plain_end: the part of the steps, at the end, without mosaics.
+    """
+
+    mosaic: Fraction = 1.0
+    mixup: Fraction = 0.0
+    scale: list[Annotated[float, Field(gt=0, le=10)]] = Field(default=[0.5, 1.5], min_length=2, max_length=2)
+    color: bool = True
+    plain_end: Fraction = 0.1
+
+
 class Lora(Table):
     """Train low-rank layers beside frozen linear layers (LoRA). Defaults are PEFT's.
 
@@ -234,6 +252,7 @@ class Recipe(Table):
     Attributes:
         objective: a key of `pentad.train.objectives.catalog.OBJECTIVES`; or losses of pairs -> their weights.
         images: options of objectives on images.
+        objects: options of detect.
         lora: if given, adapters are trained, not the weights.
     """
 
@@ -244,6 +263,7 @@ class Recipe(Table):
     optimizer: Optimizer
     preference: Preference = Preference()
     images: Images = Images()
+    objects: Objects = Objects()
     lora: Lora | None = None
 
 

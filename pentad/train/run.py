@@ -147,8 +147,10 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
         raise BadInput(f"run.batch_size is {recipe.run.batch_size}; expected at least one for each process")
     if recipe.objective in IMAGE_OBJECTIVES:
         from pentad.train.image_run import open_image_run
+        from pentad.train.object_run import open_object_run
 
-        return open_image_run(_with_dtype(recipe))
+        open_run_of_images = open_object_run if recipe.objective == "detect" else open_image_run
+        return open_run_of_images(_with_dtype(recipe))
     learns = data_for(recipe.objective)
     source = weights.open(Path(recipe.model.config) if recipe.model.config else registry.locate(str(recipe.model.base)))
     named = weights.open(registry.locate(recipe.model.tokenizer)) if recipe.model.tokenizer else source

@@ -18,14 +18,14 @@ from pentad.weights.safetensors_writer import write_safetensors
 from pentad.weights.writing import SHARD_BYTES, PendingTensor
 
 
-def export(network: nn.Module, family: Family, folder: Path, preprocessing: Preprocessing) -> None:
+def export(network: nn.Module, family: Family, folder: Path, preprocessing: Preprocessing | None = None) -> None:
     """Write a network in float32, in the layout of its family's published folders.
 
     Args:
         network: the network, with its config.
         family: its family.
         folder: is made.
-        preprocessing: how the network expects its images.
+        preprocessing: how the network expects its images; None for a family with its own way.
 
     Raises:
         BadInput, PentadError: see `new_folder`.
@@ -41,7 +41,8 @@ def export(network: nn.Module, family: Family, folder: Path, preprocessing: Prep
             pending.append(PendingTensor(name, tuple(shape), torch.float32, partial(last.get, store, i)))
     with new_folder(folder) as partial_folder:
         settings = {"config.json": write_family_config(family, config, "hf") | {"dtype": "float32"}}
-        settings["preprocessor_config.json"] = _processor(preprocessing)
+        if preprocessing is not None:
+            settings["preprocessor_config.json"] = _processor(preprocessing)
         for name, content in settings.items():
             (partial_folder / name).write_text(json.dumps(content, indent=2) + "\n")
         write_safetensors(partial_folder, "model", pending, shard_bytes=SHARD_BYTES)

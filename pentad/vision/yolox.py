@@ -14,6 +14,12 @@ NMS = 0.65
 """Among boxes of one class, those that overlap a better one by more than this IoU are dropped; as published."""
 
 
+def fit_objects(image_3HW: Tensor, boxes_N4: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The network's input of a size, made of a uint8 image, and boxes of the image in its pixels."""
+    fitted = yolox_letterbox(image_3HW, height, width)
+    return fitted.image, boxes_N4 * fitted.scale
+
+
 class YOLOXPredictor:
     """Finds objects in images of any size; they are fitted into the size that the config asks for.
 
