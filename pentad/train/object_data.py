@@ -124,7 +124,7 @@ class ObjectData:
         images, boxes, labels = zip(*fitted, strict=True)
         device = self.device
         return ObjectBatch(
-            torch.stack(images).to(device),
+            torch.stack(images).to(device).contiguous(memory_format=torch.channels_last),
             tuple(one.to(device) for one in boxes),
             tuple(one.to(device) for one in labels),
             tuple(numbers),

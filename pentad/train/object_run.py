@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pentad import build, weights
@@ -67,6 +68,7 @@ class ObjectRun(VisionRun):
         if self.source.tensors:
             old, new = build.build(self.source, device=self.device).state_dict(), network.state_dict()
             network.load_state_dict(new | {name: t for name, t in old.items() if t.shape == new[name].shape})
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network, YOLOXObjective()
 
     def describe(self, batch: ObjectBatch) -> dict[str, Any]:

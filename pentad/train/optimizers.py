@@ -90,7 +90,14 @@ class Optimizers:
         for name, tensor in tensors.items():
             name, _, key = name.rpartition("/")
             optimizer, parameter = self._owners[name]
-            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+            optimizer.state[parameter][key] = _like(tensor, parameter)
+
+
+def _like(state: Tensor, parameter: Tensor) -> Tensor:
+    """A copy beside a parameter, with its strides: another order of elements would round differently."""
+    if state.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=state.dtype, requires_grad=False).copy_(state)
+    return state.to(parameter.device, copy=True)
 
 
 def _groups(network: nn.Module, options: Optimizer) -> dict[str, Group]:

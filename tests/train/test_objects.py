@@ -1,0 +1,102 @@
+"""Training detectors: recipes on data sets of labeled objects, exact resume, what is refused, and what is learned."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import pentad
+from pentad.datasets.object_folders import write_objects
+from pentad.datasets.scenes import Scenes
+from pentad.errors import BadInput
+from pentad.train.recipe import Recipe, read_recipe
+from pentad.train.run import open_run
+from tests.helpers.training import log_of, train
+
+MODEL = {"model_type": "yolox", "depth": 0.3333, "width": 0.125, "depthwise": True, "test_size": [64, 64]}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes") / "data"
+    write_objects(Scenes(10, size=64, objects=(1, 2)), folder)
+    return folder
+
+
+def recipe(tmp_path: Path, scenes: Path, *overrides: str, base: Path | None = None) -> Recipe:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    file = tmp_path / "recipe.toml"
+    model = f'config = "{tmp_path}/config.json"' if base is None else f'base = "{base}"'
+    file.write_text(
+        f'objective = "detect"\n[model]\n{model}\n[data]\ntrain = "{scenes}"\n'
+        f'[run]\nout = "{tmp_path}/run"\nsteps = 6\nbatch_size = 4\ncheckpoint_every = 2\nema = 0.5\n'
+        "[optimizer]\nlr = 1e-2\n"
+    )
+    return read_recipe(file, overrides)
+
+
+def test_a_run_ends_in_a_detector_of_the_datas_classes(tmp_path: Path, scenes: Path) -> None:
+    final, records = train(recipe(tmp_path, scenes, f"data.validation={scenes}"))
+    assert [record.tokens for record in records] == [4] * 6
+    assert {"box_loss", "object_loss", "class_loss"} <= records[0].metrics.keys()
+    detector = pentad.load(final)
+    assert list(detector.labels) == list(Scenes(1).names)
+    [found] = detector.detect(next(scenes.glob("images/*")), threshold=0.0)
+    assert found.width == 64
+    measured = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in measured] == [0, 6]
+
+
+def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path, scenes: Path) -> None:
+    whole, _ = train(recipe(tmp_path, scenes, f"run.out={tmp_path / 'whole'}", "run.micro_batch_images=3"))
+    given = recipe(tmp_path, scenes, "run.micro_batch_images=3")
+    train(given, kill_after=4)
+    resumed, _ = train(given, resume=True)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [r["loss"] for r in log_of(resumed.parent)] == [r["loss"] for r in log_of(whole.parent)]
+
+
+def test_weights_of_other_classes_are_continued_but_for_the_classes(tmp_path: Path, scenes: Path) -> None:
+    first, _ = train(recipe(tmp_path, scenes, "run.steps=1"))
+    renamed = json.loads((scenes / "annotations.json").read_text())
+    renamed["categories"] = renamed["categories"][:4]
+    renamed["annotations"] = [one for one in renamed["annotations"] if one["category_id"] <= 4]
+    (tmp_path / "images").symlink_to(scenes / "images")
+    (tmp_path / "annotations.json").write_text(json.dumps(renamed))
+    overrides = f"data.train={tmp_path / 'annotations.json'}", f"run.out={tmp_path / 'next'}", "run.steps=1"
+    run = open_run(recipe(tmp_path, scenes, *overrides, base=first))
+    network, _ = run.network_and_objective(measures=False)
+    old = pentad.load(first).network.state_dict()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, old[name]) == ("cls_preds" not in name), name
+    assert network.head.cls_preds[0].weight.shape[0] == 4
+
+
+def test_one_image_is_learned(tmp_path: Path, scenes: Path) -> None:
+    options = "images.fraction=0.1", "objects.mosaic=0.0", "objects.color=false", "run.steps=25", "run.ema=0"
+    final, records = train(recipe(tmp_path, scenes, *options, "run.batch_size=2", "optimizer.warmup=0.05"))
+    assert records[-1].loss < 0.6 * records[0].loss
+    assert final.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        (["images.size=60"], "60"),
+        (["data.train=nowhere"], "nowhere"),
+        (["lora.rank=4"], "lora"),
+        (["objects.mosaics=1"], "objects.mosaic"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, scenes: Path, overrides: list[str], facts: str) -> None:
+    with pytest.raises(BadInput, match=facts):
+        open_run(recipe(tmp_path, scenes, *overrides))
+
+
+def test_a_data_set_without_objects_is_refused(tmp_path: Path, scenes: Path) -> None:
+    content = json.loads((scenes / "annotations.json").read_text())
+    (tmp_path / "annotations.json").write_text(json.dumps({**content, "annotations": []}))
+    (tmp_path / "images").symlink_to(scenes / "images")
+    with pytest.raises(BadInput, match="no objects"):
+        open_run(recipe(tmp_path, scenes, f"data.train={tmp_path / 'annotations.json'}"))
