@@ -17,7 +17,8 @@ SCHEMAS = "#/components/schemas/{model}"
 
 def described(reply: type[BaseModel], body: type[ModelBody] | None = None, *, streams: bool = False) -> dict[str, Any]:
     """The options of a route that describe its replies, and the body that it reads."""
-    events: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if streams else {}
+    schema = {"description": "Server-sent events, with JSON in their data."}  # tools differ in what they check here
+    events: dict[str, Any] = {"content": {"text/event-stream": {"schema": schema}}} if streams else {}
     responses: dict[int | str, dict[str, Any]] = {
         200: {"model": reply, **events},
         "default": {"model": Error, "description": "An error"},
