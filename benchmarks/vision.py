@@ -2,6 +2,7 @@
 
 nms: pentad's NMS and RoIAlign against torchvision's C++. They need a torchvision whose operators load in this
 interpreter, or Debian's (apt install python3-torchvision), which --peer /usr/bin/python3 runs in a process of its own.
+scenes: how long a composed scene takes.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -78,7 +80,7 @@ def compare(name: str, ours: Callable[[], Tensor], peer: Peer, same: Callable[[T
 
 
 def nms_section(python: str, threads: int) -> None:
-    from pentad.nn.boxes import nms, roi_align
+    from pentad.nn.boxes import nms, roi_align, roi_pool
 
     torch.manual_seed(0)
     grid = torch.randint(0, 40, (10_000, 2)).float()
@@ -98,12 +100,13 @@ def nms_section(python: str, threads: int) -> None:
         for aligned in (False, True):
             name = f"RoIAlign 500, {sampling}, {aligned}"
             cases[name] = ("roi_align", features, regions, [7, 7], 0.25, sampling, aligned)
+    cases["RoIPool 500"] = ("roi_pool", features, regions, [7, 7], 0.25)
     with tempfile.TemporaryDirectory() as folder:
         peer = Peer(python, cases, threads, folder)
         print(f"torch {torch.__version__}, {peer.version}, {threads} thread(s)")
         for name, (corners, scores) in boxes.items():
             compare(name, lambda c=corners, s=scores: nms(c, s, 0.5), peer, torch.equal)
-        for name in [name for name in cases if name not in boxes]:
+        for name in [name for name in cases if name.startswith("RoIAlign")]:
             *_, sampling, aligned = cases[name]
             compare(
                 name,
@@ -113,10 +116,28 @@ def nms_section(python: str, threads: int) -> None:
                 peer,
                 lambda one, other: torch.allclose(one, other, atol=1e-5),
             )
+        pool = partial(roi_pool, features, regions[:, 1:], torch.zeros(500).long(), (7, 7), 0.25)
+        compare("RoIPool 500", pool, peer, torch.equal)
         peer.process.stdin.close()
 
 
-SECTIONS = {"nms": nms_section}
+def scenes_section(*_: object) -> None:
+    from pentad.datasets.scenes import Scenes
+
+    scenes = Scenes(100, seed=1, size=160, objects=(3, 3))
+    scenes[0]  # reads the digits and photographs
+    best = []
+    for index in range(100):
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            scenes[index]
+            times.append(1000 * (time.perf_counter() - start))
+        best.append(min(times))
+    print(f"a scene of 160 x 160 with 3 objects: median {median(best):.2f} ms, slowest {max(best):.2f} ms")
+
+
+SECTIONS = {"nms": nms_section, "scenes": scenes_section}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

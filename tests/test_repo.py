@@ -32,7 +32,18 @@ def tracked_files() -> list[Path]:
     return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
 
 
-HEAVY = {"gguf", "huggingface_hub", "jinja2", "numpy", "prompt_toolkit", "sentencepiece", "tokenizers", "torch"}
+HEAVY = {
+    "PIL",
+    "av",
+    "gguf",
+    "huggingface_hub",
+    "jinja2",
+    "numpy",
+    "prompt_toolkit",
+    "sentencepiece",
+    "tokenizers",
+    "torch",
+}
 
 
 def test_importing_pentad_imports_no_heavy_package() -> None:

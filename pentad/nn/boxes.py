@@ -4,6 +4,7 @@ A box is x0, y0, x1, y1. Shapes: N, M, K boxes; C channels; H, W a feature map; 
 """
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -145,14 +146,16 @@ def _iou(one_5N: Tensor, other_5M: Tensor) -> Tensor:
 def _first_of_each(suppresses_KK: Tensor) -> Tensor:
     """The rows that no kept row before them suppresses."""
     packed = np.packbits(suppresses_KK.cpu().numpy(), axis=1, bitorder="little")
+    rows, width = packed.tobytes(), packed.shape[1]
     suppressed, kept = 0, list[int]()
-    for index, row in enumerate(packed):
+    for index in range(len(packed)):
         if not suppressed >> index & 1:
             kept.append(index)
-            suppressed |= int.from_bytes(row.tobytes(), "little")
+            suppressed |= int.from_bytes(rows[index * width : (index + 1) * width], "little")
     return torch.tensor(kept, device=suppresses_KK.device)
 
 
+@cache
 def _largest_at_most(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of a dtype that is <= threshold: a float32 above it is above the threshold in double."""
     rounded = torch.tensor(threshold, dtype=dtype)
