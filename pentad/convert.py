@@ -28,6 +28,7 @@ from pentad.nn.lora import merged_parameters
 from pentad.nn.rope import Rope
 from pentad.text import export
 from pentad.upcycle import Upcycling, mixture_network, mixture_values
+from pentad.vision.darknet_files import rewrite
 from pentad.weights import registry
 from pentad.weights.atomic import new_folder
 from pentad.weights.cache import Progress
@@ -107,7 +108,8 @@ def convert(
     Args:
         source: a name or path, as for `pentad.load`.
         destination: a folder that doesn't exist or is empty; for GGUF a file that doesn't exist.
-        to: "hf" (for transformers), "mistral" (params.json and consolidated.safetensors) or "gguf".
+        to: "hf" (for transformers), "mistral" (params.json and consolidated.safetensors) or "gguf"; "darknet" writes
+            the .cfg, .weights and .names files of a Darknet network again, in the newest version.
         quantize: for GGUF the type of the matrices (one of `GGUF_TYPES`). The embedding and the head get at least 8
             bits. By default types stay unchanged.
         dtype: for the other formats the dtype of the weights. By default it stays unchanged; quantized weights become
@@ -122,8 +124,13 @@ def convert(
             of range.
         PentadError: writing failed, as when the disk is full. No partial files remain.
     """
+    if to == "darknet":
+        if any(option is not None for option in (quantize, dtype, upcycle, adapter)):
+            raise BadInput("--to darknet writes float32 weights; expected no --quantize, --dtype, --upcycle or adapter")
+        files = rewrite(weights.open(registry.locate(source, progress=progress)), Path(destination), progress)
+        return Conversion(files[0], "darknet", files)
     if to not in FORMATS:
-        raise BadInput(f"--to is {to!r}; expected one of {', '.join(FORMATS)}")
+        raise BadInput(f"--to is {to!r}; expected one of {', '.join([*FORMATS, 'darknet'])}")
     if quantize is not None and to != "gguf":
         raise BadInput(f"--quantize {quantize} is only for gguf; for {to} use --dtype")
     if quantize is not None and quantize not in GGUF_TYPES:

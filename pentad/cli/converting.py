@@ -24,13 +24,17 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 def convert(
     source: Annotated[str, Argument(metavar="SRC", help="The model, as for --model.", autocompletion=model_names)],
     destination: Annotated[
-        Path, Argument(metavar="DST", help="The output folder (for GGUF, the output file). It must not exist yet.")
+        Path,
+        Argument(
+            metavar="DST", help="The output folder (for GGUF and Darknet, the output file). It must not exist yet."
+        ),
     ],
     to: Annotated[
         str | None,
         Option(
             metavar="FORMAT",
-            help="hf (for transformers), mistral (params.json and consolidated) or gguf (the default for DST.gguf).",
+            help="hf (for transformers), mistral (params.json and consolidated), gguf (the default for DST.gguf) or"
+            " darknet (the default for DST.cfg).",
         ),
     ] = None,
     quantize: Annotated[
@@ -61,8 +65,10 @@ def convert(
     """
     if to is None and destination.suffix == ".gguf":
         to = "gguf"
+    if to is None and destination.suffix == ".cfg":
+        to = "darknet"
     if to is None and upcycle is None:
-        raise BadInput("Missing option '--to'; expected hf, mistral or gguf")
+        raise BadInput("Missing option '--to'; expected hf, mistral, gguf or darknet")
     to = to or "hf"
     _convert(
         source,

@@ -129,10 +129,6 @@ struct Place {
     in = op.in + ((int64_t(image) * op.in_height + top) * op.in_width + left) * op.in_stride;
   }
   INLINE bool inside(const ConvOp& op) const { return last_ky - first_ky == op.size && last_kx - first_kx == op.size; }
-  INLINE const float* tap(const ConvOp& op, int ky, int kx) const {
-    const bool is_inside = ky >= first_ky && ky < last_ky && kx >= first_kx && kx < last_kx;
-    return is_inside ? in + (int64_t(ky) * op.in_width + kx) * op.in_stride : op.zeros;
-  }
 };
 
 template <int N> INLINE void multiply(const float* const (&in)[PIXELS], int inputs, const float* w, V (&sums)[REGISTERS][PIXELS]) {
@@ -188,7 +184,8 @@ constexpr int64_t HEAVY = 1 << 16;  // floats
 INLINE int tiles_of(const ConvOp& op) { return ceil_div(op.out_channels, LANES); }
 INLINE int64_t pixels_of(const ConvOp& op) { return int64_t(op.batch) * op.out_height * op.out_width; }
 INLINE bool is_heavy(const ConvOp& op) {
-  return op.kind == CONVOLVE && int64_t(op.size) * op.size * op.in_channels * op.out_channels > HEAVY && tiles_of(op) >= 4;
+  const int64_t weights = int64_t(op.size) * op.size * op.in_channels * op.out_channels;
+  return op.kind == CONVOLVE && weights > HEAVY && tiles_of(op) >= 4;
 }
 INLINE int64_t pixels_per_chunk(const ConvOp& op) {
   const int64_t each = (pixels_of(op) + TARGET_CHUNKS - 1) / TARGET_CHUNKS;
@@ -224,8 +221,12 @@ void convolve(const ConvOp& op, Part part) {
       place.move(op, PIXELS);
     } else {
       for (int i = 0; i < PIXELS; i++) {  // pixels beyond the last one repeat it
-        for (int ky = 0, tap = i; ky < op.size; ky++)
-          for (int kx = 0; kx < op.size; kx++, tap += PIXELS) pointers[tap] = place.tap(op, ky, kx);
+        const float* in = place.in;
+        for (int ky = 0, tap = i; ky < op.size; ky++, in += row) {
+          const bool inside = ky >= place.first_ky && ky < place.last_ky;
+          for (int kx = 0; kx < op.size; kx++, tap += PIXELS)
+            pointers[tap] = inside && kx >= place.first_kx && kx < place.last_kx ? in + kx * int64_t(op.in_stride) : op.zeros;
+        }
         if (i < pixels - 1 || (i == PIXELS - 1 && pixel + PIXELS < part.last)) place.move(op, 1);
       }
     }

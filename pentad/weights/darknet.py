@@ -215,7 +215,11 @@ def write_darknet(
     pending = []
     for one in slices(parse(text)):
         pending.append(PendingTensor(one.name, one.shape, torch.float32, partial(tensors.__getitem__, one.name)))
-    files = [file_of(cfg.with_suffix(WEIGHTS), header.pack(), pending)]
-    texts = {cfg: text, cfg.with_suffix(NAMES): "".join(f"{name}\n" for name in names)}
-    files += [NewFile(path, len(content.encode()), [content.encode()]) for path, content in texts.items() if content]
+    labels = "".join(f"{name}\n" for name in names).encode()
+    files = [_text_file(cfg, text.encode()), file_of(cfg.with_suffix(WEIGHTS), header.pack(), pending)]
+    files += [_text_file(cfg.with_suffix(NAMES), labels)] if labels else []
     return write_files(files, progress)
+
+
+def _text_file(path: Path, content: bytes) -> NewFile:
+    return NewFile(path, len(content), [content])

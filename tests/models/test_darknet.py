@@ -1,5 +1,6 @@
 """Networks of .cfg files: outputs are OpenCV's; the layers that OpenCV can't run are computed one by one here."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,15 @@ from pentad.models.vision.darknet import Darknet, DarknetConfig, Reorg
 from pentad.weights.darknet import Header
 from pentad.weights.darknet_cfg import parse
 from tests.helpers.darknet_files import net, section, v1, v2, v3, v4, write
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tensors are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def load(path: Path) -> Darknet:
