@@ -24,6 +24,7 @@ from pentad.cli.evaluating import evaluate
 from pentad.cli.generating import chat, complete, score
 from pentad.cli.inventory import models, pull, rm
 from pentad.cli.options import DECLARED, expected, with_groups
+from pentad.cli.reproducing import reproduce
 from pentad.cli.serving import serve
 from pentad.cli.showing import show
 from pentad.cli.training import train
@@ -38,7 +39,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(chat, complete, score, classify, detect),
-    *(models, pull, rm, show, convert, merge, train, serve, evaluate, bench, env),
+    *(models, pull, rm, show, convert, merge, train, serve, evaluate, reproduce, bench, env),
 )
 for command in COMMANDS:
     app.command()(with_groups(command))
