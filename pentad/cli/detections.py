@@ -159,14 +159,18 @@ class Job:
 
 
 def drawn(image_3HW: Tensor, found: Detections) -> Tensor:
-    """An image with the boxes of its objects."""
+    """An image with the boxes and masks of its objects."""
     import torch
 
     from pentad.media.drawing import draw_detections
+    from pentad.vision.masks import decode
 
     boxes = torch.tensor([one.box for one in found.detections]).reshape(-1, 4)
     captions = [f"{one.label} {one.score:.2f}" for one in found.detections]
-    return draw_detections(image_3HW, boxes, captions, label_ids=[one.label_id for one in found.detections])
+    codes = [one.mask for one in found.detections if one.mask is not None]
+    masks_NHW = torch.stack([decode(code) for code in codes]) if codes else None
+    numbers = [one.label_id for one in found.detections]
+    return draw_detections(image_3HW, boxes, captions, label_ids=numbers, masks_NHW=masks_NHW)
 
 
 def write_coco(path: Path, results: Sequence[Detections], labels: Sequence[str]) -> None:
@@ -175,6 +179,7 @@ def write_coco(path: Path, results: Sequence[Detections], labels: Sequence[str])
     COCO's 80 classes have COCO's numbers, and images whose names are numbers, as COCO's, have these; others count from
     1.
     """
+    from pentad.vision.masks import rle_area
     from pentad.weights.labels import COCO, COCO_IDS
 
     ids = COCO_IDS if tuple(labels) == COCO else range(1, len(labels) + 1)
@@ -196,6 +201,7 @@ def write_coco(path: Path, results: Sequence[Detections], labels: Sequence[str])
                     "area": (x1 - x0) * (y1 - y0),
                     "iscrowd": 0,
                     "score": one.score,
+                    **({} if one.mask is None else {"segmentation": one.mask, "area": rle_area(one.mask)}),
                 }
             )
     categories = [{"id": number, "name": label} for number, label in zip(ids, labels, strict=True)]

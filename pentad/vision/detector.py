@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from pentad.errors import BadInput
 from pentad.vision.darknet import DarknetPredictor
 from pentad.vision.found import Found
+from pentad.vision.mask_rcnn import MaskRCNNPredictor
+from pentad.vision.masks import RLE
 from pentad.vision.runner import VisionModel
 from pentad.vision.yolox import YOLOXPredictor
 from pentad.weights.checkpoint import Checkpoint
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
     """A path, a file's content, uint8 [3, H, W] (red, green, blue), or a picture of Pillow's."""
 
 THRESHOLD = 0.25
-PREDICTORS: dict[str, Callable[..., Any]] = {"Darknet": DarknetPredictor, "YOLOX": YOLOXPredictor}
+PREDICTORS: dict[str, Callable[..., Any]] = {
+    "Darknet": DarknetPredictor,
+    "YOLOX": YOLOXPredictor,
+    "MaskRCNN": MaskRCNNPredictor,
+}
 """A network's class -> its pre- and postprocessing."""
 
 
@@ -37,12 +43,14 @@ class Detection:
         label: name of its class.
         label_id: number of its class.
         score: from 0 to 1.
+        mask: COCO's run-length code; None if the detector finds boxes only.
     """
 
     box: tuple[float, float, float, float]
     label: str
     label_id: int
     score: float
+    mask: RLE | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,8 @@ class Detections:
             frame, time: number and seconds of a video's frame.
         """
         moment = {} if frame is None else {"frame": frame, "time": time}
-        return {"image": self.image, **moment, **asdict(self)}
+        found = [{k: v for k, v in asdict(one).items() if v is not None} for one in self.detections]
+        return {"image": self.image, **moment, **asdict(self), "detections": found}
 
 
 class Detector(VisionModel):
@@ -143,9 +152,10 @@ class Detector(VisionModel):
         return self._predictors[letterbox]
 
     def _objects(self, found: Found, wanted: set[int] | None) -> Iterator[Detection]:
-        for box, score, label in zip(*(one.tolist() for one in found), strict=True):
+        masks: Sequence[RLE | None] = found.masks or [None] * len(found.labels_N)
+        for box, score, label, mask in zip(*(one.tolist() for one in found[:3]), masks, strict=True):
             if wanted is None or label in wanted:
-                yield Detection(tuple(box), self.labels[label], label, score)
+                yield Detection(tuple(box), self.labels[label], label, score, mask)
 
     def label_id(self, label: str | int) -> int:
         """The number of a class, by its label or number.

@@ -14,6 +14,7 @@ WRAPPERS = ("model", "state_dict")
 """Keys under which training scripts save the tensors, beside the optimizer's state and other values."""
 
 _ZIP = b"PK\x03\x04"
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _SAFE = "ask for the model as safetensors"
 
 
@@ -26,15 +27,18 @@ def read_pickled(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one file.
 
     Raises:
-        BadInput: it holds anything but named tensors, wants to run code, or is no archive of the form that torch.save
-            has written since PyTorch 1.6 (2020); only such archives can be mapped.
+        BadInput: it holds anything but named tensors, wants to run code, or was not written by torch.save. Files from
+            before PyTorch 1.6 (2020) can't be mapped and are read into memory.
         PentadError: the system cannot map it.
     """
-    if not read_start(path).startswith(_ZIP):
+    start = read_start(path)
+    is_old = start.startswith(_OLD)
+    if not is_old and not start.startswith(_ZIP):
         refuse(path, f"not a PyTorch archive but {describe(path)}; {_SAFE}")
-    _check_archive(path)
+    if not is_old:
+        _check_archive(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not is_old)
     except Exception as error:  # a hostile archive can raise nearly anything
         if "unable to mmap" in str(error):  # the file is larger than memory
             raise PentadError(f"{path}: cannot be mapped into memory: {str(error).splitlines()[0]}") from error

@@ -82,9 +82,19 @@ def test_code_is_not_run(path: Path) -> None:
     assert not trace.exists()
 
 
-def test_the_format_before_2020_is_refused(path: Path) -> None:
-    torch.save({"x": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
-    assert "a bare pickle" in refusal(path)
+def test_the_format_before_2020(path: Path) -> None:
+    torch.save({"x": torch.arange(3)}, path, _use_new_zipfile_serialization=False)
+    x = read_pickled(path)["x"].read()
+    assert isinstance(x, torch.Tensor)
+    assert x.tolist() == [0, 1, 2]
+    trace = path.with_name("trace")
+    torch.save({"x": CodeOnUnpickling(trace)}, path, _use_new_zipfile_serialization=False)
+    assert "wants to run code" in refusal(path)
+    assert not trace.exists()
+    content = path.read_bytes()
+    for size in range(20, len(content), 9):
+        path.write_bytes(content[:size])
+        refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""Boxes and masks from Faster R-CNN and Mask R-CNN, with torchvision's pre- and postprocessing."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pentad.models.vision.mask_rcnn import MaskRCNN
+from pentad.vision import masks
+from pentad.vision.found import Found
+from pentad.vision.masks import paste_masks
+from pentad.vision.preprocess import fit_sides
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DIVISOR = 32
+
+
+class MaskRCNNPredictor:
+    """Finds objects in images of any size; they are resized as the config asks for.
+
+    Args:
+        network: the network, in inference mode.
+        letterbox: has no effect: the aspect ratio is always kept.
+    """
+
+    def __init__(self, network: MaskRCNN, *, letterbox: bool = False) -> None:
+        self.network = network
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Tensor], threshold: float) -> list[Found]:
+        """Find the objects of uint8 images [3, H, W] whose scores are above a threshold."""
+        first, config = next(self.network.parameters()), self.network.config
+        fitted = [fit_sides(normalized(image.float() / 255), config.min_size, config.max_size) for image in images]
+        padded_B3HW, sizes = pad_batch(fitted)
+        found = []
+        padded_B3HW = padded_B3HW.to(first.device, first.dtype)
+        for image, size, one in zip(images, sizes, self.network(padded_B3HW, sizes, threshold), strict=True):
+            height, width = image.shape[1:]
+            scale = torch.tensor([width / size[1], height / size[0]] * 2)
+            boxes_N4 = one.boxes_N4.float().cpu() * scale
+            codes = None
+            if one.masks_NMM is not None:
+                pasted = (
+                    paste_masks(mask_MM[None].float().cpu(), box_4[None], height, width)[0]
+                    for mask_MM, box_4 in zip(one.masks_NMM, boxes_N4, strict=True)
+                )
+                codes = [masks.encode(mask_HW) for mask_HW in pasted]
+            found.append(Found(boxes_N4, one.scores_N.float().cpu(), one.labels_N.cpu(), codes))
+        return found
+
+
+def normalized(image_3HW: Tensor) -> Tensor:
+    """Pixels from 0 to 1, by ImageNet's mean and standard deviation."""
+    mean, std = (image_3HW.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (image_3HW - mean) / std
+
+
+def pad_batch(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Images in one tensor, padded with zeros at the right and the bottom; and their sizes."""
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    height, width = (-(-max(side) // DIVISOR) * DIVISOR for side in zip(*sizes, strict=True))
+    padded = [
+        F.pad(image, (0, width - size[1], 0, height - size[0])) for image, size in zip(images, sizes, strict=True)
+    ]
+    return torch.stack(padded), sizes
