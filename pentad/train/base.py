@@ -23,7 +23,7 @@ from pentad.errors import BadInput, PentadError
 from pentad.train import checkpoint, processes
 from pentad.train.loop import BadStep, Data, Loop, StepRecord
 from pentad.train.objectives.loss import Objective
-from pentad.train.optimizers import MovingAverage, Optimizers
+from pentad.train.optimizers import MovingAverage, Optimizers, statistics
 from pentad.train.recipe import Recipe
 from pentad.train.schedules import learning_rate
 from pentad.train.trackers import open_trackers
@@ -214,7 +214,7 @@ class TrainingRun(ABC):
         """What a checkpoint holds: all that a run remembers but the number of steps."""
         parameters = ((name, p) for name, p in loop.network.named_parameters() if p.requires_grad)
         state: dict[str, torch.Tensor] = {f"parameters/{name}": parameter for name, parameter in parameters}
-        state |= {f"buffers/{name}": buffer for name, buffer in _statistics(loop.network).items()}
+        state |= {f"buffers/{name}": buffer for name, buffer in statistics(loop.network).items()}
         state |= {f"optimizer/{name}": tensor for name, tensor in loop.optimizers.state().items()}
         if loop.average is not None:
             state |= {f"average/{name}": tensor for name, tensor in loop.average.tensors.items()}
@@ -304,12 +304,6 @@ class TrainingRun(ABC):
             f"Data, with SHA-256:\n{data}\n\n```json\n{settings}\n```\n\n| step | loss | gradient norm |\n"
             f"|---|---|---|\n{curve}\n"
         )
-
-
-def _statistics(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The floating-point buffers that a checkpoint stores: the statistics of batch norms."""
-    names = {name for name, _ in network.named_buffers()}
-    return {n: t for n, t in network.state_dict().items() if n in names and t.is_floating_point()}
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str:

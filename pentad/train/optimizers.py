@@ -116,8 +116,14 @@ def _groups(network: nn.Module, options: Optimizer) -> dict[str, Group]:
     return found
 
 
+def statistics(network: nn.Module) -> dict[str, Tensor]:
+    """The floating-point buffers that a checkpoint stores: the statistics of batch norms."""
+    names = {name for name, _ in network.named_buffers()}
+    return {n: t for n, t in network.state_dict().items() if n in names and t.is_floating_point()}
+
+
 class MovingAverage:
-    """An exponential moving average of a network's trainable parameters (Polyak averaging).
+    """An exponential moving average of a network's trainable parameters (Polyak averaging), and of its statistics.
 
     Attributes:
         decay: ``average = decay * average + (1 - decay) * parameter`` after each step.
@@ -126,7 +132,7 @@ class MovingAverage:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad} | statistics(network)
         self.tensors = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
