@@ -48,8 +48,8 @@ class Size:
 
     scenes: int = 2000
     held_out: int = 300
-    pretraining: int = 1500
-    tuning: int = 300
+    pretraining: int = 900
+    tuning: int = 200
     batch: int = 128
     labels: float = 0.05
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,78 @@ from pentad.datasets.object_batches import ObjectBatch
 from pentad.datasets.object_folders import read_objects
 from pentad.errors import BadInput
 from pentad.models import check_task, family_of
-from pentad.models.family import ModelConfig
+from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import read_family_config
+from pentad.models.vision.darknet import Darknet, DarknetConfig
 from pentad.models.vision.yolox import YOLOXConfig
 from pentad.train import processes
 from pentad.train.image_run import VisionRun
 from pentad.train.object_data import ObjectData, ObjectExamples
-from pentad.train.objectives.loss import Objective
+from pentad.train.objectives.detection import DetectionBatch, Objects, YoloObjective
+from pentad.train.objectives.loss import Loss, Objective
 from pentad.train.objectives.yolox import YOLOXObjective
 from pentad.train.recipe import Recipe
+from pentad.vision import darknet, yolox
+from pentad.vision.darknet_files import export_darknet
 from pentad.vision.export import export
-from pentad.vision.yolox import fit_objects
-from pentad.weights import registry
+from pentad.weights import darknet_cfg, registry
+from pentad.weights.atomic import new_folder
+from pentad.weights.darknet_edit import adapted
+
+
+class Kind(NamedTuple):
+    """What differs between the detectors.
+
+    Attributes:
+        adapt: a config for other classes, and another size unless it is None.
+        size: height and width of the network's input.
+        fit: makes the network's input of a size, and moves the boxes.
+        objective: what it is trained for.
+        export: writes the trained network as a folder.
+    """
+
+    adapt: Callable[[Any, Sequence[str], int | None], ModelConfig]
+    size: Callable[[Any], tuple[int, int]]
+    fit: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+    objective: type[Objective]
+    export: Callable[[Any, Family, Path], None]
+
+
+class DarknetObjective(YoloObjective):
+    """The loss of the .cfg file's detection layers, whose boxes are shares of the image."""
+
+    def __call__(  # type: ignore[override]
+        self, network: Darknet, batch: ObjectBatch, totals: Sequence[float], *, checkpointing: str = "none"
+    ) -> Loss:
+        height, width = batch.images_BCHW.shape[2:]
+        whole = batch.images_BCHW.new_tensor((width, height) * 2)
+        objects = [Objects(boxes / whole, labels) for boxes, labels in zip(batch.boxes, batch.labels, strict=True)]
+        return super().__call__(network, DetectionBatch(batch.images_BCHW, objects), totals)
+
+
+def _adapt_yolox(config: YOLOXConfig, names: Sequence[str], size: int | None) -> YOLOXConfig:
+    labels = {str(i): name for i, name in enumerate(names)}
+    return replace(config, test_size=config.test_size if size is None else (size, size), id2label=labels)
+
+
+def _adapt_darknet(config: DarknetConfig, names: Sequence[str], size: int | None) -> DarknetConfig:
+    return replace(config, cfg=adapted(config.cfg, len(names), size), names=tuple(names))
+
+
+def _darknet_size(config: DarknetConfig) -> tuple[int, int]:
+    _, height, width = darknet_cfg.parse(config.cfg).shape
+    return height, width
+
+
+def _export_darknet(network: Darknet, family: Family, folder: Path) -> None:
+    with new_folder(folder) as partial_folder:
+        export_darknet(network, partial_folder / "model.cfg")
+
+
+KINDS: dict[type[ModelConfig], Kind] = {
+    YOLOXConfig: Kind(_adapt_yolox, lambda config: config.test_size, yolox.fit_objects, YOLOXObjective, export),
+    DarknetConfig: Kind(_adapt_darknet, _darknet_size, darknet.fit_objects, DarknetObjective, _export_darknet),
+}
 
 
 @dataclass
@@ -39,9 +100,14 @@ class ObjectRun(VisionRun):
         held_out: the images of the validation, or None.
     """
 
-    config: YOLOXConfig
+    config: ModelConfig
     examples: ObjectExamples
     held_out: ObjectExamples | None
+
+    @property
+    def kind(self) -> Kind:
+        """What is special about the detector."""
+        return KINDS[type(self.config)]
 
     @cached_property
     def data(self) -> ObjectData:
@@ -54,10 +120,10 @@ class ObjectRun(VisionRun):
         return None if self.held_out is None else self._data(self.held_out, self.held_out.count)
 
     def _data(self, examples: ObjectExamples, batch_size: int) -> ObjectData:
-        run, size = self.recipe.run, self.config.test_size
+        run, size = self.recipe.run, self.kind.size(self.config)
 
         def fit(image_3HW: Tensor, boxes_N4: Tensor) -> tuple[Tensor, Tensor]:
-            return fit_objects(image_3HW, boxes_N4, *size)
+            return self.kind.fit(image_3HW, boxes_N4, *size)
 
         part: dict[str, Any] = {"rank": processes.rank(), "world": processes.world(), "device": self.device}
         return ObjectData(examples, batch_size, run.micro_batch_images, run.seed, size, fit, **part)
@@ -69,7 +135,7 @@ class ObjectRun(VisionRun):
             old, new = build.build(self.source, device=self.device).state_dict(), network.state_dict()
             network.load_state_dict(new | {name: t for name, t in old.items() if t.shape == new[name].shape})
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return network, YOLOXObjective()
+        return network, self.kind.objective()
 
     def describe(self, batch: ObjectBatch) -> dict[str, Any]:
         objects = zip(batch.boxes, batch.labels, strict=True)
@@ -77,7 +143,7 @@ class ObjectRun(VisionRun):
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the trained network as a folder."""
-        export(network, family_of(self.source), folder)
+        self.kind.export(network, family_of(self.source), folder)
 
 
 def open_object_run(recipe: Recipe) -> ObjectRun:
@@ -89,18 +155,20 @@ def open_object_run(recipe: Recipe) -> ObjectRun:
     data, images = recipe.data, recipe.images
     source = weights.open(Path(recipe.model.config) if recipe.model.config else registry.locate(str(recipe.model.base)))
     check_task(source, "detect")
-    config: ModelConfig = read_family_config(family_of(source), source)
-    if not isinstance(config, YOLOXConfig):
-        raise BadInput(f"{source.path}: only YOLOX can be trained yet")
+    config: Any = read_family_config(family_of(source), source)
+    if type(config) not in KINDS:
+        raise BadInput(f"{source.path}: {family_of(source).names.family} can't be trained yet")
     if len(mixtures := data.mixtures()) > 1 or len(mixtures[0]) > 1 or recipe.lora is not None:
         raise BadInput("objectives on images have one data.train, without stages, mixtures or [lora]")
     examples = _read(mixtures[0][0].path, images.fraction, data.skip_bad)
     held_out = None if data.validation is None else _read(data.validation, 1.0, data.skip_bad)
     if held_out is not None and held_out.names != examples.names:
         raise BadInput(f"{held_out.path}: the classes are {held_out.names}; expected {examples.names}")
-    size = config.test_size if images.size is None else (images.size, images.size)
-    labels = {str(i): name for i, name in enumerate(examples.names)}
-    config = replace(config, test_size=size, id2label=labels).resolve(source)
+    try:
+        config = KINDS[type(config)].adapt(config, examples.names, images.size).resolve(source)
+        build.meta_network(config)
+    except BadInput as error:
+        raise BadInput(f"images.size is {images.size}: {error}" if images.size else str(error)) from error
     return ObjectRun(recipe, Path(recipe.run.out), source, config, examples, held_out)
 
 

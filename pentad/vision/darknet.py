@@ -17,6 +17,12 @@ NMS = 0.45
 """Among boxes of one class, those that overlap a better one by more than this IoU are dropped; Darknet's default."""
 
 
+def fit_objects(image_3HW: Tensor, boxes_N4: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The network's input of a size, made of a uint8 image, and boxes of the image in its pixels."""
+    stretch = boxes_N4.new_tensor((width / image_3HW.shape[2], height / image_3HW.shape[1]) * 2)
+    return _stretched(image_3HW, height, width), boxes_N4 * stretch
+
+
 class DarknetPredictor:
     """Finds objects in images of any size; they are resized to the size that the .cfg file asks for.
 

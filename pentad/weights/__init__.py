@@ -20,8 +20,8 @@ def open(path: str | Path) -> Checkpoint:
     Args:
         path: a GGUF file (or any part of a split one); a folder in Hugging Face's layout, or its config.json, weights
             or index; a folder in the consolidated layout, or its params.json, weights or index; a folder with one GGUF
-            file; Darknet's .cfg or .weights, with the other beside it; weights alone (a state dict in one file); or a
-            config alone (any .json file; consolidated only as params.json), which gives no tensors.
+            file or one .cfg; Darknet's .cfg or .weights, with the other beside it; weights alone (a state dict in one
+            file); or a config alone (any .json file; consolidated only as params.json), which gives no tensors.
 
     Raises:
         BadInput: the path is none of these, or a file is damaged or incomplete; the message names the file.
@@ -38,7 +38,8 @@ def open(path: str | Path) -> Checkpoint:
 
     path = Path(path)
     if path.is_dir():
-        return open_folder(path)
+        networks = [] if (path / CONFIG).is_file() else [*path.glob(f"*{CFG}")]
+        return open_darknet(networks[0]) if len(networks) == 1 else open_folder(path)
     if path.exists() and not path.is_file():
         refuse(path, "neither a file nor a folder")
     if path.suffix in (CFG, WEIGHTS):

@@ -1,8 +1,11 @@
 """Training detectors: recipes on data sets of labeled objects, exact resume, what is refused, and what is learned."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -12,6 +15,9 @@ from pentad.datasets.scenes import Scenes
 from pentad.errors import BadInput
 from pentad.train.recipe import Recipe, read_recipe
 from pentad.train.run import open_run
+from pentad.weights.darknet_cfg import parse
+from pentad.weights.darknet_edit import adapted
+from tests.helpers import darknet_files
 from tests.helpers.training import log_of, train
 
 MODEL = {"model_type": "yolox", "depth": 0.3333, "width": 0.125, "depthwise": True, "test_size": [64, 64]}
@@ -100,3 +106,39 @@ def test_a_data_set_without_objects_is_refused(tmp_path: Path, scenes: Path) -> 
     (tmp_path / "images").symlink_to(scenes / "images")
     with pytest.raises(BadInput, match="no objects"):
         open_run(recipe(tmp_path, scenes, f"data.train={tmp_path / 'annotations.json'}"))
+
+
+@pytest.mark.parametrize("version", [darknet_files.v2, darknet_files.v3])
+def test_darknet_networks_learn_the_datas_classes(tmp_path: Path, scenes: Path, version: Callable[[], str]) -> None:
+    base = darknet_files.write(tmp_path, version())
+    whole, records = train(recipe(tmp_path, scenes, f"run.out={tmp_path / 'whole'}", "images.size=64", base=base))
+    assert all(math.isfinite(record.loss) for record in records)
+    detector = pentad.load(whole)
+    assert list(detector.labels) == list(Scenes(1).names)
+    assert detector.network.cfg.shape == (3, 64, 64)
+    given = recipe(tmp_path, scenes, "images.size=64", base=base)
+    train(given, kill_after=4)
+    resumed, _ = train(given, resume=True)
+    assert (resumed / "model.weights").read_bytes() == (whole / "model.weights").read_bytes()
+    peer = cv2.dnn.readNetFromDarknet(str(whole / "model.cfg"), str(whole / "model.weights"))
+    assert peer.getUnconnectedOutLayersNames()
+
+
+def test_darknet_weights_are_continued_but_for_the_classes(tmp_path: Path, scenes: Path) -> None:
+    base = darknet_files.write(tmp_path, darknet_files.v3())
+    network, _ = open_run(recipe(tmp_path, scenes, base=base)).network_and_objective(measures=False)
+    old, new = pentad.load(base).network.state_dict(), network.state_dict()
+    same = [name for name, tensor in new.items() if tensor.shape == old[name].shape]
+    assert 0 < len(new) - len(same) <= 2 * 2  # weight and bias of the convolutions before the detection layers
+    assert all(torch.equal(new[name], old[name]) for name in same)
+
+
+def test_a_cfg_for_other_classes() -> None:
+    text = darknet_files.v3()
+    network = parse(adapted(text, 7, 96))
+    assert network.shape[1:] == (96, 96)
+    heads = [layer for layer in network.layers if layer.kind == "yolo"]
+    assert heads
+    assert all(layer.texts["classes"] == "7" for layer in heads)
+    with pytest.raises(BadInput, match="yolo"):
+        adapted(darknet_files.v1(), 7)
