@@ -2,10 +2,13 @@
 
 nms: pentad's NMS and RoIAlign against torchvision's C++. They need a torchvision whose operators load in this
 interpreter, or Debian's (apt install python3-torchvision), which --peer /usr/bin/python3 runs in a process of its own.
+darknet: Darknet networks (--cfg NAME …) against OpenCV, onnxruntime (needs onnx) and ncnn (needs pnnx), if installed.
 scenes: how long a composed scene takes.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -16,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,13 +141,105 @@ def scenes_section(*_: object) -> None:
     print(f"a scene of 160 x 160 with 3 objects: median {median(best):.2f} ms, slowest {max(best):.2f} ms")
 
 
-SECTIONS = {"nms": nms_section, "scenes": scenes_section}
+def darknet_runners(network: torch.nn.Module, path: Path, x: Tensor, folder: Path, threads: int) -> dict:
+    """The peers that are installed, each as a function that returns the inputs of the detection layers."""
+    import cv2
+
+    cv2.setNumThreads(threads)
+    peer = cv2.dnn.readNetFromDarknet(str(path), str(path.with_suffix(".weights")))
+    names = peer.getUnconnectedOutLayersNames()
+
+    def opencv() -> list[Tensor]:
+        peer.setInput(x.numpy())
+        return [torch.from_numpy(out)[:, 4] for out in peer.forward(names)]  # objectness, after the detection layers
+
+    runners = {"OpenCV": opencv, "torch": partial(network.outputs, x.contiguous(memory_format=torch.channels_last))}
+
+    class Outputs(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.network.outputs(images))
+
+    with contextlib.suppress(ModuleNotFoundError):
+        import onnx  # noqa: F401 - the exporter needs it
+        import onnxruntime
+
+        torch.onnx.export(Outputs().eval(), (x,), str(folder / "x.onnx"), dynamo=False, opset_version=17)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        session = onnxruntime.InferenceSession(folder / "x.onnx", options, providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: x.numpy()}
+        runners["onnxruntime"] = lambda: [torch.from_numpy(out) for out in session.run(None, feed)]
+    with contextlib.suppress(ModuleNotFoundError):
+        import ncnn
+        import pnnx
+
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+            pnnx.export(Outputs().eval(), "x.pt", (x,), fp16=False)
+        net = ncnn.Net()
+        net.opt.num_threads = threads
+        net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = (
+            False  # float32, as the others
+        )
+        net.load_param(str(folder / "x.ncnn.param"))
+        net.load_model(str(folder / "x.ncnn.bin"))
+        image, outputs = ncnn.Mat(x[0].numpy()), net.output_names()
+
+        def run_ncnn() -> list[Tensor]:
+            with net.create_extractor() as extractor:
+                extractor.input(net.input_names()[0], image)
+                return [torch.from_numpy(np.array(extractor.extract(name)[1]))[None] for name in outputs]
+
+        if outputs:  # pnnx can't convert every network
+            runners["ncnn"] = run_ncnn
+    return runners
+
+
+@torch.inference_mode()
+def darknet_section(_: str, threads: int) -> None:
+    from pentad import weights
+    from pentad.build import build
+    from pentad.vision.darknet_plan import DarknetPlan
+    from pentad.weights.registry import locate
+
+    for name in options.cfg:
+        path = locate(name)
+        network = build(weights.open(path))
+        x = torch.rand(1, *network.cfg.shape)
+        plan = DarknetPlan(network, 1, threads)
+        expected = [out.clone() for out in network.outputs(x)]
+        with tempfile.TemporaryDirectory() as folder:
+            runners = {"pentad": lambda plan=plan, x=x: plan.run(x)}
+            runners |= darknet_runners(network, path, x, Path(folder), threads)
+            network.eval()  # the exporter leaves it in training mode
+            for peer, run in runners.items():
+                objectness = [
+                    network.layers[n](x).objectness_BN[0] for n, x in zip(network.heads, expected, strict=True)
+                ]
+                for out, wanted in zip(run(), objectness if peer == "OpenCV" else expected, strict=True):
+                    assert torch.allclose(out, wanted, atol=1e-2, rtol=1e-2), f"{peer}: the outputs differ"
+            times = {peer: [] for peer in runners}
+            for _ in range(30):
+                for peer, run in runners.items():
+                    start = time.perf_counter()
+                    run()
+                    times[peer].append(1000 * (time.perf_counter() - start))
+        for peer, values in times.items():
+            ratios = f"pentad: {median(values) / median(times['pentad']):.2f} x as fast"
+            print(f"{name:20} {peer:12} min {min(values):7.2f} ms   median {median(values):7.2f} ms   {ratios}")
+
+
+SECTIONS = {"nms": nms_section, "scenes": scenes_section, "darknet": darknet_section}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--peer", default=sys.executable, help="a Python interpreter with torchvision")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cfg", nargs="+", default=["yolov3-tiny"], help="names or .cfg files of Darknet networks")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for section in options.sections:

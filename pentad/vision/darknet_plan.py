@@ -33,9 +33,8 @@ def folded(conv: Convolutional) -> tuple[Tensor, Tensor]:
         return conv.weight, conv.bias
     assert norm.running_var is not None
     assert norm.running_mean is not None
-    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    weight = conv.weight.double() * factor[:, None, None, None]
-    return weight.float(), (norm.bias.double() - norm.running_mean.double() * factor).float()
+    factor = (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()).float()
+    return conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
 
 
 class DarknetPlan:
@@ -64,7 +63,8 @@ class DarknetPlan:
         self._versions = self._current_versions()
 
     def _current_versions(self) -> list[tuple[int, int]]:
-        return [(id(tensor), tensor._version) for tensor in self.network.state_dict(keep_vars=True).values()]
+        tensors = self.network.state_dict(keep_vars=True).values()
+        return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
     def fits(self, images_BCHW: Tensor) -> bool:
         """True if the plan is for such a batch, torch's number of threads, and the network's present weights."""

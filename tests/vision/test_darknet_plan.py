@@ -64,6 +64,14 @@ def test_changed_weights_are_noticed(tmp_path: Path) -> None:
         assert not torch.allclose(ours, old, atol=1e-2)
 
 
+@torch.inference_mode()
+def test_networks_built_in_inference_mode(tmp_path: Path) -> None:
+    network = load(tmp_path, v3())
+    images = torch.rand(1, *network.cfg.shape)
+    for ours, expected in zip(DarknetPredictor(network)._outputs(images), network.outputs(images), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_the_kernels_lack_runs_in_torch(tmp_path: Path) -> None:
     for text in (v1(), v2()):
         network = load(tmp_path, text)
