@@ -1,5 +1,6 @@
 """Vision against its peers, interleaved, each with the same answers: python benchmarks/vision.py [nms …].
 
+vit, mae: processor time of one thread.
 nms: pentad's NMS and RoIAlign against torchvision's C++. They need a torchvision whose operators load in this
 interpreter, or Debian's (apt install python3-torchvision), which --peer /usr/bin/python3 runs in a process of its own.
 darknet: Darknet networks (--cfg NAME …) against OpenCV, onnxruntime (needs onnx) and ncnn (needs pnnx), if installed.
@@ -232,7 +233,71 @@ def darknet_section(_: str, threads: int) -> None:
             print(f"{name:20} {peer:12} min {min(values):7.2f} ms   median {median(values):7.2f} ms   {ratios}")
 
 
-SECTIONS = {"nms": nms_section, "scenes": scenes_section, "darknet": darknet_section}
+def interleaved(rounds: int = 6, **calls: Callable[[], object]) -> dict[str, float]:
+    """The least processor seconds of each call; they take turns, and the first turn doesn't count."""
+    best: dict[str, float] = {}
+    for turn in range(rounds):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            seconds = time.process_time() - start
+            if turn:
+                best[name] = min(seconds, best.get(name, seconds))
+    return best
+
+
+def vit_section(*_: object) -> None:
+    """ViT-B/16 with the same random weights in both; its own file, as transformers writes it."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    import pentad.weights
+    from pentad.build import build
+
+    theirs = ViTForImageClassification(ViTConfig(num_labels=1000)).eval()
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        theirs.save_pretrained(folder)
+        ours = build(pentad.weights.open(folder))
+        half = ViTForImageClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        for count in (1, 4):
+            x = torch.randn(count, 3, 224, 224)
+            assert torch.allclose(ours(x), theirs(x).logits, atol=1e-4)
+            best = interleaved(pentad=lambda x=x: ours(x), transformers=lambda x=x: theirs(x))
+            ratio = best["transformers"] / best["pentad"]
+            print(f"ViT-B/16, {count} images, float32: {best}, {ratio:.2f} x as fast")
+        x = torch.randn(1, 3, 224, 224)
+        best = interleaved(2, pentad=lambda: ours(x), transformers=lambda: half(x.bfloat16()))
+        print(f"a bfloat16 file, 1 image: {best}, {best['transformers'] / best['pentad']:.2f} x as fast")
+
+
+def mae_section(*_: object) -> None:
+    """A training step of MAE-L/16, which sees a quarter of the patches, and one whose encoder sees all."""
+    from pentad.build import build
+    from pentad.models.vision.mae import MAEConfig, Masking, mae_loss
+
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    network = build(MAEConfig(**large, norm_pix_loss=True), trainable=True)
+    x, noise = torch.randn(1, 3, 224, 224), torch.rand(1, 196)
+    masking = Masking.random(noise, 49)
+
+    def masked() -> None:
+        mae_loss(network(x, masking), x, masking, 16, norm_pix=True).backward()
+
+    everything = Masking(noise.argsort(1), masking.masked_BM)
+
+    def full() -> None:  # SimMIM's way: masked patches go through the encoder, too
+        mae_loss(network(x, everything), x, masking, 16, norm_pix=True).backward()
+
+    best = interleaved(3, masked=masked, full=full)
+    print(f"MAE-L/16, a step of 1 image: {best}, {best['full'] / best['masked']:.2f} x as fast")
+
+
+SECTIONS = {
+    "nms": nms_section,
+    "vit": vit_section,
+    "mae": mae_section,
+    "scenes": scenes_section,
+    "darknet": darknet_section,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
