@@ -23,8 +23,8 @@ from pentad.models.vision.yolox import YOLOXConfig
 from pentad.train import processes
 from pentad.train.image_run import VisionRun
 from pentad.train.object_data import ObjectData, ObjectExamples
-from pentad.train.objectives.detection import DetectionBatch, Objects, YoloObjective
-from pentad.train.objectives.loss import Loss, Objective
+from pentad.train.objectives.detection import YoloObjective
+from pentad.train.objectives.loss import Objective
 from pentad.train.objectives.yolox import YOLOXObjective
 from pentad.train.recipe import Recipe
 from pentad.vision import darknet, yolox
@@ -53,18 +53,6 @@ class Kind(NamedTuple):
     export: Callable[[Any, Family, Path], None]
 
 
-class DarknetObjective(YoloObjective):
-    """The loss of the .cfg file's detection layers, whose boxes are shares of the image."""
-
-    def __call__(  # type: ignore[override]
-        self, network: Darknet, batch: ObjectBatch, totals: Sequence[float], *, checkpointing: str = "none"
-    ) -> Loss:
-        height, width = batch.images_BCHW.shape[2:]
-        whole = batch.images_BCHW.new_tensor((width, height) * 2)
-        objects = [Objects(boxes / whole, labels) for boxes, labels in zip(batch.boxes, batch.labels, strict=True)]
-        return super().__call__(network, DetectionBatch(batch.images_BCHW, objects), totals)
-
-
 def _adapt_yolox(config: YOLOXConfig, names: Sequence[str], size: int | None) -> YOLOXConfig:
     labels = {str(i): name for i, name in enumerate(names)}
     return replace(config, test_size=config.test_size if size is None else (size, size), id2label=labels)
@@ -86,7 +74,7 @@ def _export_darknet(network: Darknet, family: Family, folder: Path) -> None:
 
 KINDS: dict[type[ModelConfig], Kind] = {
     YOLOXConfig: Kind(_adapt_yolox, lambda config: config.test_size, yolox.fit_objects, YOLOXObjective, export),
-    DarknetConfig: Kind(_adapt_darknet, _darknet_size, darknet.fit_objects, DarknetObjective, _export_darknet),
+    DarknetConfig: Kind(_adapt_darknet, _darknet_size, darknet.fit_objects, YoloObjective, _export_darknet),
 }
 
 

@@ -10,16 +10,10 @@ from torch import Tensor
 
 from pentad import weights
 from pentad.build import build
+from pentad.datasets.object_batches import ObjectBatch
 from pentad.models.vision.darknet import AnchorHead, Darknet, DarknetConfig, GridHead
 from pentad.nn.boxes import pairwise_iou, to_centers, to_corners
-from pentad.train.objectives.detection import (
-    DetectionBatch,
-    Objects,
-    YoloObjective,
-    anchor_loss,
-    box_similarity,
-    grid_loss,
-)
+from pentad.train.objectives.detection import Objects, YoloObjective, anchor_loss, box_similarity, grid_loss
 from pentad.weights.darknet_cfg import parse
 from tests.helpers.darknet_files import net, section, v3, write
 
@@ -203,7 +197,10 @@ def test_the_objective_trains_a_network_and_counts_images(tmp_path: Path) -> Non
     network = build(weights.open(write(tmp_path, v3())), trainable=True)
     assert isinstance(network, Darknet)
     objective = YoloObjective()
-    batch = DetectionBatch(torch.rand(2, 3, 48, 64), TRUTH)
+    whole = torch.tensor([64.0, 48, 64, 48])
+    batch = ObjectBatch(
+        torch.rand(2, 3, 48, 64), tuple(one.boxes_T4 * whole for one in TRUTH), tuple(one.labels_T for one in TRUTH)
+    )
     assert objective.totals(network, batch) == [2]
     optimizer = torch.optim.SGD(network.parameters(), 0.01)
     shares = []

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pentad.datasets.object_batches import ObjectBatch
 from pentad.models.vision.darknet import AnchorHead, Darknet, GridHead
 from pentad.nn.boxes import pairwise_iou, to_centers
 from pentad.train.objectives.loss import Loss
@@ -36,13 +37,6 @@ class Objects(NamedTuple):
 
     boxes_T4: Tensor
     labels_T: Tensor
-
-
-class DetectionBatch(NamedTuple):
-    """Images of the network's size, red, green and blue from 0 to 1, and the objects of each."""
-
-    images_BCHW: Tensor
-    objects: Sequence[Objects]
 
 
 def box_similarity(one_M4: Tensor, other_M4: Tensor, kind: str) -> Tensor:
@@ -298,18 +292,21 @@ def losses(network: Darknet, outputs: Sequence[Tensor], objects: Sequence[Object
 
 
 class YoloObjective:
-    """The mean loss of the images of a step."""
+    """The mean loss of the images of a step, which are red, green and blue from 0 to 1."""
 
-    def totals(self, network: Darknet, batch: DetectionBatch) -> list[float]:
+    def totals(self, network: Darknet, batch: ObjectBatch) -> list[float]:
         """The number of images."""
         return [len(batch.images_BCHW)]
 
     def __call__(
-        self, network: Darknet, batch: DetectionBatch, totals: Sequence[float], *, checkpointing: str = "none"
+        self, network: Darknet, batch: ObjectBatch, totals: Sequence[float], *, checkpointing: str = "none"
     ) -> Loss:
         """The share of the mean over images."""
+        height, width = batch.images_BCHW.shape[2:]
+        whole = batch.images_BCHW.new_tensor((width, height) * 2)
+        objects = [Objects(boxes / whole, labels) for boxes, labels in zip(batch.boxes, batch.labels, strict=True)]
         outputs = network.outputs(batch.images_BCHW)
         with torch.autocast(batch.images_BCHW.device.type, enabled=False):
-            parts = losses(network, [x.float() for x in outputs], batch.objects)
+            parts = losses(network, [x.float() for x in outputs], objects)
         share = torch.stack(list(parts.values())).sum() / totals[0]
         return Loss(share, {f"{name}_loss": part.detach() / totals[0] for name, part in parts.items()})
