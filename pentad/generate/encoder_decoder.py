@@ -31,8 +31,8 @@ class EncoderDecoderModel(Runner):
 
     def prompt_ids(self, text: str, *, special: bool = False) -> list[int]:
         """The source for the encoder: the text's tokens and an end token, as in training."""
-        ids = super().prompt_ids(text, special=special)
-        end = self.tokenizer.eos_ids[:1]
+        tokenizer = self.tokenizer
+        ids, end = tokenizer.encode(text, bos=tokenizer.adds_bos, special=special), tokenizer.eos_ids[:1]
         return ids if not ids or tuple(ids[-1:]) == end else [*ids, *end]
 
     def logits(self, ids: Sequence[int] | Tensor, decoder_ids: Sequence[int] | Tensor) -> Tensor:

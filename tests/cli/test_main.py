@@ -29,25 +29,12 @@ def test_help(pentad, arguments: list[str]) -> None:
 
 
 def test_every_command_has_json_and_help() -> None:
-    assert {name for name, command in COMMANDS.commands.items() if not command.hidden} == {
-        *(
-            "chat",
-            "complete",
-            "score",
-            "classify",
-            "models",
-            "pull",
-            "rm",
-            "show",
-            "convert",
-            "merge",
-            "train",
-            "serve",
-            "bench",
-        ),
-        "env",
-    }
-    for command in COMMANDS.commands.values():
+    names = """chat complete score classify detect models pull rm show convert merge train serve evaluate reproduce
+        bench env data"""
+    known = {name: command for name, command in COMMANDS.commands.items() if not command.hidden}
+    assert known.keys() == {*names.split()}
+    group = known.pop("data")
+    for command in (*known.values(), *group.commands.values()):
         assert "--json" in [option for parameter in command.params for option in parameter.opts]
         assert command.help
         assert all(parameter.help for parameter in command.params if parameter.name != "help")
