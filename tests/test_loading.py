@@ -125,7 +125,7 @@ def test_an_architecture_with_a_similar_name_is_refused(name: str) -> None:
         family_of(config(model_type=name))
     message = str(raised.value)
     assert message.startswith(f"somewhere: architecture '{name}' ")
-    assert all(family.names.family in message for family in families())
+    assert all(family.names.family in message for family in families() if "hf" in family.key_tables)
 
 
 def test_the_error_for_an_unknown_architecture_lists_the_known_ones() -> None:
