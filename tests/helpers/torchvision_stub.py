@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(sys.prefix) / "vision-peers"))
+_PEERS = str(Path(sys.prefix) / "vision-peers")
+sys.path.append(_PEERS)
 
 
 def _nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
@@ -50,3 +51,6 @@ if not _has_operators():
         sys.modules[f"torchvision.ops.{_module}"]._assert_has_ops = lambda: None
     _align = sys.modules["torchvision.ops.roi_align"]
     _align._roi_align = _align._roi_align.__wrapped__  # not compiled
+for _name in ("torchvision", "timm"):
+    importlib.import_module(_name)
+sys.path.remove(_PEERS)  # a new process gets this path, but not the operators
