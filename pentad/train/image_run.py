@@ -154,6 +154,13 @@ class ImageRun(VisionRun):
         export(network, self.family, folder, self.preprocessing)
 
 
+def only_folder(recipe: Recipe) -> str:
+    """The recipe's data; raise BadInput unless it is one folder, without low-rank layers."""
+    if len(mixtures := recipe.data.mixtures()) > 1 or len(mixtures[0]) > 1 or recipe.lora is not None:
+        raise BadInput("objectives on images have one data.train, without stages, mixtures or [lora]")
+    return mixtures[0][0].path
+
+
 def open_image_run(recipe: Recipe) -> ImageRun:
     """Open the model's files and list the images.
 
@@ -167,13 +174,12 @@ def open_image_run(recipe: Recipe) -> ImageRun:
     if family.task not in (("classify", "pretrain") if labeled else ("pretrain",)):
         expected = "a classifier or a pretrained encoder" if labeled else "a masked autoencoder (vit_mae)"
         raise BadInput(f"{source.path}: {family.names.family} is {TASKS[family.task]}; expected {expected}")
-    if len(mixtures := data.mixtures()) > 1 or len(mixtures[0]) > 1 or recipe.lora is not None:
-        raise BadInput("objectives on images have one data.train, without stages, mixtures or [lora]")
+    folder = only_folder(recipe)
     config = read_family_config(family, source)
     assert isinstance(config, ClassifierConfig)
     if images.probe and any(isinstance(m, nn.BatchNorm2d) for m in build.meta_network(config).modules()):
         raise BadInput("images.probe is for networks without batch normalization, whose statistics would change")
-    examples = read_examples(Path(mixtures[0][0].path), labeled=labeled, skip_bad=data.skip_bad)
+    examples = read_examples(Path(folder), labeled=labeled, skip_bad=data.skip_bad)
     held_out = read_examples(Path(data.validation), labeled=labeled) if data.validation else None
     if labeled:
         if held_out is not None and held_out.names != examples.names:

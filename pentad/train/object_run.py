@@ -21,7 +21,7 @@ from pentad.models.language.config import read_family_config
 from pentad.models.vision.darknet import Darknet, DarknetConfig
 from pentad.models.vision.yolox import YOLOXConfig
 from pentad.train import processes
-from pentad.train.image_run import VisionRun
+from pentad.train.image_run import VisionRun, only_folder
 from pentad.train.object_data import ObjectData, ObjectExamples
 from pentad.train.objectives.detection import YoloObjective
 from pentad.train.objectives.loss import Objective
@@ -146,9 +146,8 @@ def open_object_run(recipe: Recipe) -> ObjectRun:
     config: Any = read_family_config(family_of(source), source)
     if type(config) not in KINDS:
         raise BadInput(f"{source.path}: {family_of(source).names.family} can't be trained yet")
-    if len(mixtures := data.mixtures()) > 1 or len(mixtures[0]) > 1 or recipe.lora is not None:
-        raise BadInput("objectives on images have one data.train, without stages, mixtures or [lora]")
-    examples = _read(mixtures[0][0].path, images.fraction, data.skip_bad)
+    folder = only_folder(recipe)
+    examples = _read(folder, images.fraction, data.skip_bad)
     held_out = None if data.validation is None else _read(data.validation, 1.0, data.skip_bad)
     if held_out is not None and held_out.names != examples.names:
         raise BadInput(f"{held_out.path}: the classes are {held_out.names}; expected {examples.names}")

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pentad.models.vision.darknet import Darknet
-from pentad.nn.boxes import batched_nms
 from pentad.vision.darknet_plan import DarknetPlan
-from pentad.vision.found import Found
+from pentad.vision.found import Found, choose
 from pentad.vision.preprocess import resize_opencv
 
 NMS = 0.45
@@ -48,12 +47,8 @@ class DarknetPredictor:
             predictions = self.network.decode(self._outputs(batch))
         found = []
         for image, boxes_N4, scores_NK in zip(images, predictions.boxes_BN4, predictions.scores_BNK, strict=True):
-            scores_N, labels_N = scores_NK.max(1)
-            chosen = (scores_N > threshold).nonzero()[:, 0]
-            boxes_N4, scores_N, labels_N = boxes_N4[chosen], scores_N[chosen], labels_N[chosen]
             boxes_N4 = self._to_pixels(boxes_N4.cpu(), image.shape[1], image.shape[2])
-            kept = batched_nms(boxes_N4, scores_N.cpu(), labels_N.cpu(), NMS)
-            found.append(Found(boxes_N4[kept], scores_N.cpu()[kept], labels_N.cpu()[kept]))
+            found.append(choose(boxes_N4, scores_NK.cpu(), threshold, NMS))
         return found
 
     def _outputs(self, batch_BCHW: Tensor) -> list[Tensor]:

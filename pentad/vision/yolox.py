@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from pentad.models.vision.yolox import YOLOX, cells, decode
-from pentad.nn.boxes import batched_nms
-from pentad.vision.found import Found
+from pentad.vision.found import Found, choose
 from pentad.vision.preprocess import yolox_letterbox
 
 NMS = 0.65
@@ -42,9 +41,6 @@ class YOLOXPredictor:
         scores_BNK *= out_BNO[..., 4:5].sigmoid()
         found = []
         for one, boxes_N4, scores_NK in zip(fitted, boxes_BN4, scores_BNK, strict=True):
-            scores_N, labels_N = scores_NK.max(1)
-            chosen = (scores_N > threshold).nonzero()[:, 0]
-            boxes_N4, scores_N, labels_N = boxes_N4[chosen], scores_N[chosen], labels_N[chosen]
-            kept = batched_nms(boxes_N4, scores_N, labels_N, NMS)
-            found.append(Found(boxes_N4[kept] / one.scale, scores_N[kept], labels_N[kept]))
+            best = choose(boxes_N4, scores_NK, threshold, NMS)
+            found.append(best._replace(boxes_N4=best.boxes_N4 / one.scale))
         return found
