@@ -17,6 +17,7 @@ __all__ = [
     "clip_boxes",
     "decode_boxes",
     "encode_boxes",
+    "mask_boxes",
     "nms",
     "pairwise_iou",
     "roi_align",
@@ -58,6 +59,16 @@ def clip_boxes(boxes_N4: Tensor, height: float, width: float) -> Tensor:
     """Move corners that are outside of an image to its border."""
     limit = boxes_N4.new_tensor((width, height, width, height))
     return boxes_N4.clamp(min=0).minimum(limit)
+
+
+def mask_boxes(masks_NHW: Tensor) -> Tensor:
+    """The boxes around bool masks, float32 [N, 4]; zeros around an empty one."""
+    boxes_N4 = torch.zeros(len(masks_NHW), 4, device=masks_NHW.device)
+    for box_4, mask_HW in zip(boxes_N4, masks_NHW, strict=True):
+        if mask_HW.any():
+            rows, columns = mask_HW.any(1).nonzero()[:, 0], mask_HW.any(0).nonzero()[:, 0]
+            box_4[:] = torch.stack((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    return boxes_N4
 
 
 def encode_boxes(boxes_N4: Tensor, references_N4: Tensor, weights: tuple[float, float, float, float]) -> Tensor:

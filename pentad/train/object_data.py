@@ -20,6 +20,7 @@ from pentad.datasets.object_batches import ObjectBatch
 from pentad.datasets.objects import LabeledImage, ObjectDataset
 from pentad.datasets.order import Order
 from pentad.train.recipe import Objects
+from pentad.vision.preprocess import pad_batch, resize_masks
 
 CACHE_BYTES = 500_000_000
 
@@ -80,6 +81,8 @@ class ObjectData:
         seed: seed of the order and of all changes.
         size: height and width of the network's input.
         fit: makes the network's input.
+        divisor: the images of a batch are padded to a multiple of it.
+        masks: read the masks.
         changes: the changes of images; None for none, and the images in order: validation.
         flip: mirror half of the images.
         plain_from: the first step without mosaics and mixup.
@@ -93,6 +96,8 @@ class ObjectData:
     seed: int
     size: tuple[int, int]
     fit: Fit
+    divisor: int = 1
+    masks: bool = False
     changes: Objects | None = None
     flip: bool = False
     plain_from: int = 0
@@ -120,21 +125,25 @@ class ObjectData:
         fitted = []
         for number, position in zip(numbers, positions, strict=True):
             one = self._example(number, Random(hash((self.seed, position))), whole)
-            fitted.append((*self.fit(one.image, one.boxes), one.labels))
-        images, boxes, labels = zip(*fitted, strict=True)
+            image, boxes = self.fit(one.image, one.boxes)
+            masks = None if one.masks is None else resize_masks(one.masks, *image.shape[1:])
+            fitted.append(Labeled(image, boxes, one.labels, masks))
         device = self.device
+        images_BCHW, sizes = pad_batch([one.image for one in fitted], self.divisor)
         return ObjectBatch(
-            torch.stack(images).to(device).contiguous(memory_format=torch.channels_last),
-            tuple(one.to(device) for one in boxes),
-            tuple(one.to(device) for one in labels),
+            images_BCHW.to(device).contiguous(memory_format=torch.channels_last),
+            tuple(one.boxes.to(device) for one in fitted),
+            tuple(one.labels.to(device) for one in fitted),
             tuple(numbers),
+            tuple(sizes),
+            tuple(one.masks.to(device) for one in fitted if one.masks is not None) if self.masks else None,
         )
 
     def _example(self, number: int, random: Random, whole: bool) -> Labeled:
         one, changes = self._read(number), self.changes
         if changes is None:
             return one
-        if whole and random.random() < changes.mosaic:
+        if whole and random.random() < (changes.mosaic or 0):
             one = self._mosaic(one, changes, random)
             if random.random() < changes.mixup:
                 one = augment.mixup(one, self._mosaic(self._any(random), changes, random))
@@ -158,7 +167,13 @@ class ObjectData:
             objects = [one for one in self.source.dataset.images[number].objects if not one.crowd]
             boxes = torch.tensor([one.box for one in objects], dtype=torch.float32).view(-1, 4)
             labels = torch.tensor([one.label for one in objects], dtype=torch.int64)
-            return Labeled(self.source.dataset.pixels(number), boxes, labels)
+            image = self.source.dataset.pixels(number)
+            if not self.masks:
+                return Labeled(image, boxes, labels)
+            masks = torch.zeros(len(objects), *image.shape[1:], dtype=torch.bool)
+            for number, one in enumerate(objects):
+                masks[number] = one.mask(*image.shape[1:])
+            return Labeled(image, boxes, labels, masks)
 
         return read
 

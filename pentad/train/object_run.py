@@ -19,15 +19,17 @@ from pentad.models import check_task, family_of
 from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import read_family_config
 from pentad.models.vision.darknet import Darknet, DarknetConfig
+from pentad.models.vision.mask_rcnn import MaskRCNNConfig
 from pentad.models.vision.yolox import YOLOXConfig
 from pentad.train import processes
 from pentad.train.image_run import VisionRun, only_folder
 from pentad.train.object_data import ObjectData, ObjectExamples
 from pentad.train.objectives.detection import YoloObjective
 from pentad.train.objectives.loss import Objective
+from pentad.train.objectives.mask_rcnn import MaskRCNNObjective
 from pentad.train.objectives.yolox import YOLOXObjective
-from pentad.train.recipe import Recipe
-from pentad.vision import darknet, yolox
+from pentad.train.recipe import Objects, Recipe
+from pentad.vision import darknet, mask_rcnn, yolox
 from pentad.vision.darknet_files import export_darknet
 from pentad.vision.export import export
 from pentad.weights import darknet_cfg, registry
@@ -40,22 +42,31 @@ class Kind(NamedTuple):
 
     Attributes:
         adapt: a config for other classes, and another size unless it is None.
-        size: height and width of the network's input.
+        size: height and width of the network's input, or the least and the largest side of images.
         fit: makes the network's input of a size, and moves the boxes.
-        objective: what it is trained for.
+        objective: what it is trained for, with the recipe's options.
         export: writes the trained network as a folder.
+        divisor: the images of a batch are padded to a multiple of it.
+        mosaic: the share of mosaics, if the recipe has none.
     """
 
     adapt: Callable[[Any, Sequence[str], int | None], ModelConfig]
     size: Callable[[Any], tuple[int, int]]
     fit: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
-    objective: type[Objective]
+    objective: Callable[[Objects], Objective]
     export: Callable[[Any, Family, Path], None]
+    divisor: int = 1
+    mosaic: float = 1.0
 
 
 def _adapt_yolox(config: YOLOXConfig, names: Sequence[str], size: int | None) -> YOLOXConfig:
     labels = {str(i): name for i, name in enumerate(names)}
     return replace(config, test_size=config.test_size if size is None else (size, size), id2label=labels)
+
+
+def _adapt_mask_rcnn(config: MaskRCNNConfig, names: Sequence[str], size: int | None) -> MaskRCNNConfig:
+    config = replace(config, names=("background", *names))
+    return config if size is None else replace(config, min_size=size, max_size=size)
 
 
 def _adapt_darknet(config: DarknetConfig, names: Sequence[str], size: int | None) -> DarknetConfig:
@@ -73,8 +84,29 @@ def _export_darknet(network: Darknet, family: Family, folder: Path) -> None:
 
 
 KINDS: dict[type[ModelConfig], Kind] = {
-    YOLOXConfig: Kind(_adapt_yolox, lambda config: config.test_size, yolox.fit_objects, YOLOXObjective, export),
-    DarknetConfig: Kind(_adapt_darknet, _darknet_size, darknet.fit_objects, YoloObjective, _export_darknet),
+    YOLOXConfig: Kind(
+        adapt=_adapt_yolox,
+        size=lambda config: config.test_size,
+        fit=yolox.fit_objects,
+        objective=lambda _: YOLOXObjective(),
+        export=export,
+    ),
+    DarknetConfig: Kind(
+        adapt=_adapt_darknet,
+        size=_darknet_size,
+        fit=darknet.fit_objects,
+        objective=lambda _: YoloObjective(),
+        export=_export_darknet,
+    ),
+    MaskRCNNConfig: Kind(
+        adapt=_adapt_mask_rcnn,
+        size=lambda config: (config.min_size, config.max_size),
+        fit=mask_rcnn.fit_objects,
+        objective=lambda options: MaskRCNNObjective(options.proposals),
+        export=export,
+        divisor=mask_rcnn.DIVISOR,
+        mosaic=0.0,
+    ),
 }
 
 
@@ -102,6 +134,8 @@ class ObjectRun(VisionRun):
         run, objects = self.recipe.run, self.recipe.objects
         plain = round(run.steps * (1 - objects.plain_end))
         data = self._data(self.examples, run.batch_size)
+        if objects.mosaic is None:
+            objects = objects.model_copy(update={"mosaic": self.kind.mosaic})
         return replace(data, changes=objects, flip=self.recipe.images.flip, plain_from=plain)
 
     def validation_data(self) -> ObjectData | None:
@@ -114,6 +148,7 @@ class ObjectRun(VisionRun):
             return self.kind.fit(image_3HW, boxes_N4, *size)
 
         part: dict[str, Any] = {"rank": processes.rank(), "world": processes.world(), "device": self.device}
+        part |= {"divisor": self.kind.divisor, "masks": getattr(self.config, "masks", False)}
         return ObjectData(examples, batch_size, run.micro_batch_images, run.seed, size, fit, **part)
 
     def network_and_objective(self, *, measures: bool) -> tuple[nn.Module, Objective]:
@@ -123,7 +158,7 @@ class ObjectRun(VisionRun):
             old, new = build.build(self.source, device=self.device).state_dict(), network.state_dict()
             network.load_state_dict(new | {name: t for name, t in old.items() if t.shape == new[name].shape})
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return network, self.kind.objective()
+        return network, self.kind.objective(self.recipe.objects)
 
     def describe(self, batch: ObjectBatch) -> dict[str, Any]:
         objects = zip(batch.boxes, batch.labels, strict=True)

@@ -209,18 +209,20 @@ class Objects(Table):
     """Options of detect, with YOLOX's defaults for small models (arXiv:2107.08430).
 
     Attributes:
-        mosaic: the share of images that are composed of four.
+        mosaic: the share of images that are composed of four; by default all, and none for Mask R-CNN.
         mixup: the share of mosaics that are mixed with another one.
         scale: the least and the largest factor of the objects' sizes in a mosaic.
         color: shift hue, saturation and brightness.
         plain_end: the part of the steps, at the end, without mosaics.
+        proposals: boxes an image that the heads of Mask R-CNN learn from.
     """
 
-    mosaic: Fraction = 1.0
+    mosaic: Fraction | None = None
     mixup: Fraction = 0.0
     scale: list[Annotated[float, Field(gt=0, le=10)]] = Field(default=[0.5, 1.5], min_length=2, max_length=2)
     color: bool = True
     plain_end: Fraction = 0.1
+    proposals: Positive = 512
 
 
 class Lora(Table):

@@ -3,17 +3,23 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pentad.models.vision.mask_rcnn import MaskRCNN
 from pentad.vision import masks
 from pentad.vision.found import Found
 from pentad.vision.masks import paste_masks
-from pentad.vision.preprocess import fit_sides
+from pentad.vision.preprocess import fit_sides, pad_batch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIVISOR = 32
+
+
+def fit_objects(image_3HW: Tensor, boxes_N4: Tensor, shorter: int, longer: int) -> tuple[Tensor, Tensor]:
+    """The network's input made of a uint8 image, and boxes of the image in its pixels; see `fit_sides`."""
+    fitted = fit_sides(normalized(image_3HW.float() / 255), shorter, longer)
+    stretch = boxes_N4.new_tensor((fitted.shape[2] / image_3HW.shape[2], fitted.shape[1] / image_3HW.shape[1]) * 2)
+    return fitted, boxes_N4 * stretch
 
 
 class MaskRCNNPredictor:
@@ -32,7 +38,7 @@ class MaskRCNNPredictor:
         """Find the objects of uint8 images [3, H, W] whose scores are above a threshold."""
         first, config = next(self.network.parameters()), self.network.config
         fitted = [fit_sides(normalized(image.float() / 255), config.min_size, config.max_size) for image in images]
-        padded_B3HW, sizes = pad_batch(fitted)
+        padded_B3HW, sizes = pad_batch(fitted, DIVISOR)
         found = []
         padded_B3HW = padded_B3HW.to(first.device, first.dtype)
         for image, size, one in zip(images, sizes, self.network(padded_B3HW, sizes, threshold), strict=True):
@@ -54,13 +60,3 @@ def normalized(image_3HW: Tensor) -> Tensor:
     """Pixels from 0 to 1, by ImageNet's mean and standard deviation."""
     mean, std = (image_3HW.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (image_3HW - mean) / std
-
-
-def pad_batch(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Images in one tensor, padded with zeros at the right and the bottom; and their sizes."""
-    sizes = [(image.shape[1], image.shape[2]) for image in images]
-    height, width = (-(-max(side) // DIVISOR) * DIVISOR for side in zip(*sizes, strict=True))
-    padded = [
-        F.pad(image, (0, width - size[1], 0, height - size[0])) for image, size in zip(images, sizes, strict=True)
-    ]
-    return torch.stack(padded), sizes

@@ -1,5 +1,6 @@
 """Resizing as each model's own code does it, rounding included. Images are uint8 [3, H, W], red, green, blue."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Letterbox", "center_crop", "fit_sides", "resize_opencv", "resize_pillow", "yolox_letterbox"]
+__all__ = [
+    "Letterbox",
+    "center_crop",
+    "fit_sides",
+    "pad_batch",
+    "resize_masks",
+    "resize_opencv",
+    "resize_pillow",
+    "yolox_letterbox",
+]
 
 YOLOX_GRAY = 114
 _CACHED = 32_768  # numbers, of which temporary arrays stay in the second-level cache
@@ -90,6 +100,25 @@ def fit_sides(image_CHW: Tensor, shorter: int, longer: int) -> Tensor:
     scale = min(shorter / min(image_CHW.shape[1:]), longer / max(image_CHW.shape[1:]))
     size = [max(1, int(side * scale)) for side in image_CHW.shape[1:]]
     return F.interpolate(image_CHW[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def pad_batch(images: Sequence[Tensor], divisor: int = 1) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Images in one tensor, padded with zeros at the right and the bottom to a multiple; and their sizes."""
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
+    padded = [
+        F.pad(image, (0, width - size[1], 0, height - size[0])) for image, size in zip(images, sizes, strict=True)
+    ]
+    return torch.stack(padded), sizes
+
+
+def resize_masks(masks_NHW: Tensor, height: int, width: int) -> Tensor:
+    """Resize bool masks: a pixel is in a mask if most of it is."""
+    if masks_NHW.shape[1:] == (height, width):
+        return masks_NHW
+    if not len(masks_NHW):
+        return masks_NHW.new_zeros(0, height, width)
+    return F.interpolate(masks_NHW[None].float(), (height, width), mode="bilinear", align_corners=False)[0] > 0.5
 
 
 def resize_pillow(image_3HW: Tensor, size: int | tuple[int, int], *, bicubic: bool = False) -> Tensor:

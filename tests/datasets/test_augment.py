@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from pentad.datasets.augment import GRAY, Labeled, affine, mirror, mixup, mosaic, recolor
+from pentad.nn.boxes import mask_boxes
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
 
 
-def painted(label: int, seed: int, height: int = 80, width: int = 100) -> Labeled:
+def painted(label: int, seed: int, height: int = 80, width: int = 100, *, with_masks: bool = False) -> Labeled:
     """A gray image with a rectangle in the color of its label."""
     random = Random(seed)
     x0, y0 = random.randint(0, width - 40), random.randint(0, height - 40)
     x1, y1 = x0 + random.randint(20, 40), y0 + random.randint(20, 40)
     image = torch.full((3, height, width), GRAY, dtype=torch.uint8)
     image[:, y0:y1, x0:x1] = torch.tensor(COLORS[label], dtype=torch.uint8)[:, None, None]
-    return Labeled(image, torch.tensor([[x0, y0, x1, y1]], dtype=torch.float32), torch.tensor([label]))
+    box = torch.tensor([[x0, y0, x1, y1]], dtype=torch.float32)
+    return Labeled(image, box, torch.tensor([label]), (image[0] != GRAY)[None] if with_masks else None)
 
 
 def assert_boxes_fit(one: Labeled, slack: float) -> None:
@@ -38,6 +40,19 @@ def test_a_mosaic_keeps_four_images_objects(seed: int) -> None:
     assert_boxes_fit(made, 8)  # the box of a turned box
     again = mosaic(parts, 96, 128, (0.8, 1.2), Random(seed))
     assert torch.equal(made.image, again.image)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_move_with_their_objects(seed: int) -> None:
+    parts = [painted(label, seed * 4 + label, with_masks=True) for label in range(4)]
+    one = mosaic(parts, 96, 128, (0.8, 1.2), Random(seed))
+    one = mixup(mirror(one), mosaic(parts[::-1], 96, 128, (0.8, 1.2), Random(seed)))
+    halves = one.image.int() - GRAY
+    for box, label, mask in zip(one.boxes, one.labels.tolist(), one.masks, strict=True):
+        assert torch.equal(box, mask_boxes(mask[None])[0])
+        color = (torch.tensor(COLORS[label])[:, None, None] - GRAY) / 2
+        near = (halves - color).abs().amax(0) < 6
+        assert (near & mask).sum() > 0.5 * mask.sum()
 
 
 def test_mosaics_show_most_objects() -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from PIL import Image
 
 import pentad
 from pentad.datasets.object_folders import write_objects
 from pentad.datasets.scenes import Scenes
 from pentad.errors import BadInput
+from pentad.nn.boxes import mask_boxes
 from pentad.train.recipe import Recipe, read_recipe
 from pentad.train.run import open_run
 from pentad.weights.darknet_cfg import parse
@@ -22,6 +24,19 @@ from tests.helpers.training import log_of, train
 
 MODEL = {"model_type": "yolox", "depth": 0.3333, "width": 0.125, "depthwise": True, "test_size": [64, 64]}
 
+MASK_RCNN = {
+    "model_type": "mask_rcnn",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "frozen": False,
+    "pyramid_size": 8,
+    "head_size": 16,
+    "min_size": 48,
+    "max_size": 96,
+}
+
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -30,8 +45,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(tmp_path: Path, scenes: Path, *overrides: str, base: Path | None = None) -> Recipe:
-    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+def recipe(
+    tmp_path: Path, scenes: Path, *overrides: str, base: Path | None = None, model: dict[str, object] = MODEL
+) -> Recipe:
+    (tmp_path / "config.json").write_text(json.dumps(model))
     file = tmp_path / "recipe.toml"
     model = f'config = "{tmp_path}/config.json"' if base is None else f'base = "{base}"'
     file.write_text(
@@ -61,6 +78,44 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path, scenes: Path) -> No
     resumed, _ = train(given, resume=True)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert [r["loss"] for r in log_of(resumed.parent)] == [r["loss"] for r in log_of(whole.parent)]
+
+
+def test_mask_rcnn_learns_boxes_and_masks(tmp_path: Path, scenes: Path) -> None:
+    options = "optimizer.lr=2e-3", "run.ema=0.0", "objects.proposals=32", "run.micro_batch_images=3"
+    whole, records = train(recipe(tmp_path, scenes, *options, f"run.out={tmp_path / 'whole'}", model=MASK_RCNN))
+    assert {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"} == {
+        *records[0].metrics
+    }
+    detector = pentad.load(whole)
+    assert list(detector.labels)[1:] == list(Scenes(1).names)
+    [found] = detector.detect(next(scenes.glob("images/*")), threshold=0.0)
+    assert found.detections[0].mask is not None
+    given = recipe(tmp_path, scenes, *options, model=MASK_RCNN)
+    train(given, kill_after=4)
+    resumed, _ = train(given, resume=True)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_images_of_several_sizes_are_padded(tmp_path: Path, scenes: Path) -> None:
+    folder = tmp_path / "data"
+    write_objects(Scenes(4, size=64, objects=(1, 2)), folder)
+    content = json.loads((folder / "annotations.json").read_text())
+    first = content["images"][0]
+    wide = next(folder.rglob(first["file_name"]))
+    Image.open(wide).resize((160, 64)).save(wide)
+    first["width"] = 160
+    for one in content["annotations"]:
+        if one["image_id"] == first["id"]:
+            one["segmentation"] = [[10, 10, 150, 10, 150, 50, 10, 50]]
+            one["bbox"] = [10, 10, 140, 40]
+    (folder / "annotations.json").write_text(json.dumps(content))
+    run = open_run(recipe(tmp_path, folder, "objects.mosaic=0", "objects.color=false", model=MASK_RCNN))
+    [batch] = run.data.step(0)
+    assert batch.images_BCHW.shape == (4, 3, 64, 96)
+    assert sorted(batch.sizes) == [(38, 96), *[(48, 48)] * 3]
+    for size, boxes, masks in zip(batch.sizes, batch.boxes, batch.masks, strict=True):
+        assert masks.shape[1:] == size
+        assert (mask_boxes(masks) - boxes).abs().max() <= 1
 
 
 def test_weights_of_other_classes_are_continued_but_for_the_classes(tmp_path: Path, scenes: Path) -> None:

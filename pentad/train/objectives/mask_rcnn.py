@@ -6,14 +6,17 @@ Legend: N boxes or anchors, G true boxes, K classes with the background (0).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pentad.datasets.object_batches import ObjectBatch
 from pentad.models.vision.mask_rcnn import BOX_WEIGHTS, RPN_WEIGHTS, MaskRCNN, Proposals
 from pentad.nn.boxes import encode_boxes, pairwise_iou, roi_align
+from pentad.train.objectives.loss import Loss
 
 RPN_BATCH, RPN_POSITIVE, RPN_HIGH, RPN_LOW = 256, 0.5, 0.7, 0.3
 BOX_BATCH, BOX_POSITIVE, BOX_THRESHOLD = 512, 0.25, 0.5
@@ -35,8 +38,39 @@ class Truth(NamedTuple):
     masks_GHW: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class MaskRCNNObjective:
+    """The sum of the losses; micro-batches weigh as much as they have images.
+
+    Attributes:
+        proposals: the heads learn from so many boxes an image.
+    """
+
+    proposals: int = BOX_BATCH
+
+    def totals(self, network: MaskRCNN, batch: ObjectBatch) -> list[float]:
+        """The number of images."""
+        return [len(batch.images_BCHW)]
+
+    def __call__(
+        self, network: MaskRCNN, batch: ObjectBatch, totals: Sequence[float], *, checkpointing: str = "none"
+    ) -> Loss:
+        """The share of the mean over images."""
+        masks = batch.masks or [None] * len(batch.boxes)
+        truths = [Truth(*one) for one in zip(batch.boxes, [k + 1 for k in batch.labels], masks, strict=True)]
+        losses = mask_rcnn_losses(network, batch.images_BCHW, batch.sizes, truths, self.proposals)
+        weight = len(batch.images_BCHW) / totals[0]
+        parts = {name: weight * value for name, value in losses.items()}
+        share = torch.stack(list(parts.values())).sum()
+        return Loss(share, {name: value.detach() for name, value in parts.items()})
+
+
 def mask_rcnn_losses(
-    network: MaskRCNN, images_B3HW: Tensor, image_sizes: Sequence[tuple[int, int]], truths: Sequence[Truth]
+    network: MaskRCNN,
+    images_B3HW: Tensor,
+    image_sizes: Sequence[tuple[int, int]],
+    truths: Sequence[Truth],
+    count: int = BOX_BATCH,
 ) -> dict[str, Tensor]:
     """The five losses (four without a mask head), whose sum is minimized.
 
@@ -46,11 +80,12 @@ def mask_rcnn_losses(
         network: in training mode.
         images_B3HW, image_sizes: see `MaskRCNN.forward`.
         truths: the objects of each image.
+        count: the heads learn from so many boxes an image.
     """
     maps = network.maps(images_B3HW)
     proposals = network.propose(maps, images_B3HW.shape[2:], image_sizes)
     losses = _rpn_losses(proposals, truths)
-    samples = [_sample(boxes_N4, truth) for boxes_N4, truth in zip(proposals.boxes, truths, strict=True)]
+    samples = [_sample(boxes_N4, truth, count) for boxes_N4, truth in zip(proposals.boxes, truths, strict=True)]
     boxes, matches, labels = zip(*samples, strict=True)
     logits_NK, deltas_NX = network.classify(maps, boxes, images_B3HW.shape[2])
     losses |= _box_losses(logits_NK, deltas_NX, boxes, matches, labels, truths)
@@ -115,7 +150,7 @@ def _rpn_losses(proposals: Proposals, truths: Sequence[Truth]) -> dict[str, Tens
 
 
 @torch.no_grad()
-def _sample(proposals_N4: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
+def _sample(proposals_N4: Tensor, truth: Truth, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """A sample of proposals and true boxes, the true box of each, and its label."""
     boxes_N4 = torch.cat([proposals_N4, truth.boxes_G4])
     if len(truth.boxes_G4):
@@ -124,7 +159,7 @@ def _sample(proposals_N4: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor]
         labels_N = torch.where(found_N == -1, 0, truth.labels_G[matches_N])
     else:
         matches_N = labels_N = torch.zeros(len(boxes_N4), dtype=torch.int64, device=boxes_N4.device)
-    chosen = torch.cat(balanced(labels_N, BOX_BATCH, BOX_POSITIVE)).sort().values
+    chosen = torch.cat(balanced(labels_N, count, BOX_POSITIVE)).sort().values
     return boxes_N4[chosen], matches_N[chosen], labels_N[chosen]
 
 
