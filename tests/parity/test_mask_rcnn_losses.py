@@ -8,7 +8,6 @@ import torch
 
 from pentad.models.vision import mask_rcnn
 from pentad.nn.boxes import roi_align
-from pentad.train.objectives import mask_rcnn as losses
 from pentad.train.objectives.mask_rcnn import Truth, mask_rcnn_losses
 from tests.helpers.images import assert_close, images
 from tests.models.test_mask_rcnn import detection, ours_of, tiny_peer
@@ -28,7 +27,6 @@ def test_each_loss_and_the_gradients_equal_those_of_torchvision(
         return roi_align(masks, rois[:, 1:], rois[:, 0].long(), size, scale, aligned=False)
 
     monkeypatch.setattr(detection.roi_heads, "roi_align", align)
-    monkeypatch.setattr(losses, "BOX_BATCH", 32)
     peer.roi_heads.fg_bg_sampler.batch_size_per_image = 32
     network = ours_of(peer, tmp_path / "rcnn.pth").requires_grad_().train()
     x, sizes = images(2, 3, 96, 128), [(96, 128), (96, 128)]
@@ -48,7 +46,8 @@ def test_each_loss_and_the_gradients_equal_those_of_torchvision(
     torch.manual_seed(5)
     expected = peer([*x], targets)
     torch.manual_seed(5)
-    found = mask_rcnn_losses(network, x, sizes, [Truth(*t) for t in zip(boxes, labels, shapes, strict=True)])
+    truths = [Truth(*one) for one in zip(boxes, labels, shapes, strict=True)]
+    found = mask_rcnn_losses(network, x, sizes, truths, 32)
     assert found.keys() == expected.keys()
     for name, loss in found.items():
         assert float(loss.detach()) == pytest.approx(float(expected[name].detach()), abs=1e-4, rel=1e-4), name
