@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pentad.nn.boxes import box_area, roi_align
+from pentad.nn.boxes import box_area, roi_align, roi_pool
 
 CANONICAL_SIDE, CANONICAL_LEVEL = 224, 4
 """A box of this side is pooled from the map at stride 2 ** 4."""
@@ -39,14 +39,17 @@ class Pyramid(nn.Module):
         return [*maps, F.max_pool2d(maps[-1], 1, 2)]
 
 
-def align_levels(maps: Sequence[Tensor], boxes: Sequence[Tensor], side: int, height: int) -> Tensor:
-    """RoIAlign of each box from the map whose stride fits the box's size.
+def pool_levels(
+    maps: Sequence[Tensor], boxes: Sequence[Tensor], side: int, height: int, *, align: bool = True
+) -> Tensor:
+    """Pool each box from the map whose stride fits the box's size.
 
     Args:
         maps: fine to coarse.
         boxes: [K, 4] for each image.
         side: rows and columns of the result.
         height: of the padded images in pixels.
+        align: by RoIAlign with 2 by 2 samples; by RoIPool otherwise.
 
     Returns:
         [sum of K, C, side, side].
@@ -61,6 +64,7 @@ def align_levels(maps: Sequence[Tensor], boxes: Sequence[Tensor], side: int, hei
     for level, (one, scale) in enumerate(zip(maps, scales, strict=True)):
         at = (levels_K == level).nonzero()[:, 0]
         if len(at):
-            pooled = roi_align(one, all_K4[at], images_K[at], (side, side), scale, sampling_ratio=2, aligned=False)
+            where = one, all_K4[at], images_K[at], (side, side), scale
+            pooled = roi_align(*where, sampling_ratio=2, aligned=False) if align else roi_pool(*where)
             out = out.index_copy(0, at, pooled.to(out.dtype))
     return out

@@ -4,18 +4,13 @@ images learns to classify from fewer labels than one that starts from random wei
 The images are crops of scenes (see `pentad.datasets.scenes`): digits in any color, size and angle, on photographs.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pentad.datasets.object_folders import write_objects
-from pentad.datasets.scenes import Scenes
-from pentad.reproduce.report import Interval, Report
-from pentad.train.recipe import Recipe
-from pentad.train.run import open_run
+from pentad.reproduce.report import Interval, Report, Row
+from pentad.reproduce.runs import Workshop
 
 ENCODER = {
     "hidden_size": 128,
@@ -63,56 +58,45 @@ def run(folder: Path, seeds: int, note: Callable[[str], None], size: Size | None
         note: receives what is being done.
         size: how much is done.
     """
-    size, started = size or Size(), time.perf_counter()
-    note("drawing scenes")
-    write_objects(Scenes(size.scenes, seed=1), folder / "train")
-    write_objects(Scenes(size.held_out, seed=2, held_out=True), folder / "held-out")
-    (folder / "mae.json").write_text(json.dumps({"model_type": "vit_mae", **ENCODER, **DECODER}))
-    (folder / "vit.json").write_text(json.dumps({"model_type": "vit", **ENCODER}))
-
-    def train(name: str, objective: str, model: dict[str, str], steps: int, batch: int, **tables: Any) -> Path:
-        data = {"train": str(folder / "train")} | tables.pop("data", {})
-        settings = {"out": str(folder / name), "steps": steps, "batch_size": batch, "micro_batch_images": batch}
-        recipe = {
-            "objective": objective,
-            "model": model,
-            "data": data,
-            "run": settings | tables.pop("run", {}),
-            **tables,
-        }
-        open_run(Recipe.model_validate(recipe)).train(note=note, report=lambda _: None)
-        return folder / name
-
-    note(f"pretraining for {size.pretraining} steps")
-    optimizer = {"lr": 1e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]}
-    pretrained = train(
-        "pretrained", "mae", {"config": str(folder / "mae.json")}, size.pretraining, size.batch, optimizer=optimizer,
+    size, started, shop = size or Size(), time.perf_counter(), Workshop(folder, note)
+    shop.draw_scenes(size.scenes, size.held_out)
+    pretrained = shop.train(
+        "pretrained",
+        "mae",
+        shop.write("mae.json", {"model_type": "vit_mae", **ENCODER, **DECODER}),
+        size.pretraining,
+        size.batch,
+        optimizer={"lr": 1e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]},
         images={"crop": 0.5},
-    )  # fmt: skip
-    rows: dict[str, list[float]] = {"pretrained": [], "from random weights": []}
+    )
+    starts = {
+        "pretrained": ({"base": str(pretrained / "final")}, 0.75),
+        "from random weights": (shop.write("vit.json", {"model_type": "vit", **ENCODER}), 1.0),
+    }
+    accuracy: dict[str, list[float]] = {name: [] for name in starts}
     for seed in range(seeds):
-        for name, model, decay in (
-            ("pretrained", {"base": str(pretrained / "final")}, 0.75),
-            ("from random weights", {"config": str(folder / "vit.json")}, 1.0),
-        ):
-            note(f"seed {seed}: {name}")
-            run_folder = train(
-                f"{name.replace(' ', '-')}-{seed}", "classify", model, size.tuning, size.batch // 2,
-                data={"validation": str(folder / "held-out")}, run={"seed": seed},
+        for name, (model, decay) in starts.items():
+            run = shop.train(
+                f"{name.replace(' ', '-')}-{seed}",
+                "classify",
+                model,
+                size.tuning,
+                size.batch // 2,
+                seed,
+                data={"validation": str(folder / "held-out")},
                 images={"fraction": size.labels, "crop": 0.6, "global_pool": "avg"},
                 optimizer={"lr": 1e-3, "weight_decay": 0.05, "layer_decay": decay},
-            )  # fmt: skip
-            last = (run_folder / "validation.jsonl").read_text().splitlines()[-1]
-            rows[name].append(100 * json.loads(last)["accuracy"])
-    gains = [ours - theirs for ours, theirs in zip(*rows.values(), strict=True)]
+            )
+            accuracy[name].append(100 * shop.held_out(run)["accuracy"])
+    gains = [ours - theirs for ours, theirs in zip(*accuracy.values(), strict=True)]
     return Report(
         name="mae",
         claim="a ViT pretrained as a masked autoencoder beats the same ViT from scratch",
         source="He et al. 2021, Masked Autoencoders Are Scalable Vision Learners (arXiv:2111.06377), section 4",
-        setting=f"digits in scenes, {size.labels:.0%} of the labels; expected: at least {EXPECTED:g} points",
-        unit="% right",
-        rows=rows,
+        setting=f"digits in scenes, {size.labels:.0%} of the labels",
+        rows=[Row(name, "% right", values) for name, values in accuracy.items()],
         difference=Interval.of(gains),
+        unit="points of accuracy",
         expected=EXPECTED,
         seconds=time.perf_counter() - started,
     )

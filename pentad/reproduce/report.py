@@ -38,8 +38,31 @@ class Interval:
 
     def __str__(self) -> str:
         if math.isinf(self.low):
-            return f"{self.mean:.1f} (one seed: no interval)"
-        return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
+            return f"{self.mean:.3g} (one seed: no interval)"
+        return f"{self.mean:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Something measured, once with each seed."""
+
+    name: str
+    unit: str
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Values against something, both drawn on logarithmic axes.
+
+    Attributes:
+        x, y: the axes' names.
+        points: name of a curve -> its points (x, y), of all seeds.
+    """
+
+    x: str
+    y: str
+    points: dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True)
@@ -51,22 +74,24 @@ class Report:
         claim: what the paper says, in a sentence.
         source: the paper, and where in it.
         setting: what was done here, in a sentence.
-        unit: of the rows' values.
-        rows: what was measured -> the value of each seed.
-        difference: of the two things that the claim compares.
+        rows: what was measured.
+        difference: between the two things that the claim compares.
+        unit: of the difference, a few words.
         expected: the claim holds here if all of the interval of `difference` is above this.
         seconds: how long it took.
+        curves: drawn instead of the rows.
     """
 
     name: str
     claim: str
     source: str
     setting: str
-    unit: str
-    rows: dict[str, list[float]]
+    rows: list[Row]
     difference: Interval
+    unit: str
     expected: float
     seconds: float
+    curves: Curves | None = None
 
     @property
     def verdict(self) -> str:
@@ -83,8 +108,8 @@ class Report:
             f"claim: {self.claim}",
             f"source: {self.source}",
             f"here: {self.setting}",
-            *(f"{name}: {Interval.of(values)} {self.unit}" for name, values in self.rows.items()),
-            f"difference: {self.difference} {self.unit}",
+            *(f"{row.name}: {Interval.of(row.values)} {row.unit}" for row in self.rows),
+            f"difference: {self.difference} {self.unit}; expected: more than {self.expected:g}",
             f"verdict: {self.verdict}",
         ]
 
@@ -102,20 +127,48 @@ class Report:
     def _draw(self, file: Path) -> None:
         from matplotlib.figure import Figure
 
-        figure: Any = Figure((6.4, 0.7 * len(self.rows) + 1.6), layout="constrained")
-        axes = figure.subplots()
-        for place, values in enumerate(reversed(self.rows.values())):
-            interval = Interval.of(values)
-            axes.barh(place, interval.mean, color="#9ecae1", height=0.55)
-            axes.plot(values, [place] * len(values), "o", color="#08519c", markersize=5)
-            at = (max(values), place)
-            axes.annotate(f"{interval.mean:.1f}", at, va="center", xytext=(8, 0), textcoords="offset points")
-        axes.set_yticks(range(len(self.rows)), [*reversed(self.rows)])
-        axes.set_xlabel(f"{self.unit} (bars: means; points: seeds)")
-        axes.set_xlim(0, 1.15 * max(max(values) for values in self.rows.values()))
-        axes.set_title(f"{self.name}: {self.verdict}", loc="left", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
+        figure: Any = Figure(layout="constrained")
+        if self.curves is not None:
+            figure.set_size_inches(6.4, 4.2)
+            _draw_curves(figure.subplots(), self.curves)
+        else:
+            units = list(dict.fromkeys(row.unit for row in self.rows))
+            groups = [[row for row in self.rows if row.unit == unit] for unit in units]
+            figure.set_size_inches(6.4, 0.6 * len(self.rows) + 0.8 * len(units) + 0.6)
+            heights = [len(group) for group in groups]
+            for axes, group in zip(
+                figure.subplots(len(groups), squeeze=False, height_ratios=heights), groups, strict=True
+            ):
+                _draw_bars(axes[0], group)
+        figure.suptitle(f"{self.name}: {self.verdict}", x=0.01, ha="left", fontsize=11)
         figure.savefig(file, dpi=120)
+
+
+def _draw_bars(axes: Any, rows: Sequence[Row]) -> None:
+    """Means as bars, and the seeds as points."""
+    for place, row in enumerate(reversed(rows)):
+        middle = Interval.of(row.values).mean
+        axes.barh(place, middle, color="#9ecae1", height=0.55)
+        axes.plot(row.values, [place] * len(row.values), "o", color="#08519c", markersize=5)
+        at = (max(row.values), place)
+        axes.annotate(f"{middle:.3g}", at, va="center", xytext=(8, 0), textcoords="offset points")
+    axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
+    axes.set_xlabel(f"{rows[0].unit} (bars: means; points: seeds)")
+    axes.set_xlim(0, 1.15 * max(max(row.values) for row in rows) or 1)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_curves(axes: Any, curves: Curves) -> None:
+    """Points, and lines through their means, on logarithmic axes."""
+    for (name, points), color in zip(curves.points.items(), ("#08519c", "#d94801", "#238b45"), strict=False):
+        by_x: dict[float, list[float]] = {}
+        for x, y in points:
+            by_x.setdefault(x, []).append(y)
+        axes.plot(*zip(*points, strict=True), "o", color=color, alpha=0.5, markersize=5)
+        axes.plot([*by_x], [mean(ys) for ys in by_x.values()], color=color, label=name)
+    axes.set(xscale="log", yscale="log", xlabel=curves.x, ylabel=curves.y)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def check_plot() -> None:

@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
-from pentad.reproduce.report import MAX_SEEDS, Interval, Report
+from pentad.reproduce.report import MAX_SEEDS, Curves, Interval, Report, Row
 
 
 @pytest.mark.parametrize("count", range(2, MAX_SEEDS + 1))
@@ -19,7 +20,7 @@ def test_intervals_are_students(count: int) -> None:
 
 
 def report(*gains: float) -> Report:
-    rows = {"ours": [50 + gain for gain in gains], "theirs": [50.0] * len(gains)}
+    rows = [Row("ours", "%", [50 + gain for gain in gains]), Row("theirs", "ms", [50.0] * len(gains))]
     texts = {name: name for name in ("name", "claim", "source", "setting", "unit")}
     return Report(**texts, rows=rows, difference=Interval.of(gains), expected=5.0, seconds=1.0)
 
@@ -42,3 +43,11 @@ def test_verdicts(tmp_path: Path, gains: tuple[float, ...], verdict: str) -> Non
     assert written["verdict"] == verdict
     assert (written["difference"]["low"] is None) == (len(gains) == 1)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_drawn_instead_of_rows(tmp_path: Path) -> None:
+    points = {"one": [(1.0, 2.0), (1.0, 2.2), (10.0, 1.0)], "other": [(1.0, 3.0), (10.0, 0.5)]}
+    made = replace(report(1.0, 2.0), curves=Curves("compute", "loss", points))
+    made.write(tmp_path)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "report.json").read_text())["curves"]["points"]["one"][2] == [10.0, 1.0]

@@ -21,7 +21,7 @@ from pentad.models.vision.labels import COCO_91
 from pentad.models.vision.resnet import COUNTERS, Backbone, ResNetConfig, initialize_parts, stage_fields
 from pentad.nn.boxes import batched_nms, clip_boxes, decode_boxes
 from pentad.nn.conv import FrozenBatchNorm2d
-from pentad.nn.pyramid import Pyramid, align_levels
+from pentad.nn.pyramid import Pyramid, pool_levels
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.keytable import KeyTable, Rule
 
@@ -46,6 +46,7 @@ class MaskRCNNConfig(ModelConfig):
         frozen: batch norms aren't trained, as in the published COCO weights, whose eps is 0.
         masks: False for a Faster R-CNN.
         pyramid_size, head_size: channels of the pyramid, and of the box head.
+        roi_align: False for RoIPool, as in Faster R-CNN's paper; masks suffer from its rounding.
         min_size, max_size: images are resized to this shorter side, unless the longer one would exceed the other.
     """
 
@@ -56,6 +57,7 @@ class MaskRCNNConfig(ModelConfig):
     names: tuple[str, ...] = COCO_91
     frozen: bool = True
     masks: bool = True
+    roi_align: bool = True
     pyramid_size: int = 256
     head_size: int = 1024
     min_size: int = 800
@@ -245,13 +247,15 @@ class MaskRCNN(nn.Module):
     def classify(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], height: int) -> tuple[Tensor, Tensor]:
         """Class logits [N, K] and box deltas [N, 4 K] of boxes."""
         heads = self.roi_heads
-        found: tuple[Tensor, Tensor] = heads.box_predictor(heads.box_head(align_levels(maps[:4], boxes, 7, height)))  # type: ignore[operator]
+        pooled = pool_levels(maps[:4], boxes, 7, height, align=self.config.roi_align)
+        found: tuple[Tensor, Tensor] = heads.box_predictor(heads.box_head(pooled))  # type: ignore[operator]
         return found
 
     def masks(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], height: int) -> Tensor:
         """Mask logits of boxes, [N, K, M, M]."""
         heads = self.roi_heads
-        logits: Tensor = heads.mask_predictor(heads.mask_head(align_levels(maps[:4], boxes, 14, height)))  # type: ignore[operator]
+        pooled = pool_levels(maps[:4], boxes, 14, height, align=self.config.roi_align)
+        logits: Tensor = heads.mask_predictor(heads.mask_head(pooled))  # type: ignore[operator]
         return logits
 
     def _select(
