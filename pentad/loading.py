@@ -31,7 +31,11 @@ from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.quantizer import QUANTIZED
 
 DEVICES = ("cpu", "cuda", "mps")
-VISION_RUNNERS = {"classify": "pentad.vision.classifier:Classifier", "detect": "pentad.vision.detector:Detector"}
+VISION_RUNNERS = {
+    "classify": "pentad.vision.classifier:Classifier",
+    "detect": "pentad.vision.detector:Detector",
+    "segment": "pentad.vision.segmenter:Segmenter",
+}
 """A family's task -> the class that runs its networks."""
 _logger = logging.getLogger(__name__)
 

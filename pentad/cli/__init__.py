@@ -25,6 +25,7 @@ from pentad.cli.generating import chat, complete, score
 from pentad.cli.inventory import models, pull, rm
 from pentad.cli.options import DECLARED, expected, with_groups
 from pentad.cli.reproducing import reproduce
+from pentad.cli.segmenting import segment
 from pentad.cli.serving import serve
 from pentad.cli.showing import show
 from pentad.cli.training import train
@@ -38,7 +39,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    *(chat, complete, score, classify, detect),
+    *(chat, complete, score, classify, detect, segment),
     *(models, pull, rm, show, convert, merge, train, serve, evaluate, reproduce, bench, env),
 )
 for command in COMMANDS:

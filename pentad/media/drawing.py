@@ -1,7 +1,7 @@
 """Boxes, labels and masks on a picture, legible at any size."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from PIL import ImageDraw, ImageFont
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pentad.media.images import from_pil, to_pil
 
-__all__ = ["color", "draw_detections"]
+__all__ = ["color", "draw_detections", "draw_masks"]
 
 Rectangle = tuple[float, float, float, float]
 
@@ -57,6 +57,36 @@ def draw_detections(
     return from_pil(picture)
 
 
+def draw_masks(
+    image_3HW: Tensor,
+    masks: Iterable[Tensor],
+    *,
+    points_N2: Sequence[Sequence[float]] = (),
+    labels_N: Sequence[int] = (),
+    boxes_N4: Sequence[Sequence[float]] = (),
+) -> Tensor:
+    """Draw masks that the picture shines through, and the prompts that asked for them.
+
+    Args:
+        image_3HW: uint8 [3, H, W].
+        masks: bool [H, W] each; the first one is drawn last.
+        points_N2, labels_N: dots, green for the label 1 and red for 0.
+        boxes_N4: white rectangles.
+
+    Returns:
+        uint8 [3, H, W], a new picture.
+    """
+    masks = list(masks)
+    picture = to_pil(_blend(image_3HW, masks, [color(index) for index in range(len(masks))]))
+    draw, radius = ImageDraw.Draw(picture), max(2.0, 0.008 * max(picture.size))
+    for box in boxes_N4:
+        draw.rectangle(_clip(box, *picture.size), outline="white", width=max(1, round(radius / 3)))
+    for (x, y), label in zip(points_N2, labels_N, strict=True):
+        inside = "lime" if label else "red"
+        draw.circle((x, y), radius, fill=inside, outline="white", width=max(1, round(radius / 4)))
+    return from_pil(picture)
+
+
 def color(index: int) -> tuple[int, int, int]:
     """The color of a label, the same in every picture."""
     hue, ring = (0.02 + index * _GOLDEN) % 1, index % 3
@@ -70,15 +100,18 @@ def _clip(box: Sequence[float], width: int, height: int) -> Rectangle:
     return x0, y0, x1, y1
 
 
-def _blend(image_3HW: Tensor, masks_NHW: Tensor, colors: Sequence[tuple[int, int, int]]) -> Tensor:
+def _blend(image_3HW: Tensor, masks_NHW: Tensor | Sequence[Tensor], colors: Sequence[tuple[int, int, int]]) -> Tensor:
     """Color the masks' pixels by half, and their outlines fully."""
     blended = image_3HW.float()
     for mask_HW, rgb in reversed(list(zip(masks_NHW, colors, strict=True))):
-        inside = mask_HW.float()[None, None]
-        edge_HW = mask_HW & (F.max_pool2d(1 - inside, 3, 1, 1)[0, 0] > 0)
+        rows, columns = (mask_HW.any(axis).nonzero()[:, 0] for axis in (1, 0))
+        if not len(rows):
+            continue
+        part = tuple(slice(max(0, int(at[0]) - 1), int(at[-1]) + 2) for at in (rows, columns))
+        mask_hw, under = mask_HW[part], blended[:, *part]
+        edge_hw = mask_hw & (F.max_pool2d(1 - mask_hw.float()[None, None], 3, 1, 1)[0, 0] > 0)
         fill_311 = torch.tensor(rgb, dtype=torch.float32)[:, None, None]
-        opacity_HW = 0.45 * mask_HW + 0.55 * edge_HW
-        blended = torch.lerp(blended, fill_311.expand_as(blended), opacity_HW)
+        blended[:, *part] = torch.lerp(under, fill_311.expand_as(under), 0.45 * mask_hw + 0.55 * edge_hw)
     return blended.round().to(torch.uint8)
 
 

@@ -18,6 +18,7 @@ TASKS = {
     "language": "a language model: use pentad chat, complete, score or serve",
     "classify": "a classifier of images: use pentad classify",
     "detect": "a detector: use pentad detect",
+    "segment": "a promptable segmenter: use pentad segment",
     "pretrain": "a pretrained encoder: pentad train fine-tunes it",
 }
 """What a family's networks do -> what they are, and the commands for them."""
@@ -46,7 +47,8 @@ class ModelConfig:
     """The base class of configs. Fields have the names and defaults of a published ``config.json``."""
 
     HF_NAMES: ClassVar[Mapping[str, str]] = {}
-    """Published names that differ from the field's name: published name -> field."""
+    """Published names that differ from the field's name: published name -> field.
+    In ``a.b``, b is a key of the object a."""
     OLD_HF_NAMES: ClassVar[Mapping[str, str]] = {}
     """Published names in older files, which are read but not written: published name -> field."""
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pentad.nn.batch import Batch, PagedKV, SequenceLayout
 from pentad.nn.linear import project
-from pentad.nn.relative_bias import RelativeBias
 from pentad.nn.rope import Rope
 
 Bias = Callable[[Tensor, range, range], Tensor]
@@ -312,7 +311,7 @@ class Attention(nn.Module):
         bias: whether q, k, v have a bias; `output_bias`: whether o has.
         q_norm, k_norm: norms of each head's queries and keys, before RoPE (Qwen3).
         scale: the factor of the scores; 1 / sqrt(D) if None.
-        position_bias: relative position bias, added to the scores (T5).
+        position_bias: relative position bias, added to the scores: a function from a batch to a `Bias`.
         log_scale_after: log-n scaling (arXiv:2202.12172; Qwen, arXiv:2309.16609): if n > log_scale_after, the n-th
             query of a sequence is multiplied by log(n) / log(log_scale_after), which keeps attention from flattening
             over many keys.
@@ -335,7 +334,7 @@ class Attention(nn.Module):
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
         scale: float | None = None,
-        position_bias: RelativeBias | None = None,
+        position_bias: nn.Module | None = None,
         log_scale_after: int | None = None,
     ) -> None:
         super().__init__()

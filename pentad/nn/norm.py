@@ -71,3 +71,10 @@ class LayerNorm(nn.Module):
         weight = self.weight
         y_ND = F.layer_norm(x_ND.float(), (self.dim,), weight.float(), self.bias.float(), self.eps)
         return y_ND.to(weight.dtype)
+
+
+class LayerNorm2d(LayerNorm):
+    """`LayerNorm` over the channels of maps [B, C, H, W]."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from pentad.errors import BadInput
@@ -15,15 +14,12 @@ from pentad.vision.darknet import DarknetPredictor
 from pentad.vision.found import Found
 from pentad.vision.mask_rcnn import MaskRCNNPredictor
 from pentad.vision.masks import RLE
-from pentad.vision.runner import VisionModel
+from pentad.vision.runner import VisionModel, pixels_of
 from pentad.vision.yolox import YOLOXPredictor
 from pentad.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
-
-    Image = str | Path | bytes | Tensor | Picture
-    """A path, a file's content, uint8 [3, H, W] (red, green, blue), or a picture of Pillow's."""
+    from pentad.vision.runner import Image
 
 THRESHOLD = 0.25
 PREDICTORS: dict[str, Callable[..., Any]] = {
@@ -138,7 +134,7 @@ class Detector(VisionModel):
         results = []
         for start in range(0, len(many), batch_size):
             batch = many[start : start + batch_size]
-            pixels = [_pixels(image) for image in batch]
+            pixels = [pixels_of(image) for image in batch]
             for image, tensor, found in zip(batch, pixels, predict(pixels, threshold), strict=True):
                 name = str(image) if isinstance(image, str | Path) else None
                 height, width = tensor.shape[1:]
@@ -169,16 +165,3 @@ class Detector(VisionModel):
             return int(label)
         known = ", ".join(self.labels[:100])
         raise BadInput(f"class is {label!r}; expected one of {known}, or a number below {len(self.labels)}")
-
-
-def _pixels(image: Image) -> Tensor:
-    """An image as uint8 [3, H, W]."""
-    from pentad.media.images import from_pil, read_image
-
-    if isinstance(image, str | Path | bytes):
-        return read_image(image)
-    if not isinstance(image, Tensor):
-        return from_pil(image)
-    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
-        raise BadInput(f"the image is {image.dtype} {list(image.shape)}; expected uint8 [3, height, width]")
-    return image

@@ -1,12 +1,21 @@
 """The base class of the runners of vision models."""
 
-from typing import ClassVar, NoReturn
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pentad.errors import PentadError
+from pentad.errors import BadInput, PentadError
 from pentad.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+    Image = str | Path | bytes | Tensor | Picture
+    """A path, a file's content, uint8 [3, H, W] (red, green, blue), or a picture of Pillow's."""
 
 
 class VisionModel:
@@ -36,3 +45,20 @@ class VisionModel:
 
     def __reduce__(self) -> NoReturn:
         raise PentadError(f"a loaded model can't be pickled or copied; call pentad.load({self.name!r}) again")
+
+
+def pixels_of(image: Image) -> Tensor:
+    """An image as uint8 [3, H, W].
+
+    Raises:
+        BadInput: it is no image, or damaged.
+    """
+    from pentad.media.images import from_pil, read_image
+
+    if isinstance(image, str | Path | bytes):
+        return read_image(image)
+    if not isinstance(image, Tensor):
+        return from_pil(image)
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+        raise BadInput(f"the image is {image.dtype} {list(image.shape)}; expected uint8 [3, height, width]")
+    return image

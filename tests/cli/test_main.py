@@ -29,8 +29,8 @@ def test_help(pentad, arguments: list[str]) -> None:
 
 
 def test_every_command_has_json_and_help() -> None:
-    names = """chat complete score classify detect models pull rm show convert merge train serve evaluate reproduce
-        bench env data"""
+    names = """chat complete score classify detect segment models pull rm show convert merge train serve evaluate
+        reproduce bench env data"""
     known = {name: command for name, command in COMMANDS.commands.items() if not command.hidden}
     assert known.keys() == {*names.split()}
     group = known.pop("data")

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -90,11 +91,14 @@ def write_family_config(family: Family, config: ModelConfig, format: str) -> dic
     """The config in a checkpoint format, without fields that the format can't store."""
     if format == "hf":
         names = {field: name for name, field in family.config.HF_NAMES.items()}
-        return {
+        written: dict[str, Any] = {
             "architectures": [family.names.architecture],
             "model_type": family.names.model_type or family.names.family,
-            **{names.get(field, field): value for field, value in config.to_hf().items()},
         }
+        for field, value in config.to_hf().items():
+            *groups, key = names.get(field, field).split(".")
+            reduce(lambda group, name: group.setdefault(name, {}), groups, written)[key] = value
+        return written
     assert isinstance(config, DecoderConfig)
     values = {name: getattr(config, name, None) for name in (*GGUF_FIELDS, *PARAMS_FIELDS)}
     if format == "consolidated":
@@ -145,7 +149,12 @@ def _from_hf(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]
         )
     if "auto_map" in config:
         _logger.info("%s: the code that auto_map names is not run; pentad has its own", checkpoint.path)
-    config |= {field: config[name] for name, field in names.items() if config.get(name) is not None}
+    for name, field in names.items():
+        found: Any = checkpoint.config
+        for key in name.split("."):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if found is not None:
+            config[field] = found
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = dict(rope) if isinstance(rope, Mapping) else {"rope_type": rope}  # not a mapping: `scaling` reports it
     length = config.get("max_position_embeddings", 2048)

@@ -1,0 +1,158 @@
+"""``pentad segment``: the object that a click, a box or a mask means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from pentad.cli import options as o
+from pentad.cli import output
+from pentad.cli.paths import model_names
+from pentad.errors import BadInput, PentadError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pentad.vision.segmenter import Mask
+
+
+def segment(
+    image: Annotated[str, Argument(metavar="IMAGE", help="An image file.")],
+    model: Annotated[
+        str,
+        Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="A Segment Anything: Meta's .pth, a folder, or org/name[@revision].",
+            autocompletion=model_names,
+        ),
+    ],
+    point: Annotated[
+        list[str] | None,
+        Option(metavar="X,Y[,LABEL]", help="A point in the object or, with label 0, outside; may be repeated."),
+    ] = None,
+    box: Annotated[
+        list[str] | None, Option(metavar="X0,Y0,X1,Y1", help="A box around an object; one more for each object.")
+    ] = None,
+    mask: Annotated[
+        Path | None, Option(metavar="FILE", help="A rough mask: white on black, of the image's size.")
+    ] = None,
+    multimask: Annotated[
+        bool, Option("--multimask", help="Three masks for each prompt: as a rule a whole, a part and a smaller part.")
+    ] = False,
+    out: Annotated[
+        Path | None, Option(metavar="DIR", help="Write masks (PNG), a picture of them, and COCO's JSON to DIR.")
+    ] = None,
+    *,
+    loading: o.VisionLoading,
+    as_json: o.Json = False,
+) -> None:
+    """Segment the objects of an image that points, boxes or a mask mean.
+
+    All points are one prompt, together with the box and the mask. Coordinates are pixels, from the
+    top left corner. For a single point the best of three masks is chosen.
+
+    JSON: image, width, height, masks [{rle (COCO's), box [x0, y0, x1, y1], predicted_iou,
+    stability_score, prompt {points, labels, box, mask}}].
+    """
+    points = [_numbers(text, "--point", (2, 3)) for text in point or ()]
+    boxes = [_numbers(text, "--box", (4,)) for text in box or ()]
+    if not (points or boxes or mask):
+        raise BadInput("there is no prompt; expected --point X,Y, --box X0,Y0,X1,Y1 or --mask FILE")
+    if len(boxes) > 1 and (points or mask):
+        raise BadInput(f"{len(boxes)} boxes are {len(boxes)} prompts, and points or a mask are one; expected one --box")
+    if out is not None and out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out} is a file; expected a folder")
+    from pentad.media.images import read_image
+
+    pixels = read_image(image)
+    rough = None if mask is None else read_image(mask).float().mean(0) > 127
+    segmenter = loading.load(model, "segment")
+    with output.status(f"embedding {image} …"):
+        embedded = segmenter.image(pixels)
+    prompts: dict[str, Any] = {"boxes": boxes or None, "mask": rough}
+    if points:
+        prompts |= {"points": [xy[:2] for xy in points], "labels": [xy[2] if xy[2:] else 1 for xy in points]}
+    found = embedded.masks(**prompts, multimask=True if multimask else None)
+    report(image, pixels, found, out, as_json=as_json)
+
+
+def report(image: str, pixels: Tensor, masks: Sequence[Mask], out: Path | None, *, as_json: bool) -> None:
+    """Write the masks of an image to standard output and to a folder."""
+    height, width = pixels.shape[1:]
+    facts: dict[str, Any] = {"image": image, "width": width, "height": height}
+    files = [] if out is None else _write(out, facts, pixels, masks)
+    if as_json:
+        output.write_json(facts | {"masks": [one.to_json() for one in masks]})
+        return
+    from pentad.vision.masks import rle_area
+
+    output.write(f"{image}  {width} x {height}  {len(masks)} mask{'' if len(masks) == 1 else 's'}\n")
+    rows: list[tuple[str, ...]] = [
+        ("  IoU", "stability", "pixels", *(side.rjust(5) for side in ("x0", "y0", "x1", "y1")))
+    ]
+    for one in masks:
+        sides = (f"{side:.0f}".rjust(5) for side in one.box)
+        rows.append((f"  {one.predicted_iou:.2f}", f"{one.stability_score:.2f}", str(rle_area(one.rle)), *sides))
+    if masks:
+        output.write_table(rows)
+    for file in files:
+        output.note(f"wrote {file}")
+
+
+def _write(folder: Path, facts: dict[str, Any], pixels: Tensor, masks: Sequence[Mask]) -> list[Path]:
+    """Write each mask, a picture of all, and their annotations in COCO's format."""
+    import torch
+
+    from pentad.media.drawing import draw_masks
+    from pentad.media.images import write_image
+    from pentad.vision.masks import rle_area
+
+    stem = Path(facts["image"]).stem
+    digits = len(str(len(masks)))
+    images = {folder / f"{stem}-mask-{index:0{digits}}.png": one for index, one in enumerate(masks, 1)}
+    picture, annotations = folder / f"{stem}-masks.jpg", folder / f"{stem}-coco.json"
+    prompts = [one.prompt for one in masks]
+    points, labels = ([value for prompt in prompts for value in prompt.get(name, ())] for name in ("points", "labels"))
+    boxes = [prompt["box"] for prompt in prompts if "box" in prompt]
+    by_size = sorted(masks, key=lambda one: rle_area(one.rle))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, one in images.items():
+            write_image(path, one.mask.to(torch.uint8).mul_(255).expand(3, -1, -1))
+        shown = draw_masks(pixels, (one.mask for one in by_size), points_N2=points, labels_N=labels, boxes_N4=boxes)
+        write_image(picture, shown)
+        annotations.write_text(json.dumps(coco(facts, masks)))
+    except OSError as error:
+        raise PentadError(f"{folder} can't be written: {error.strerror}") from error
+    return [*images, picture, annotations]
+
+
+def coco(facts: dict[str, Any], masks: Sequence[Mask]) -> dict[str, Any]:
+    """The masks as a data set in COCO's format; annotations have the masks' scores, too."""
+    from pentad.vision.masks import rle_area
+
+    rows = []
+    for index, one in enumerate(masks, 1):
+        x0, y0, x1, y1 = one.box
+        scores = {"predicted_iou": one.predicted_iou, "stability_score": one.stability_score, "prompt": one.prompt}
+        shape = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": rle_area(one.rle), "segmentation": one.rle, "iscrowd": 0}
+        rows.append({"id": index, "image_id": 1, "category_id": 1, **shape, **scores})
+    image = {"id": 1, "file_name": facts["image"], "width": facts["width"], "height": facts["height"]}
+    return {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "object"}]}
+
+
+def _numbers(text: str, option: str, counts: tuple[int, ...]) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in counts:
+        expected = "X,Y or X,Y,LABEL" if 2 in counts else "X0,Y0,X1,Y1"
+        raise BadInput(f"{option} is {text!r}; expected {expected} in pixels")
+    return values

@@ -1,0 +1,184 @@
+"""Segment Anything's mask decoder: masks and their quality, from an image's map and prompts.
+
+Legend: P prompts, T rows (tokens) of a prompt, N = S * S rows of an image, D width, H heads, M masks, U = 4 * S.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pentad.nn.attention import attention
+from pentad.nn.batch import SequenceLayout
+from pentad.nn.norm import LayerNorm, LayerNorm2d
+
+
+class MaskDecoder(nn.Module):
+    """A transformer between the prompts' tokens and the image; each mask is a linear function of the upscaled image,
+    which a network of its own computes from the mask's token.
+
+    Args:
+        width: D.
+        depth, heads, hidden: of the transformer.
+        downsample: how many times narrower the attention between tokens and image is than D.
+        eps: of the transformer's norms but the last.
+        masks: the masks for an ambiguous prompt; there is one more, for prompts that say enough.
+        iou_depth, iou_hidden: layers and width of the network that predicts the masks' quality.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        hidden: int,
+        downsample: int,
+        eps: float,
+        masks: int,
+        iou_depth: int,
+        iou_hidden: int,
+    ) -> None:
+        super().__init__()
+        self.iou_token = nn.Embedding(1, width)
+        self.mask_tokens = nn.Embedding(masks + 1, width)
+        self.transformer = TwoWayTransformer(width, depth, heads, hidden, downsample, eps)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(width, width // 4, 2, 2),
+            LayerNorm2d(width // 4, 1e-6),
+            nn.GELU(),
+            nn.ConvTranspose2d(width // 4, width // 8, 2, 2),
+            nn.GELU(),
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(MLP(width, width, width // 8, 3) for _ in range(masks + 1))
+        self.iou_prediction_head = MLP(width, iou_hidden, masks + 1, iou_depth)
+
+    def forward(
+        self, image_ND: Tensor, positions_ND: Tensor, sparse_PTD: Tensor, dense: Tensor, *, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the masks of each prompt.
+
+        Args:
+            image_ND, positions_ND: the image's map and the positions of its patches.
+            sparse_PTD, dense: what the prompt encoder returns.
+            multimask: the masks for an ambiguous prompt, else the one for a clear prompt.
+
+        Returns:
+            Logits [P, M, U, U], and each mask's predicted IoU [P, M].
+        """
+        chosen = slice(1, None) if multimask else slice(0, 1)
+        own_XD = torch.cat((self.iou_token.weight, self.mask_tokens.weight))
+        tokens_PTD = torch.cat((own_XD.expand(len(sparse_PTD), -1, -1), sparse_PTD), 1)
+        tokens_PTD, image_PND = self.transformer(tokens_PTD, image_ND + dense, positions_ND)
+        iou_PM: Tensor = self.iou_prediction_head(tokens_PTD[:, 0])[:, chosen]
+        side = round(len(image_ND) ** 0.5)
+        upscaled_PCUU = self.output_upscaling(image_PND.transpose(1, 2).unflatten(2, (side, side)))
+        networks = list(enumerate(self.output_hypernetworks_mlps, 1))[chosen]
+        weights_PMC = torch.stack([network(tokens_PTD[:, index]) for index, network in networks], 1)
+        return torch.einsum("pmc,pcuv->pmuv", weights_PMC, upscaled_PCUU), iou_PM
+
+
+class TwoWayTransformer(nn.Module):
+    """Tokens and image attend to each other by turns; positions are added to queries and keys each time."""
+
+    def __init__(self, width: int, depth: int, heads: int, hidden: int, downsample: int, eps: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TwoWayBlock(width, heads, hidden, downsample, eps, positions=layer > 0) for layer in range(depth)
+        )
+        self.final_attn_token_to_image = CrossAttention(width, width // downsample, heads)
+        self.norm_final_attn = LayerNorm(width, 1e-5)
+
+    def forward(self, tokens_PTD: Tensor, image_XND: Tensor, positions_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens and the image after all layers, [P, T, D] and [P, N, D].
+
+        Args:
+            tokens_PTD: the tokens, which are also their own positions.
+            image_XND: X is P, or 1 if all prompts begin with the same image: the first layer's keys and values are
+                then computed once.
+            positions_ND: of the image.
+        """
+        positions_PTD, image = tokens_PTD, image_XND
+        for layer in self.layers:
+            tokens_PTD, image = layer(tokens_PTD, image, positions_PTD, positions_ND)
+        seen_PTD = self.final_attn_token_to_image(tokens_PTD + positions_PTD, image + positions_ND, image)
+        return self.norm_final_attn(tokens_PTD + seen_PTD), image
+
+
+class TwoWayBlock(nn.Module):
+    """Tokens attend to each other, then to the image, pass an MLP, and the image attends to them; norms come last.
+
+    Args:
+        width, heads, hidden, downsample, eps: see `MaskDecoder`.
+        positions: False for the first block, whose self-attention has neither positions nor a residual.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, downsample: int, eps: float, *, positions: bool) -> None:
+        super().__init__()
+        self.positions = positions
+        self.self_attn = CrossAttention(width, width, heads)
+        self.norm1 = LayerNorm(width, eps)
+        self.cross_attn_token_to_image = CrossAttention(width, width // downsample, heads)
+        self.norm2 = LayerNorm(width, eps)
+        self.mlp = nn.ModuleDict({"lin1": nn.Linear(width, hidden), "lin2": nn.Linear(hidden, width)})
+        self.norm3 = LayerNorm(width, eps)
+        self.norm4 = LayerNorm(width, eps)
+        self.cross_attn_image_to_token = CrossAttention(width, width // downsample, heads)
+
+    def forward(
+        self, x_PTD: Tensor, image_XND: Tensor, positions_PTD: Tensor, positions_ND: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.positions:
+            q_PTD = x_PTD + positions_PTD
+            x_PTD = x_PTD + self.self_attn(q_PTD, q_PTD, x_PTD)
+        else:
+            x_PTD = self.self_attn(x_PTD, x_PTD, x_PTD)
+        x_PTD = self.norm1(x_PTD)
+        placed_XND = image_XND + positions_ND
+        x_PTD = self.norm2(x_PTD + self.cross_attn_token_to_image(x_PTD + positions_PTD, placed_XND, image_XND))
+        x_PTD = self.norm3(x_PTD + self.mlp["lin2"](F.relu(self.mlp["lin1"](x_PTD))))
+        seen_PND = self.cross_attn_image_to_token(placed_XND, x_PTD + positions_PTD, x_PTD)
+        return x_PTD, self.norm4(image_XND + seen_PND)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention whose queries, keys and values are three inputs.
+
+    Args:
+        dim: width of the inputs and the output.
+        inner: width of all heads together.
+        heads: H.
+    """
+
+    def __init__(self, dim: int, inner: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner) for _ in range(3))
+        self.out_proj = nn.Linear(inner, dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Inputs [P, rows, D]; queries, or keys and values, may have one entry for all prompts."""
+        q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
+        prompts, count = max(len(q), len(k)), q.shape[1]
+        q = q.expand(prompts, -1, -1)
+        queries, keys = ([rows // len(k)] * len(k) for rows in (prompts * count, len(k) * k.shape[1]))
+        q, k, v = (x.reshape(-1, self.heads, x.shape[-1] // self.heads) for x in (q, k, v))
+        out = attention(q, k, v, SequenceLayout.of(queries), SequenceLayout.of(keys))
+        projected: Tensor = self.out_proj(out.reshape(prompts, count, -1))
+        return projected
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, dim: int, hidden: int, out: int, depth: int) -> None:
+        super().__init__()
+        widths = [dim, *[hidden] * (depth - 1), out]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        out: Tensor = self.layers[-1](x)
+        return out

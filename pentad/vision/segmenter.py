@@ -1,0 +1,234 @@
+"""The runner of Segment Anything: an image is embedded once, and each prompt gives masks.
+
+Legend: P prompts, M masks, S patches a side, D channels of an image's map, U = 4 * S.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pentad.errors import BadInput
+from pentad.models.vision.sam.sam import MASK_THRESHOLD, Sam
+from pentad.vision.masks import RLE, decode, encode, rle_box
+from pentad.vision.preprocess import resize_pillow
+from pentad.vision.prompts import Fitted, Numbers, Request, read_prompts
+from pentad.vision.runner import VisionModel, pixels_of
+from pentad.weights.checkpoint import Checkpoint
+from pentad.weights.safetensors import read_safetensors
+
+if TYPE_CHECKING:
+    from pentad.vision.runner import Image
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+CACHED = 16  # maps of images; one of a published model has 4 MiB
+PROMPTS_AT_ONCE = 16
+STABILITY_OFFSET = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """One mask of an image.
+
+    Attributes:
+        rle: COCO's run-length code.
+        box: x0, y0, x1, y1 around the mask, in pixels; zeros for an empty one.
+        predicted_iou: the network's guess of the mask's IoU with the right one.
+        stability_score: IoU of the masks at thresholds above and below.
+        prompt: what asked for it: points and labels, box.
+        logits_UU: in the network's square input; a prompt for a better mask.
+    """
+
+    rle: RLE
+    box: tuple[float, float, float, float]
+    predicted_iou: float
+    stability_score: float
+    prompt: dict[str, Any]
+    logits_UU: Tensor = field(repr=False, compare=False)
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [H, W]."""
+        return decode(self.rle)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        names = "rle", "box", "predicted_iou", "stability_score", "prompt"
+        return {name: getattr(self, name) for name in names}
+
+
+class Segmenter(VisionModel):
+    """A promptable segmenter that is ready to run; `pentad.load` makes one.
+
+    >>> import pentad
+    >>> sam = pentad.load("sam_vit_b_01ec64.pth")
+    >>> photo = sam.image("dog.jpg")
+    >>> [mask] = photo.masks(points=[(320, 200)])
+    """
+
+    task: ClassVar[str] = "segment"
+
+    def __init__(self, name: str, network: nn.Module, checkpoint: Checkpoint, *, load_seconds: float = 0.0) -> None:
+        super().__init__(name, network, checkpoint, load_seconds=load_seconds)
+        assert isinstance(network, Sam)
+        self.sam = network
+        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def image(self, image: Image) -> EmbeddedImage:
+        """Embed an image. The maps of the last images are cached by their pixels.
+
+        Raises:
+            BadInput: it is no image, or damaged.
+        """
+        pixels = pixels_of(image)
+        height, width = pixels.shape[1:]
+        key = hashlib.sha256(f"{height} {width} ".encode() + pixels.permute(1, 2, 0).contiguous().numpy().data).digest()
+        with self._lock:
+            map_DSS = self._cache.get(key)
+        if map_DSS is None:
+            map_DSS = self.embed(pixels)
+        with self._lock:
+            self._cache[key] = map_DSS
+            self._cache.move_to_end(key)
+            while len(self._cache) > CACHED:
+                self._cache.popitem(last=False)
+        return EmbeddedImage(self, height, width, map_DSS)
+
+    @torch.inference_mode()
+    def embed(self, image_3HW: Tensor) -> Tensor:
+        """The map [D, S, S] of uint8 pixels."""
+        pixels = self.sam.config.image_size
+        inner = Fitted.of(image_3HW.shape[1], image_3HW.shape[2], pixels).inner
+        resized_3HW = image_3HW if image_3HW.shape[1:] == inner else resize_pillow(image_3HW, inner)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        normalized_3HW = (resized_3HW.float() - mean) / std
+        padded_3HW = F.pad(normalized_3HW, (0, pixels - inner[1], 0, pixels - inner[0]))
+        map_DSS: Tensor = self.sam.image_encoder(padded_3HW[None].to(self.device, self.dtype))[0]
+        return map_DSS
+
+    @property
+    def fingerprint(self) -> Tensor:
+        """uint8 [32], which tells the maps of this network from another's."""
+        norm = self.sam.image_encoder.neck[-1]
+        weights = torch.cat([tensor.detach().float().cpu().flatten() for tensor in norm.parameters()])
+        return torch.tensor([*hashlib.sha256(weights.numpy().data).digest()], dtype=torch.uint8)
+
+    def open_image(self, path: str | Path) -> EmbeddedImage:
+        """An image that `EmbeddedImage.save` wrote.
+
+        Raises:
+            BadInput: the file is another one, or of another network.
+        """
+        entries = read_safetensors(Path(path))
+        config = self.sam.config
+        expected = (config.output_channels, config.side, config.side)
+        if {*entries} != {"map", "size", "network"} or entries["size"].shape != (2,):
+            raise BadInput(f"{path} is not an embedded image; expected a file that EmbeddedImage.save wrote")
+        tensors: dict[str, Any] = {name: entry.read() for name, entry in entries.items()}
+        if not torch.equal(tensors["network"], self.fingerprint) or tensors["map"].shape != expected:
+            raise BadInput(f"{path} was embedded by another network; expected one by {self.name}")
+        height, width = tensors["size"].tolist()
+        return EmbeddedImage(self, height, width, tensors["map"].to(self.device, self.dtype))
+
+
+class EmbeddedImage:
+    """An image that answers prompts.
+
+    Attributes:
+        height, width: in pixels.
+        map_DSS: what the image encoder made of it.
+    """
+
+    def __init__(self, segmenter: Segmenter, height: int, width: int, map_DSS: Tensor) -> None:
+        self.segmenter = segmenter
+        self.height, self.width = height, width
+        self.map_DSS = map_DSS
+        self.fitted = Fitted.of(height, width, segmenter.sam.config.image_size)
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedImage {self.width} x {self.height} of {self.segmenter!r}>"
+
+    def masks(
+        self,
+        *,
+        points: Numbers | None = None,
+        labels: Numbers | None = None,
+        boxes: Numbers | None = None,
+        mask: Numbers | Mask | None = None,
+        multimask: bool | None = None,
+    ) -> list[Mask]:
+        """Segment what prompts mean. Each prompt may have points, a box and a mask.
+
+        Args:
+            points: x, y of one prompt's points, [K, 2]; or of several prompts, [P, K, 2].
+            labels: for each point 1 (in the object, the default) or 0 (outside).
+            boxes: x0, y0, x1, y1 of one prompt, or of several, [P, 4].
+            mask: a mask to improve: a former answer, its logits, or bool [height, width]; or [P, ...].
+            multimask: True for three masks a prompt (as a rule a whole, a part and a smaller part), False for one. By
+                default one: for a single point the best of the three.
+
+        Returns:
+            The masks of the first prompt, by falling predicted IoU, then those of the next one.
+
+        Raises:
+            BadInput: prompts are missing, malformed or outside of the image.
+        """
+        given = mask.logits_UU if isinstance(mask, Mask) else mask
+        request = read_prompts(points, labels, boxes, given, self.fitted, 4 * self.segmenter.sam.config.side)
+        several = request.is_ambiguous if multimask is None else multimask
+        found = list[Mask]()
+        for start in range(0, request.count, PROMPTS_AT_ONCE):
+            chosen = slice(start, start + PROMPTS_AT_ONCE)
+            for index, (logits_MUU, iou_M) in enumerate(
+                zip(*self.decode(request, chosen, several), strict=True), start
+            ):
+                order = iou_M.argsort(descending=True, stable=True)[: 1 if multimask is None else None]
+                found += (self._mask(logits_MUU[i], float(iou_M[i]), request.describe(index)) for i in order)
+        return found
+
+    @torch.inference_mode()
+    def decode(self, request: Request, chosen: slice, multimask: bool) -> tuple[Tensor, Tensor]:
+        """Logits [P, M, U, U] and predicted IoU [P, M] of some prompts, float32 on the CPU."""
+        device = self.segmenter.device
+        prompts = request.on(self.fitted, chosen)
+        moved = {name: None if part is None else part.to(device) for name, part in vars(prompts).items()}
+        logits, iou = self.segmenter.sam.decode(self.map_DSS, type(prompts)(**moved), multimask=multimask)
+        return logits.float().cpu(), iou.float().cpu()
+
+    @torch.inference_mode()
+    def upscale(self, logits_MUU: Tensor) -> Tensor:
+        """Logits in the image's size, [M, H, W]."""
+        side = self.fitted.pixels
+        square = F.interpolate(logits_MUU[None], (side, side), mode="bilinear", align_corners=False)
+        inner = square[..., : self.fitted.inner[0], : self.fitted.inner[1]]
+        return F.interpolate(inner, (self.height, self.width), mode="bilinear", align_corners=False)[0]
+
+    def _mask(self, logits_UU: Tensor, iou: float, prompt: dict[str, Any]) -> Mask:
+        [logits_HW] = self.upscale(logits_UU[None])
+        rle = encode(logits_HW > MASK_THRESHOLD)
+        return Mask(rle, rle_box(rle), iou, float(stability(logits_HW)), prompt, logits_UU)
+
+    def save(self, path: str | Path) -> None:
+        """Write the map to a .safetensors file, for `Segmenter.open_image`."""
+        from safetensors.torch import save_file
+
+        size = torch.tensor([self.height, self.width])
+        map_DSS = self.map_DSS.detach().cpu().contiguous()
+        save_file({"map": map_DSS, "size": size, "network": self.segmenter.fingerprint}, path)
+
+
+def stability(logits: Tensor) -> Tensor:
+    """The IoU of masks [..., H, W] at thresholds above and below the usual one; 0 for an empty one."""
+    above, below = (
+        (logits > MASK_THRESHOLD + offset).sum((-2, -1)) for offset in (STABILITY_OFFSET, -STABILITY_OFFSET)
+    )
+    return above / below.clamp(min=1)
