@@ -88,6 +88,7 @@ class TokenizersBackend:
         self._control_ids = frozenset(control) - {self._unknown}
         steps = _steps(pipeline.decoder, "decoders")
         types = {step["type"] for step in steps}
+        self._word_end: str = getattr(pipeline.model, "end_of_word_suffix", None) or ""  # CLIP
         self.byte_level = "ByteLevel" in types
         self._separates = not types  # without a decoder, the library puts spaces between tokens
         if types and not types & {"ByteLevel", "ByteFallback", "Metaspace"}:
@@ -141,6 +142,8 @@ class TokenizersBackend:
             return b""
         if not self.byte_level:
             return _piece_bytes(piece)
+        if self._word_end and piece.endswith(self._word_end):
+            piece = piece.removesuffix(self._word_end) + CHARACTER_OF[ord(" ")]
         try:
             return bytes(map(BYTE_OF.__getitem__, piece))
         except KeyError:

@@ -1,22 +1,25 @@
 """Load the tokenizer in a folder.
 
-The vocabulary is the first of tokenizer.json, tekken.json, tokenizer.model, spiece.model and qwen.tiktoken that the
-folder has. `folder_settings` reads what other files say about tokens; chat templates come from tokenizer_config.json,
-chat_template.jinja and additional_chat_templates/. All of these are optional.
+The vocabulary is the first of tokenizer.json, tekken.json, tokenizer.model, spiece.model, qwen.tiktoken and those
+of CLIP (see `clip_bpe`) that the folder has. `folder_settings` reads what other files say about tokens; chat templates
+come from tokenizer_config.json, chat_template.jinja and additional_chat_templates/. All of these are optional.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pentad.errors import BadInput
-from pentad.text import mistral_chat, tekken, tiktoken
+from pentad.text import clip_bpe, mistral_chat, tekken, tiktoken
 from pentad.text.backends import Backend, SentencePieceBackend, TokenizersBackend
 from pentad.text.files import read_bytes, read_text, refusing
 from pentad.text.folder_settings import TOKENIZER_CONFIG, FolderSettings, folder_of, read, read_generation
 from pentad.text.sentencepiece_proto import SPACE, Piece, added_type, append_pieces
 from pentad.text.tokenizer import Source, Tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Pipeline
 
 __all__ = ["find", "load"]
 
@@ -40,9 +43,10 @@ def find(folder: Path) -> Path | None:
     """Find the file in `folder` that holds its vocabulary; returns None if there is none."""
     versions = {match[1]: file for file in folder.glob("*.model.v*") if (match := _VERSIONED.fullmatch(file.name))}
     newest = [versions[version] for version in sorted(versions, key=lambda version: -int(version[1:]))]
-    names = ("tokenizer.json", "tekken.json", "tokenizer.model", _T5, "qwen.tiktoken")
+    names = ("tokenizer.json", "tekken.json", "tokenizer.model", _T5, "qwen.tiktoken", clip_bpe.OPENAI)
     named = [folder / name for name in names]
-    return next((file for file in [*named[:2], *newest, *named[2:]] if file.is_file()), None)
+    found = next((file for file in [*named[:2], *newest, *named[2:]] if file.is_file()), None)
+    return folder / clip_bpe.VOCABULARY if found is None and clip_bpe.has_vocabulary(folder) else found
 
 
 def load(checkpoint: Source) -> Tokenizer | None:
@@ -67,7 +71,7 @@ def load(checkpoint: Source) -> Tokenizer | None:
     bos = backend.control.ids.get(special_tokens.get("bos_token", ""), generation.get("bos_token_id"))
     eos = backend.control.ids.get(special_tokens.get("eos_token", ""))
     adds_bos, closing = settings.config.get("add_bos_token"), vocabulary.closing
-    if vocabulary.opening is not None:  # tokenizer.json
+    if vocabulary.opening is not None:  # tokenizer.json, CLIP
         bos, adds_bos = next(iter(vocabulary.opening), bos), bool(vocabulary.opening)
     elif file.name == _T5:  # its code has no settings for this
         adds_bos, closing = False, [] if eos is None else [eos]
@@ -92,7 +96,10 @@ def _read(file: Path, settings: FolderSettings, generation: Mapping[str, Any], c
     """
     bare = not file.with_name(TOKENIZER_CONFIG).is_file()
     if file.name == "tokenizer.json":
-        return _pipeline(file, settings)
+        return _from_pipeline(_pipeline(file), settings, {})
+    if file.name in (clip_bpe.OPENAI, clip_bpe.VOCABULARY):
+        read = clip_bpe.load_openai if file.name == clip_bpe.OPENAI else clip_bpe.load_vocabulary
+        return _from_pipeline(read(file), settings, clip_bpe.ROLES)
     if file.name == "tekken.json":
         backend, version = tekken.load(file)
         roles = {role: string for role, string in _TEKKEN_ROLES.items() if string in backend.control.ids}
@@ -110,16 +117,19 @@ def _read(file: Path, settings: FolderSettings, generation: Mapping[str, Any], c
     return _Vocabulary(model, model.special_tokens, template)
 
 
-def _pipeline(file: Path, settings: FolderSettings) -> _Vocabulary:
+def _pipeline(file: Path) -> "Pipeline":
     from tokenizers import Tokenizer as Pipeline
 
     with refusing(f"{file}: not a tokenizer.json"):
-        pipeline = Pipeline.from_file(str(file))
+        return Pipeline.from_file(str(file))
+
+
+def _from_pipeline(pipeline: "Pipeline", settings: FolderSettings, roles: Mapping[str, str]) -> _Vocabulary:
     pipeline.add_tokens(settings.added_to(pipeline.get_added_tokens_decoder()))
     backend = TokenizersBackend(pipeline)
     bare, full = (pipeline.encode("a", add_special_tokens=special).ids for special in (False, True))
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-    return _Vocabulary(backend, {}, opening=full[:start], closing=full[start + len(bare) :])
+    return _Vocabulary(backend, roles, opening=full[:start], closing=full[start + len(bare) :])
 
 
 def _sentencepiece(file: Path, model: bytes, settings: FolderSettings) -> SentencePieceBackend:
