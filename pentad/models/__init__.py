@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pentad.weights.checkpoint import Checkpoint
 
 _LANGUAGE = "openmoe", "llama", "mistral", "qwen2", "qwen3", "phi", "mixtral", "qwen", "switch_transformers"
-_VISION = "vit", "mae", "resnet", "nfnet", "darknet", "yolox", "mask_rcnn", "sam.sam"
+_VISION = "vit", "mae", "resnet", "nfnet", "darknet", "yolox", "mask_rcnn", "sam.sam", "clip"
 MODULES = [*(f"pentad.models.language.{name}" for name in _LANGUAGE), *(f"pentad.models.vision.{n}" for n in _VISION)]
 """Modules with a FAMILY. They are imported one after the other until a family matches a checkpoint.
 

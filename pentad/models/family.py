@@ -19,6 +19,7 @@ TASKS = {
     "classify": "a classifier of images: use pentad classify",
     "detect": "a detector: use pentad detect",
     "segment": "a promptable segmenter: use pentad segment",
+    "embed": "an encoder of images and texts: use pentad classify with --labels",
     "pretrain": "a pretrained encoder: pentad train fine-tunes it",
 }
 """What a family's networks do -> what they are, and the commands for them."""

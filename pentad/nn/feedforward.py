@@ -59,11 +59,12 @@ class _GatedLinear(torch.autograd.Function):
 
 
 class GeluMLP(nn.Module):
-    """down(gelu(up(x))), with biases: the feed-forward layer of GPT-2 and ViT.
+    """down(gelu(up(x))), with biases: the feed-forward layer of GPT-2, ViT and CLIP.
 
     Args:
         dim, hidden_dim: widths.
-        approximate: "tanh" for the approximation of GELU (arXiv:1606.08415) published as ``gelu_new``, or "none".
+        approximate: "none" for GELU (arXiv:1606.08415), "tanh" for its approximation published as ``gelu_new``, or
+            "sigmoid" for x * sigmoid(1.702 * x), published as ``quick_gelu``.
     """
 
     def __init__(self, dim: int, hidden_dim: int, *, approximate: str = "tanh") -> None:
@@ -74,7 +75,10 @@ class GeluMLP(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """[N, dim] -> [N, dim]."""
-        out_ND: Tensor = self.down_proj(F.gelu(self.up_proj(x_ND), approximate=self.approximate))
+        up_NF = self.up_proj(x_ND)
+        quick = self.approximate == "sigmoid"
+        gelu_NF = up_NF * torch.sigmoid(1.702 * up_NF) if quick else F.gelu(up_NF, approximate=self.approximate)
+        out_ND: Tensor = self.down_proj(gelu_NF)
         return out_ND
 
 

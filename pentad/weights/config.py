@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pentad.errors import BadInput
@@ -17,7 +17,8 @@ def read_config(cls: type[C], values: Mapping[str, Any], source: object) -> C:
     """Make a dataclass from the config values that match its fields.
 
     Args:
-        cls: a dataclass. Its numbers must be above 0, or at least a field's ``metadata["least"]``.
+        cls: a dataclass, whose fields may be dataclasses. Its numbers must be above 0, or at least a field's
+            ``metadata["least"]``.
         values: by field name; others are ignored.
         source: names the file in errors.
 
@@ -53,6 +54,8 @@ def _checked(value: Any, hint: Any, name: str, least: float | None = None) -> An
                 raise BadInput(f"{name} is {str(value)[:40]}, which is not a possible size")
             if cls is float or isinstance(value, int):
                 return cls(value)
+        if isinstance(cls, type) and is_dataclass(cls) and isinstance(value, Mapping):
+            return read_config(cls, value, name)
         plain = get_origin(cls) or cls
         if plain not in (int, float, tuple) and isinstance(value, plain):
             return value

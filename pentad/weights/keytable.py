@@ -184,12 +184,14 @@ class Rule:
         theirs: as `ours`.
         operation: how the tensors are converted.
         bare: True if the file's tensors have the modules' names, without ``.weight``.
+        separator: what stands before ``weight`` and ``bias`` in the file's names.
     """
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
     operation: Operation = Identity()
     bare: bool = False
+    separator: str = "."
 
 
 class Group(NamedTuple):
@@ -240,7 +242,10 @@ class KeyTable:
                 raise LookupError(f"the family's key table has no rule for its own tensor {name}")
             ours, theirs = (
                 tuple(f"{_numbered(pattern, numbers)}{ending}" for pattern in _names(patterns))
-                for patterns, ending in ((rule.ours, f".{leaf}"), (rule.theirs, "" if rule.bare else f".{leaf}"))
+                for patterns, ending in (
+                    (rule.ours, f".{leaf}"),
+                    (rule.theirs, "" if rule.bare else rule.separator + leaf),
+                )
             )
             groups.setdefault(ours[0], Group(ours, theirs, rule.operation))
         return list(groups.values())

@@ -60,6 +60,12 @@ def _check_archive(path: Path) -> None:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         refuse(path, f"a damaged or truncated archive ({error}); download it again")
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        refuse(
+            path,
+            "a TorchScript archive, which holds code: refused; expected a state dict, as"
+            f" torch.save(torch.jit.load({path.name!r}, map_location='cpu').state_dict(), 'weights.pt') makes one",
+        )
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             refuse(path, f"{member.filename!r} is compressed: not written by torch.save")

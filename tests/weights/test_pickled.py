@@ -141,3 +141,11 @@ def test_a_file_that_cannot_be_mapped_is_an_error(path: Path, monkeypatch: pytes
     with pytest.raises(PentadError, match=r"cannot be mapped into memory: unable to mmap 9 .*\(12\)$") as caught:
         read_pickled(path)
     assert not isinstance(caught.value, BadInput)
+
+
+def test_torchscript_archives_are_refused_with_what_to_do(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data.pkl", "code/__torch__.py", "constants.pkl", "version"):
+            archive.writestr(f"ViT-B-32/{name}", b"")
+    with pytest.raises(BadInput, match=r"a TorchScript archive, .*torch\.jit\.load\(.*state_dict"):
+        read_pickled(path)

@@ -106,9 +106,7 @@ class ViT(nn.Module):
         if self.config.global_pool == "avg":
             pooled_BD = run_encoder(self.layers, x_BND, checkpointing)[:, 1:].mean(1)
         else:
-            last = self.layers[-1]
-            assert isinstance(last, DropPathBlock)
-            pooled_BD = last.first_rows(run_encoder(self.layers[:-1], x_BND, checkpointing))
+            pooled_BD = run_first_rows(self.layers, x_BND, checkpointing)
         normed_BD: Tensor = self.norm(pooled_BD)
         return normed_BD
 
@@ -126,12 +124,20 @@ class ViT(nn.Module):
 
 
 def encoder_blocks(
-    width: int, heads: int, hidden: int, eps: float, bias: bool, rates: list[float]
+    width: int,
+    heads: int,
+    hidden: int,
+    eps: float,
+    bias: bool,
+    rates: list[float],
+    *,
+    causal: bool = False,
+    approximate: str = "none",
 ) -> Iterator[DropPathBlock]:
-    """ViT's blocks, one for each rate of stochastic depth."""
+    """ViT's blocks, one for each rate of stochastic depth; for `causal` and `approximate` see their parts."""
     for rate in rates:
-        attention = Attention(width, heads=heads, head_dim=width // heads, causal=False, bias=bias, output_bias=True)
-        feedforward = GeluMLP(width, hidden, approximate="none")
+        attention = Attention(width, heads=heads, head_dim=width // heads, causal=causal, bias=bias, output_bias=True)
+        feedforward = GeluMLP(width, hidden, approximate=approximate)
         yield DropPathBlock(LayerNorm(width, eps), attention, LayerNorm(width, eps), feedforward, rate)
 
 
@@ -139,6 +145,13 @@ def run_encoder(blocks: Iterable[nn.Module], x_BND: Tensor, checkpointing: str =
     """Run blocks over sequences of equal length, [B, N, D]."""
     batch = Batch.of(*[x_BND.shape[1]] * len(x_BND), device=x_BND.device)
     return run_blocks(blocks, x_BND.flatten(0, 1), batch, checkpointing=checkpointing)[0].view_as(x_BND)
+
+
+def run_first_rows(blocks: nn.ModuleList, x_BND: Tensor, checkpointing: str = "none") -> Tensor:
+    """The first rows [B, D] of what `run_encoder` gives; the last block computes no others."""
+    last = blocks[-1]
+    assert isinstance(last, DropPathBlock)
+    return last.first_rows(run_encoder(blocks[:-1], x_BND, checkpointing))
 
 
 def block_rules(theirs: str) -> list[Rule]:
