@@ -35,6 +35,7 @@ VISION_RUNNERS = {
     "classify": "pentad.vision.classifier:Classifier",
     "detect": "pentad.vision.detector:Detector",
     "segment": "pentad.vision.segmenter:Segmenter",
+    "embed": "pentad.vision.clip:Clip",
 }
 """A family's task -> the class that runs its networks."""
 _logger = logging.getLogger(__name__)

@@ -133,8 +133,8 @@ class VisionLoading:
     device: Device = None
     threads: Threads = None
 
-    def load(self, model: str, task: str) -> Any:
-        """`pentad.load`, with progress on the terminal; BadInput if the model has another task."""
+    def load(self, model: str, *tasks: str) -> Any:
+        """`pentad.load`, with progress on the terminal; BadInput if the model has none of the tasks."""
         with output.status(f"loading {model} …"):
             from pentad.weights import registry
 
@@ -145,7 +145,7 @@ class VisionLoading:
             options = {field.name: getattr(self, field.name) for field in fields(self)}
             loaded = load(model, **options, progress=output.progress())
         found = getattr(loaded, "task", "language")
-        if found != task:
+        if found not in tasks:
             raise BadInput(f"{model} is {TASKS[found]}")
         return loaded
 

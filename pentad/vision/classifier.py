@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from pentad.vision.preprocess import center_crop, resize_pillow
 from pentad.vision.runner import VisionModel
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.files import read_json
+
+T = TypeVar("T")
 
 Image = str | Path | bytes | Tensor
 """A path, a file's content, or uint8 [3, H, W]."""
@@ -67,7 +69,7 @@ class Classifier(VisionModel):
         Raises:
             BadInput: it is no image, or damaged.
         """
-        return preprocess(image if isinstance(image, Tensor) else read_image(image), self.preprocessing)
+        return preprocess_image(image, self.preprocessing)
 
     @torch.inference_mode()
     def logits(self, images: Sequence[Image]) -> Tensor:
@@ -86,13 +88,29 @@ class Classifier(VisionModel):
 
     def classify_many(self, images: Iterable[Image], *, top_k: int = 5, batch_size: int = 8) -> Iterator[list[Label]]:
         """`classify` for each image, `batch_size` of them at a time."""
-        if top_k < 1:
-            raise BadInput(f"top_k is {top_k}; expected at least 1")
-        rest = iter(images)
-        while batch := list(islice(rest, batch_size)):
-            scores, indices = self.logits(batch).softmax(1).topk(min(top_k, len(self.labels)))
-            for row, numbers in zip(scores.tolist(), indices.tolist(), strict=True):
-                yield [Label(i, self.labels[i], score) for i, score in zip(numbers, row, strict=True)]
+        for batch in batched(images, batch_size):
+            yield from most_probable(self.logits(batch), self.labels, top_k)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items; the last one may be shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def most_probable(logits_BV: Tensor, labels: Sequence[str], top_k: int) -> Iterator[list[Label]]:
+    """The most probable classes of each image, the first one first; BadInput if `top_k` is below 1."""
+    if top_k < 1:
+        raise BadInput(f"top_k is {top_k}; expected at least 1")
+    scores, indices = logits_BV.softmax(1).topk(min(top_k, len(labels)))
+    for row, numbers in zip(scores.tolist(), indices.tolist(), strict=True):
+        yield [Label(i, labels[i], score) for i, score in zip(numbers, row, strict=True)]
+
+
+def preprocess_image(image: Image, how: Preprocessing) -> Tensor:
+    """`preprocess` of an image that may have to be read; BadInput if it is none, or damaged."""
+    return preprocess(image if isinstance(image, Tensor) else read_image(image), how)
 
 
 def preprocess(image_3HW: Tensor, how: Preprocessing) -> Tensor:
@@ -105,15 +123,15 @@ def preprocess(image_3HW: Tensor, how: Preprocessing) -> Tensor:
 
 
 def read_preprocessing(checkpoint: Checkpoint, default: Preprocessing) -> Preprocessing:
-    """The preprocessing of a checkpoint: from its preprocessor_config.json or timm's config.json, else the family's.
+    """The preprocessing of a checkpoint: from its preprocessor_config.json or processor_config.json, or timm's
+    config.json, else the family's.
 
     Raises:
         BadInput: a value has the wrong type, or isn't supported.
     """
-    path = checkpoint.path / "preprocessor_config.json"
     timm = checkpoint.config.get("pretrained_cfg")
-    if checkpoint.format == "hf" and path.is_file():
-        read, values, source = _from_hf, read_json(path), path
+    if checkpoint.format == "hf" and (processor := _processor(checkpoint.path)) is not None:
+        read, (values, source) = _from_hf, processor
     elif isinstance(timm, Mapping):
         read, values, source = _from_timm, dict(timm), checkpoint.path / "config.json"
     else:
@@ -128,13 +146,23 @@ def read_preprocessing(checkpoint: Checkpoint, default: Preprocessing) -> Prepro
         raise BadInput(f"{source}: the preprocessing can't be read: {error!s:.200}") from error
 
 
+def _processor(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """The settings of the image processor in a folder, and their file; None if there are none."""
+    path = folder / "preprocessor_config.json"
+    if path.is_file():
+        return read_json(path), path
+    path = folder / "processor_config.json"  # of images and texts
+    values = read_json(path).get("image_processor") if path.is_file() else None
+    return (values, path) if isinstance(values, dict) else None
+
+
 def _from_hf(values: dict[str, Any], default: Preprocessing) -> Preprocessing:
     size = values.get("size", default.size)
     if isinstance(size, Mapping) and "shortest_edge" in size:
         size = int(size["shortest_edge"])
     elif isinstance(size, Mapping):
         size = int(size["height"]), int(size["width"])
-    elif isinstance(size, int) and "crop_pct" not in values:
+    elif isinstance(size, int) and "crop_pct" not in values and not isinstance(default.size, int):
         size = (size, size)  # configs of 2021
     crop: Any = values.get("crop_size") if values.get("do_center_crop") else None
     if isinstance(crop, Mapping):

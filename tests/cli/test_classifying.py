@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.helpers.clip_files import write_clip
 from tests.models.test_vit import saved
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -56,3 +57,28 @@ def test_bad_usage(pentad, folder: Path) -> None:
     assert "no such file or folder: './gone'" in pentad("classify", folder / "photos", "-m", "./gone").error
     error = pentad("chat", "hello", "-m", folder / "model").error
     assert "a classifier of images: use pentad classify" in error
+
+
+def test_classes_of_clip(pentad, folder: Path) -> None:
+    write_clip(folder / "clip")
+    red = folder / "photos" / "red.png"
+    done = pentad("classify", red, "-m", folder / "clip", "--labels", "red cat, dog,horse", "--json")
+    assert {label["label"] for label in done.json["labels"]} == {"red cat", "dog", "horse"}
+    assert sum(label["score"] for label in done.json["labels"]) == pytest.approx(1)
+    other = pentad(
+        "classify", red, "-m", folder / "clip", "--labels", "red cat,dog,horse", "--json", "--template", "{}"
+    )
+    assert other.json["labels"] != done.json["labels"]
+
+
+def test_bad_usage_of_labels(pentad, folder: Path) -> None:
+    write_clip(folder / "clip")
+    photos, clip, vit = folder / "photos", ("-m", folder / "clip"), ("-m", folder / "model")
+    assert "has no classes of its own; expected --labels" in pentad("classify", photos, *clip).error
+    assert "--labels is for CLIP" in pentad("classify", photos, *vit, "--labels", "a,b").error
+    assert "--template is for CLIP" in pentad("classify", photos, *vit, "--template", "{}").error
+    for labels in ("", "a,,b", " "):
+        assert "expected names with commas" in pentad("classify", photos, *clip, "--labels", labels).error
+    assert "expected {} in it" in pentad("classify", photos, *clip, "--labels", "a", "--template", "x").error
+    assert "expected at most 77" in pentad("classify", photos, *clip, "--labels", "dog " * 99).error
+    assert "pentad classify with --labels" in pentad("chat", "hello", *clip).error
