@@ -3,27 +3,28 @@
 Legend: B images [3, H, W], V classes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pentad.errors import BadInput
-from pentad.media.images import read_image
 from pentad.models.vision.config import ClassifierConfig, Preprocessing
 from pentad.vision.preprocess import center_crop, resize_pillow
-from pentad.vision.runner import VisionModel
+from pentad.vision.runner import VisionModel, pixels_of
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.files import read_json
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from pentad.vision.runner import Image
 
-Image = str | Path | bytes | Tensor
-"""A path, a file's content, or uint8 [3, H, W]."""
+T = TypeVar("T")
 
 BICUBIC = 3  # Pillow's number
 WARPED = 384  # from this size on ConvNeXT's processor doesn't crop
@@ -110,7 +111,7 @@ def most_probable(logits_BV: Tensor, labels: Sequence[str], top_k: int) -> Itera
 
 def preprocess_image(image: Image, how: Preprocessing) -> Tensor:
     """`preprocess` of an image that may have to be read; BadInput if it is none, or damaged."""
-    return preprocess(image if isinstance(image, Tensor) else read_image(image), how)
+    return preprocess(pixels_of(image), how)
 
 
 def preprocess(image_3HW: Tensor, how: Preprocessing) -> Tensor:

@@ -3,8 +3,10 @@
 Legend: B images [3, H, W], T texts of N tokens at most, E width of the embeddings, V classes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,12 @@ from pentad import text
 from pentad.errors import BadInput
 from pentad.models.vision.clip import CLIP
 from pentad.nn.batch import pack
-from pentad.vision.classifier import Image, Label, batched, most_probable, preprocess_image, read_preprocessing
+from pentad.vision.classifier import Label, batched, most_probable, preprocess_image, read_preprocessing
 from pentad.vision.runner import VisionModel
 from pentad.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from pentad.vision.runner import Image
 
 TEMPLATE = "a photo of a {}."
 TEXTS = 256  # embedded at a time
@@ -114,7 +119,7 @@ class Clip(VisionModel):
         """The embedding of each image, float32 [B, E].
 
         Args:
-            images: paths, files' contents, or uint8 [3, H, W].
+            images: paths, files' contents, uint8 [3, H, W], or pictures of Pillow's.
             batch_size: how many go through the network together.
             normalize: see `embed_text`.
 
@@ -142,7 +147,7 @@ class Clip(VisionModel):
         """The most probable of the classes that the caller names, the first one first: zero-shot classification.
 
         Args:
-            image: a path, a file's content, or uint8 [3, H, W].
+            image: a path, a file's content, uint8 [3, H, W], or a picture of Pillow's.
             labels: the classes; their texts are embedded once for calls with the same classes.
             template: the text of a class, whose label replaces ``{}``.
             top_k: how many classes to return.
