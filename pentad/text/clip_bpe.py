@@ -27,7 +27,7 @@ ROLES = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token":
 END_OF_WORD = "</w>"
 
 _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_OPENAI_MERGES = 49152 - 2 * 256 - 2  # the file has five times as many
+_OPENAI_MERGES = 49408 - 2 * 256 - 2  # the file has five times as many
 _MAX_TEXT = 20_000_000  # bytes; OpenAI's file has 3 million
 
 

@@ -1,11 +1,13 @@
 """CLIP's vocabularies give the ids of transformers' CLIPTokenizer, from each of their files."""
 
 import gzip
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from pentad import BadInput, text
+from pentad.text.byte_level import CHARACTER_OF
 from pentad.weights.checkpoint import Checkpoint
 from tests.helpers.clip_files import END, START, vocabulary, write_vocabulary
 
@@ -36,12 +38,12 @@ def test_ids_equal_those_of_transformers(tmp_path: Path, form: str) -> None:
     assert tokenizer.control == {START: peer.bos_token_id, END: peer.eos_token_id}
 
 
-def test_the_first_merges_of_openai_s_longer_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_vocabulary(tmp_path, "openai")
-    monkeypatch.setattr("pentad.text.clip_bpe._OPENAI_MERGES", 10)
+def test_the_first_merges_of_openai_s_longer_list(tmp_path: Path) -> None:
+    pairs = ["#version: 0.2", *(f"{one} {other}" for one, other in product(CHARACTER_OF.values(), repeat=2))]
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(pairs).encode()))
     tokenizer = text.load(source(tmp_path))
     assert tokenizer is not None
-    assert tokenizer.vocab_size == 2 * 256 + 10 + 2
+    assert tokenizer.control == {START: 49406, END: 49407}  # as in the published networks
 
 
 def test_a_text_forges_no_control_token(tmp_path: Path) -> None:
