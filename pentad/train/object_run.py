@@ -1,4 +1,4 @@
-"""Runs of detectors on images with labeled objects."""
+"""Runs of detectors and segmenters on images with labeled objects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from pentad.models import check_task, family_of
 from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import read_family_config
 from pentad.models.vision.darknet import Darknet, DarknetConfig
+from pentad.models.vision.mae import MAE
 from pentad.models.vision.mask_rcnn import MaskRCNNConfig
+from pentad.models.vision.sam.sam import Sam, SamConfig
+from pentad.models.vision.sam.start import start_from_vit
+from pentad.models.vision.vit import ViT
 from pentad.models.vision.yolox import YOLOXConfig
 from pentad.train import processes
 from pentad.train.image_run import VisionRun, only_folder
@@ -27,24 +31,26 @@ from pentad.train.object_data import ObjectData, ObjectExamples
 from pentad.train.objectives.detection import YoloObjective
 from pentad.train.objectives.loss import Objective
 from pentad.train.objectives.mask_rcnn import MaskRCNNObjective
+from pentad.train.objectives.segment import SegmentObjective
 from pentad.train.objectives.yolox import YOLOXObjective
-from pentad.train.recipe import Objects, Recipe
-from pentad.vision import darknet, mask_rcnn, yolox
+from pentad.train.recipe import Recipe
+from pentad.vision import darknet, mask_rcnn, segmenter, yolox
 from pentad.vision.darknet_files import export_darknet
 from pentad.vision.export import export
 from pentad.weights import darknet_cfg, registry
 from pentad.weights.atomic import new_folder
+from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.darknet_edit import adapted
 
 
 class Kind(NamedTuple):
-    """What differs between the detectors.
+    """What differs between the models.
 
     Attributes:
         adapt: a config for other classes, and another size unless it is None.
         size: height and width of the network's input, or the least and the largest side of images.
         fit: makes the network's input of a size, and moves the boxes.
-        objective: what it is trained for, with the recipe's options.
+        objective: what it is trained for, by the recipe's options.
         export: writes the trained network as a folder.
         divisor: the images of a batch are padded to a multiple of it.
         mosaic: the share of mosaics, if the recipe has none.
@@ -53,9 +59,9 @@ class Kind(NamedTuple):
     adapt: Callable[[Any, Sequence[str], int | None], ModelConfig]
     size: Callable[[Any], tuple[int, int]]
     fit: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
-    objective: Callable[[Objects], Objective]
+    objective: Callable[[Recipe], Objective]
     export: Callable[[Any, Family, Path], None]
-    divisor: int = 1
+    divisor: Callable[[Any], int] = lambda config: 1
     mosaic: float = 1.0
 
 
@@ -78,6 +84,12 @@ def _darknet_size(config: DarknetConfig) -> tuple[int, int]:
     return height, width
 
 
+def _adapt_sam(config: SamConfig, names: Sequence[str], size: int | None) -> SamConfig:
+    if size not in (None, config.image_size):
+        raise BadInput(f"images.size is {size}; expected the model's {config.image_size}")
+    return config
+
+
 def _export_darknet(network: Darknet, family: Family, folder: Path) -> None:
     with new_folder(folder) as partial_folder:
         export_darknet(network, partial_folder / "model.cfg")
@@ -88,23 +100,32 @@ KINDS: dict[type[ModelConfig], Kind] = {
         adapt=_adapt_yolox,
         size=lambda config: config.test_size,
         fit=yolox.fit_objects,
-        objective=lambda _: YOLOXObjective(),
+        objective=lambda recipe: YOLOXObjective(),
         export=export,
     ),
     DarknetConfig: Kind(
         adapt=_adapt_darknet,
         size=_darknet_size,
         fit=darknet.fit_objects,
-        objective=lambda _: YoloObjective(),
+        objective=lambda recipe: YoloObjective(),
         export=_export_darknet,
     ),
     MaskRCNNConfig: Kind(
         adapt=_adapt_mask_rcnn,
         size=lambda config: (config.min_size, config.max_size),
         fit=mask_rcnn.fit_objects,
-        objective=lambda options: MaskRCNNObjective(options.proposals),
+        objective=lambda recipe: MaskRCNNObjective(recipe.objects.proposals),
         export=export,
-        divisor=mask_rcnn.DIVISOR,
+        divisor=lambda config: mask_rcnn.DIVISOR,
+        mosaic=0.0,
+    ),
+    SamConfig: Kind(
+        adapt=_adapt_sam,
+        size=lambda config: (config.image_size, config.image_size),
+        fit=segmenter.fit_objects,
+        objective=lambda recipe: SegmentObjective(recipe.segment.clicks, recipe.segment.objects),
+        export=export,
+        divisor=lambda config: config.image_size,
         mosaic=0.0,
     ),
 }
@@ -129,6 +150,11 @@ class ObjectRun(VisionRun):
         """What is special about the detector."""
         return KINDS[type(self.config)]
 
+    @property
+    def with_masks(self) -> bool:
+        """Whether it learns masks."""
+        return isinstance(self.config, SamConfig) or bool(getattr(self.config, "masks", False))
+
     @cached_property
     def data(self) -> ObjectData:
         run, objects = self.recipe.run, self.recipe.objects
@@ -148,7 +174,7 @@ class ObjectRun(VisionRun):
             return self.kind.fit(image_3HW, boxes_N4, *size)
 
         part: dict[str, Any] = {"rank": processes.rank(), "world": processes.world(), "device": self.device}
-        part |= {"divisor": self.kind.divisor, "masks": getattr(self.config, "masks", False)}
+        part |= {"divisor": self.kind.divisor(self.config), "masks": self.with_masks}
         return ObjectData(examples, batch_size, run.micro_batch_images, run.seed, size, fit, **part)
 
     def network_and_objective(self, *, measures: bool) -> tuple[nn.Module, Objective]:
@@ -157,8 +183,13 @@ class ObjectRun(VisionRun):
         if self.source.tensors:
             old, new = build.build(self.source, device=self.device).state_dict(), network.state_dict()
             network.load_state_dict(new | {name: t for name, t in old.items() if t.shape == new[name].shape})
+        if self.recipe.segment.encoder is not None:
+            vit = build.build(_vit(self.recipe.segment.encoder), device=self.device)
+            assert isinstance(network, Sam)
+            assert isinstance(vit, ViT | MAE)
+            start_from_vit(network, vit)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return network, self.kind.objective(self.recipe.objects)
+        return network, self.kind.objective(self.recipe)
 
     def describe(self, batch: ObjectBatch) -> dict[str, Any]:
         objects = zip(batch.boxes, batch.labels, strict=True)
@@ -177,7 +208,9 @@ def open_object_run(recipe: Recipe) -> ObjectRun:
     """
     data, images = recipe.data, recipe.images
     source = weights.open(Path(recipe.model.config) if recipe.model.config else registry.locate(str(recipe.model.base)))
-    check_task(source, "detect")
+    check_task(source, str(recipe.objective))
+    if recipe.segment.encoder is not None:
+        _vit(recipe.segment.encoder)
     config: Any = read_family_config(family_of(source), source)
     if type(config) not in KINDS:
         raise BadInput(f"{source.path}: {family_of(source).names.family} can't be trained yet")
@@ -192,6 +225,14 @@ def open_object_run(recipe: Recipe) -> ObjectRun:
     except BadInput as error:
         raise BadInput(f"images.size is {images.size}: {error}" if images.size else str(error)) from error
     return ObjectRun(recipe, Path(recipe.run.out), source, config, examples, held_out)
+
+
+def _vit(name: str) -> Checkpoint:
+    """The checkpoint of a ViT, or of a masked autoencoder."""
+    source = weights.open(registry.locate(name))
+    if family_of(source).names.family not in ("vit", "vit_mae"):
+        raise BadInput(f"segment.encoder is {name}, a {family_of(source).names.family}; expected a ViT or a ViTMAE")
+    return source
 
 
 def _read(path: str, fraction: float, skip_bad: bool) -> ObjectExamples:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pentad.errors import BadInput
 
-IMAGE_OBJECTIVES = ("classify", "mae", "detect")
+IMAGE_OBJECTIVES = ("classify", "mae", "detect", "segment")
 """Objectives on images, of vision models."""
 
 Positive = Annotated[int, Field(ge=1)]
@@ -225,6 +225,20 @@ class Objects(Table):
     proposals: Positive = 512
 
 
+class Segment(Table):
+    """Options of segment, with Segment Anything's defaults (arXiv:2304.02643, appendix A).
+
+    Attributes:
+        clicks: rounds that begin with a click where the last mask was wrong; two more have no click.
+        objects: the most objects of an image.
+        encoder: a ViT or a masked autoencoder whose blocks the image encoder starts from.
+    """
+
+    clicks: Annotated[int, Field(ge=0, le=100)] = 8
+    objects: Positive = 64
+    encoder: str | None = None
+
+
 class Lora(Table):
     """Train low-rank layers beside frozen linear layers (LoRA). Defaults are PEFT's.
 
@@ -266,6 +280,7 @@ class Recipe(Table):
     preference: Preference = Preference()
     images: Images = Images()
     objects: Objects = Objects()
+    segment: Segment = Segment()
     lora: Lora | None = None
 
 

@@ -149,7 +149,7 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
         from pentad.train.image_run import open_image_run
         from pentad.train.object_run import open_object_run
 
-        open_run_of_images = open_object_run if recipe.objective == "detect" else open_image_run
+        open_run_of_images = open_object_run if recipe.objective in ("detect", "segment") else open_image_run
         return open_run_of_images(_with_dtype(recipe))
     learns = data_for(recipe.objective)
     source = weights.open(Path(recipe.model.config) if recipe.model.config else registry.locate(str(recipe.model.base)))

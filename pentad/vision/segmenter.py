@@ -34,6 +34,20 @@ PROMPTS_AT_ONCE = 16
 STABILITY_OFFSET = 1.0
 
 
+def fit_image(image_3HW: Tensor, pixels: int) -> Tensor:
+    """A uint8 image whose longer side fills the network's input, normalized; not yet padded to a square."""
+    inner = Fitted.of(image_3HW.shape[1], image_3HW.shape[2], pixels).inner
+    resized_3HW = image_3HW if image_3HW.shape[1:] == inner else resize_pillow(image_3HW, inner)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (resized_3HW.float() - mean) / std
+
+
+def fit_objects(image_3HW: Tensor, boxes_N4: Tensor, pixels: int, _: int) -> tuple[Tensor, Tensor]:
+    """`fit_image` of a square input, and boxes of the image in its pixels."""
+    fitted = Fitted.of(image_3HW.shape[1], image_3HW.shape[2], pixels)
+    return fit_image(image_3HW, pixels), fitted.to_input(boxes_N4.view(-1, 2, 2)).view(-1, 4)
+
+
 @dataclass(frozen=True, slots=True)
 class Mask:
     """One mask of an image.
@@ -107,11 +121,8 @@ class Segmenter(VisionModel):
     def embed(self, image_3HW: Tensor) -> Tensor:
         """The map [D, S, S] of uint8 pixels."""
         pixels = self.sam.config.image_size
-        inner = Fitted.of(image_3HW.shape[1], image_3HW.shape[2], pixels).inner
-        resized_3HW = image_3HW if image_3HW.shape[1:] == inner else resize_pillow(image_3HW, inner)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        normalized_3HW = (resized_3HW.float() - mean) / std
-        padded_3HW = F.pad(normalized_3HW, (0, pixels - inner[1], 0, pixels - inner[0]))
+        fitted_3HW = fit_image(image_3HW, pixels)
+        padded_3HW = F.pad(fitted_3HW, (0, pixels - fitted_3HW.shape[2], 0, pixels - fitted_3HW.shape[1]))
         map_DSS: Tensor = self.sam.image_encoder(padded_3HW[None].to(self.device, self.dtype))[0]
         return map_DSS
 

@@ -47,7 +47,7 @@ def _checked(value: Any, hint: Any, name: str, least: float | None = None) -> An
     expected = [alternative for alternative in alternatives if alternative is not type(None)]
     for cls in expected:
         if get_origin(cls) is tuple and isinstance(value, list | tuple):
-            return tuple(_checked(item, get_args(cls)[0], name) for item in value)
+            return tuple(_checked(item, get_args(cls)[0], name, least) for item in value)
         if cls in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
             enough = value > 0 if least is None else value >= least
             if not enough or not value < (MAX_SIZE if cls is int else 1e30):  # also refuses NaN

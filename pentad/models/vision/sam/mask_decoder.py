@@ -60,7 +60,8 @@ class MaskDecoder(nn.Module):
         """Predict the masks of each prompt.
 
         Args:
-            image_ND, positions_ND: the image's map and the positions of its patches.
+            image_ND: the image's map, or each prompt's own, [P, N, D].
+            positions_ND: of its patches.
             sparse_PTD, dense: what the prompt encoder returns.
             multimask: the masks for an ambiguous prompt, else the one for a clear prompt.
 
@@ -72,7 +73,7 @@ class MaskDecoder(nn.Module):
         tokens_PTD = torch.cat((own_XD.expand(len(sparse_PTD), -1, -1), sparse_PTD), 1)
         tokens_PTD, image_PND = self.transformer(tokens_PTD, image_ND + dense, positions_ND)
         iou_PM: Tensor = self.iou_prediction_head(tokens_PTD[:, 0])[:, chosen]
-        side = round(len(image_ND) ** 0.5)
+        side = round(image_ND.shape[-2] ** 0.5)
         upscaled_PCUU = self.output_upscaling(image_PND.transpose(1, 2).unflatten(2, (side, side)))
         networks = list(enumerate(self.output_hypernetworks_mlps, 1))[chosen]
         weights_PMC = torch.stack([network(tokens_PTD[:, index]) for index, network in networks], 1)

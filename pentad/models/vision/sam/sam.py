@@ -47,7 +47,7 @@ class SamConfig(ModelConfig):
     use_abs_pos: bool = True
     use_rel_pos: bool = True
     window_size: int = 14
-    global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
+    global_attn_indexes: tuple[int, ...] = field(default=(2, 5, 8, 11), metadata={"least": 0})
     output_channels: int = 256
     mask_input_channels: int = 16
     decoder_hidden_act: str = "relu"
