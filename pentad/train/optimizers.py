@@ -21,19 +21,23 @@ class Optimizers:
         network: parameters of groups with a learning rate of 0 are frozen.
         options: the recipe's.
 
+    Attributes:
+        owners: name of a parameter -> the optimizer that updates it, and the parameter.
+
     Raises:
         BadInput: a group's pattern matches no parameter, or everything is frozen.
     """
 
     def __init__(self, network: nn.Module, options: Optimizer) -> None:
         self._groups = _groups(network, options)
-        self._layers = len(getattr(network, "layers", ()))
+        self._prefix = "image_encoder." if hasattr(network, "image_encoder") else ""  # of the network that has blocks
+        self._layers = len(getattr(getattr(network, "image_encoder", network), "layers", ()))
         named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         if not named:
             raise BadInput("optimizer.groups freezes all parameters; nothing would be trained")
-        hidden = {name for name, p in named.items() if p.dim() == 2 and name.startswith("layers.")}
+        hidden = {name for name, p in named.items() if p.dim() == 2 and name.startswith(f"{self._prefix}layers.")}
         self._optimizers: list[torch.optim.Optimizer] = []
-        self._owners: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {}  # by the parameter's name
+        self.owners: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {}
         if options.name == "muon":
             self._add(torch.optim.Muon, {n: p for n, p in named.items() if n in hidden}, options, lr=options.lr)
             named = {name: parameter for name, parameter in named.items() if name not in hidden}
@@ -60,14 +64,16 @@ class Optimizers:
             ]
             optimizer = kind(groups, **arguments)
             self._optimizers.append(optimizer)
-            self._owners |= {name: (optimizer, parameter) for name, parameter in named.items()}
+            self.owners |= {name: (optimizer, parameter) for name, parameter in named.items()}
 
     def _layers_above(self, name: str) -> int:
-        """The number of blocks from a parameter to the head: 0 for the head and the final norm."""
-        part, _, rest = name.partition(".")
+        """The number of blocks from a parameter to the head: 0 for all that follows the blocks."""
+        if not name.startswith(self._prefix):
+            return 0
+        part, _, rest = name.removeprefix(self._prefix).partition(".")
         if part == "layers":
             return self._layers - int(rest.partition(".")[0])
-        return 0 if part in ("norm", "head") else self._layers + 1
+        return 0 if part in ("norm", "head", "neck") else self._layers + 1
 
     def step(self, lr: float) -> None:
         """Update the parameters with this learning rate, then drop the gradients."""
@@ -81,7 +87,7 @@ class Optimizers:
         """All state as named tensors; the tensors are not copies."""
         return {
             f"{name}/{key}": value
-            for name, (optimizer, parameter) in self._owners.items()
+            for name, (optimizer, parameter) in self.owners.items()
             for key, value in optimizer.state[parameter].items()
         }
 
@@ -89,7 +95,7 @@ class Optimizers:
         """Take over what `state` returned."""
         for name, tensor in tensors.items():
             name, _, key = name.rpartition("/")
-            optimizer, parameter = self._owners[name]
+            optimizer, parameter = self.owners[name]
             optimizer.state[parameter][key] = _like(tensor, parameter)
 
 

@@ -171,6 +171,20 @@ def test_the_encoder_starts_from_a_masked_autoencoder(tmp_path: Path, scenes: Pa
         )
 
 
+def test_layer_decay_is_for_the_image_encoder(tmp_path: Path, scenes: Path) -> None:
+    optimizers = open_run(recipe(tmp_path, scenes, "optimizer.layer_decay=0.5")).loop().optimizers
+    optimizers.step(1.0)
+    rates = {
+        name: next(g["lr"] for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        for name, (optimizer, parameter) in optimizers.owners.items()
+    }
+    assert rates["image_encoder.patch_embed.weight"] == rates["image_encoder.pos_embed"] == 0.125
+    assert rates["image_encoder.layers.0.attention.q_proj.weight"] == 0.25
+    assert rates["image_encoder.layers.1.feedforward.up_proj.bias"] == 0.5
+    assert rates["image_encoder.neck.0.weight"] == rates["mask_decoder.iou_token.weight"] == 1.0
+    assert rates["prompt_encoder.no_mask_embed.weight"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("overrides", "facts"),
     [
