@@ -6,7 +6,7 @@ the parameters to the new files' tensors. The network itself is on the meta devi
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from pentad.build import default_dtype, dtype_named, meta_decoder, pairings, qua
 from pentad.errors import BadInput
 from pentad.memory import available_memory
 from pentad.models import family_of
+from pentad.models.family import TASKS
 from pentad.models.language import mixtral
 from pentad.models.language.config import frequency_factors, write_family_config
 from pentad.models.language.decoder_only import DecoderConfig
@@ -28,13 +29,14 @@ from pentad.nn.lora import merged_parameters
 from pentad.nn.rope import Rope
 from pentad.text import export
 from pentad.upcycle import Upcycling, mixture_network, mixture_values
-from pentad.vision.darknet_files import rewrite
+from pentad.vision import darknet_files
+from pentad.vision import export as vision_export
 from pentad.weights import registry
 from pentad.weights.atomic import new_folder
 from pentad.weights.cache import Progress
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
 from pentad.weights.gguf_writer import write_gguf
-from pentad.weights.keytable import KeyTable, LastResult, Value, on_meta
+from pentad.weights.keytable import KeyTable, LastResult, Value, apply, on_meta
 from pentad.weights.quantizer import QUANTIZED
 from pentad.weights.safetensors_writer import write_safetensors
 from pentad.weights.writing import SHARD_BYTES, PendingTensor
@@ -108,8 +110,9 @@ def convert(
     Args:
         source: a name or path, as for `pentad.load`.
         destination: a folder that doesn't exist or is empty; for GGUF a file that doesn't exist.
-        to: "hf" (for transformers), "mistral" (params.json and consolidated.safetensors) or "gguf"; "darknet" writes
-            the .cfg, .weights and .names files of a Darknet network again, in the newest version.
+        to: "hf" (for transformers), "mistral" (params.json and consolidated.safetensors) or "gguf"; for vision models
+            "hf", or "state_dict" for one file (.pth, .pt or .safetensors) with the names of the published code;
+            "darknet" writes the .cfg, .weights and .names files of a Darknet network again, in the newest version.
         quantize: for GGUF the type of the matrices (one of `GGUF_TYPES`). The embedding and the head get at least 8
             bits. By default types stay unchanged.
         dtype: for the other formats the dtype of the weights. By default it stays unchanged; quantized weights become
@@ -127,10 +130,12 @@ def convert(
     if to == "darknet":
         if any(option is not None for option in (quantize, dtype, upcycle, adapter)):
             raise BadInput("--to darknet writes float32 weights; expected no --quantize, --dtype, --upcycle or adapter")
-        files = rewrite(weights.open(registry.locate(source, progress=progress)), Path(destination), progress)
+        files = darknet_files.rewrite(
+            weights.open(registry.locate(source, progress=progress)), Path(destination), progress
+        )
         return Conversion(files[0], "darknet", files)
-    if to not in FORMATS:
-        raise BadInput(f"--to is {to!r}; expected one of {', '.join([*FORMATS, 'darknet'])}")
+    if to not in (*FORMATS, "state_dict"):
+        raise BadInput(f"--to is {to!r}; expected one of {', '.join([*FORMATS, 'state_dict', 'darknet'])}")
     if quantize is not None and to != "gguf":
         raise BadInput(f"--quantize {quantize} is only for gguf; for {to} use --dtype")
     if quantize is not None and quantize not in GGUF_TYPES:
@@ -145,6 +150,15 @@ def convert(
     if shard_bytes < 1:
         raise BadInput(f"shard_bytes is {shard_bytes}; expected at least 1")
     checkpoint = weights.open(registry.locate(source, progress=progress))
+    if (task := family_of(checkpoint).task) != "language":
+        if upcycle is not None or adapter is not None:
+            raise BadInput(f"--upcycle and adapters are for language models; {source} is {TASKS[task]}")
+        chosen = None if dtype is None else dtype_named(dtype)
+        options: Any = {"dtype": chosen, "shard_bytes": shard_bytes, "progress": progress}
+        written = vision_export.rewrite(checkpoint, destination, FORMATS.get(to, to), **options)
+        return Conversion(destination, written.family, written.files, written.notes)
+    if to not in FORMATS:
+        raise BadInput(f"--to {to} is for vision models; {source} is {TASKS[task]}")
     if adapter is not None:
         if dtype is None and any(entry.quantization for entry in checkpoint.tensors.values()):
             dtype = torch.float32
@@ -236,7 +250,7 @@ class _Converter:
     def _read_checkpoint(self, read: Callable[[TensorEntry], Value]) -> None:
         last = LastResult()
         for names, entries, operation in pairings(self.checkpoint, self.network):
-            load = partial(_apply, operation.load, [partial(read, entry) for entry in entries])
+            load = partial(apply, operation.load, [partial(read, entry) for entry in entries])
             for i, name in enumerate(names):
                 self.entries[name] = entries
                 self.values[name] = partial(last.get, load, i)
@@ -262,7 +276,7 @@ class _Converter:
         last, pending = LastResult(), []
         for ours, theirs, operation in self.table.groups(self.values):
             shapes = operation.shapes([tuple(self.network.get_parameter(name).shape) for name in ours])
-            store = partial(_apply, operation.store, [self.values[name] for name in ours])
+            store = partial(apply, operation.store, [self.values[name] for name in ours])
             for i, (name, shape) in enumerate(zip(theirs, map(tuple, shapes), strict=True)):
                 pending.append(PendingTensor(name, shape, stored_type(ours[0], shape), partial(last.get, store, i)))
         return pending
@@ -282,10 +296,6 @@ def _check_memory(checkpoint: Checkpoint, format: str, upcycle: Upcycling | None
     if available is not None and needed > available:
         sizes = f"{needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available"
         raise BadInput(f"{checkpoint.path}: converting the largest tensors needs {sizes}; close other programs")
-
-
-def _apply(operation: Callable[[list[Value]], Sequence[Value]], inputs: list[Callable[[], Value]]) -> Sequence[Value]:
-    return operation([read() for read in inputs])
 
 
 def _to_folder(

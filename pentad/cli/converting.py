@@ -26,15 +26,17 @@ def convert(
     destination: Annotated[
         Path,
         Argument(
-            metavar="DST", help="The output folder (for GGUF and Darknet, the output file). It must not exist yet."
+            metavar="DST",
+            help="The output folder (for GGUF, state dicts and Darknet, the output file). It must not exist yet.",
         ),
     ],
     to: Annotated[
         str | None,
         Option(
             metavar="FORMAT",
-            help="hf (for transformers), mistral (params.json and consolidated), gguf (the default for DST.gguf) or"
-            " darknet (the default for DST.cfg).",
+            help="hf (for transformers), mistral (params.json and consolidated) or gguf (the default for DST.gguf);"
+            " vision models: hf, state_dict (the published code's names; the default for DST.pth, .pt, .safetensors)"
+            " or darknet (the default for DST.cfg).",
         ),
     ] = None,
     quantize: Annotated[
@@ -67,8 +69,10 @@ def convert(
         to = "gguf"
     if to is None and destination.suffix == ".cfg":
         to = "darknet"
+    if to is None and destination.suffix in (".pth", ".pt", ".safetensors"):
+        to = "state_dict"
     if to is None and upcycle is None:
-        raise BadInput("Missing option '--to'; expected hf, mistral, gguf or darknet")
+        raise BadInput("Missing option '--to'; expected hf, mistral, gguf, state_dict or darknet")
     to = to or "hf"
     _convert(
         source,

@@ -50,6 +50,8 @@ def show(
     quantization, runs (what executes it on a CPU), tensors {type: count}, dtype, context,
     kv_cache_bytes, weight_bytes, memory_bytes (weights, KV cache and this program), tokenizer (true
     if there is one), chat_template.
+    Of vision models: model, path, format, family, task, parameters, labels (how many), tensors,
+    dtype, weight_bytes, memory_bytes.
     With --experts: model, tokens, layers [{layer, load (each expert's share), evenness (entropy of
     the load; 1 is even), router_entropy (nats), drop_rate}], frequent [{token_id, token, times,
     taken {layer: count by expert}}], picture.
@@ -63,10 +65,12 @@ def show(
         show_experts(experts, out, loading=loading, as_json=as_json)
         return
     facts = _facts(model, context, dtype, quantize)
+    if "task" in facts:
+        _show_vision(facts, as_json)
+        return
     if as_json:
         output.write_json(facts)
         return
-    tensors = ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())
     length, trained = facts["context"], facts["context_length"]
     beyond = f", more than the model's {trained}" if length > trained else ""
     rows = [
@@ -77,7 +81,7 @@ def show(
         ("active", f"{_millions(facts['active_parameters'])} for each token"),
         ("context", f"{trained} tokens"),
         ("quantization", facts["quantization"] or "none"),
-        ("tensors", tensors or "none, only a config"),
+        ("tensors", _listed(facts["tensors"])),
         ("runs", f"{facts['runs']} (on a CPU)"),
         ("weights", f"{output.size(facts['weight_bytes'])} in memory"),
         ("cache", f"{output.size(facts['kv_cache_bytes'])} for {length} tokens in {facts['dtype']}{beyond}"),
@@ -107,13 +111,16 @@ def _facts(name: str, context: int | None, dtype: o.DtypeName | None, quantize: 
 
     check_quantize(quantize, cpu := device("cpu"))
     checkpoint = weights.open(registry.locate(name, progress=output.progress()))
+    if family_of(checkpoint).task != "language":
+        if context is not None or quantize is not None:
+            raise BadInput(f"--context and --quantize are for language models; {name} is a vision model")
+        return _vision_facts(name, checkpoint, dtype)
     family = family_of(checkpoint).names.family
     network, why_torch, quantized, *_ = plan(checkpoint, device=cpu, dtype=dtype, quantize=quantize)
     precision = DTYPES[dtype] if dtype else default_dtype(checkpoint)
     trained: int = network.config.context_length
     length = context or trained
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    kinds = Counter(e.quantization or str(e.dtype).removeprefix("torch.") for e in checkpoint.tensors.values())
     runs = "by the kernels" if why_torch is None else f"as plain torch: {why_torch}"
     if quantized in QUANTIZED and why_torch is None:
         precision = bfloat16  # of the KV cache: 16 bits
@@ -134,7 +141,7 @@ def _facts(name: str, context: int | None, dtype: o.DtypeName | None, quantize: 
         "layers": len(network.layers) + (len(network.encoder.layers) if isinstance(network, EncoderDecoder) else 0),
         "quantization": quantized if quantized in QUANTIZED else _quantization(checkpoint),
         "runs": runs,
-        "tensors": dict(kinds.most_common()),
+        "tensors": _tensor_types(checkpoint),
         "dtype": str(precision).removeprefix("torch."),
         "context": length,
         "kv_cache_bytes": memory.kv_cache,
@@ -143,6 +150,60 @@ def _facts(name: str, context: int | None, dtype: o.DtypeName | None, quantize: 
         "tokenizer": tokenizer is not None,
         "chat_template": None if tokenizer is None else tokenizer.chat_template,
     }
+
+
+def _vision_facts(name: str, checkpoint: Checkpoint, dtype: o.DtypeName | None) -> dict[str, Any]:
+    from torch import float32
+
+    from pentad.build import dtype_named, held_bytes, meta_network
+    from pentad.memory import process_bytes
+    from pentad.models import family_of
+
+    family, network = family_of(checkpoint), meta_network(checkpoint)
+    precision = dtype_named(dtype) if dtype else float32
+    nbytes = held_bytes(checkpoint, network, precision, quantized="none")
+    config: Any = network.config
+    return {
+        "model": name,
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "family": family.names.family,
+        "task": family.task,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "labels": len(getattr(config, "id2label", None) or getattr(config, "names", None) or ()),
+        "tensors": _tensor_types(checkpoint),
+        "dtype": str(precision).removeprefix("torch."),
+        "weight_bytes": nbytes,
+        "memory_bytes": nbytes + process_bytes(),
+    }
+
+
+def _show_vision(facts: dict[str, Any], as_json: bool) -> None:
+    from pentad.models.family import TASKS
+
+    if as_json:
+        output.write_json(facts)
+        return
+    rows = [
+        ("model", facts["model"]),
+        ("path", facts["path"]),
+        ("family", f"{facts['family']}, {TASKS[facts['task']]}"),
+        ("parameters", _millions(facts["parameters"])),
+        ("labels", facts["labels"] or "none"),
+        ("tensors", _listed(facts["tensors"])),
+        ("weights", f"{output.size(facts['weight_bytes'])} in memory in {facts['dtype']}"),
+        ("memory", f"about {output.size(facts['memory_bytes'])}: weights and the program itself, without images"),
+    ]
+    output.write_table(rows)
+
+
+def _tensor_types(checkpoint: Checkpoint) -> dict[str, int]:
+    types = Counter(e.quantization or str(e.dtype).removeprefix("torch.") for e in checkpoint.tensors.values())
+    return dict(types.most_common())
+
+
+def _listed(types: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in types.items()) or "none, only a config"
 
 
 def _idle_parameters(network: nn.Module) -> int:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BICUBIC = 3  # Pillow's number
+PROCESSORS = "preprocessor_config.json", "processor_config.json"
 WARPED = 384  # from this size on ConvNeXT's processor doesn't crop
 
 
@@ -149,10 +150,10 @@ def read_preprocessing(checkpoint: Checkpoint, default: Preprocessing) -> Prepro
 
 def _processor(folder: Path) -> tuple[dict[str, Any], Path] | None:
     """The settings of the image processor in a folder, and their file; None if there are none."""
-    path = folder / "preprocessor_config.json"
+    path = folder / PROCESSORS[0]
     if path.is_file():
         return read_json(path), path
-    path = folder / "processor_config.json"  # of images and texts
+    path = folder / PROCESSORS[1]  # of images and texts
     values = read_json(path).get("image_processor") if path.is_file() else None
     return (values, path) if isinstance(values, dict) else None
 

@@ -315,6 +315,13 @@ def _storage(value: Value) -> torch.UntypedStorage:
     return (value.stored if isinstance(value, QuantizedTensor) else value).untyped_storage()
 
 
+def apply(
+    convert: Callable[[Sequence[Value]], Sequence[Value]], inputs: Sequence[Callable[[], Value]]
+) -> Sequence[Value]:
+    """What `Operation.load` or `Operation.store` makes of tensors that are read only now."""
+    return convert([read() for read in inputs])
+
+
 class LastResult:
     """Caches the tensors of the last rule, so that a stack of experts is converted once, not once per expert."""
 

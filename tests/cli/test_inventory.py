@@ -9,6 +9,7 @@ import pytest
 
 from pentad import kernels
 from pentad.weights.registry import KNOWN
+from tests.models.test_vit import saved
 
 LLAMA = {
     "model_type": "llama",
@@ -169,3 +170,14 @@ def test_pull_of_a_file_says_that_it_is_there(pentad, tmp_path: Path) -> None:
     done = pentad("pull", file)
     assert (done.code, done.out) == (0, f"{file}\n")
     assert "needs no pull" in done.err
+
+
+def test_show_a_vision_model(pentad, tmp_path: Path) -> None:
+    saved(tmp_path, id2label=dict(enumerate("abcde")))
+    shown = pentad("show", tmp_path, "--json").json
+    assert (shown["family"], shown["task"], shown["labels"], shown["dtype"]) == ("vit", "classify", 5, "float32")
+    assert shown["weight_bytes"] == 4 * shown["parameters"]
+    halves = pentad("show", tmp_path, "--json", "--dtype", "float16").json
+    assert halves["weight_bytes"] == 2 * shown["parameters"]
+    assert "a classifier of images" in pentad("show", tmp_path).out
+    assert "--context and --quantize are for language models" in pentad("show", tmp_path, "--context", "9").error

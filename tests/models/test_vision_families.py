@@ -100,7 +100,7 @@ def test_commands_for_language_models_name_the_right_one(blob: tuple[Path, nn.Mo
     for command in (
         lambda: Loading(str(blob[0])).load(),
         lambda: measure(str(blob[0]), dtype=None, quantize=None),
-        lambda: convert(blob[0], tmp_path / "out", to="hf"),
+        lambda: convert(blob[0], tmp_path / "out", to="hf", adapter=tmp_path),
     ):
         with pytest.raises(pentad.BadInput, match=r"blob.* a classifier of images: use pentad classify"):
             command()

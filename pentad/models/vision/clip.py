@@ -29,6 +29,8 @@ from pentad.weights.keytable import Concat, KeyTable, Rule, Transposed
 HEAD_DIM = 64  # of all networks of OpenAI
 GELUS = {"quick_gelu": "sigmoid", "gelu": "none"}
 """``hidden_act`` -> how `GeluMLP` approximates GELU."""
+MODEL_TYPES = {"text_config": "clip_text_model", "vision_config": "clip_vision_model"}
+"""The config of an encoder -> its ``model_type``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +135,12 @@ class CLIPConfig(ModelConfig):
 
     def to_hf(self) -> dict[str, Any]:
         encoders = {"text_config": self.text_config, "vision_config": self.vision_config}
-        kinds = {"text_config": "clip_text_model", "vision_config": "clip_vision_model"}
-        given = {name: asdict(encoder) for name, encoder in encoders.items() if encoder is not None}
-        named = {name: {"model_type": kinds[name], **values} for name, values in given.items()}
-        return {**named, "projection_dim": self.projection_dim, "logit_scale_init_value": self.logit_scale_init_value}
+        given = {name: {"model_type": MODEL_TYPES[name], **asdict(one)} for name, one in encoders.items() if one}
+        if len(given) == 1:
+            [values] = given.values()
+            architecture = "CLIPVisionModel" if self.text_config is None else "CLIPTextModel"
+            return {**values, "architectures": [architecture + ("WithProjection" if self.projection_dim else "")]}
+        return {**given, "projection_dim": self.projection_dim, "logit_scale_init_value": self.logit_scale_init_value}
 
 
 def _projects(checkpoint: Checkpoint, projection: str) -> bool:
@@ -297,8 +301,7 @@ def _openai(config: CLIPConfig) -> list[KeyTable]:
 def recognizes(checkpoint: Checkpoint) -> bool:
     """OpenAI's state dicts have no config."""
     if "model_type" in checkpoint.config:
-        known = ("clip", "clip_text_model", "clip_vision_model")
-        return checkpoint.format == "hf" and checkpoint.config["model_type"] in known
+        return checkpoint.format == "hf" and checkpoint.config["model_type"] in ("clip", *MODEL_TYPES.values())
     return checkpoint.tensors.keys() >= {"visual.conv1.weight", "token_embedding.weight", "text_projection"}
 
 
