@@ -45,6 +45,28 @@ def segment(
     multimask: Annotated[
         bool, Option("--multimask", help="Three masks for each prompt: as a rule a whole, a part and a smaller part.")
     ] = False,
+    everything: Annotated[
+        bool, Option("--everything", help="Segment everything: ask for a grid of points, and drop bad masks.")
+    ] = False,
+    points_per_side: Annotated[
+        int | None, Option(min=1, max=256, metavar="N", help="With --everything: points a side. Default: 32.")
+    ] = None,
+    crop_layers: Annotated[
+        int | None,
+        Option(min=0, max=4, metavar="N", help="With --everything: also look at N layers of crops. Default: 0."),
+    ] = None,
+    min_area: Annotated[
+        int | None,
+        Option(min=0, metavar="N", help="With --everything: remove parts and holes of fewer pixels. Default: 0."),
+    ] = None,
+    min_iou: Annotated[
+        float | None,
+        Option(max=1, metavar="X", help="With --everything: drop masks of lower predicted IoU. Default: 0.88."),
+    ] = None,
+    min_stability: Annotated[
+        float | None,
+        Option(min=0, max=1, metavar="X", help="With --everything: drop less stable masks. Default: 0.95."),
+    ] = None,
     out: Annotated[
         Path | None, Option(metavar="DIR", help="Write masks (PNG), a picture of them, and COCO's JSON to DIR.")
     ] = None,
@@ -52,18 +74,30 @@ def segment(
     loading: o.VisionLoading,
     as_json: o.Json = False,
 ) -> None:
-    """Segment the objects of an image that points, boxes or a mask mean.
+    """Segment the objects of an image that points, boxes or a mask mean, or everything.
 
     All points are one prompt, together with the box and the mask. Coordinates are pixels, from the
     top left corner. For a single point the best of three masks is chosen.
 
     JSON: image, width, height, masks [{rle (COCO's), box [x0, y0, x1, y1], predicted_iou,
-    stability_score, prompt {points, labels, box, mask}}].
+    stability_score, prompt {points, labels, box, mask, crop}}].
     """
     points = [_numbers(text, "--point", (2, 3)) for text in point or ()]
     boxes = [_numbers(text, "--box", (4,)) for text in box or ()]
-    if not (points or boxes or mask):
-        raise BadInput("there is no prompt; expected --point X,Y, --box X0,Y0,X1,Y1 or --mask FILE")
+    settings = {
+        "points_per_side": points_per_side,
+        "crop_n_layers": crop_layers,
+        "min_mask_region_area": min_area,
+        "pred_iou_thresh": min_iou,
+        "stability_score_thresh": min_stability,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if everything and (points or boxes or mask):
+        raise BadInput("--everything is a prompt of its own; expected no --point, --box or --mask")
+    if settings and not everything:
+        raise BadInput("--points-per-side, --crop-layers, --min-… are for --everything")
+    if not (points or boxes or mask or everything):
+        raise BadInput("there is no prompt; expected --point X,Y, --box X0,Y0,X1,Y1, --mask FILE or --everything")
     if len(boxes) > 1 and (points or mask):
         raise BadInput(f"{len(boxes)} boxes are {len(boxes)} prompts, and points or a mask are one; expected one --box")
     if out is not None and out.exists() and not out.is_dir():
@@ -73,6 +107,10 @@ def segment(
     pixels = read_image(image)
     rough = None if mask is None else read_image(mask).float().mean(0) > 127
     segmenter = loading.load(model, "segment")
+    if everything:
+        found = segmenter.everything(pixels, progress=output.progress("points"), **settings)
+        report(image, pixels, found, out, as_json=as_json)
+        return
     with output.status(f"embedding {image} …"):
         embedded = segmenter.image(pixels)
     prompts: dict[str, Any] = {"boxes": boxes or None, "mask": rough}

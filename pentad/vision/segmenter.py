@@ -27,6 +27,7 @@ from pentad.weights.safetensors import read_safetensors
 
 if TYPE_CHECKING:
     from pentad.vision.runner import Image
+    from pentad.weights.cache import Progress
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CACHED = 16  # maps of images; one of a published model has 4 MiB
@@ -58,7 +59,7 @@ class Mask:
         predicted_iou: the network's guess of the mask's IoU with the right one.
         stability_score: IoU of the masks at thresholds above and below.
         prompt: what asked for it: points and labels, box.
-        logits_UU: in the network's square input; a prompt for a better mask.
+        logits_UU: in the network's square input; a prompt for a better mask. None in `Segmenter.everything`.
     """
 
     rle: RLE
@@ -66,7 +67,7 @@ class Mask:
     predicted_iou: float
     stability_score: float
     prompt: dict[str, Any]
-    logits_UU: Tensor = field(repr=False, compare=False)
+    logits_UU: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def mask(self) -> Tensor:
@@ -97,14 +98,20 @@ class Segmenter(VisionModel):
         self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def image(self, image: Image) -> EmbeddedImage:
+    def image(self, image: Image, *, cached: bool = True) -> EmbeddedImage:
         """Embed an image. The maps of the last images are cached by their pixels.
+
+        Args:
+            image: a path, a file's content, a picture of Pillow's, or uint8 [3, H, W].
+            cached: False to leave the cache alone.
 
         Raises:
             BadInput: it is no image, or damaged.
         """
         pixels = pixels_of(image)
         height, width = pixels.shape[1:]
+        if not cached:
+            return EmbeddedImage(self, height, width, self.embed(pixels))
         key = hashlib.sha256(f"{height} {width} ".encode() + pixels.permute(1, 2, 0).contiguous().numpy().data).digest()
         with self._lock:
             map_DSS = self._cache.get(key)
@@ -116,6 +123,27 @@ class Segmenter(VisionModel):
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
         return EmbeddedImage(self, height, width, map_DSS)
+
+    def everything(self, image: Image, *, progress: Progress | None = None, **settings: Any) -> list[Mask]:
+        """Segment everything in an image.
+
+        Args:
+            image: see `image`.
+            progress: counts the points that have been asked for.
+            settings: fields of `pentad.vision.automatic.Everything`.
+
+        Returns:
+            Masks by falling predicted IoU; with crops those of the smallest ones first.
+
+        Raises:
+            BadInput: it is no image, or a setting is unknown or out of range.
+        """
+        from pentad.vision.automatic import Everything, segment_everything
+
+        known = Everything.__dataclass_fields__
+        if wrong := next((name for name in settings if name not in known), None):
+            raise BadInput(f"unknown setting {wrong!r}; known settings: {', '.join(known)}")
+        return segment_everything(self, pixels_of(image), Everything(**settings), progress)
 
     @torch.inference_mode()
     def embed(self, image_3HW: Tensor) -> Tensor:

@@ -54,6 +54,16 @@ def test_files(pentad, folder: Path) -> None:
     assert read_image(folder / "found/here/photo-masks.jpg").shape == (3, 40, 60)
 
 
+def test_everything(pentad, folder: Path) -> None:
+    options = "--everything", "--points-per-side", "3", "--min-iou", "-100", "--min-stability", "0"
+    facts = segment(pentad, *options, "--json", "--out", "found").json
+    assert len(facts["masks"]) > 0
+    assert all(one["prompt"]["labels"] == [1] for one in facts["masks"])
+    rows = json.loads((folder / "found/photo-coco.json").read_text())["annotations"]
+    assert [row["segmentation"] for row in rows] == [one["rle"] for one in facts["masks"]]
+    assert segment(pentad, *options[:3], "--min-iou", "1").out.splitlines() == ["photo.png  60 x 40  0 masks"]
+
+
 def test_a_rough_mask(pentad, folder: Path) -> None:
     rough = torch.zeros(3, 40, 60, dtype=torch.uint8)
     rough[:, 10:30, 20:50] = 255
@@ -75,6 +85,9 @@ def test_a_rough_mask(pentad, folder: Path) -> None:
         (["--box", "1,2,3"], "--box is '1,2,3'; expected X0,Y0,X1,Y1"),
         (["--box", "9,9,1,20"], "the box 9,9,1,20 has no area"),
         (["--box", "1,1,9,9", "--box", "1,1,8,8", "--point", "3,3"], "2 boxes are 2 prompts"),
+        (["--everything", "--point", "1,2"], "--everything is a prompt of its own"),
+        (["--everything", "--points-per-side", "0"], "--points-per-side is 0; expected a whole number from 1 to 256"),
+        (["--point", "1,2", "--min-area", "3"], "are for --everything"),
         (["--mask", "gone.png"], "gone.png is not there"),
         (["--point", "1,2", "--out", "sam.pth"], "--out sam.pth is a file"),
         (["--point", "1,2", "--model", "photo.png"], "photo.png: not a model but a picture"),
