@@ -39,10 +39,10 @@ def families() -> Iterator[Family]:
         yield import_module(name).FAMILY
 
 
-def check_task(checkpoint: Checkpoint, task: str) -> None:
-    """Raise BadInput if a checkpoint's networks have another task, one of `TASKS`."""
+def check_task(checkpoint: Checkpoint, *tasks: str) -> None:
+    """Raise BadInput if a checkpoint's networks have none of these tasks, keys of `TASKS`."""
     family = family_of(checkpoint)
-    if family.task != task:
+    if family.task not in tasks:
         raise BadInput(f"{checkpoint.path}: {family.names.family} is {TASKS[family.task]}")
 
 

@@ -19,11 +19,9 @@ from pentad.models import check_task, family_of
 from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import read_family_config
 from pentad.models.vision.darknet import Darknet, DarknetConfig
-from pentad.models.vision.mae import MAE
-from pentad.models.vision.mask_rcnn import MaskRCNNConfig
-from pentad.models.vision.sam.sam import Sam, SamConfig
+from pentad.models.vision.mask_rcnn import MaskRCNNConfig, start_from_resnet
+from pentad.models.vision.sam.sam import SamConfig
 from pentad.models.vision.sam.start import start_from_vit
-from pentad.models.vision.vit import ViT
 from pentad.models.vision.yolox import YOLOXConfig
 from pentad.train import processes
 from pentad.train.image_run import VisionRun, only_folder
@@ -39,7 +37,6 @@ from pentad.vision.darknet_files import export_darknet
 from pentad.vision.export import export
 from pentad.weights import darknet_cfg, registry
 from pentad.weights.atomic import new_folder
-from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.darknet_edit import adapted
 
 
@@ -54,6 +51,7 @@ class Kind(NamedTuple):
         export: writes the trained network as a folder.
         divisor: the images of a batch are padded to a multiple of it.
         mosaic: the share of mosaics, if the recipe has none.
+        start: copies the layers of another network; None if it can't.
     """
 
     adapt: Callable[[Any, Sequence[str], int | None], ModelConfig]
@@ -63,6 +61,7 @@ class Kind(NamedTuple):
     export: Callable[[Any, Family, Path], None]
     divisor: Callable[[Any], int] = lambda config: 1
     mosaic: float = 1.0
+    start: Callable[[Any, nn.Module], None] | None = None
 
 
 def _adapt_yolox(config: YOLOXConfig, names: Sequence[str], size: int | None) -> YOLOXConfig:
@@ -118,6 +117,7 @@ KINDS: dict[type[ModelConfig], Kind] = {
         export=export,
         divisor=lambda config: mask_rcnn.DIVISOR,
         mosaic=0.0,
+        start=start_from_resnet,
     ),
     SamConfig: Kind(
         adapt=_adapt_sam,
@@ -127,6 +127,7 @@ KINDS: dict[type[ModelConfig], Kind] = {
         export=export,
         divisor=lambda config: config.image_size,
         mosaic=0.0,
+        start=start_from_vit,
     ),
 }
 
@@ -183,11 +184,10 @@ class ObjectRun(VisionRun):
         if self.source.tensors:
             old, new = build.build(self.source, device=self.device).state_dict(), network.state_dict()
             network.load_state_dict(new | {name: t for name, t in old.items() if t.shape == new[name].shape})
-        if self.recipe.segment.encoder is not None:
-            vit = build.build(_vit(self.recipe.segment.encoder), device=self.device)
-            assert isinstance(network, Sam)
-            assert isinstance(vit, ViT | MAE)
-            start_from_vit(network, vit)
+        if self.recipe.model.backbone is not None:
+            backbone = build.build(weights.open(registry.locate(self.recipe.model.backbone)), device=self.device)
+            assert self.kind.start is not None
+            self.kind.start(network, backbone)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network, self.kind.objective(self.recipe)
 
@@ -209,11 +209,13 @@ def open_object_run(recipe: Recipe) -> ObjectRun:
     data, images = recipe.data, recipe.images
     source = weights.open(Path(recipe.model.config) if recipe.model.config else registry.locate(str(recipe.model.base)))
     check_task(source, str(recipe.objective))
-    if recipe.segment.encoder is not None:
-        _vit(recipe.segment.encoder)
     config: Any = read_family_config(family_of(source), source)
     if type(config) not in KINDS:
         raise BadInput(f"{source.path}: {family_of(source).names.family} can't be trained yet")
+    if recipe.model.backbone is not None:
+        if KINDS[type(config)].start is None:
+            raise BadInput(f"model.backbone is for Mask R-CNN and Segment Anything; leave it out for {source.path}")
+        check_task(weights.open(registry.locate(recipe.model.backbone)), "classify", "pretrain")
     folder = only_folder(recipe)
     examples = _read(folder, images.fraction, data.skip_bad)
     held_out = None if data.validation is None else _read(data.validation, 1.0, data.skip_bad)
@@ -225,14 +227,6 @@ def open_object_run(recipe: Recipe) -> ObjectRun:
     except BadInput as error:
         raise BadInput(f"images.size is {images.size}: {error}" if images.size else str(error)) from error
     return ObjectRun(recipe, Path(recipe.run.out), source, config, examples, held_out)
-
-
-def _vit(name: str) -> Checkpoint:
-    """The checkpoint of a ViT, or of a masked autoencoder."""
-    source = weights.open(registry.locate(name))
-    if family_of(source).names.family not in ("vit", "vit_mae"):
-        raise BadInput(f"segment.encoder is {name}, a {family_of(source).names.family}; expected a ViT or a ViTMAE")
-    return source
 
 
 def _read(path: str, fraction: float, skip_bad: bool) -> ObjectExamples:

@@ -33,12 +33,15 @@ class Model(Table):
         base: a model's name or path.
         config: path of a config.json, instead of `base`: training starts from random weights.
         tokenizer: a name or path whose tokenizer is used with `config`.
+        backbone: a model to take the first layers from: a ResNet for a Mask R-CNN, a ViT or a masked autoencoder for
+            Segment Anything.
         router_aux_loss_coef: factor of a mixture's load-balancing loss, with pretrain and sft.
     """
 
     base: str | None = None
     config: str | None = None
     tokenizer: str | None = None
+    backbone: str | None = None
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
 
 
@@ -231,12 +234,10 @@ class Segment(Table):
     Attributes:
         clicks: rounds that begin with a click where the last mask was wrong; two more have no click.
         objects: the most objects of an image.
-        encoder: a ViT or a masked autoencoder whose blocks the image encoder starts from.
     """
 
     clicks: Annotated[int, Field(ge=0, le=100)] = 8
     objects: Positive = 64
-    encoder: str | None = None
 
 
 class Lora(Table):
@@ -317,6 +318,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInput(f"{path}: run.steps is missing, or 0")
     if (recipe.model.base is None) == (recipe.model.config is None):
         raise BadInput(f"{path}: [model] needs base, or config to start from random weights, and not both")
+    if recipe.model.backbone is not None and recipe.objective not in ("detect", "segment"):
+        raise BadInput(f"{path}: model.backbone is for detect and segment; leave it out")
     if recipe.objective in IMAGE_OBJECTIVES:
         return recipe
     if recipe.model.config is not None and recipe.model.tokenizer is None:

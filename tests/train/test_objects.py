@@ -96,6 +96,30 @@ def test_mask_rcnn_learns_boxes_and_masks(tmp_path: Path, scenes: Path) -> None:
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_mask_rcnn_starts_from_a_resnet(tmp_path: Path, scenes: Path) -> None:
+    sizes = {name: MASK_RCNN[name] for name in ("embedding_size", "hidden_sizes", "depths", "layer_type")}
+    for name, fields in {"resnet": sizes, "deeper": {**sizes, "depths": [1, 1, 1, 2]}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"model_type": "resnet", **fields}))
+        (tmp_path / f"{name}.toml").write_text(
+            f'objective = "classify"\n[model]\nconfig = "{tmp_path}/{name}.json"\n[data]\ntrain = "{scenes}"\n'
+            f'[run]\nout = "{tmp_path}/{name}"\nsteps = 1\nbatch_size = 2\n'
+            "[images]\nsize = 32\n[optimizer]\nlr = 1e-3\n"
+        )
+        train(read_recipe(tmp_path / f"{name}.toml", ()))
+    given = recipe(tmp_path, scenes, f"model.backbone={tmp_path / 'resnet/final'}", model=MASK_RCNN)
+    network, _ = open_run(given).network_and_objective(measures=True)
+    old = pentad.load(tmp_path / "resnet/final").network.state_dict()
+    body = network.backbone.body.state_dict()
+    same = [name for name in body if not name.endswith("num_batches_tracked")]
+    assert len(same) > 30
+    assert all(torch.equal(body[name], old[name]) for name in same)
+    deeper = recipe(tmp_path, scenes, f"model.backbone={tmp_path / 'deeper/final'}", model=MASK_RCNN)
+    with pytest.raises(BadInput, match=r"depths is \(1, 1, 1, 2\); expected \(1, 1, 1, 1\)"):
+        open_run(deeper).network_and_objective(measures=True)
+    with pytest.raises(BadInput, match="leave it out"):
+        open_run(recipe(tmp_path, scenes, f"model.backbone={tmp_path / 'resnet/final'}"))
+
+
 def test_images_of_several_sizes_are_padded(tmp_path: Path, scenes: Path) -> None:
     folder = tmp_path / "data"
     write_objects(Scenes(4, size=64, objects=(1, 2)), folder)

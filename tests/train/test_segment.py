@@ -155,7 +155,7 @@ def test_the_encoder_starts_from_a_masked_autoencoder(tmp_path: Path, scenes: Pa
         f'[run]\nout = "{tmp_path}/mae"\nsteps = 1\nbatch_size = 2\n[optimizer]\nlr = 1e-3\n'
     )
     pretrained, _ = train(read_recipe(tmp_path / "mae.toml", ()))
-    run = open_run(recipe(tmp_path, scenes, f"segment.encoder={pretrained}"))
+    run = open_run(recipe(tmp_path, scenes, f"model.backbone={pretrained}"))
     network, _ = run.network_and_objective(measures=True)
     mae = pentad.build.build(pentad.weights.open(pretrained)).state_dict()
     ours = network.image_encoder.state_dict()
@@ -166,7 +166,7 @@ def test_the_encoder_starts_from_a_masked_autoencoder(tmp_path: Path, scenes: Pa
     assert torch.allclose(ours["pos_embed"][0, ::7, ::7], corners, atol=0.5)
     other = {**SAM, "vision_config": {**SAM["vision_config"], "num_hidden_layers": 1, "global_attn_indexes": [0]}}
     with pytest.raises(BadInput, match="num_hidden_layers is 2; expected 1"):
-        open_run(recipe(tmp_path, scenes, f"segment.encoder={pretrained}", model=other)).network_and_objective(
+        open_run(recipe(tmp_path, scenes, f"model.backbone={pretrained}", model=other)).network_and_objective(
             measures=True
         )
 
@@ -190,7 +190,7 @@ def test_layer_decay_is_for_the_image_encoder(tmp_path: Path, scenes: Path) -> N
     [
         (["objective=detect"], "sam"),
         (["images.size=32"], "64"),
-        (["segment.encoder=nowhere"], "nowhere"),
+        (["model.backbone=nowhere"], "nowhere"),
         (["segment.clicks=-1"], "clicks"),
     ],
 )

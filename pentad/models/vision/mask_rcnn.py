@@ -8,7 +8,7 @@ Legend: B images, N objects or boxes, K classes with the background (0), A ancho
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family, ModelConfig
 from pentad.models.vision.config import sizes
 from pentad.models.vision.labels import COCO_91
-from pentad.models.vision.resnet import COUNTERS, Backbone, ResNetConfig, initialize_parts, stage_fields
+from pentad.models.vision.resnet import COUNTERS, Backbone, ResNet, ResNetConfig, initialize_parts, stage_fields
 from pentad.nn.boxes import batched_nms, clip_boxes, decode_boxes
 from pentad.nn.conv import FrozenBatchNorm2d
 from pentad.nn.pyramid import Pyramid, pool_levels
@@ -279,6 +279,24 @@ class MaskRCNN(nn.Module):
             kept_N = batched_nms(found_N4, scores_N, labels_N, BOX_NMS)[:MAX_DETECTIONS]
             results.append(Instances(found_N4[kept_N], scores_N[kept_N], labels_N[kept_N], None))
         return results
+
+
+@torch.no_grad()
+def start_from_resnet(network: MaskRCNN, resnet: nn.Module) -> None:
+    """Copy the stages of a classifier into the backbone.
+
+    Raises:
+        BadInput: it is another network, or its sizes are others.
+    """
+    if not isinstance(resnet, ResNet):
+        raise BadInput(f"the backbone is a {type(resnet).__name__}; expected a ResNet")
+    ours, theirs = network.config.backbone, resnet.config
+    for name in ("embedding_size", "hidden_sizes", "depths", "layer_type"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise BadInput(f"the backbone's {name} is {getattr(theirs, name)}; expected {getattr(ours, name)}")
+    body = cast("nn.Module", network.backbone.body)
+    names = body.state_dict().keys()
+    body.load_state_dict({name: tensor for name, tensor in resnet.state_dict().items() if name in names})
 
 
 def level_anchors(one: Tensor, padded: Sequence[int], side: int) -> Tensor:

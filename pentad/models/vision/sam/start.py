@@ -1,6 +1,7 @@
 """Segment Anything's image encoder begins as a masked autoencoder (arXiv:2304.02643, section 3)."""
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from pentad.errors import BadInput
@@ -12,18 +13,20 @@ SHARED = "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"
 
 
 @torch.no_grad()
-def start_from_vit(network: Sam, vit: ViT | MAE) -> None:
+def start_from_vit(network: Sam, vit: nn.Module) -> None:
     """Copy the patches, positions and blocks of a ViT or a masked autoencoder.
 
     The positions of its patches are interpolated to the image's side; those of pairs of patches stay as they are.
 
     Raises:
-        BadInput: its sizes are others.
+        BadInput: it is another network, or its sizes are others.
     """
     encoder, config = network.image_encoder, network.config
+    if not isinstance(vit, ViT | MAE):
+        raise BadInput(f"the backbone is a {type(vit).__name__}; expected a ViT or a masked autoencoder")
     for name in SHARED:
         if getattr(config, name) != getattr(vit.config, name):
-            raise BadInput(f"the encoder's {name} is {getattr(vit.config, name)}; expected {getattr(config, name)}")
+            raise BadInput(f"the backbone's {name} is {getattr(vit.config, name)}; expected {getattr(config, name)}")
     copied = {name: tensor for name, tensor in vit.state_dict().items() if name.startswith(("patch_embed.", "layers."))}
     encoder.load_state_dict({**encoder.state_dict(), **copied})
     patches_1ND = vit.positions.weight[:, 1:]  # without the class token
