@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -70,7 +71,7 @@ def openai_state(peer: CLIPModel) -> dict[str, torch.Tensor]:
     for leaf in ("weight", "bias"):
         new |= {f"{name}.{leaf}": state[f"{theirs}.{leaf}"] for name, theirs in norms.items()}
         for prefix, theirs in (("", "text_model"), ("visual.", "vision_model")):
-            for i in range(ENCODER["num_hidden_layers"]):
+            for i in range(getattr(peer, theirs).config.num_hidden_layers):
                 layer, block = f"{theirs}.encoder.layers.{i}", f"{prefix}transformer.resblocks.{i}"
                 qkv = [state[f"{layer}.self_attn.{part}_proj.{leaf}"] for part in "qkv"]
                 new[f"{block}.attn.in_proj_{leaf}"] = torch.cat(qkv)
@@ -126,6 +127,19 @@ def test_state_dicts_with_the_names_of_openai(tmp_path: Path) -> None:
     assert network.config == network_of(tmp_path / "hf").config
     q, k = (network.text.layers[0].attention.get_parameter(f"{part}_proj.weight") for part in "qk")
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()  # not copied
+
+
+@torch.no_grad()
+def test_state_dicts_of_openclip(tmp_path: Path) -> None:
+    act = {"hidden_act": "gelu"}
+    huge = {"hidden_size": 1280, "num_attention_heads": 16, "num_hidden_layers": 1}
+    peer, x = saved(tmp_path / "hf", act, {**act, **huge}), images(2, 3, 32, 32)
+    expected = peer(padded(), x).logits_per_image
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 24}}))
+    save_file(openai_state(peer), tmp_path / "open_clip_model.safetensors")
+    assert_close(network_of(tmp_path / "open_clip_model.safetensors")(x, *pack(*IDS)), expected)
+    save_file(openai_state(peer), tmp_path / "hf" / "model.safetensors")
+    assert_close(network_of(tmp_path / "hf")(x, *pack(*IDS)), expected)
 
 
 def test_the_older_form_of_the_config(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """CLIP (arXiv:2103.00020): an encoder of images and one of texts, whose embeddings are alike if they belong together.
 
 The files are those of transformers (CLIPModel; a text or an image encoder alone, with and without its projection) and
-state dicts of OpenAI's code (clip/model.py), of which only the image encoders that are ViTs are supported.
+state dicts of OpenAI's code (clip/model.py) and OpenCLIP's, whose image encoder must be a ViT.
 
 Legend: B images [C, H, W], T texts of N tokens together, P patches an image, D width, E width of the embeddings.
 """
@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family, ModelConfig
 from pentad.models.vision.config import Preprocessing, count_layers, sizes
-from pentad.models.vision.vit import check_encoder, encoder_blocks, run_first_rows
+from pentad.models.vision.vit import HEADS, check_encoder, encoder_blocks, run_first_rows
 from pentad.nn.batch import Batch
 from pentad.nn.block import run_blocks
 from pentad.nn.norm import LayerNorm
 from pentad.nn.patches import resized_positions
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.config import read_config
+from pentad.weights.files import read_json
 from pentad.weights.keytable import Concat, KeyTable, Rule, Transposed
 
-HEAD_DIM = 64  # of all networks of OpenAI
+HEAD_DIM = 64  # but in the image encoders of OpenCLIP's largest networks
+OPEN_CLIP = "open_clip_config.json"
 GELUS = {"quick_gelu": "sigmoid", "gelu": "none"}
 """``hidden_act`` -> how `GeluMLP` approximates GELU."""
 MODEL_TYPES = {"text_config": "clip_text_model", "vision_config": "clip_vision_model"}
@@ -243,8 +245,9 @@ def _block_rules(ours: str, theirs: str) -> list[Rule]:
 
 
 def _hf(config: CLIPConfig) -> list[KeyTable]:
-    """The tables of transformers; an encoder alone may have its names without the encoder's."""
-    return [_hf_table("text_model.", "vision_model."), _hf_table("", "")]
+    """The tables of transformers; an encoder alone may have its names without the encoder's. OpenCLIP's folders have
+    OpenAI's names beside a config.json of transformers."""
+    return [_hf_table("text_model.", "vision_model."), _hf_table("", ""), *_openai(config)]
 
 
 def _hf_table(text: str, vision: str) -> KeyTable:
@@ -306,7 +309,8 @@ def recognizes(checkpoint: Checkpoint) -> bool:
 
 
 def from_openai(checkpoint: Checkpoint) -> CLIPConfig:
-    """The config of OpenAI's state dicts, read off their tensors."""
+    """The config of OpenAI's state dicts, read off their tensors; of OpenCLIP's the activation stands in a file beside
+    them."""
     if "visual.proj" not in checkpoint.tensors:
         raise BadInput(
             f"{checkpoint.path}: the image encoder of this CLIP is no ViT; expected a ViT-B, ViT-L or larger"
@@ -323,7 +327,8 @@ def from_openai(checkpoint: Checkpoint) -> CLIPConfig:
             eos_token_id=vocabulary - 1,
         ),
         vision_config=VisionConfig(
-            **_openai_sizes(checkpoint, "visual.transformer.resblocks.", vision_width),
+            **_openai_sizes(checkpoint, "visual.transformer.resblocks.", vision_width)
+            | {"num_attention_heads": HEADS.get(vision_width, max(1, vision_width // HEAD_DIM))},
             image_size=side * math.isqrt(rows - 1),
             patch_size=side,
             num_channels=channels,
@@ -333,7 +338,11 @@ def from_openai(checkpoint: Checkpoint) -> CLIPConfig:
 
 
 def _openai_sizes(checkpoint: Checkpoint, blocks: str, width: int) -> dict[str, Any]:
+    beside = checkpoint.path.with_name(OPEN_CLIP)
+    open_clip = read_json(beside).get("model_cfg") if beside.is_file() else None
+    quick = not isinstance(open_clip, dict) or bool(open_clip.get("quick_gelu"))
     return {
+        "hidden_act": "quick_gelu" if quick else "gelu",
         "hidden_size": width,
         "intermediate_size": sizes(checkpoint, f"{blocks}0.mlp.c_fc.weight")[0],
         "num_hidden_layers": count_layers(checkpoint, blocks),
