@@ -12,7 +12,7 @@ from torch import nn
 
 from pentad import build, weights
 from pentad.errors import BadInput
-from pentad.memory import available_memory, process_bytes
+from pentad.memory import available_memory, keep_freed_memory, process_bytes
 from pentad.models import family_of
 from pentad.models.family import TASKS, Family, ModelConfig
 from pentad.models.language.config import read_family_config
@@ -23,6 +23,7 @@ from pentad.models.vision.vit import ViTConfig
 from pentad.train import processes
 from pentad.train.base import TrainingRun
 from pentad.train.image_data import ImageBatch, ImageData, ImageExamples, read_examples
+from pentad.train.loop import Loop
 from pentad.train.objectives.images import ClassifyObjective, MAEObjective
 from pentad.train.objectives.loss import Objective
 from pentad.train.recipe import Recipe
@@ -61,6 +62,11 @@ class VisionRun(TrainingRun):
         if free is not None and needed > free:
             sizes = f"{needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are available"
             raise BadInput(f"the run needs at least {sizes}: choose a smaller model")
+
+    def loop(self, *, measures: bool = False) -> Loop:
+        """See `TrainingRun.loop`. Maps of images are large, and made anew in each step."""
+        keep_freed_memory()
+        return super().loop(measures=measures)
 
     def checkpointing(self, network: nn.Module) -> str:
         return "blocks" if self.recipe.run.checkpointing == "blocks" else "none"
