@@ -13,7 +13,7 @@ import tests.helpers.torchvision_stub  # noqa: F401
 segment_anything: Any = import_module("segment_anything")
 modeling: Any = import_module("segment_anything.modeling")
 
-SIDE, PATCH, WIDTH = 8, 8, 32
+SIDE, PATCH, WIDTH = 8, 8, 128
 
 
 def _noisy(peer: nn.Module) -> Any:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pentad.nn.attention import attention
 from pentad.nn.batch import SequenceLayout
-from pentad.nn.norm import LayerNorm, LayerNorm2d
+from pentad.nn.norm import LayerNorm
 
 
 class MaskDecoder(nn.Module):
@@ -44,12 +44,12 @@ class MaskDecoder(nn.Module):
         self.iou_token = nn.Embedding(1, width)
         self.mask_tokens = nn.Embedding(masks + 1, width)
         self.transformer = TwoWayTransformer(width, depth, heads, hidden, downsample, eps)
-        self.output_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(width, width // 4, 2, 2),
-            LayerNorm2d(width // 4, 1e-6),
-            nn.GELU(),
-            nn.ConvTranspose2d(width // 4, width // 8, 2, 2),
-            nn.GELU(),
+        self.output_upscaling = nn.ModuleDict(
+            {
+                "0": nn.ConvTranspose2d(width, width // 4, 2, 2),
+                "1": LayerNorm(width // 4, 1e-6),
+                "3": nn.ConvTranspose2d(width // 4, width // 8, 2, 2),
+            }
         )
         self.output_hypernetworks_mlps = nn.ModuleList(MLP(width, width, width // 8, 3) for _ in range(masks + 1))
         self.iou_prediction_head = MLP(width, iou_hidden, masks + 1, iou_depth)
@@ -74,10 +74,24 @@ class MaskDecoder(nn.Module):
         tokens_PTD, image_PND = self.transformer(tokens_PTD, image_ND + dense, positions_ND)
         iou_PM: Tensor = self.iou_prediction_head(tokens_PTD[:, 0])[:, chosen]
         side = round(image_ND.shape[-2] ** 0.5)
-        upscaled_PCUU = self.output_upscaling(image_PND.transpose(1, 2).unflatten(2, (side, side)))
         networks = list(enumerate(self.output_hypernetworks_mlps, 1))[chosen]
-        weights_PMC = torch.stack([network(tokens_PTD[:, index]) for index, network in networks], 1)
-        return torch.einsum("pmc,pcuv->pmuv", weights_PMC, upscaled_PCUU), iou_PM
+        weights_PCM = torch.stack([network(tokens_PTD[:, index]) for index, network in networks], 2)
+        logits_PRM = self._upscaled(image_PND) @ weights_PCM
+        parts = logits_PRM.view(-1, side, side, 2, 2, 2, 2, weights_PCM.shape[2])
+        return parts.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(len(parts), -1, 4 * side, 4 * side), iou_PM
+
+    def _upscaled(self, image_PND: Tensor) -> Tensor:
+        """Each row of the image becomes 16 rows, of 2 by 2 parts with 2 by 2 parts each, [P, 16 * N, D / 8]."""
+        first, norm, second = self.output_upscaling.values()
+        return F.gelu(_split(F.gelu(norm(_split(image_PND, first))), second))
+
+
+def _split(x_PND: Tensor, layer: nn.Module) -> Tensor:
+    """A transposed convolution whose stride is its kernel, on rows: each becomes those of 2 by 2 parts."""
+    assert isinstance(layer, nn.ConvTranspose2d)
+    assert layer.bias is not None
+    matrix_DX = layer.weight.permute(0, 2, 3, 1).flatten(1)
+    return F.linear(x_PND, matrix_DX.T, layer.bias.repeat(4)).view(len(x_PND), -1, layer.out_channels)
 
 
 class TwoWayTransformer(nn.Module):
@@ -147,27 +161,68 @@ class CrossAttention(nn.Module):
     """Multi-head attention whose queries, keys and values are three inputs.
 
     Args:
-        dim: width of the inputs and the output.
-        inner: width of all heads together.
+        dim: width of the inputs and the output, D.
+        inner: width of all heads together, H * d.
         heads: H.
     """
 
     def __init__(self, dim: int, inner: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_dim = heads, inner // heads
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner) for _ in range(3))
         self.out_proj = nn.Linear(inner, dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Inputs [P, rows, D]; queries, or keys and values, may have one entry for all prompts."""
-        q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
-        prompts, count = max(len(q), len(k)), q.shape[1]
-        q = q.expand(prompts, -1, -1)
-        queries, keys = ([rows // len(k)] * len(k) for rows in (prompts * count, len(k) * k.shape[1]))
-        q, k, v = (x.reshape(-1, self.heads, x.shape[-1] // self.heads) for x in (q, k, v))
-        out = attention(q, k, v, SequenceLayout.of(queries), SequenceLayout.of(keys))
-        projected: Tensor = self.out_proj(out.reshape(prompts, count, -1))
+        """Inputs [P, rows, D]; queries, or keys and values, may have one entry for all prompts.
+
+        Between few tokens and an image the projections of the image's rows would be most of the work. The weights are
+        multiplied into the tokens instead.
+        """
+        few = min(q.shape[1], k.shape[1]) <= self.head_dim
+        if few and q.shape[1] < k.shape[1]:
+            return self._from_tokens(q, k, v)
+        if few and q.shape[1] > k.shape[1]:
+            return self._from_image(q, k, v)
+        q, k, v = self._split(self.q_proj(q)), self._split(self.k_proj(k)), self._split(self.v_proj(v))
+        prompts = max(len(q), len(k))
+        out = self._attend(q.expand(prompts, -1, -1, -1), k, v)
+        projected: Tensor = self.out_proj(out.reshape(prompts, q.shape[1], -1))
         return projected
+
+    def _from_tokens(self, q_PTD: Tensor, k_XND: Tensor, v_XND: Tensor) -> Tensor:
+        """A head's query times its part of the keys' projection is a query for the image's rows as they are. (The
+        keys' bias adds the same to all scores of a query.)"""
+        k_HdD, v_HdD = (part.weight.view(self.heads, self.head_dim, -1) for part in (self.k_proj, self.v_proj))
+        q_PYD = torch.einsum("pthd,hdD->pthD", self._split(self.q_proj(q_PTD)), k_HdD).flatten(1, 2)
+        seen = self._attend(q_PYD[:, :, None], k_XND[:, :, None], v_XND[:, :, None])
+        seen_PTHD = seen.view(*q_PTD.shape[:2], self.heads, -1)
+        out_PTX = torch.einsum("pthD,hdD->pthd", seen_PTHD, v_HdD).flatten(2)
+        projected: Tensor = self.out_proj(out_PTX + self.v_proj.bias)
+        return projected
+
+    def _from_image(self, q_XND: Tensor, k_PTD: Tensor, v_PTD: Tensor) -> Tensor:
+        """A head's key times its part of the queries' projection is a key for the image's rows as they are; its value
+        times its part of the output's projection is a part of the output."""
+        k_PTHd, v_PTHd = self._split(self.k_proj(k_PTD)), self._split(self.v_proj(v_PTD))
+        q_HdD, o_DHd = self.q_proj.weight.view(*k_PTHd.shape[2:], -1), self._split(self.out_proj.weight)
+        keys_PDY = torch.einsum("pthd,hdD->pDth", k_PTHd, q_HdD).flatten(2)
+        bias_P1Y = torch.einsum("pthd,hd->pth", k_PTHd, self._split(self.q_proj.bias)).flatten(1)[:, None]
+        values_PYD = torch.einsum("pthd,Dhd->pthD", v_PTHd, o_DHd).flatten(1, 2)
+        scale, q_PND = self.head_dim**-0.5, q_XND.expand(len(k_PTD), -1, -1)
+        scores_PNY = torch.baddbmm(bias_P1Y, q_PND, keys_PDY, beta=scale, alpha=scale)
+        shares_PNTH = scores_PNY.view(*scores_PNY.shape[:2], -1, self.heads).softmax(2)
+        return torch.baddbmm(self.out_proj.bias, shares_PNTH.flatten(2), values_PYD)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[..., H * d] -> [..., H, d]."""
+        return x.view(*x.shape[:-1], self.heads, self.head_dim)
+
+    def _attend(self, q_PQHD: Tensor, k_XKHD: Tensor, v_XKHD: Tensor) -> Tensor:
+        """Attention of all prompts, [P * Q, H, D]; X is P, or 1 if the keys are the same for all prompts."""
+        (prompts, count), (entries, keys) = q_PQHD.shape[:2], k_XKHD.shape[:2]
+        layouts = SequenceLayout.of([prompts * count // entries] * entries), SequenceLayout.of([keys] * entries)
+        q, k, v = (x.flatten(0, 1) for x in (q_PQHD, k_XKHD, v_XKHD))
+        return attention(q, k, v, *layouts, scale=self.head_dim**-0.5)
 
 
 class MLP(nn.Module):

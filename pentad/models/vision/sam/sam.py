@@ -163,7 +163,7 @@ class Sam(nn.Module):
     def decode(self, map_DSS: Tensor, prompts: Prompts, *, multimask: bool = True) -> tuple[Tensor, Tensor]:
         """`forward` from the image encoder's map of an image."""
         sparse_PTD, dense = self.prompt_encoder(prompts)
-        image_ND = map_DSS.flatten(1).T
+        image_ND = map_DSS.flatten(1).T.contiguous()  # no copy of what the image encoder returns
         found: tuple[Tensor, Tensor] = self.mask_decoder(
             image_ND, self.prompt_encoder.grid(), sparse_PTD, dense, multimask=multimask
         )
