@@ -11,6 +11,8 @@ from typer import Argument, Option
 
 from pentad.cli import options as o
 from pentad.cli import output
+from pentad.cli.detections import VIDEOS
+from pentad.cli.following import follow_object
 from pentad.cli.paths import model_names
 from pentad.errors import BadInput, PentadError
 
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def segment(
-    image: Annotated[str, Argument(metavar="IMAGE", help="An image file.")],
+    image: Annotated[
+        str, Argument(metavar="IMAGE", help="An image file, or a video through which an object is followed.")
+    ],
     model: Annotated[
         str,
         Option(
@@ -79,8 +83,12 @@ def segment(
     All points are one prompt, together with the box and the mask. Coordinates are pixels, from the
     top left corner. For a single point the best of three masks is chosen.
 
+    In a video the prompt is for the first frame. Each later frame is prompted from the mask before
+    it, until the object is lost: its predicted IoU or its area collapses.
+
     JSON: image, width, height, masks [{rle (COCO's), box [x0, y0, x1, y1], predicted_iou,
-    stability_score, prompt {points, labels, box, mask, crop}}].
+    stability_score, prompt {points, labels, box, mask, crop}}]; of videos one line a frame, also with
+    frame and time (in seconds), and lost (why), which ends it.
     """
     points = [_numbers(text, "--point", (2, 3)) for text in point or ()]
     boxes = [_numbers(text, "--box", (4,)) for text in box or ()]
@@ -102,20 +110,26 @@ def segment(
         raise BadInput(f"{len(boxes)} boxes are {len(boxes)} prompts, and points or a mask are one; expected one --box")
     if out is not None and out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; expected a folder")
+    is_video = Path(image).suffix.lower() in VIDEOS
+    if is_video and (everything or multimask or len(boxes) > 1):
+        raise BadInput(f"{image} is a video; expected one object: points, a box or --mask, for its first frame")
     from pentad.media.images import read_image
 
-    pixels = read_image(image)
+    pixels = None if is_video else read_image(image)
     rough = None if mask is None else read_image(mask).float().mean(0) > 127
     segmenter = loading.load(model, "segment")
+    prompts: dict[str, Any] = {"boxes": boxes or None, "mask": rough}
+    if points:
+        prompts |= {"points": [xy[:2] for xy in points], "labels": [xy[2] if xy[2:] else 1 for xy in points]}
+    if pixels is None:
+        follow_object(segmenter, image, prompts, out, as_json=as_json)
+        return
     if everything:
         found = segmenter.everything(pixels, progress=output.progress("points"), **settings)
         report(image, pixels, found, out, as_json=as_json)
         return
     with output.status(f"embedding {image} …"):
         embedded = segmenter.image(pixels)
-    prompts: dict[str, Any] = {"boxes": boxes or None, "mask": rough}
-    if points:
-        prompts |= {"points": [xy[:2] for xy in points], "labels": [xy[2] if xy[2:] else 1 for xy in points]}
     found = embedded.masks(**prompts, multimask=True if multimask else None)
     report(image, pixels, found, out, as_json=as_json)
 
