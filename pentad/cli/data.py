@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Exit, Option, Typer
 
 from pentad.cli import output
+from pentad.cli.annotating import annotate
 from pentad.cli.options import Json, with_groups
 from pentad.errors import BadInput
 
@@ -135,5 +136,5 @@ def _facts(dataset: ObjectDataset) -> dict[str, object]:
 
 
 data = Typer(help="Make, convert and check data sets of labeled images.")
-for command in (scenes, convert, check):
+for command in (scenes, annotate, convert, check):
     data.command()(with_groups(command))

@@ -26,7 +26,8 @@ def follow_object(
 
     facts, path = video_facts(video), Path(video)
     steps: list[tuple[int, float, Mask | None, str]] = []
-    size, problem = (0, 0), None
+    size: tuple[int, ...] = (0, 0)
+    problem = None
     progress = output.progress("frames") or Progress()
     with ExitStack() as stack:
         writer = None

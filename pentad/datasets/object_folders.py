@@ -20,7 +20,7 @@ from pentad.weights.cache import Progress, task
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMATS", "fill", "read_objects", "write_objects"]
+__all__ = ["FORMATS", "fill", "place_image", "read_objects", "write_objects"]
 
 Entry = tuple[LabeledImage, "Tensor | None"]
 
@@ -96,14 +96,15 @@ def fill(
         target = images / labeled.path.name
         if target.exists():  # of images in several folders some have the same name
             target = images / f"{len(written):06}-{labeled.path.name}"
-        _place(labeled.path, pixels, target)
+        place_image(labeled.path, target, pixels)
         written.append(LabeledImage(target, labeled.height, labeled.width, labeled.objects, labeled.number))
         if progress is not None:
             progress.advance(1)
     FORMATS[layout](list(names), written, root)
 
 
-def _place(source: Path, pixels: Tensor | None, target: Path) -> None:
+def place_image(source: Path, target: Path, pixels: Tensor | None = None) -> None:
+    """Link or copy an image file, or write pixels."""
     if pixels is not None:
         from pentad.media.images import write_image
 
