@@ -119,7 +119,7 @@ def run(folder: Path, seeds: int, note: Callable[[str], None], size: Size | None
         unit="nats less than the ViT's",
         expected=EXPECTED,
         seconds=time.perf_counter() - started,
-        curves=Curves("compute for training (floating-point operations)", "loss on held-out images", points),
+        curves=(Curves("compute for training (floating-point operations)", "loss on held-out images", points),),
     )
 
 

@@ -53,16 +53,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Curves:
-    """Values against something, both drawn on logarithmic axes.
+    """Values against something.
 
     Attributes:
         x, y: the axes' names.
         points: name of a curve -> its points (x, y), of all seeds.
+        scale: of both axes, "log" or "linear".
     """
 
     x: str
     y: str
     points: dict[str, list[tuple[float, float]]]
+    scale: str = "log"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Report:
     unit: str
     expected: float
     seconds: float
-    curves: Curves | None = None
+    curves: tuple[Curves, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -128,9 +130,10 @@ class Report:
         from matplotlib.figure import Figure
 
         figure: Any = Figure(layout="constrained")
-        if self.curves is not None:
-            figure.set_size_inches(6.4, 4.2)
-            _draw_curves(figure.subplots(), self.curves)
+        if self.curves:
+            figure.set_size_inches(6.4 * len(self.curves), 4.2)
+            for axes, curves in zip(figure.subplots(1, len(self.curves), squeeze=False)[0], self.curves, strict=True):
+                _draw_curves(axes, curves)
         else:
             units = list(dict.fromkeys(row.unit for row in self.rows))
             groups = [[row for row in self.rows if row.unit == unit] for unit in units]
@@ -159,14 +162,14 @@ def _draw_bars(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_curves(axes: Any, curves: Curves) -> None:
-    """Points, and lines through their means, on logarithmic axes."""
+    """Points, and lines through their means."""
     for (name, points), color in zip(curves.points.items(), ("#08519c", "#d94801", "#238b45"), strict=False):
         by_x: dict[float, list[float]] = {}
         for x, y in points:
             by_x.setdefault(x, []).append(y)
         axes.plot(*zip(*points, strict=True), "o", color=color, alpha=0.5, markersize=5)
         axes.plot([*by_x], [mean(ys) for ys in by_x.values()], color=color, label=name)
-    axes.set(xscale="log", yscale="log", xlabel=curves.x, ylabel=curves.y)
+    axes.set(xscale=curves.scale, yscale=curves.scale, xlabel=curves.x, ylabel=curves.y)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -15,6 +15,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "yolo": {"scenes": 6, "held_out": 3, "side": 64, "images": 8, "batches": (4, 4), "width": 4},
     "mask-rcnn": {"scenes": 6, "held_out": 3, "side": 64, "steps": 2, "batch": 2, "proposals": 8},
     "convnets-vs-vits": {"scenes": 8, "held_out": 4, "budgets": (1e9, 2e9), "batch": 4},
+    "sam": {
+        "scenes": 4,
+        "held_out": 2,
+        "side": 64,
+        "steps": 1,
+        "batch": 2,
+        "training_clicks": 0,
+        "clicks": 2,
+        "prompts": (1, 2),
+    },
     "mae": {"scenes": 12, "held_out": 6, "pretraining": 2, "tuning": 2, "batch": 8, "labels": 0.5},
 }
 
