@@ -97,10 +97,10 @@ def _result(image: int, label: int, one: Any) -> dict[str, Any]:
 
 def same_classes(labels: Sequence[str], names: Sequence[str]) -> dict[int, int]:
     """A detector's classes and those of a data set that are the same: number -> number."""
-    if len(labels) == len(names):
-        return {number: number for number in range(len(names))}
     numbers = {_plain(name): number for number, name in enumerate(names)}
     found = {label: numbers[_plain(name)] for label, name in enumerate(labels) if _plain(name) in numbers}
+    if len(found) < len(names) and len(labels) == len(names):
+        return {number: number for number in range(len(names))}
     if not found:
         raise BadInput(f"the model and the data have no class in common: {_some(labels)}; {_some(names)}")
     return found

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pentad.models.vision.config import Preprocessing
 from pentad.models.vision.mask_rcnn import MaskRCNN
 from pentad.vision import masks
 from pentad.vision.found import Found
 from pentad.vision.masks import paste_masks
 from pentad.vision.preprocess import fit_sides, pad_batch
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIVISOR = 32
 
 
@@ -58,5 +58,5 @@ class MaskRCNNPredictor:
 
 def normalized(image_3HW: Tensor) -> Tensor:
     """Pixels from 0 to 1, by ImageNet's mean and standard deviation."""
-    mean, std = (image_3HW.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (image_3HW.new_tensor(values).view(3, 1, 1) for values in (Preprocessing.mean, Preprocessing.std))
     return (image_3HW - mean) / std

@@ -34,5 +34,6 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     assert report.masks is None
     assert same_classes(["aeroplane", "TV"], ["tv", "airplane", "x"]) == {0: 1, 1: 0}
     assert same_classes(["a", "b"], ["c", "d"]) == {0: 0, 1: 1}
+    assert same_classes(["b", "a"], ["a", "b"]) == {0: 1, 1: 0}
     with pytest.raises(BadInput, match="no class in common: a; b, c"):
         same_classes(["a"], ["b", "c"])

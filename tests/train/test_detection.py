@@ -12,8 +12,8 @@ from pentad import weights
 from pentad.build import build
 from pentad.datasets.object_batches import ObjectBatch
 from pentad.models.vision.darknet import AnchorHead, Darknet, DarknetConfig, GridHead
-from pentad.nn.boxes import pairwise_iou, to_centers, to_corners
-from pentad.train.objectives.detection import Objects, YoloObjective, anchor_loss, box_similarity, grid_loss
+from pentad.nn.boxes import paired_iou, pairwise_iou, to_centers, to_corners
+from pentad.train.objectives.detection import Objects, YoloObjective, anchor_loss, grid_loss
 from pentad.weights.darknet_cfg import parse
 from tests.helpers.darknet_files import net, section, v3, write
 
@@ -157,7 +157,7 @@ def test_version_1_is_darknets() -> None:
 def test_similarities(kind: str) -> None:
     one = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 4], [0, 0, 1, 1]])
     other = torch.tensor([[1.0, 0, 3, 2], [0, 0, 1, 4], [2, 2, 3, 3]])
-    values = box_similarity(one, other, kind)
+    values = paired_iou(one, other, kind)
     assert values[1] == pytest.approx(1)
     expected = {
         "iou": (1 / 3, 0),
@@ -166,8 +166,8 @@ def test_similarities(kind: str) -> None:
         "ciou": (1 / 3 - 1 / 13, -8 / 18),
     }
     assert values[[0, 2]].tolist() == pytest.approx(expected[kind])
-    tall = box_similarity(torch.tensor([[0.0, 0, 1, 4]]), torch.tensor([[0.0, 0, 4, 1]]), kind)
-    assert (tall < box_similarity(torch.tensor([[0.0, 0, 1, 4]]), torch.tensor([[0.0, 0, 1, 16]]), "iou")).all()
+    tall = paired_iou(torch.tensor([[0.0, 0, 1, 4]]), torch.tensor([[0.0, 0, 4, 1]]), kind)
+    assert (tall < paired_iou(torch.tensor([[0.0, 0, 1, 4]]), torch.tensor([[0.0, 0, 1, 16]]), "iou")).all()
 
 
 @pytest.mark.parametrize("options", [{"iou_loss": "ciou"}, {"iou_loss": "giou", "scale_x_y": 1.1}, {"iou_thresh": 0.2}])

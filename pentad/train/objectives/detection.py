@@ -9,7 +9,6 @@ object and an anchor that answers for it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from pentad.datasets.object_batches import ObjectBatch
 from pentad.models.vision.darknet import AnchorHead, Darknet, GridHead
-from pentad.nn.boxes import pairwise_iou, to_centers
+from pentad.nn.boxes import paired_iou, pairwise_iou, to_centers
 from pentad.train.objectives.loss import Loss
 
 Parts = dict[str, Tensor]
@@ -37,33 +36,6 @@ class Objects(NamedTuple):
 
     boxes_T4: Tensor
     labels_T: Tensor
-
-
-def box_similarity(one_M4: Tensor, other_M4: Tensor, kind: str) -> Tensor:
-    """IoU of pairs of boxes [M], or its variants ``giou`` (1902.09630), ``diou`` and ``ciou`` (1911.08287)."""
-    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = one_M4.unbind(-1), other_M4.unbind(-1)
-    inside_w = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
-    inside_h = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
-    widths, heights = (ax1 - ax0, bx1 - bx0), (ay1 - ay0, by1 - by0)
-    union = widths[0] * heights[0] + widths[1] * heights[1] - inside_w * inside_h
-    iou = inside_w * inside_h / union.clamp(min=1e-12)
-    hull_w, hull_h = (
-        torch.maximum(ax1, bx1) - torch.minimum(ax0, bx0),
-        torch.maximum(ay1, by1) - torch.minimum(ay0, by0),
-    )
-    if kind == "iou":
-        return iou
-    if kind == "giou":
-        hull = (hull_w * hull_h).clamp(min=1e-12)
-        return iou - (hull - union) / hull
-    apart = ((ax0 + ax1 - bx0 - bx1) ** 2 + (ay0 + ay1 - by0 - by1) ** 2) / 4
-    distance = apart / (hull_w**2 + hull_h**2).clamp(min=1e-12)
-    if kind == "diou":
-        return iou - distance
-    shapes = [torch.atan(w / h.clamp(min=1e-12)) for w, h in zip(widths, heights, strict=True)]
-    shape = 4 / math.pi**2 * (shapes[0] - shapes[1]) ** 2
-    weight = (shape / (1 - iou + shape + 1e-6)).detach()
-    return iou - distance - weight * shape
 
 
 def grid_loss(head: GridHead, x: Tensor, objects: Sequence[Objects]) -> Parts:
@@ -182,7 +154,7 @@ def anchor_loss(head: AnchorHead, x: Tensor, objects: Sequence[Objects], *, seen
     ignored = best > _number(options, "ignore_thresh" if head.is_yolo else "thresh", 0.5)
     targets, weights = torch.zeros_like(best), torch.where(ignored, 0.0, _number(options, "noobject_scale", 1))
     index = last.index
-    overlap_M = box_similarity(predicted[index].detach(), last.boxes_M4, "iou")
+    overlap_M = paired_iou(predicted[index].detach(), last.boxes_M4, "iou")
     targets[index] = overlap_M if not head.is_yolo and _number(options, "rescore", 0) else torch.ones_like(overlap_M)
     weights[index] = _number(options, "object_scale", 1)
     if head.is_yolo:
@@ -223,7 +195,7 @@ def _box_loss(head: AnchorHead, raw: Tensor, predicted: Tensor, pairs: Pairs) ->
     options, index = head.layer.texts, pairs.index
     kind = options.get("iou_loss", "mse") if head.is_yolo else "mse"
     if kind != "mse":
-        similarity_M = box_similarity(predicted[index], pairs.boxes_M4, kind)
+        similarity_M = paired_iou(predicted[index], pairs.boxes_M4, kind)
         return _number(options, "iou_normalizer", 0.75) * (1 - similarity_M).sum()
     height, width = raw.shape[1:3]
     centers_M4 = to_centers(pairs.boxes_M4)

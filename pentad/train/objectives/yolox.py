@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pentad.datasets.object_batches import ObjectBatch
 from pentad.models.vision.yolox import YOLOX, Cells, cells, decode
-from pentad.nn.boxes import pairwise_iou, to_centers
+from pentad.nn.boxes import paired_iou, pairwise_iou, to_centers
 from pentad.train.objectives.loss import Loss
 
 RADIUS = 1.5
@@ -72,14 +72,6 @@ def assign(out_NO: Tensor, predicted_N4: Tensor, boxes_M4: Tensor, labels_M: Ten
     return Assignment(candidates[taken], objects, iou_MC[objects, taken])
 
 
-def iou_loss(predicted_P4: Tensor, boxes_P4: Tensor) -> Tensor:
-    """1 - IoU^2 of each pair, [P]."""
-    start, end = predicted_P4[:, :2].maximum(boxes_P4[:, :2]), predicted_P4[:, 2:].minimum(boxes_P4[:, 2:])
-    intersection_P = (end - start).clamp(min=0).prod(1)
-    areas_P = sum((boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (predicted_P4, boxes_P4))
-    return 1 - (intersection_P / (areas_P - intersection_P + 1e-16)) ** 2
-
-
 @dataclass(frozen=True)
 class YOLOXObjective:
     """Box, objectness and class losses by the number of cells that learn an object.
@@ -115,7 +107,8 @@ class YOLOXObjective:
         object_loss = F.binary_cross_entropy_with_logits(out_BNO[..., 4], learns_BN, reduction="sum") * weight
         box_loss = class_loss = object_loss.new_zeros(())
         if predicted:
-            box_loss = BOX_WEIGHT * weight * iou_loss(torch.cat(predicted), torch.cat(boxes)).sum()
+            overlap_P = paired_iou(torch.cat(predicted), torch.cat(boxes))
+            box_loss = BOX_WEIGHT * weight * (1 - overlap_P**2).sum()
             class_loss = weight * F.binary_cross_entropy_with_logits(
                 torch.cat(logits), torch.cat(targets), reduction="sum"
             )
