@@ -1,4 +1,4 @@
-"""``pentad serve``: language models through OpenAI's HTTP API."""
+"""``pentad serve``: models through OpenAI's HTTP API."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pentad.cli.paths import model_names
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
-    from pentad.serve.loaded import Loaded
+    from pentad.serve.loaded import LoadedModel
     from pentad.serve.models import Model
 
 MEMORY_SHARE = 0.5  # of the memory that is available at the start
@@ -61,8 +61,11 @@ def serve(
 
     The first signal stops accepting requests and waits for those that run; a second one stops at once.
 
-    JSON: one object when the first model is loaded: url, model, context_length, weights_bytes, cache_tokens,
-    memory_bytes (weights, KV cache and the process that runs them).
+    Vision models answer /v1/segment, /v1/detect and /v1/classify.
+
+    JSON: one object when the first model is loaded: url, model, task, weights_bytes, memory_bytes
+    (weights, KV cache and the process that runs them); of a language model also context_length and
+    cache_tokens.
     """
     try:
         from pentad.serve.app import make_app
@@ -93,8 +96,9 @@ def serve(
     def measured() -> None:
         for one in models if not as_json else ():
             assert one.share is not None
-            cache = f"KV cache {output.size(one.share.cache)} = {one.share.cache_tokens:,} tokens"
-            parts = f"weights {output.size(one.share.weights)}, {cache}, the rest for the process"
+            tokens = one.share.cache_tokens
+            cache = f"KV cache {output.size(one.share.cache)} = {tokens:,} tokens, " if tokens else ""
+            parts = f"weights {output.size(one.share.weights)}, {cache}the rest for the process"
             output.note(f"pentad: {one.name} takes up to {output.size(one.share.total)}: {parts}")
 
     together = Models(models, budget, measured)
@@ -105,12 +109,12 @@ def serve(
     number = listening.getsockname()[1]
     url = f"http://{f'[{host}]' if ':' in host else host}:{number}/v1"
 
-    def ready(first: Model, loaded: Loaded) -> None:
+    def ready(first: Model, loaded: LoadedModel) -> None:
         if as_json:
             assert first.share is not None
-            facts = {"context_length": loaded.context_length, "weights_bytes": loaded.weights_bytes}
-            facts |= {"cache_tokens": loaded.cache_tokens, "memory_bytes": first.share.total}
-            output.write_json({"url": url, "model": first.name, **facts})
+            names = ("task", "context_length", "weights_bytes", "cache_tokens")
+            facts = {name: getattr(loaded, name) for name in names if hasattr(loaded, name)}
+            output.write_json({"url": url, "model": first.name, **facts, "memory_bytes": first.share.total})
         else:
             output.note(f"pentad: {first.name} runs {loaded.backend}, and is ready at {url}")
 

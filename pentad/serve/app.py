@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 import pentad
-from pentad.serve import openai
+from pentad.serve import openai, vision
 from pentad.serve.chat import chat
 from pentad.serve.completions import complete
 from pentad.serve.document import described, documented
@@ -24,10 +24,20 @@ from pentad.serve.models import Model, Models
 from pentad.serve.openai import Body, ChatBody, CompletionBody, EmbeddingBody, ModelBody, ResponseBody
 from pentad.serve.replies import ChatCompletion, Completion, EmbeddingList, Health, ModelList, ModelReply, ResponseReply
 from pentad.serve.responses import respond_statelessly
+from pentad.serve.vision import (
+    ClassifyBody,
+    ClassifyReply,
+    DetectBody,
+    DetectReply,
+    ImageBody,
+    SegmentBody,
+    SegmentReply,
+    read_form,
+)
 
 FIELDS = frozenset(
     field.alias or name
-    for body in vars(openai).values()
+    for body in [*vars(openai).values(), *vars(vision).values()]
     if isinstance(body, type) and issubclass(body, Body)
     for name, field in body.model_fields.items()
 )
@@ -68,6 +78,9 @@ def make_app(
     post("/v1/completions", CompletionBody, Completion, complete)
     post("/v1/responses", ResponseBody, ResponseReply, respond_statelessly)
     post("/v1/embeddings", EmbeddingBody, EmbeddingList, embed)
+    post("/v1/segment", SegmentBody, SegmentReply, vision.segment)
+    post("/v1/detect", DetectBody, DetectReply, vision.detect)
+    post("/v1/classify", ClassifyBody, ClassifyReply, vision.classify)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def report() -> Response:
@@ -98,7 +111,7 @@ def make_app(
         return JSONResponse(APIError(error.status_code, message).body, error.status_code, error.headers)
 
     app.openapi = documented(app, [*models.by_name])  # type: ignore[method-assign]
-    guarded = Guard(app, metrics=metrics, hosts=local_hosts(host), keys=keys)
+    guarded = Guard(app, metrics=metrics, hosts=local_hosts(host), keys=keys, origins=origins)
     return (
         CORSMiddleware(guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]) if origins else guarded
     )
@@ -107,13 +120,15 @@ def make_app(
 async def _read_body(request: Request, kind: type[B]) -> B:
     """Read and check a request's body."""
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json":
+    form = media_type == "multipart/form-data" and issubclass(kind, ImageBody)
+    if media_type != "application/json" and not form:
         raise APIError(415, f"Content-Type is {media_type[:60]!r}; expected application/json")
     try:
-        return kind.model_validate_json(await request.body())
+        return kind.model_validate(await read_form(request)) if form else kind.model_validate_json(await request.body())
     except ValidationError as error:
         raise refused_body(error, FIELDS) from None
 
 
 def _describe(model: Model) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "pentad"}
+    task = {} if model.task is None else {"task": model.task}
+    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "pentad", **task}

@@ -14,8 +14,8 @@ class Size(NamedTuple):
 
     Attributes:
         weights: bytes of the weights in memory, quantized as the options say.
-        page: bytes of a page of its KV cache.
-        page_tokens: the number of tokens of a page.
+        page: bytes of a page of its KV cache; of a vision model, what it needs to run.
+        page_tokens: the number of tokens of a page; 0 for a vision model.
     """
 
     weights: int
@@ -51,7 +51,7 @@ def shares(names: Sequence[str], sizes: Sequence[Size], memory: int) -> list[Sha
     found = []
     for name, (weights, page, page_tokens) in zip(names, sizes, strict=True):
         fixed = weights + PROCESS_BYTES
-        total = max(memory // len(names), fixed + max(MIN_CACHE_BYTES, page))
+        total = max(memory // len(names) if page_tokens else 0, fixed + max(MIN_CACHE_BYTES, page))
         if total > memory:
             needed = f"needs {total / 1e9:.1f} GB of memory at least"
             raise BadInput(f"{name} {needed}, and {memory / 1e9:.1f} GB are for models; see --memory")

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pentad.serve.errors import APIError
 
@@ -22,6 +22,7 @@ class Event(NamedTuple):
         logprobs: the new token's log-probability, and the most likely tokens with theirs.
         scores: the same for each token of a prompt but the first.
         embedding: the hidden state of a prompt.
+        result: a vision model's answer.
         cached: number of tokens of the prompt that were in the KV cache, with the first token.
     """
 
@@ -31,6 +32,7 @@ class Event(NamedTuple):
     logprobs: tuple[float, list[tuple[int, float]]] | None = None
     scores: list[tuple[float, list[tuple[int, float]]]] | None = None
     embedding: list[float] | None = None
+    result: dict[str, Any] | None = None
     cached: int = 0
 
 

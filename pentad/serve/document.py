@@ -10,8 +10,9 @@ from pydantic.json_schema import models_json_schema
 
 from pentad.serve.openai import ChatBody, CompletionBody, EmbeddingBody, ModelBody, ResponseBody
 from pentad.serve.replies import Error
+from pentad.serve.vision import ClassifyBody, DetectBody, SegmentBody
 
-BODIES = (ChatBody, CompletionBody, ResponseBody, EmbeddingBody)
+BODIES = (ChatBody, CompletionBody, ResponseBody, EmbeddingBody, SegmentBody, DetectBody, ClassifyBody)
 SCHEMAS = "#/components/schemas/{model}"
 
 

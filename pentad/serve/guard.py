@@ -13,6 +13,8 @@ from pentad.serve.errors import APIError
 from pentad.serve.metrics import Metrics
 
 MAX_BODY_BYTES = 8 << 20
+MAX_IMAGE_BYTES = 48 << 20  # of a body with an image, in base64
+IMAGE_ROUTES = ("/v1/segment", "/v1/detect", "/v1/classify")
 BODY_SECONDS = 60  # for the whole body
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -37,15 +39,23 @@ class Guard:
         metrics: counts the requests.
         hosts: accepted Host headers, without a port; None accepts any.
         keys: accepted API keys for /v1; none accepts every request.
+        origins: of web pages that may use the API.
     """
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, hosts: Collection[str] | None, keys: Sequence[bytes] = ()
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        hosts: Collection[str] | None,
+        keys: Sequence[bytes] = (),
+        origins: Sequence[str] = (),
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._hosts = hosts
         self._keys = keys
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,17 +72,26 @@ class Guard:
             headers = Headers(scope=scope)
             self._check_host(headers)
             self._check_key(scope["path"], headers)
-            _check_size(headers)
+            self._check_origin(headers)
+            limit = MAX_IMAGE_BYTES if scope["path"] in IMAGE_ROUTES else MAX_BODY_BYTES
+            _check_size(headers, limit)
         except APIError as error:
             await _refuse(error, scope, receive, counted)
             return
-        await self._app(scope, _limited(receive), counted)
+        await self._app(scope, _limited(receive, limit), counted)
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self._hosts is not None and name not in self._hosts:
             raise APIError(403, f"Host is {host[:100]!r}; expected {' or '.join(LOCAL_NAMES)}")
+
+    def _check_origin(self, headers: Headers) -> None:
+        """Browsers send a form to any server, without asking it first."""
+        origin, form = headers.get("origin"), headers.get("content-type", "").lower().startswith("multipart/")
+        own = f"http://{headers.get('host')}", f"https://{headers.get('host')}"
+        if form and origin is not None and not {origin, "*"} & {*self._origins, *own}:
+            raise APIError(403, f"Origin is {origin[:100]!r}, whose pages may not use this server; see --allow-origin")
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if not self._keys or not path.startswith("/v1"):
@@ -99,14 +118,14 @@ async def _refuse(error: APIError, scope: Scope, receive: Receive, send: Send) -
     await send({"type": "http.response.body"})
 
 
-def _check_size(headers: Headers) -> None:
+def _check_size(headers: Headers, limit: int) -> None:
     """Refuse a large body before it is read."""
     length = headers.get("content-length", "0")
-    if not length.isdecimal() or int(length[:20]) > MAX_BODY_BYTES:
-        raise APIError(413, f"the body has {length[:20]} bytes; expected at most {MAX_BODY_BYTES}")
+    if not length.isdecimal() or int(length[:20]) > limit:
+        raise APIError(413, f"the body has {length[:20]} bytes; expected at most {limit}")
 
 
-def _limited(receive: Receive) -> Receive:
+def _limited(receive: Receive, limit: int) -> Receive:
     """Limit the size of a body without Content-Length, and the time that a body takes."""
     read, complete = 0, False
     deadline = asyncio.get_running_loop().time() + BODY_SECONDS
@@ -122,8 +141,8 @@ def _limited(receive: Receive) -> Receive:
             raise APIError(408, f"the body didn't arrive within {BODY_SECONDS} seconds") from None
         read += len(message.get("body", b""))
         complete = not message.get("more_body", False)
-        if read > MAX_BODY_BYTES:
-            raise APIError(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+        if read > limit:
+            raise APIError(413, f"the body has more than {limit} bytes")
         return message
 
     return limited

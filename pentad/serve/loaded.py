@@ -1,4 +1,4 @@
-"""What the front process knows about a model that its worker has loaded: the tokenizer, and limits."""
+"""What the front process knows about a model that its worker has loaded: its task, its tokenizer, and limits."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,24 +15,35 @@ from pentad.weights.gguf_header import read_metadata
 MAX_CHARACTERS = 32  # per token of the context, of all texts of a prompt: bounds the time that encoding takes
 
 
-@dataclass(frozen=True)
-class Loaded:
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
     """A model that is ready.
+
+    Attributes:
+        task: a key of `pentad.models.family.TASKS`.
+        backend: what runs its steps: "by the kernels (avx2, 2 threads)".
+        weights_bytes: of its weights.
+    """
+
+    task: str
+    backend: str
+    weights_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(LoadedModel):
+    """A language model that is ready.
 
     Attributes:
         tokenizer: the same as the worker's.
         context_length: maximum sequence length in tokens.
         vocab_size: token ids are smaller.
-        backend: what runs its steps: "by the kernels (avx2, 2 threads)".
-        weights_bytes: of its weights.
         cache_tokens: the number of tokens that the KV cache has room for.
     """
 
     tokenizer: Tokenizer
     context_length: int
     vocab_size: int
-    backend: str
-    weights_bytes: int
     cache_tokens: int
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
@@ -96,14 +107,16 @@ class Loaded:
                 raise BadInput(f"token id {wrong} is outside the vocabulary of {self.vocab_size}")
 
 
-def describe(ready: Mapping[str, Any]) -> Loaded:
-    """Read the tokenizer of a model whose worker has sent `ready`."""
+def describe(ready: Mapping[str, Any]) -> LoadedModel:
+    """What is known about a model whose worker has sent `ready`; the tokenizer is read."""
+    if ready["task"] != "language":
+        return LoadedModel(**ready)
     path = Path(ready["path"])
     config = read_metadata(path) if ready["format"] == "gguf" else ready["config"]
     tokenizer = text.load(_Source(path, ready["format"], config), vocab_size=ready["vocab_size"])
     assert tokenizer is not None  # the worker has one
-    limits = ("context_length", "vocab_size", "backend", "weights_bytes", "cache_tokens")
-    return Loaded(tokenizer, **{name: ready[name] for name in limits})
+    names = ("task", "context_length", "vocab_size", "backend", "weights_bytes", "cache_tokens")
+    return Loaded(tokenizer=tokenizer, **{name: ready[name] for name in names})
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pentad.errors import BadInput, PentadError
+from pentad.models.family import TASKS
 from pentad.serve.budget import Share, Size, shares
 from pentad.serve.calls import Call, Event, Running
 from pentad.serve.errors import APIError
-from pentad.serve.loaded import Loaded, describe
+from pentad.serve.loaded import Loaded, LoadedModel, describe
 from pentad.serve.metrics import Metrics
 
 MAX_LINE_BYTES = 1 << 30  # of a worker's message; the scores of a long prompt are the longest
@@ -57,7 +58,7 @@ class Model:
         self._options = options
         self._max_queue = max_queue
         self._metrics = metrics.of(name)
-        self._loaded: Loaded | None = None
+        self._loaded: LoadedModel | None = None
         self._failure = ""
         self._running: dict[int, Running] = {}
         self._ids = itertools.count()
@@ -66,6 +67,29 @@ class Model:
 
     @property
     def loaded(self) -> Loaded:
+        """What is known about a language model.
+
+        Raises:
+            APIError: it isn't ready, or no language model.
+        """
+        loaded = self.require("language")
+        assert isinstance(loaded, Loaded)
+        return loaded
+
+    def require(self, *tasks: str) -> LoadedModel:
+        """What is known about the model.
+
+        Raises:
+            APIError: it isn't ready, or has none of the tasks.
+        """
+        loaded = self.ready
+        if loaded.task not in tasks:
+            found, expected = (TASKS[task].partition(":")[0] for task in (loaded.task, tasks[0]))
+            raise APIError(400, f"model is {self.name!r}, {found}; expected {expected}", param="model")
+        return loaded
+
+    @property
+    def ready(self) -> LoadedModel:
         """What is known about the model.
 
         Raises:
@@ -78,11 +102,16 @@ class Model:
         return self._loaded
 
     @property
+    def task(self) -> str | None:
+        """A key of `pentad.models.family.TASKS`; None before the model has been loaded for the first time."""
+        return None if self._loaded is None else self._loaded.task
+
+    @property
     def idle(self) -> bool:
         """Whether it runs nothing, so that it may be unloaded."""
         return self.state in ("ready", "failed") and not self._running
 
-    async def start(self) -> Loaded:
+    async def start(self) -> LoadedModel:
         """Start the worker, and wait until it has loaded the model.
 
         Raises:
@@ -94,7 +123,7 @@ class Model:
         except PentadError as error:
             self.state, self._failure = "failed", str(error)
             raise
-        return self.loaded
+        return self.ready
 
     async def stop(self) -> None:
         """End the worker."""
@@ -196,7 +225,7 @@ class Model:
         Raises:
             APIError: the model isn't ready, or the queue is full.
         """
-        self.loaded  # noqa: B018 - the worker may have ended since the request began
+        self.ready  # noqa: B018 - the worker may have ended since the request began
         if len(requests) > self._max_queue:
             raise APIError(400, f"the request has {len(requests)} sequences; expected at most {self._max_queue}")
         if len(self._running) + len(requests) > self._max_queue:
@@ -206,7 +235,7 @@ class Model:
         call = Call(ids, self._cancel)
         for choice, (number, request) in enumerate(zip(ids, requests, strict=True)):
             self._running[number] = Running(call, choice)
-            self._metrics.prompt_tokens.inc(len(request["prompt"]))
+            self._metrics.prompt_tokens.inc(len(request.get("prompt", ())))
             self._send({"id": number, **request})
         self.last_used = time.monotonic()
         return call
@@ -236,7 +265,7 @@ class Model:
         metrics.count_pages(message.get("pages", {}))
 
     def _pass_on(
-        self, now: float, id: int, finish: str | None = None, message: str = "", bad: bool = False, **event: Any
+        self, now: float, id: int, finish: str | None = None, message: str = "", status: int = 500, **event: Any
     ) -> None:
         running = self._running.get(id)
         if running is None:  # cancelled in the meantime
@@ -244,7 +273,7 @@ class Model:
         if finish is not None:
             del self._running[id]
         if finish == "error":
-            running.call.put(APIError(400 if bad else 500, message))
+            running.call.put(APIError(status, message))
             return
         if "token" in event:
             histogram = self._metrics.between_tokens if running.decoding else self._metrics.first_token
@@ -296,7 +325,7 @@ class Models:
             task = asyncio.create_task(self._exchange(unused, model))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        model.loaded  # noqa: B018 - raises an error if it isn't ready
+        model.ready  # noqa: B018 - raises an error if it isn't ready
         return model
 
     def _to_unload(self, model: Model) -> list[Model]:
@@ -320,7 +349,7 @@ class Models:
         except PentadError as error:
             _logger.warning("pentad: %s", error)
 
-    async def start(self) -> tuple[Model, Loaded]:
+    async def start(self) -> tuple[Model, LoadedModel]:
         """Measure all models, and load the first one.
 
         Raises:

@@ -23,6 +23,7 @@ class ModelReply(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    task: str | None = Field(None, description="What the model does: language, segment, detect, classify or embed.")
 
 
 class ModelList(BaseModel):

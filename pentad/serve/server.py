@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from pentad.errors import PentadError
 from pentad.serve.connections import Connection
-from pentad.serve.loaded import Loaded
+from pentad.serve.loaded import LoadedModel
 from pentad.serve.models import Model, Models
 
 
@@ -52,7 +52,7 @@ class _Server(uvicorn.Server):
                 connection.transport.abort()
 
 
-def serve(models: Models, app: ASGIApp, listening: socket.socket, ready: Callable[[Model, Loaded], None]) -> None:
+def serve(models: Models, app: ASGIApp, listening: socket.socket, ready: Callable[[Model, LoadedModel], None]) -> None:
     """Serve models until a signal.
 
     Args:
@@ -69,7 +69,7 @@ def serve(models: Models, app: ASGIApp, listening: socket.socket, ready: Callabl
 
 
 async def _serve(
-    models: Models, server: _Server, listening: socket.socket, ready: Callable[[Model, Loaded], None]
+    models: Models, server: _Server, listening: socket.socket, ready: Callable[[Model, LoadedModel], None]
 ) -> None:
     async def start() -> None:
         try:

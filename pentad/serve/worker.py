@@ -6,7 +6,6 @@ when standard input ends, so it never outlives the front process.
 
 import json
 import os
-import select
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,15 +23,16 @@ from pentad.generate.engine import Engine, EngineConfig
 from pentad.generate.requests import Embedding, Evaluation, Generation, Request, TokenLogprobs
 from pentad.loading import check_quantize, load, plan
 from pentad.memory import kv_cache_bytes
+from pentad.models import family_of
 from pentad.nn.encoder_decoder import EncoderDecoder
+from pentad.serve import vision_worker
 from pentad.serve.budget import Size
+from pentad.serve.pipe import Pipe
 from pentad.text.grammar import Constraint
 
-READ_BYTES = 1 << 20
 MAX_STEP_RATIO = 2.0  # so that the gaps that clients see stay below 3 times the usual one, although times vary
 PAGE_SIZE = 256  # tokens of a page of the KV cache
 COMPILE_SECONDS = 0.002  # between two looks whether a constraint has been compiled, while nothing else runs
-_to_json = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` makes an encoder each time
 COUNT_SECONDS = 0.25  # between two counts of the pages while requests run
 
 
@@ -47,16 +47,13 @@ class Worker:
     Args:
         model: the model.
         engine: runs the model's steps.
-        receive: file descriptor of the requests.
-        send: file descriptor of the events.
+        pipe: to the front process.
     """
 
-    def __init__(self, model: LanguageModel, engine: Engine, receive: int, send: int) -> None:
+    def __init__(self, model: LanguageModel, engine: Engine, pipe: Pipe) -> None:
         self._model = model
         self._engine = engine
-        self._receive_fd = receive
-        self._send_fd = send
-        self._unread = b""
+        self._pipe = pipe
         self._compiling: dict[int, tuple[dict[str, Any], Future[Matcher]]] = {}
         self._compiler = ThreadPoolExecutor(1)
         self._requests: dict[int, Request] = {}
@@ -66,34 +63,18 @@ class Worker:
 
     def run(self) -> None:
         """Serve until the front process closes its end."""
-        self.send({"events": [], **self._state()})
+        self._pipe.send({"events": [], **self._state()})
         while (lines := self._receive()) is not None:
             refusals = [*(self._obey(json.loads(line)) for line in lines), *self._compiled()]
             events = [event for event in refusals if event is not None]
             if self._requests:
                 events += self._step()
             if lines or events:
-                self.send({"events": events, **self._state()})
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Write one line."""
-        data = memoryview(_to_json(message).encode() + b"\n")
-        while data:
-            data = data[os.write(self._send_fd, data) :]
+                self._pipe.send({"events": events, **self._state()})
 
     def _receive(self) -> list[bytes] | None:
         """The lines that have arrived, waiting for some if there is nothing to run; None at the end."""
-        while True:
-            idle = not self._requests
-            timeout = (COMPILE_SECONDS if self._compiling else None) if idle else 0
-            if not select.select([self._receive_fd], [], [], timeout)[0]:
-                return []
-            data = os.read(self._receive_fd, READ_BYTES)
-            if not data:
-                return None
-            *lines, self._unread = (self._unread + data).split(b"\n")
-            if lines or not idle:
-                return lines
+        return self._pipe.receive(0 if self._requests else COMPILE_SECONDS if self._compiling else None)
 
     def _obey(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Begin or cancel a request; returns an event if it is refused."""
@@ -122,7 +103,7 @@ class Worker:
             request = self._request(message, None if compiled is None else compiled.result())
             self._engine.submit(request)
         except PentadError as error:
-            return {"id": number, "finish": "error", "message": str(error), "bad": isinstance(error, BadInput)}
+            return {"id": number, "finish": "error", "message": str(error), "status": _status(error)}
         self._requests[number], self._ids[request] = request, number
         self._new.add(request)
         return None
@@ -161,7 +142,7 @@ class Worker:
         for request, token, reason, report in progress:
             event: dict[str, Any] = {"id": self._ids[request], "token": token, "finish": reason}
             if reason == "error":
-                event |= {"message": str(request.error), "bad": isinstance(request.error, BadInput)}
+                event |= {"message": str(request.error), "status": _status(request.error)}
             if isinstance(request, Embedding) and reason == "stop" and request.hidden_D is not None:
                 event["embedding"] = F.normalize(request.hidden_D, dim=0).tolist()
             elif isinstance(request, Evaluation) and request.logprobs is not None:
@@ -190,6 +171,10 @@ class Worker:
         return {"open": count, "pages": self._engine.count_pages()}
 
 
+def _status(error: BaseException | None) -> int:
+    return 400 if isinstance(error, BadInput) else 500
+
+
 def _pair(report: TokenLogprobs) -> tuple[float, tuple[tuple[int, float], ...]]:
     return report.logprob, report.top
 
@@ -206,6 +191,8 @@ def measure(path: str, *, dtype: str | None, quantize: str | None) -> Size:
     """
     check_quantize(quantize, cpu := torch.device("cpu"))
     checkpoint = weights.open(path)
+    if family_of(checkpoint).task != "language":
+        return vision_worker.measure(checkpoint, dtype)
     network, why_torch, quantized, kept_dtype, cache_dtype = plan(
         checkpoint, device=cpu, dtype=dtype, quantize=quantize
     )
@@ -216,18 +203,20 @@ def measure(path: str, *, dtype: str | None, quantize: str | None) -> Size:
     return Size(held_bytes(checkpoint, network, kept_dtype, quantized=quantized), page, PAGE_SIZE)
 
 
-def start(path: str, cache_bytes: int, options: dict[str, Any], send: int) -> Worker:
+def start(path: str, cache_bytes: int, options: dict[str, Any], pipe: Pipe) -> Worker | vision_worker.VisionWorker:
     """Load a model, and tell the front process what it must know about it."""
-    checkpoint, model = weights.open(path), load(path, **options)
+    checkpoint = weights.open(path)
+    if family_of(checkpoint).task != "language":
+        return vision_worker.start(checkpoint, options, pipe)
+    model = load(path, **options)
     assert isinstance(model, LanguageModel)
     model.tokenizer  # noqa: B018 - raises an error if there is none
     cache = model.step.cache
     cache_tokens = cache_bytes // cache.page_bytes * cache.page_size
     too_long = cache.bytes_for(model.context_length) > cache_bytes  # one sequence would not fit
-    worker = Worker(
-        model, Engine(model.step, EngineConfig(max_cache_bytes=cache_bytes, max_step_ratio=MAX_STEP_RATIO)), 0, send
-    )
+    engine = Engine(model.step, EngineConfig(max_cache_bytes=cache_bytes, max_step_ratio=MAX_STEP_RATIO))
     ready = {
+        "task": "language",
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "config": None if checkpoint.format == "gguf" else dict(checkpoint.config),
@@ -237,8 +226,8 @@ def start(path: str, cache_bytes: int, options: dict[str, Any], send: int) -> Wo
         "weights_bytes": sum(t.nbytes for t in (*model.network.parameters(), *model.network.buffers())),
         "cache_tokens": cache_tokens,
     }
-    worker.send(ready)
-    return worker
+    pipe.send(ready)
+    return Worker(model, engine, pipe)
 
 
 def main() -> None:
@@ -249,20 +238,19 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     send = os.dup(1)
     os.dup2(2, 1)  # what a library prints must not appear among the events
-    worker = None
+    pipe, worker = Pipe(0, send), None
     try:
         while worker is None and (line := _read_line(0)):
             message = json.loads(line)
             if "load" in message:
-                worker = start(message["load"], message["cache_bytes"], options, send)
+                worker = start(message["load"], message["cache_bytes"], options, pipe)
             else:
                 chosen = {name: options[name] for name in ("dtype", "quantize")}
                 sizes = [measure(path, **chosen) for path in message["measure"]]
-                os.write(send, json.dumps({"sizes": sizes}).encode() + b"\n")
+                pipe.send({"sizes": sizes})
     except Exception as error:
         text = str(error) if isinstance(error, PentadError) else f"{type(error).__name__}: {error}"
-        failed = {"failed": " ".join(text.split()), "bad": isinstance(error, BadInput)}
-        os.write(send, json.dumps(failed).encode() + b"\n")
+        pipe.send({"failed": " ".join(text.split()), "bad": isinstance(error, BadInput)})
         return
     if worker is not None:
         worker.run()

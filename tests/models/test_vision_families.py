@@ -95,11 +95,9 @@ def test_options_of_language_models_are_refused(blob: tuple[Path, nn.Module], op
 
 def test_commands_for_language_models_name_the_right_one(blob: tuple[Path, nn.Module], tmp_path: Path) -> None:
     from pentad.cli.options import Loading
-    from pentad.serve.worker import measure
 
     for command in (
         lambda: Loading(str(blob[0])).load(),
-        lambda: measure(str(blob[0]), dtype=None, quantize=None),
         lambda: convert(blob[0], tmp_path / "out", to="hf", adapter=tmp_path),
     ):
         with pytest.raises(pentad.BadInput, match=r"blob.* a classifier of images: use pentad classify"):
