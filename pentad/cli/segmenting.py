@@ -1,4 +1,4 @@
-"""``pentad segment``: the object that a click, a box or a mask means."""
+"""``pentad segment``: the object that a click, a box, a mask or words mean."""
 
 from __future__ import annotations
 
@@ -46,6 +46,10 @@ def segment(
     mask: Annotated[
         Path | None, Option(metavar="FILE", help="A rough mask: white on black, of the image's size.")
     ] = None,
+    text: Annotated[
+        list[str] | None,
+        Option(metavar="WORDS", help="Words for an object, such as 'the dog'; one more for each object."),
+    ] = None,
     multimask: Annotated[
         bool, Option("--multimask", help="Three masks for each prompt: as a rule a whole, a part and a smaller part.")
     ] = False,
@@ -78,16 +82,17 @@ def segment(
     loading: o.VisionLoading,
     as_json: o.Json = False,
 ) -> None:
-    """Segment the objects of an image that points, boxes or a mask mean, or everything.
+    """Segment the objects of an image that points, boxes, a mask or words mean, or everything.
 
-    All points are one prompt, together with the box and the mask. Coordinates are pixels, from the
-    top left corner. For a single point the best of three masks is chosen.
+    All points are one prompt, together with the box, the mask and the words. Coordinates are pixels, from the
+    top left corner. For a single point, or words alone, the best of
+    three masks is chosen. Words need a model that was trained with a CLIP.
 
     In a video the prompt is for the first frame. Each later frame is prompted from the mask before
     it, until the object is lost: its predicted IoU or its area collapses.
 
     JSON: image, width, height, masks [{rle (COCO's), box [x0, y0, x1, y1], predicted_iou,
-    stability_score, prompt {points, labels, box, mask, crop}}]; of videos one line a frame, also with
+    stability_score, prompt {points, labels, box, mask, text, crop}}]; of videos one line a frame, also with
     frame and time (in seconds), and lost (why), which ends it.
     """
     points = [_numbers(text, "--point", (2, 3)) for text in point or ()]
@@ -100,25 +105,28 @@ def segment(
         "stability_score_thresh": min_stability,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
-    if everything and (points or boxes or mask):
-        raise BadInput("--everything is a prompt of its own; expected no --point, --box or --mask")
+    if everything and (points or boxes or mask or text):
+        raise BadInput("--everything is a prompt of its own; expected no --point, --box, --mask or --text")
     if settings and not everything:
         raise BadInput("--points-per-side, --crop-layers, --min-… are for --everything")
-    if not (points or boxes or mask or everything):
-        raise BadInput("there is no prompt; expected --point X,Y, --box X0,Y0,X1,Y1, --mask FILE or --everything")
-    if len(boxes) > 1 and (points or mask):
-        raise BadInput(f"{len(boxes)} boxes are {len(boxes)} prompts, and points or a mask are one; expected one --box")
+    if not (points or boxes or mask or text or everything):
+        raise BadInput(
+            "there is no prompt; expected --point X,Y, --box X0,Y0,X1,Y1, --mask FILE, --text WORDS or --everything"
+        )
+    for option, count in (("--box", len(boxes)), ("--text", len(text or ()))):
+        if count > 1 and (points or mask):
+            raise BadInput(f"{count} {option} are {count} prompts, and points or a mask are one; expected one {option}")
     if out is not None and out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; expected a folder")
     is_video = Path(image).suffix.lower() in VIDEOS
-    if is_video and (everything or multimask or len(boxes) > 1):
-        raise BadInput(f"{image} is a video; expected one object: points, a box or --mask, for its first frame")
+    if is_video and (everything or multimask or max(len(boxes), len(text or ())) > 1):
+        raise BadInput(f"{image} is a video; expected one object: points, a box, --mask or --text, for its first frame")
     from pentad.media.images import read_image
 
     pixels = None if is_video else read_image(image)
     rough = None if mask is None else read_image(mask).float().mean(0) > 127
     segmenter = loading.load(model, "segment")
-    prompts: dict[str, Any] = {"boxes": boxes or None, "mask": rough}
+    prompts: dict[str, Any] = {"boxes": boxes or None, "mask": rough, "text": text or None}
     if points:
         prompts |= {"points": [xy[:2] for xy in points], "labels": [xy[2] if xy[2:] else 1 for xy in points]}
     if pixels is None:
@@ -145,12 +153,20 @@ def report(image: str, pixels: Tensor, masks: Sequence[Mask], out: Path | None, 
     from pentad.vision.masks import rle_area
 
     output.write(f"{image}  {width} x {height}  {len(masks)} mask{'' if len(masks) == 1 else 's'}\n")
-    rows: list[tuple[str, ...]] = [
-        ("  IoU", "stability", "pixels", *(side.rjust(5) for side in ("x0", "y0", "x1", "y1")))
-    ]
+    words = any("text" in one.prompt for one in masks)
+    header = "  IoU", "stability", "pixels", *(side.rjust(5) for side in ("x0", "y0", "x1", "y1"))
+    rows: list[tuple[str, ...]] = [(*header, "text") if words else header]
     for one in masks:
         sides = (f"{side:.0f}".rjust(5) for side in one.box)
-        rows.append((f"  {one.predicted_iou:.2f}", f"{one.stability_score:.2f}", str(rle_area(one.rle)), *sides))
+        rows.append(
+            (
+                f"  {one.predicted_iou:.2f}",
+                f"{one.stability_score:.2f}",
+                str(rle_area(one.rle)),
+                *sides,
+                *([one.prompt.get("text", "")] if words else ()),
+            )
+        )
     if masks:
         output.write_table(rows)
     for file in files:

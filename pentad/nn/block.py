@@ -118,15 +118,22 @@ class DropPathBlock(PreNormBlock):
         x_ND = x_ND + self._dropped(self.attention(self.attention_norm(x_ND), batch), batch)
         return x_ND + self._dropped(self.feedforward(self.feedforward_norm(x_ND)), batch)
 
-    def first_rows(self, x_BND: Tensor) -> Tensor:
+    def first_rows(self, x_BND: Tensor, seen_BN: Tensor | None = None) -> Tensor:
         """What `forward` gives for the first row of each of B sequences of equal length: [B, D].
 
         A last block whose other rows nobody reads saves most of its work.
+
+        Args:
+            x_BND: the rows.
+            seen_BN: the rows that the first row attends to; None for all.
         """
         count, length = x_BND.shape[:2]
         y_ND, first = self.attention_norm(x_BND.flatten(0, 1)), Batch.of(*[1] * count, device=x_BND.device)
-        layout = SequenceLayout.of([length] * count)
-        attended_BD = self.attention(y_ND[::length], replace(first, context=layout), y_ND)
+        rows_MD, lengths = y_ND, [length] * count
+        if seen_BN is not None:
+            rows_MD, lengths = y_ND[seen_BN.flatten()], seen_BN.sum(1).tolist()
+        context = replace(first, context=SequenceLayout.of(lengths))
+        attended_BD = self.attention(y_ND[::length], context, rows_MD)
         x_BD = x_BND[:, 0] + self._dropped(attended_BD, first)
         return x_BD + self._dropped(self.feedforward(self.feedforward_norm(x_BD)), first)
 

@@ -133,7 +133,7 @@ class Loop:
         tokens, *totals = self.totals(step, batches)
         sums: dict[str, float] = {"loss": 0.0}
         for number, batch in enumerate(batches):
-            self._seed(step, number)
+            self.reseed(step, number)
             with self.autocast():
                 loss = self.objective(self.network, batch, totals, checkpointing=self.checkpointing)
             loss.share.backward()  # type: ignore[no-untyped-call]
@@ -174,7 +174,7 @@ class Loop:
         """The step's tokens, and the objective's totals."""
         parts = []
         for number, batch in enumerate(batches):
-            self._seed(step, number)
+            self.reseed(step, number)
             with torch.no_grad(), self.autocast():
                 parts.append([self.data.tokens(batch), *self.objective.totals(self.network, batch)])
         return sum_over_processes([sum(column) for column in zip(*parts, strict=True)])
@@ -188,7 +188,7 @@ class Loop:
         """The network's device."""
         return next(self.network.parameters()).device
 
-    def _seed(self, step: int, number: int) -> None:
+    def reseed(self, step: int, number: int) -> None:
         """Seed dropout and router noise, as a function of the seed, the step, the micro-batch and the process."""
         seed = hash((self.seed, step, number, rank())) & (2**63 - 1)  # of integers, so the same in every process
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 10 ms: it formats the stack each time

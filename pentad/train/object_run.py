@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pentad import build, weights
+from pentad import build, text, weights
 from pentad.datasets.object_batches import ObjectBatch
 from pentad.datasets.object_folders import read_objects
 from pentad.errors import BadInput
 from pentad.models import check_task, family_of
 from pentad.models.family import Family, ModelConfig
 from pentad.models.language.config import read_family_config
+from pentad.models.vision.clip import CLIP, CLIPConfig
 from pentad.models.vision.darknet import Darknet, DarknetConfig
 from pentad.models.vision.mask_rcnn import MaskRCNNConfig, start_from_resnet
 from pentad.models.vision.sam.sam import SamConfig
@@ -30,13 +32,16 @@ from pentad.train.objectives.detection import YoloObjective
 from pentad.train.objectives.loss import Objective
 from pentad.train.objectives.mask_rcnn import MaskRCNNObjective
 from pentad.train.objectives.segment import SegmentObjective
+from pentad.train.objectives.words import Words
 from pentad.train.objectives.yolox import YOLOXObjective
 from pentad.train.recipe import Recipe
 from pentad.vision import darknet, mask_rcnn, segmenter, yolox
+from pentad.vision.classifier import read_preprocessing
 from pentad.vision.darknet_files import export_darknet
-from pentad.vision.export import export
+from pentad.vision.export import export, rewrite
 from pentad.weights import darknet_cfg, registry
 from pentad.weights.atomic import new_folder
+from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.darknet_edit import adapted
 
 
@@ -140,11 +145,13 @@ class ObjectRun(VisionRun):
         config: of the trained network, with the data's classes.
         examples: the images to train on.
         held_out: the images of the validation, or None.
+        clip: of a segmenter that learns words.
     """
 
     config: ModelConfig
     examples: ObjectExamples
     held_out: ObjectExamples | None
+    clip: Checkpoint | None = None
 
     @property
     def kind(self) -> Kind:
@@ -183,13 +190,33 @@ class ObjectRun(VisionRun):
         network = build.build(self.config, device=self.device, trainable=True, seed=self.recipe.run.seed)
         if self.source.tensors:
             old, new = build.build(self.source, device=self.device).state_dict(), network.state_dict()
-            network.load_state_dict(new | {name: t for name, t in old.items() if t.shape == new[name].shape})
+            fitting = {name: t for name, t in old.items() if name in new and t.shape == new[name].shape}
+            network.load_state_dict(new | fitting)
         if self.recipe.model.backbone is not None:
             backbone = build.build(weights.open(registry.locate(self.recipe.model.backbone)), device=self.device)
             assert self.kind.start is not None
             self.kind.start(network, backbone)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return network, self.kind.objective(self.recipe)
+        objective = self.kind.objective(self.recipe)
+        if self.clip is not None:
+            assert isinstance(objective, SegmentObjective)
+            objective = replace(objective, words=self._words(self.clip))
+        return network, objective
+
+    def _words(self, checkpoint: Checkpoint) -> Words:
+        assert isinstance(self.config, SamConfig)
+        clip, options = build.build(checkpoint, device=self.device), self.recipe.segment
+        assert isinstance(clip, CLIP)
+        area = (self.config.image_size * 100 / 1024) ** 2 if options.words_area is None else options.words_area
+        return Words(clip, read_preprocessing(checkpoint, clip.config.preprocessing), options.words, area)
+
+    def files(self) -> dict[str, str]:
+        if self.clip is None:
+            return super().files()
+        digest, path = hashlib.sha256(), self.clip.path
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            digest.update(file.read_bytes() if file.is_file() else b"")
+        return {**super().files(), str(path): digest.hexdigest()}
 
     def describe(self, batch: ObjectBatch) -> dict[str, Any]:
         objects = zip(batch.boxes, batch.labels, strict=True)
@@ -198,6 +225,8 @@ class ObjectRun(VisionRun):
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the trained network as a folder."""
         self.kind.export(network, family_of(self.source), folder)
+        if self.clip is not None:
+            rewrite(self.clip, folder / segmenter.CLIP_FOLDER, "hf")
 
 
 def open_object_run(recipe: Recipe) -> ObjectRun:
@@ -216,6 +245,9 @@ def open_object_run(recipe: Recipe) -> ObjectRun:
         if KINDS[type(config)].start is None:
             raise BadInput(f"model.backbone is for Mask R-CNN and Segment Anything; leave it out for {source.path}")
         check_task(weights.open(registry.locate(recipe.model.backbone)), "classify", "pretrain")
+    clip = _open_clip(recipe, source, config)
+    if clip is not None:
+        config = replace(config, text_embed_dim=read_family_config(family_of(clip), clip).projection_dim)  # type: ignore[attr-defined]
     folder = only_folder(recipe)
     examples = _read(folder, images.fraction, data.skip_bad)
     held_out = None if data.validation is None else _read(data.validation, 1.0, data.skip_bad)
@@ -226,7 +258,31 @@ def open_object_run(recipe: Recipe) -> ObjectRun:
         build.meta_network(config)
     except BadInput as error:
         raise BadInput(f"images.size is {images.size}: {error}" if images.size else str(error)) from error
-    return ObjectRun(recipe, Path(recipe.run.out), source, config, examples, held_out)
+    return ObjectRun(recipe, Path(recipe.run.out), source, config, examples, held_out, clip)
+
+
+def _open_clip(recipe: Recipe, source: Checkpoint, config: ModelConfig) -> Checkpoint | None:
+    """The CLIP for the words of a segmenter; a model that takes words already keeps its own unless another is named.
+
+    Raises:
+        BadInput: it is no CLIP with both encoders and a tokenizer, or the model is no Segment Anything.
+    """
+    named, knows_words = recipe.segment.clip, getattr(config, "text_embed_dim", None) is not None
+    if named is None and not knows_words:
+        return None
+    if not isinstance(config, SamConfig):
+        raise BadInput(f"segment.clip is for Segment Anything; leave it out for {source.path}")
+    if named is None and not (source.path / segmenter.CLIP_FOLDER).is_dir():
+        raise BadInput(f"{source.path} takes words, but its CLIP is not there; name it in segment.clip")
+    clip = weights.open(source.path / segmenter.CLIP_FOLDER if named is None else registry.locate(named))
+    check_task(clip, "embed")
+    found = read_family_config(family_of(clip), clip)
+    assert isinstance(found, CLIPConfig)
+    if found.text_config is None or found.vision_config is None:
+        raise BadInput(f"{clip.path} is one encoder of a CLIP; expected both, for words and for images")
+    if text.load(clip) is None:
+        raise BadInput(f"{clip.path} has no tokenizer; expected CLIP's beside the weights")
+    return clip
 
 
 def _read(path: str, fraction: float, skip_bad: bool) -> ObjectExamples:

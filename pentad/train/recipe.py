@@ -234,10 +234,17 @@ class Segment(Table):
     Attributes:
         clicks: rounds that begin with a click where the last mask was wrong; two more have no click.
         objects: the most objects of an image.
+        clip: a CLIP whose embeddings stand for words; the trained model then takes words.
+        words: the share of objects that begin with words, among those that are large enough.
+        words_area: the least area of such an object, in pixels of the network's input; by default as much of the input
+            as 100 x 100 pixels are of 1024 x 1024.
     """
 
     clicks: Annotated[int, Field(ge=0, le=100)] = 8
     objects: Positive = 64
+    clip: str | None = None
+    words: Fraction = 0.5
+    words_area: Annotated[int, Field(ge=0)] | None = None
 
 
 class Lora(Table):

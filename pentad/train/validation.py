@@ -47,7 +47,8 @@ class Validation:
         with torch.no_grad(), loop.autocast():
             _, *totals = loop.totals(0, batches)
             sums: dict[str, float] = {}
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                loop.reseed(0, number)  # draws what `totals` drew
                 loss = loop.objective(network, batch, totals)
                 for name, value in {"loss": loss.share, **loss.metrics}.items():
                     sums[name] = sums.get(name, 0.0) + float(value)

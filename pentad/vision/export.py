@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pentad import weights
 from pentad.build import default_dtype, meta_network, named_tensors, pairings
 from pentad.errors import BadInput
 from pentad.models import family_of
@@ -19,6 +20,7 @@ from pentad.models.language.config import write_family_config
 from pentad.models.vision.config import Preprocessing
 from pentad.text.export import hf_files
 from pentad.vision.classifier import PROCESSORS, read_preprocessing
+from pentad.vision.segmenter import CLIP_FOLDER
 from pentad.weights.atomic import NewFile, new_folder, write_files
 from pentad.weights.cache import Progress
 from pentad.weights.checkpoint import Checkpoint, TensorEntry
@@ -122,10 +124,20 @@ def rewrite(
     if format == "state_dict":
         if any(hf_files(checkpoint)):
             notes.append("state_dict files can't store the tokenizer: it is left out")
+        if _words(checkpoint) is not None:
+            notes.append("state_dict files can't store the CLIP for words: it is left out")
         return Rewritten(_write_file(destination, tensors, progress), family.names.family, notes)
     files = {"config.json": _json(written), **_image_processor(checkpoint, family, config), **hf_files(checkpoint)}
     paths = _write_folder(destination, files, tensors, shard_bytes, progress)
+    if (words := _words(checkpoint)) is not None:
+        paths += rewrite(words, destination / words.path.name, format, dtype=dtype, progress=progress).files[1:]
     return Rewritten([destination, *paths], family.names.family, notes)
+
+
+def _words(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The CLIP of a Segment Anything that takes words."""
+    folder = checkpoint.path / CLIP_FOLDER
+    return weights.open(folder) if folder.is_dir() and family_of(checkpoint).task == "segment" else None
 
 
 def _sources(checkpoint: Checkpoint, network: nn.Module, dtype: torch.dtype | None) -> dict[str, Source]:

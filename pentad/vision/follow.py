@@ -63,7 +63,7 @@ def follow(
         segmenter: the network.
         frames: see `pentad.media.video.read_video`.
         how: settings.
-        prompts: for the first frame: points, labels, boxes (one) and mask of `EmbeddedImage.masks`.
+        prompts: for the first frame: points, labels, boxes (one), mask and text of `EmbeddedImage.masks`.
 
     Yields:
         The mask of each frame. If the object is lost, the last step has none, and tells why.

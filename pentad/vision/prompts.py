@@ -1,6 +1,6 @@
 """Prompts for a segmenter as users write them: checked, and in pixels of the network's input.
 
-Legend: P prompts, each with K points; M rows and columns of a mask's logits.
+Legend: P prompts, each with K points; M rows and columns of a mask's logits; E width of CLIP's embeddings.
 """
 
 from __future__ import annotations
@@ -57,12 +57,16 @@ class Request:
     Attributes:
         points_PK2, labels_PK, boxes_P4: None for none.
         masks_P1MM: logits; None for none.
+        texts: what a prompt says in words; None for none.
+        texts_PE: their embeddings.
     """
 
     points_PK2: Tensor | None
     labels_PK: Tensor | None
     boxes_P4: Tensor | None
     masks_P1MM: Tensor | None
+    texts: tuple[str, ...] | None = None
+    texts_PE: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -71,18 +75,21 @@ class Request:
 
     @property
     def is_ambiguous(self) -> bool:
-        """True if the prompts are single points, which may mean a part, an object, or a group."""
-        points = self.points_PK2
-        return points is not None and points.shape[1] == 1 and self.boxes_P4 is None and self.masks_P1MM is None
+        """True if the prompts are single points, which may mean a part, an object, or a group; or texts alone."""
+        points, texts = self.points_PK2, self.texts
+        if self.boxes_P4 is not None or self.masks_P1MM is not None:
+            return False
+        return texts is not None if points is None else points.shape[1] == 1 and texts is None
 
     def on(self, fitted: Fitted, chosen: slice) -> Prompts:
         """Some of the prompts, for the network."""
-        points, labels, boxes, masks = (None if part is None else part[chosen] for part in vars(self).values())
+        parts = self.points_PK2, self.labels_PK, self.boxes_P4, self.masks_P1MM, self.texts_PE
+        points, labels, boxes, masks, texts = (None if part is None else part[chosen] for part in parts)
         if points is not None:
             points = fitted.to_input(points)
         if boxes is not None:
             boxes = fitted.to_input(boxes.view(-1, 2, 2)).flatten(1)
-        return Prompts(points, labels, boxes, masks)
+        return Prompts(points, labels, boxes, masks, texts)
 
     def describe(self, index: int) -> dict[str, Any]:
         """One prompt as JSON has it."""
@@ -91,6 +98,8 @@ class Request:
             described = {"points": self.points_PK2[index].tolist(), "labels": self.labels_PK[index].tolist()}
         if self.boxes_P4 is not None:
             described["box"] = self.boxes_P4[index].tolist()
+        if self.texts is not None:
+            described["text"] = self.texts[index]
         return described | ({} if self.masks_P1MM is None else {"mask": True})
 
 
@@ -101,6 +110,7 @@ def read_prompts(
     mask: Numbers | None,
     fitted: Fitted,
     mask_side: int,
+    texts: Sequence[str] | None = None,
 ) -> Request:
     """Check prompts.
 
@@ -111,6 +121,7 @@ def read_prompts(
         mask: a mask of the image's size, bool or from 0 to 1, or logits of a former answer; or one a prompt.
         fitted: the image's size.
         mask_side: M.
+        texts: words, one text a prompt.
 
     Raises:
         BadInput: there is no prompt, numbers of prompts differ, or values are outside of the image or not finite.
@@ -148,14 +159,13 @@ def read_prompts(
         _check_inside(boxes_P4.view(-1, 2), "corner", fitted)
     if mask is not None:
         masks_P1MM = read_mask(mask, fitted, mask_side)
-    request = Request(points_PK2, labels_PK, boxes_P4, masks_P1MM)
-    counts = {
-        name: len(part)
-        for name, part in zip(("points", "labels", "boxes", "mask"), vars(request).values(), strict=True)
-        if part is not None
-    }
+    if texts is not None and not (texts and all(isinstance(one, str) and one.strip() for one in texts)):
+        raise BadInput(f"text is {str(texts)[:60]!r}; expected words, or a list of such texts")
+    request = Request(points_PK2, labels_PK, boxes_P4, masks_P1MM, None if texts is None else tuple(texts))
+    names = "points", "labels", "boxes", "mask", "text"
+    counts = {name: len(part) for name, part in zip(names, vars(request).values(), strict=False) if part is not None}
     if not counts:
-        raise BadInput("there is no prompt; expected points, boxes or a mask")
+        raise BadInput("there is no prompt; expected points, boxes, a mask or a text")
     if len({*counts.values()}) > 1:
         found = ", ".join(f"{name} for {count}" for name, count in counts.items() if name != "labels")
         raise BadInput(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pentad import build, weights
 from pentad.errors import BadInput
 from pentad.models.vision.sam.prompt_encoder import Prompts
 from pentad.models.vision.sam.sam import MASK_THRESHOLD, Sam
@@ -27,12 +30,15 @@ from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.safetensors import read_safetensors
 
 if TYPE_CHECKING:
+    from pentad.vision.clip import Clip
     from pentad.vision.runner import Image
     from pentad.weights.cache import Progress
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CACHED = 16  # maps of images; one of a published model has 4 MiB
 PROMPTS_AT_ONCE = 4  # so that their activations stay in the third-level cache
+CLIP_FOLDER = "clip"
+"""The folder in a model's folder with the CLIP that its words go through."""
 STABILITY_OFFSET = 1.0
 
 
@@ -59,7 +65,7 @@ class Mask:
         box: x0, y0, x1, y1 around the mask, in pixels; zeros for an empty one.
         predicted_iou: the network's guess of the mask's IoU with the right one.
         stability_score: IoU of the masks at thresholds above and below.
-        prompt: what asked for it: points and labels, box.
+        prompt: what asked for it: points and labels, box, text.
         logits_UU: in the network's square input; a prompt for a better mask. None in `Segmenter.everything`.
     """
 
@@ -155,6 +161,31 @@ class Segmenter(VisionModel):
         map_DSS: Tensor = self.sam.image_encoder(padded_3HW[None].to(self.device, self.dtype))[0]
         return map_DSS
 
+    @cached_property
+    def clip(self) -> Clip:
+        """The CLIP that the network was trained with, loaded when it is first asked for.
+
+        Raises:
+            BadInput: the network takes no words, or its CLIP is missing or another one.
+        """
+        from pentad.vision.clip import Clip
+
+        width, folder = self.sam.config.text_embed_dim, self.checkpoint.path / CLIP_FOLDER
+        if width is None:
+            raise BadInput(
+                f"{self.name} takes no words, as no published Segment Anything does: use points or boxes, or train one"
+                " with segment.clip (docs/vision.md)"
+            )
+        if not folder.is_dir():
+            raise BadInput(f"{folder} is not there; expected the CLIP that {self.name} was trained with")
+        checkpoint = weights.open(folder)
+        network = build.build(checkpoint, device=self.device, dtype=self.dtype)
+        clip = Clip(str(folder), network, checkpoint)
+        if clip.network.config.projection_dim != width:
+            found = clip.network.config.projection_dim
+            raise BadInput(f"{folder}: embeddings have {found} numbers; expected {width}, as {self.name} takes")
+        return clip
+
     @property
     def fingerprint(self) -> Tensor:
         """uint8 [32], which tells the maps of this network from another's."""
@@ -204,26 +235,33 @@ class EmbeddedImage:
         labels: Numbers | None = None,
         boxes: Numbers | None = None,
         mask: Numbers | Mask | None = None,
+        text: str | Sequence[str] | None = None,
         multimask: bool | None = None,
     ) -> list[Mask]:
-        """Segment what prompts mean. Each prompt may have points, a box and a mask.
+        """Segment what prompts mean. Each prompt may have points, a box, a mask and a text.
 
         Args:
             points: x, y of one prompt's points, [K, 2]; or of several prompts, [P, K, 2].
             labels: for each point 1 (in the object, the default) or 0 (outside).
             boxes: x0, y0, x1, y1 of one prompt, or of several, [P, 4].
             mask: a mask to improve: a former answer, its logits, or bool [height, width]; or [P, ...].
+            text: words, such as "the dog", of one prompt, or a list with one text a prompt, for a network trained
+                with a CLIP. One text gives one mask, also where several objects fit it.
             multimask: True for three masks a prompt (as a rule a whole, a part and a smaller part), False for one. By
-                default one: for a single point the best of the three.
+                default one: for a single point, or a text alone, the best of the three.
 
         Returns:
             The masks of the first prompt, by falling predicted IoU, then those of the next one.
 
         Raises:
-            BadInput: prompts are missing, malformed or outside of the image.
+            BadInput: prompts are missing, malformed or outside of the image; or see `Segmenter.clip`.
         """
         given = mask.logits_UU if isinstance(mask, Mask) else mask
-        request = read_prompts(points, labels, boxes, given, self.fitted, 4 * self.segmenter.sam.config.side)
+        texts = [text] if isinstance(text, str) else text
+        side = 4 * self.segmenter.sam.config.side
+        request = read_prompts(points, labels, boxes, given, self.fitted, side, texts)
+        if request.texts is not None:
+            request = replace(request, texts_PE=self.segmenter.clip.embed_text(request.texts))
         several = request.is_ambiguous if multimask is None else multimask
         found = list[Mask]()
         for start in range(0, request.count, PROMPTS_AT_ONCE):

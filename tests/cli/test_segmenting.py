@@ -84,7 +84,7 @@ def test_a_rough_mask(pentad, folder: Path) -> None:
         (["--point", "nan,2"], "not finite"),
         (["--box", "1,2,3"], "--box is '1,2,3'; expected X0,Y0,X1,Y1"),
         (["--box", "9,9,1,20"], "the box 9,9,1,20 has no area"),
-        (["--box", "1,1,9,9", "--box", "1,1,8,8", "--point", "3,3"], "2 boxes are 2 prompts"),
+        (["--box", "1,1,9,9", "--box", "1,1,8,8", "--point", "3,3"], "2 --box are 2 prompts"),
         (["--everything", "--point", "1,2"], "--everything is a prompt of its own"),
         (["--everything", "--points-per-side", "0"], "--points-per-side is 0; expected a whole number from 1 to 256"),
         (["--point", "1,2", "--min-area", "3"], "are for --everything"),

@@ -54,11 +54,11 @@ def write_vocabulary(folder: Path, form: str) -> CLIPTokenizer:
     return peer
 
 
-def write_clip(folder: Path) -> tuple[Any, CLIPProcessor]:
-    """A CLIP with its processor; the peers."""
+def write_clip(folder: Path, *, width: int = 24) -> tuple[Any, CLIPProcessor]:
+    """A CLIP with embeddings of a width, and its processor; the peers."""
     ids, merges = vocabulary()
     special = {"vocab_size": len(ids), "bos_token_id": ids[START], "eos_token_id": ids[END]}
-    peer = saved(folder, special)
+    peer = saved(folder, special, width=width)
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor = CLIPProcessor(images, CLIPTokenizer(vocab=ids, merges=merges, model_max_length=77))
     processor.save_pretrained(folder)

@@ -36,9 +36,11 @@ VISION = {**ENCODER, "hidden_size": 128, "num_attention_heads": 2, "image_size":
 IDS = [[598, 7, 300, 5, 599], [598, 599], [598, 4, 4, 299, 20, 1, 2, 599]]
 
 
-def saved(folder: Path, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> Any:
+def saved(
+    folder: Path, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, *, width: int = 24
+) -> Any:
     config = CLIPConfig(
-        text_config={**TEXT, **(text or {})}, vision_config={**VISION, **(vision or {})}, projection_dim=24
+        text_config={**TEXT, **(text or {})}, vision_config={**VISION, **(vision or {})}, projection_dim=width
     )
     peer = randomized(CLIPModel(config))
     peer.save_pretrained(folder)

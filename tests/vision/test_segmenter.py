@@ -140,7 +140,7 @@ def test_odd_images(sam: Segmenter, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ({}, "there is no prompt; expected points, boxes or a mask"),
+        ({}, "there is no prompt; expected points, boxes, a mask or a text"),
         ({"points": [[70, 5]]}, "the point 70,5 is outside of the image; expected x and y within 60 x 40"),
         ({"points": [[5, -1]]}, "the point 5,-1 is outside"),
         ({"points": [[math.nan, 5]]}, "points have a value that is not finite"),

@@ -191,13 +191,17 @@ class ImageEncoder(nn.Module):
         self.layers = c.blocks(causal=False)
         self.norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """The normed row of the class token, [B, D]."""
+    def forward(self, images_BCHW: Tensor, masks_BHW: Tensor | None = None) -> Tensor:
+        """The normed row of the class token, [B, D]; for the masks see `CLIP.embed_images`."""
         grid_BDRC = self.patch_embed(images_BCHW)
         cls_BD = self.cls_token.weight.expand(len(images_BCHW), 1, -1)
         x_BPD = torch.cat([cls_BD, grid_BDRC.flatten(2).transpose(1, 2)], 1)
         x_BPD = x_BPD + resized_positions(self.positions.weight[None], *grid_BDRC.shape[2:])
-        pooled_BD: Tensor = self.norm(run_first_rows(self.layers, self.pre_norm(x_BPD)))
+        seen_BP = None
+        if masks_BHW is not None:
+            patches_BRC = F.adaptive_max_pool2d(masks_BHW.float(), grid_BDRC.shape[2:]) > 0
+            seen_BP = F.pad(patches_BRC.flatten(1), (1, 0), value=True)
+        pooled_BD: Tensor = self.norm(run_first_rows(self.layers, self.pre_norm(x_BPD), seen_BN=seen_BP))
         return pooled_BD
 
 
@@ -223,9 +227,13 @@ class CLIP(nn.Module):
         embeddings_TE: Tensor = self.text_projection(self.text(ids_N, batch)[ends_T])
         return embeddings_TE
 
-    def embed_images(self, images_BCHW: Tensor) -> Tensor:
-        """The embeddings [B, E] of images of equal size."""
-        embeddings_BE: Tensor = self.image_projection(self.image(images_BCHW))
+    def embed_images(self, images_BCHW: Tensor, masks_BHW: Tensor | None = None) -> Tensor:
+        """The embeddings [B, E] of images of equal size.
+
+        With masks the class token attends, in the last layer, to itself and to patches in the mask only
+        (arXiv:2304.02643, appendix D.5), so that an embedding is that of an object.
+        """
+        embeddings_BE: Tensor = self.image_projection(self.image(images_BCHW, masks_BHW))
         return embeddings_BE
 
     def forward(self, images_BCHW: Tensor, ids_N: Tensor, batch: Batch) -> Tensor:

@@ -147,11 +147,16 @@ def run_encoder(blocks: Iterable[nn.Module], x_BND: Tensor, checkpointing: str =
     return run_blocks(blocks, x_BND.flatten(0, 1), batch, checkpointing=checkpointing)[0].view_as(x_BND)
 
 
-def run_first_rows(blocks: nn.ModuleList, x_BND: Tensor, checkpointing: str = "none") -> Tensor:
-    """The first rows [B, D] of what `run_encoder` gives; the last block computes no others."""
+def run_first_rows(
+    blocks: nn.ModuleList, x_BND: Tensor, checkpointing: str = "none", seen_BN: Tensor | None = None
+) -> Tensor:
+    """The first rows [B, D] of what `run_encoder` gives; the last block computes no others.
+
+    In the last block they attend to the rows of `seen_BN` only, if it is given.
+    """
     last = blocks[-1]
     assert isinstance(last, DropPathBlock)
-    return last.first_rows(run_encoder(blocks[:-1], x_BND, checkpointing))
+    return last.first_rows(run_encoder(blocks[:-1], x_BND, checkpointing), seen_BN)
 
 
 def block_rules(theirs: str) -> list[Rule]:

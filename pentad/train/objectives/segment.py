@@ -18,6 +18,7 @@ from pentad.datasets.object_batches import ObjectBatch
 from pentad.models.vision.sam.prompt_encoder import BACKGROUND, FOREGROUND, Prompts
 from pentad.models.vision.sam.sam import MASK_THRESHOLD, Sam
 from pentad.train.objectives.loss import Loss
+from pentad.train.objectives.words import Words
 
 WEIGHTS = (20.0, 1.0, 1.0)
 """Of the focal loss, the dice loss, and the error of the predicted IoU."""
@@ -31,33 +32,53 @@ BOX_NOISE, MOST_NOISE = 0.1, 20.0
 class SegmentObjective:
     """Focal and dice losses of the best mask, and the error of all predicted IoUs: the mean over rounds and objects.
 
-    The first round's prompt is a point of the object, or its box moved a little. Each later one adds the last mask and
-    a point of where it was wrong, but for two rounds that add the mask only.
+    The first round's prompt is a point of the object, its box moved a little, or words. Each later one adds the last
+    mask and a point of where it was wrong, but for two rounds that add the mask only.
 
     Attributes:
         clicks: rounds with another point.
         objects: the most objects of an image.
+        words: chooses the objects that begin with words; None for none.
     """
 
     clicks: int = 8
     objects: int = 64
+    words: Words | None = None
 
     def totals(self, network: Sam, batch: ObjectBatch) -> list[float]:
-        """The number of objects."""
-        return [sum(min(len(boxes), self.objects) for boxes in batch.boxes)]
+        """The number of objects, and how many begin with words."""
+        objects = sum(min(len(boxes), self.objects) for boxes in batch.boxes)
+        return [objects] if self.words is None else [objects, float(self._chosen(self._objects(batch)[2]).sum())]
 
     def __call__(
         self, network: Sam, batch: ObjectBatch, totals: Sequence[float], *, checkpointing: str = "none"
     ) -> Loss:
         """The share of the mean over objects."""
-        maps_BDSS = network.image_encoder(batch.images_BCHW, checkpointing=checkpointing)
         image_P, boxes_P4, truth_PHW = self._objects(batch)
-        if not len(image_P):
-            return Loss(maps_BDSS.sum() * 0, {})
-        image_PND = maps_BDSS.flatten(2).transpose(1, 2)[image_P]
-        at_P = torch.arange(len(image_P), device=image_P.device)
-        prompts, rounds = first_prompts(boxes_P4, truth_PHW), self._rounds()
-        losses, ious = list[Tensor](), list[Tensor]()
+        spoken_P = self._chosen(truth_PHW)  # drawn as in `totals`, so before the network draws anything
+        maps_BDSS = network.image_encoder(batch.images_BCHW, checkpointing=checkpointing)
+        share, metrics = maps_BDSS.sum() * 0, dict[str, Tensor]()
+        for words, P in ((False, (~spoken_P).nonzero()[:, 0]), (True, spoken_P.nonzero()[:, 0])):
+            if not len(P):
+                continue
+            if words:
+                assert self.words is not None
+                prompts = Prompts(text_PE=self.words.embed(batch, image_P[P], boxes_P4[P], truth_PHW[P]))
+            else:
+                prompts = first_prompts(boxes_P4[P], truth_PHW[P])
+            image_PND = maps_BDSS.flatten(2).transpose(1, 2)[image_P[P]]
+            loss = self._losses(network, image_PND, prompts, truth_PHW[P], totals[0])
+            share = share + loss.share
+            for name, value in loss.metrics.items():
+                metrics[name] = metrics[name] + value if name in metrics else value
+            if words:
+                metrics["words_iou"] = loss.metrics["first_iou"] * totals[0] / totals[1]
+        return Loss(share, metrics)
+
+    def _losses(self, network: Sam, image_PND: Tensor, prompts: Prompts, truth_PHW: Tensor, objects: float) -> Loss:
+        """All rounds of objects with prompts of one kind; a share of the mean over `objects`."""
+        at_P = torch.arange(len(truth_PHW), device=truth_PHW.device)
+        rounds, losses, ious = self._rounds(), list[Tensor](), list[Tensor]()
         for number, click in enumerate([*rounds, False]):
             logits_PMUU, predicted_PM = network.mask_decoder(
                 image_PND, network.prompt_encoder.grid(), *network.prompt_encoder(prompts), multimask=number == 0
@@ -66,9 +87,9 @@ class SegmentObjective:
             losses_3, ious_PM = mask_losses(logits_PMUU, predicted_PM, truth_PHW)
             losses.append(losses_3)
             best_P = predicted_PM.argmax(1)
-            ious.append(ious_PM[at_P, best_P].sum() / totals[0])
+            ious.append(ious_PM[at_P, best_P].sum() / objects)
             prompts = next_prompts(prompts, logits_PMUU[at_P, best_P].detach()[:, None], truth_PHW, click=click)
-        shares_3 = torch.stack(losses).mean(0) * losses[0].new_tensor(WEIGHTS) / totals[0]
+        shares_3 = torch.stack(losses).mean(0) * losses[0].new_tensor(WEIGHTS) / objects
         metrics = dict(zip(("focal_loss", "dice_loss", "iou_loss"), shares_3.detach(), strict=True))
         return Loss(shares_3.sum(), metrics | {"first_iou": ious[0], "last_iou": ious[-1]})
 
@@ -84,6 +105,12 @@ class SegmentObjective:
             below, right = height - masks_NHW.shape[1], width - masks_NHW.shape[2]
             masks.append(F.pad(masks_NHW[chosen], (0, right, 0, below)))
         return torch.tensor(images, device=boxes[0].device, dtype=torch.int64), torch.cat(boxes), torch.cat(masks)
+
+    def _chosen(self, truth_PHW: Tensor) -> Tensor:
+        """Which objects begin with words, [P]."""
+        if self.words is None:
+            return torch.zeros(len(truth_PHW), dtype=torch.bool, device=truth_PHW.device)
+        return self.words.choose(truth_PHW)
 
     def _rounds(self) -> list[bool]:
         """Whether each round after the first begins with a click; one at random and the last one don't."""

@@ -1,6 +1,7 @@
-"""Segment Anything's prompt encoder: points, boxes and masks become rows that the mask decoder reads.
+"""Segment Anything's prompt encoder: points, boxes, words and masks become rows that the mask decoder reads.
 
-Legend: P prompts, each with K points; T rows of a prompt; N = S * S patches of an image; D width.
+Legend: P prompts, each with K points; T rows of a prompt; N = S * S patches of an image; D width; E width of CLIP's
+embeddings.
 """
 
 import math
@@ -18,20 +19,22 @@ PAD, BACKGROUND, FOREGROUND = -1, 0, 1
 
 @dataclass(frozen=True)
 class Prompts:
-    """P prompts for one image, each of any mix of points, a box and a mask. Coordinates are pixels of the network's
-    input.
+    """P prompts for one image, each of any mix of points, a box, a mask and words. Coordinates are pixels of the
+    network's input.
 
     Attributes:
         points_PK2: x and y.
         labels_PK: `FOREGROUND`, `BACKGROUND` or `PAD`.
         boxes_P4: x0, y0, x1, y1.
         masks_P1MM: logits of a mask, four times as many a side as patches.
+        text_PE: CLIP's embedding of a text, or of a picture of the object, of length 1.
     """
 
     points_PK2: Tensor | None = None
     labels_PK: Tensor | None = None
     boxes_P4: Tensor | None = None
     masks_P1MM: Tensor | None = None
+    text_PE: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -59,16 +62,18 @@ class FourierPositions(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Each point and each corner of a box is one row: its position, plus what it is. A mask is a map of rows.
+    """Each point and each corner of a box is one row: its position, plus what it is. Words are one row, a projection of
+    CLIP's embedding. A mask is a map of rows.
 
     Args:
         width: D.
         side: S.
         pixels: of the network's input, a side.
         mask_channels: of the convolutions for masks.
+        text_width: E; None for a network that takes no words, as the published ones.
     """
 
-    def __init__(self, width: int, side: int, pixels: int, mask_channels: int) -> None:
+    def __init__(self, width: int, side: int, pixels: int, mask_channels: int, text_width: int | None = None) -> None:
         super().__init__()
         self.side, self.pixels = side, pixels
         self.pe_layer = FourierPositions(width // 2)
@@ -84,13 +89,15 @@ class PromptEncoder(nn.Module):
             nn.Conv2d(mask_channels, width, 1),
         )
         self.no_mask_embed = nn.Embedding(1, width)
+        if text_width is not None:
+            self.text_projection = nn.Linear(text_width, width)
         self._grid = Derived()
 
     def forward(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Encode prompts.
 
         Returns:
-            Rows of points and boxes [P, T, D], and what is added to the image's rows: [P, N, D] for masks, else
+            Rows of points, boxes and words [P, T, D], and what is added to the image's rows: [P, N, D] for masks, else
             [1, 1, D].
         """
         kinds_5D = self._kinds()
@@ -103,6 +110,8 @@ class PromptEncoder(nn.Module):
         if prompts.boxes_P4 is not None:
             corners_P2 = torch.tensor([[2, 3]], device=kinds_5D.device).expand(prompts.count, -1)
             sparse.append(self.encode_points(prompts.boxes_P4.view(-1, 2, 2), corners_P2))
+        if prompts.text_PE is not None:
+            sparse.append(self.text_projection(prompts.text_PE.to(kinds_5D.dtype))[:, None])
         dense = self.no_mask_embed.weight[None]
         if prompts.masks_P1MM is not None:
             dense = self.mask_downscaling(prompts.masks_P1MM.to(dense.dtype)).flatten(2).transpose(1, 2)

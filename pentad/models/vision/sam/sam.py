@@ -30,6 +30,8 @@ class SamConfig(ModelConfig):
     """The fields of transformers' ``config.json`` that the network reads, with their defaults: those of ViT-B.
 
     Attributes:
+        text_embed_dim: width of the CLIP embeddings that stand for words; None for a network without words, as all
+            published ones.
         drop_path_rate: stochastic depth of the image encoder's last block, in training.
     """
 
@@ -59,6 +61,7 @@ class SamConfig(ModelConfig):
     num_multimask_outputs: int = 3
     iou_head_depth: int = 3
     iou_head_hidden_dim: int = 256
+    text_embed_dim: int | None = None
     drop_path_rate: float = field(default=0.0, metadata={"least": 0})
 
     HF_NAMES: ClassVar = {
@@ -79,6 +82,7 @@ class SamConfig(ModelConfig):
             )
         },
         "prompt_encoder_config.mask_input_channels": "mask_input_channels",
+        "prompt_encoder_config.text_embed_dim": "text_embed_dim",
         **{
             f"mask_decoder_config.{name}": f"decoder_{name}"
             for name in ("hidden_act", "mlp_dim", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
@@ -111,6 +115,8 @@ class SamConfig(ModelConfig):
     def to_hf(self) -> dict[str, Any]:
         values = super().to_hf()
         del values["drop_path_rate"]
+        if self.text_embed_dim is None:
+            del values["text_embed_dim"]
         prompts = {"hidden_size": self.output_channels, "image_size": self.image_size, "patch_size": self.patch_size}
         return {
             **values,
@@ -143,7 +149,9 @@ class Sam(nn.Module):
             out=c.output_channels,
             drop_path=c.drop_path_rate,
         )
-        self.prompt_encoder = PromptEncoder(c.output_channels, c.side, c.image_size, c.mask_input_channels)
+        self.prompt_encoder = PromptEncoder(
+            c.output_channels, c.side, c.image_size, c.mask_input_channels, c.text_embed_dim
+        )
         self.mask_decoder = MaskDecoder(
             width=c.output_channels,
             depth=c.decoder_num_hidden_layers,
@@ -246,6 +254,7 @@ def from_tensors(checkpoint: Checkpoint) -> SamConfig:
     if width % head_dim:
         raise BadInput(f"{checkpoint.path}: a width of {width} can't be divided into heads of {head_dim}")
     out = sizes(checkpoint, "image_encoder.neck.0.weight")[0]
+    words = "prompt_encoder.text_projection.weight"
     decoder, block = "mask_decoder", "mask_decoder.transformer.layers"
     return SamConfig(
         hidden_size=width,
@@ -267,6 +276,7 @@ def from_tensors(checkpoint: Checkpoint) -> SamConfig:
         num_multimask_outputs=sizes(checkpoint, f"{decoder}.mask_tokens.weight")[0] - 1,
         iou_head_depth=count_layers(checkpoint, f"{decoder}.iou_prediction_head.layers."),
         iou_head_hidden_dim=sizes(checkpoint, f"{decoder}.iou_prediction_head.layers.0.weight")[0],
+        text_embed_dim=sizes(checkpoint, words)[1] if words in checkpoint.tensors else None,
     )
 
 
