@@ -31,6 +31,7 @@ from pentad.text import export
 from pentad.upcycle import Upcycling, mixture_network, mixture_values
 from pentad.vision import darknet_files
 from pentad.vision import export as vision_export
+from pentad.vision.onnx import export_onnx
 from pentad.weights import registry
 from pentad.weights.atomic import new_folder
 from pentad.weights.cache import Progress
@@ -112,6 +113,7 @@ def convert(
         destination: a folder that doesn't exist or is empty; for GGUF a file that doesn't exist.
         to: "hf" (for transformers), "mistral" (params.json and consolidated.safetensors) or "gguf"; for vision models
             "hf", or "state_dict" for one file (.pth, .pt or .safetensors) with the names of the published code;
+            "onnx" writes a folder with the encoder and the decoder of a Segment Anything;
             "darknet" writes the .cfg, .weights and .names files of a Darknet network again, in the newest version.
         quantize: for GGUF the type of the matrices (one of `GGUF_TYPES`). The embedding and the head get at least 8
             bits. By default types stay unchanged.
@@ -134,8 +136,8 @@ def convert(
             weights.open(registry.locate(source, progress=progress)), Path(destination), progress
         )
         return Conversion(files[0], "darknet", files)
-    if to not in (*FORMATS, "state_dict"):
-        raise BadInput(f"--to is {to!r}; expected one of {', '.join([*FORMATS, 'state_dict', 'darknet'])}")
+    if to not in (*FORMATS, "state_dict", "onnx"):
+        raise BadInput(f"--to is {to!r}; expected one of {', '.join([*FORMATS, 'state_dict', 'onnx', 'darknet'])}")
     if quantize is not None and to != "gguf":
         raise BadInput(f"--quantize {quantize} is only for gguf; for {to} use --dtype")
     if quantize is not None and quantize not in GGUF_TYPES:
@@ -150,6 +152,10 @@ def convert(
     if shard_bytes < 1:
         raise BadInput(f"shard_bytes is {shard_bytes}; expected at least 1")
     checkpoint = weights.open(registry.locate(source, progress=progress))
+    if to == "onnx":
+        if any(option is not None for option in (dtype, upcycle, adapter)):
+            raise BadInput("--to onnx writes float32 weights; expected no --dtype, --upcycle or adapter")
+        return Conversion(destination, family_of(checkpoint).names.family, export_onnx(checkpoint, destination))
     if (task := family_of(checkpoint).task) != "language":
         if upcycle is not None or adapter is not None:
             raise BadInput(f"--upcycle and adapters are for language models; {source} is {TASKS[task]}")

@@ -36,7 +36,7 @@ def convert(
             metavar="FORMAT",
             help="hf (for transformers), mistral (params.json and consolidated) or gguf (the default for DST.gguf);"
             " vision models: hf, state_dict (the published code's names; the default for DST.pth, .pt, .safetensors)"
-            " or darknet (the default for DST.cfg).",
+            " onnx (Segment Anything: a folder), or darknet (the default for DST.cfg).",
         ),
     ] = None,
     quantize: Annotated[
@@ -72,7 +72,7 @@ def convert(
     if to is None and destination.suffix in (".pth", ".pt", ".safetensors"):
         to = "state_dict"
     if to is None and upcycle is None:
-        raise BadInput("Missing option '--to'; expected hf, mistral, gguf, state_dict or darknet")
+        raise BadInput("Missing option '--to'; expected hf, mistral, gguf, state_dict, onnx or darknet")
     to = to or "hf"
     _convert(
         source,

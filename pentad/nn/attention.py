@@ -196,7 +196,7 @@ def _one_length(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scoring: _Scorin
     queries, keys = q_BHQD.shape[2], k_BGKD.shape[2]
     _, window, scale, bias = scoring
     causal = scoring.causal and queries > 1  # the last query sees all keys
-    gqa = q_BHQD.shape[1] != k_BGKD.shape[1]
+    gqa = bool(q_BHQD.shape[1] != k_BGKD.shape[1])  # torch.jit traces shapes as tensors
     past = keys - queries  # the first query's position, counted from the first key
     if bias is None and window is None and not (causal and past):  # SDPA's `is_causal` is enough
         y_BHQD = F.scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKD, is_causal=causal, scale=scale, enable_gqa=gqa)

@@ -39,7 +39,7 @@ def test_a_note_goes_to_standard_error(pentad, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "onnx"], "--to is 'onnx'; expected one of hf, mistral, gguf, state_dict, darknet"),
+        (["--to", "tflite"], "--to is 'tflite'; expected one of hf, mistral, gguf, state_dict, onnx, darknet"),
         ([], "Missing option '--to'"),
         (["--to", "hf", "--shard-size", "many"], "--shard-size is 'many'"),
         (["--to", "hf", "--shard-size", "0"], "--shard-size is '0'"),

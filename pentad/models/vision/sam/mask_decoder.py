@@ -3,6 +3,7 @@
 Legend: P prompts, T rows (tokens) of a prompt, N = S * S rows of an image, D width, H heads, M masks, U = 4 * S.
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -55,7 +56,7 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = MLP(width, iou_hidden, masks + 1, iou_depth)
 
     def forward(
-        self, image_ND: Tensor, positions_ND: Tensor, sparse_PTD: Tensor, dense: Tensor, *, multimask: bool
+        self, image_ND: Tensor, positions_ND: Tensor, sparse_PTD: Tensor, dense: Tensor, *, multimask: bool | None
     ) -> tuple[Tensor, Tensor]:
         """Predict the masks of each prompt.
 
@@ -63,17 +64,18 @@ class MaskDecoder(nn.Module):
             image_ND: the image's map, or each prompt's own, [P, N, D].
             positions_ND: of its patches.
             sparse_PTD, dense: what the prompt encoder returns.
-            multimask: the masks for an ambiguous prompt, else the one for a clear prompt.
+            multimask: True for the masks of an ambiguous prompt, False for the one of a clear prompt, None for all,
+                the latter first.
 
         Returns:
             Logits [P, M, U, U], and each mask's predicted IoU [P, M].
         """
-        chosen = slice(1, None) if multimask else slice(0, 1)
+        chosen = slice(int(multimask or 0), 1 if multimask is False else None)
         own_XD = torch.cat((self.iou_token.weight, self.mask_tokens.weight))
         tokens_PTD = torch.cat((own_XD.expand(len(sparse_PTD), -1, -1), sparse_PTD), 1)
         tokens_PTD, image_PND = self.transformer(tokens_PTD, image_ND + dense, positions_ND)
         iou_PM: Tensor = self.iou_prediction_head(tokens_PTD[:, 0])[:, chosen]
-        side = round(image_ND.shape[-2] ** 0.5)
+        side = math.isqrt(image_ND.shape[-2])
         networks = list(enumerate(self.output_hypernetworks_mlps, 1))[chosen]
         weights_PCM = torch.stack([network(tokens_PTD[:, index]) for index, network in networks], 2)
         logits_PRM = self._upscaled(image_PND) @ weights_PCM
