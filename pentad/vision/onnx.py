@@ -4,6 +4,7 @@ Legend: see `pentad.models.vision.sam.sam`; the batch of the decoder is one prom
 """
 
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,15 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> list[Path]:
         folder: is made.
 
     Raises:
-        BadInput: the checkpoint is of another family, or the folder exists.
+        BadInput: the checkpoint is of another family, the folder exists, or the package onnx is missing.
     """
     family = family_of(checkpoint)
     if family.task != "segment":
         raise BadInput(f"--to onnx is for Segment Anything; {checkpoint.path} is {TASKS[family.task]}")
+    try:
+        import_module("onnx")
+    except ModuleNotFoundError as error:
+        raise BadInput("--to onnx needs the package onnx; install it: pip install 'pentad[onnx]'") from error
     sam: Any = build(checkpoint)
     c = sam.config
     images = torch.zeros(1, c.num_channels, c.image_size, c.image_size)

@@ -1,5 +1,6 @@
 """The ONNX files give what Meta's ONNX model computes."""
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,13 @@ def test_encoder_and_decoder(tmp_path: Path) -> None:
     assert embeddings.shape == (1, WIDTH, SIDE, SIDE)
 
 
-def test_other_models_are_refused(tmp_path: Path) -> None:
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_checkpoint(tmp_path / "llama")
     with pytest.raises(pentad.BadInput, match=r"--to onnx is for Segment Anything; .* is a language model"):
         convert(tmp_path / "llama", tmp_path / "onnx", to="onnx")
     meta_sam(tmp_path / "sam.pth")
     with pytest.raises(pentad.BadInput, match="--to onnx writes float32 weights"):
         convert(tmp_path / "sam.pth", tmp_path / "onnx", to="onnx", dtype="bfloat16")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(pentad.BadInput, match=r"pip install 'pentad\[onnx\]'"):
+        convert(tmp_path / "sam.pth", tmp_path / "onnx", to="onnx")
