@@ -21,7 +21,7 @@ from pentad.vision.clicks import mask_iou, next_click
 from pentad.vision.segmenter import EmbeddedImage, Segmenter
 
 ENCODER = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_dim": 384, "patch_size": 8}
-WINDOWS = {"window_size": 6, "global_attn_indexes": [1, 3], "output_channels": 64}
+WINDOWS = {"window_size": 4, "global_attn_indexes": [1, 3], "output_channels": 64}
 DECODER = {"mlp_dim": 128, "num_attention_heads": 4, "iou_head_hidden_dim": 64}
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.05, "warmup": 0.05}
 EXPECTED = 1.0  # points of IoU
@@ -40,12 +40,12 @@ class Size:
         prompts: numbers of prompts in one image whose time is taken, the largest at the end.
     """
 
-    scenes: int = 1500
+    scenes: int = 2000
     held_out: int = 60
-    side: int = 96
-    steps: int = 900
+    side: int = 64
+    steps: int = 600
     batch: int = 8
-    training_clicks: int = 3
+    training_clicks: int = 2
     clicks: int = 8
     prompts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 
@@ -125,7 +125,7 @@ def run(folder: Path, seeds: int, note: Callable[[str], None], size: Size | None
 
 
 def milliseconds(
-    sam: Segmenter, scenes: Path, prompts: Sequence[int], repeats: int = 5
+    sam: Segmenter, scenes: Path, prompts: Sequence[int], repeats: int = 3
 ) -> tuple[float, dict[str, list[tuple[float, float]]]]:
     """The median time of embedding a scene, and of a prompt by the number of prompts in a scene, embedding included."""
     pixels = read_objects(scenes).pixels(0)

@@ -18,7 +18,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "sam": {
         "scenes": 4,
         "held_out": 2,
-        "side": 64,
+        "side": 32,
         "steps": 1,
         "batch": 2,
         "training_clicks": 0,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import pentad
+from pentad.datasets.scenes import Scenes
 from pentad.errors import BadInput
 from pentad.media.video import Frame
-from pentad.vision.clicks import mask_iou
+from pentad.vision.clicks import deepest_point, mask_iou
 from pentad.vision.follow import Following, follow, next_prompts
 from pentad.vision.masks import encode, rle_box
 from pentad.vision.segmenter import Mask
@@ -26,10 +27,11 @@ def mask_of(inside: Tensor, iou: float = 0.9, **prompt: Any) -> Mask:
 
 
 class ByColor:
-    """Segments all white pixels, but for those outside of the box."""
+    """Segments all pixels of about a color (by default white), but for those outside of the box."""
 
-    def __init__(self, iou: float = 0.9) -> None:
+    def __init__(self, iou: float = 0.9, color: Tensor | None = None) -> None:
         self.iou, self.asked = iou, list[dict[str, Any]]()
+        self.color = torch.full((3,), 255.0) if color is None else color
 
     def image(self, pixels: Tensor, *, cached: bool) -> "ByColor":
         assert not cached
@@ -39,7 +41,7 @@ class ByColor:
     def masks(self, points: Any, boxes: Any = None, mask: Any = None) -> list[Mask]:
         self.asked.append({"boxes": boxes, "mask": mask})
         assert len(points) == 1
-        inside = (self.pixels == 255).all(0)
+        inside = (self.pixels - self.color[:, None, None]).abs().amax(0) < 40
         if boxes is not None:
             x0, y0, x1, y1 = (round(side) for side in boxes)
             within = torch.zeros_like(inside)
@@ -80,6 +82,22 @@ def test_prompts_are_the_last_box_with_a_margin_its_middle_and_its_logits() -> N
     [(x, y)] = prompts["points"]
     assert y == 15
     assert 10 <= x <= 20
+
+
+def test_digits_of_scenes_are_followed_as_they_move_and_turn() -> None:
+    """With a network that knows the object's color, and nothing else, IoU of each frame."""
+    for number in range(4):
+        scenes = list(Scenes(4, seed=3, size=96, objects=(2, 3)).video(number, 12))
+        sample, track = scenes[0].sample, scenes[0].tracks[-1]
+        truth = sample.masks[-1]
+        color = sample.image[:, truth].float().median(1).values
+        videos = (Frame(scene.sample.image, index / 12, index) for index, scene in enumerate(scenes))
+        start = {"points": [deepest_point(truth)], "boxes": sample.boxes[-1].tolist()}
+        steps = list(follow(ByColor(color=color), videos, **start))  # type: ignore[arg-type]
+        assert len(steps) == 12
+        for step, scene in zip(steps, scenes, strict=True):
+            assert step.mask is not None
+            assert mask_iou(step.mask.mask, scene.sample.masks[scene.tracks.index(track)]) > 0.6
 
 
 @pytest.mark.parametrize(
