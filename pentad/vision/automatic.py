@@ -16,7 +16,7 @@ from torch import Tensor
 from pentad.errors import BadInput
 from pentad.models.vision.sam.sam import MASK_THRESHOLD
 from pentad.nn.boxes import nms
-from pentad.vision.masks import RLE, decode, encode, rle_box
+from pentad.vision.masks import RLE, encode, rle_box
 from pentad.vision.prompts import Request
 from pentad.vision.segmenter import EmbeddedImage, Mask, Segmenter, stability
 from pentad.weights.cache import Progress, task
@@ -198,30 +198,25 @@ def _candidates(
         logits, iou, points = (part[start : start + at_once] for part in decoded)
         upscaled_NHW = embedded.upscale(logits)
         scores_N = stability(upscaled_NHW)
-        masks_NHW = upscaled_NHW > MASK_THRESHOLD
-        boxes_N4 = edges(masks_NHW) + offset.repeat(2)
-        kept_N = ~_is_cut_off(boxes_N4, crop, whole)
-        if how.stability_score_thresh > 0:
-            kept_N &= scores_N >= how.stability_score_thresh
+        stable_N = scores_N >= how.stability_score_thresh if how.stability_score_thresh > 0 else scores_N >= 0
         masks = []
-        for index in kept_N.nonzero()[:, 0].tolist():
+        for index in stable_N.nonzero()[:, 0].tolist():
             mask_HW = torch.zeros(whole, dtype=torch.bool)
-            mask_HW[crop.y0 : crop.y1, crop.x0 : crop.x1] = masks_NHW[index]
+            mask_HW[crop.y0 : crop.y1, crop.x0 : crop.x1] = upscaled_NHW[index] > MASK_THRESHOLD
             rle = encode(mask_HW)
             prompt = {"points": [(points[index] + offset).tolist()], "labels": [1]}
             prompt |= {"crop": [*crop[:4]]} if crop.layer else {}
             masks.append(Mask(rle, rle_box(rle), float(iou[index]), float(scores_N[index]), prompt))
-        yield Candidates(boxes_N4[kept_N].float(), iou[kept_N], masks)
+        boxes_N4 = edges(masks, offset)
+        kept_N = ~_is_cut_off(boxes_N4, crop, whole)
+        yield Candidates(boxes_N4, iou[stable_N], masks).chosen(kept_N.nonzero()[:, 0])
 
 
-def edges(masks_NHW: Tensor) -> Tensor:
-    """The first and last column and row of each mask, int64 x0, y0, x1, y1 [N, 4]; zeros for an empty one."""
-    sides = []
-    for axis in (1, 2):  # columns, then rows
-        has_any = masks_NHW.any(axis).int()
-        sides += [has_any.argmax(1), has_any.shape[1] - 1 - has_any.flip(1).argmax(1)]
-    x0, x1, y0, y1 = sides
-    return torch.stack((x0, y0, x1, y1), 1) * masks_NHW.flatten(1).any(1, keepdim=True)
+def edges(masks: Sequence[Mask], start_2: Tensor) -> Tensor:
+    """The first and last column and row of each mask, x0, y0, x1, y1 [N, 4]; for an empty one where its crop starts."""
+    boxes_N4 = torch.tensor([mask.box for mask in masks]).reshape(-1, 4)
+    is_empty_N1 = (boxes_N4 == 0).all(1, keepdim=True)
+    return torch.where(is_empty_N1, start_2.float().repeat(2), boxes_N4 - torch.tensor([0.0, 0, 1, 1]))
 
 
 def _is_cut_off(boxes_N4: Tensor, crop: Crop, whole: tuple[int, int]) -> Tensor:
@@ -247,7 +242,7 @@ def _without_small_regions(found: Candidates, how: Everything) -> Candidates:
         unchanged.append(torch.equal(cleaned, mask.mask))
         rle: RLE = mask.rle if unchanged[-1] else encode(cleaned)
         repaired.append(replace(mask, rle=rle, box=rle_box(rle)))
-    boxes_N4 = torch.cat([edges(decode(mask.rle)[None]) for mask in repaired]).float() if repaired else found.boxes_N4
+    boxes_N4 = edges(repaired, torch.zeros(2))
     kept = nms(boxes_N4, torch.tensor(unchanged).float(), max(how.box_nms_thresh, how.crop_nms_thresh))
     return Candidates(boxes_N4, found.scores_N, repaired).chosen(kept)
 

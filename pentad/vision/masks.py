@@ -43,8 +43,9 @@ class RLE(TypedDict):
 def encode(mask_HW: Tensor) -> RLE:
     """The compressed code of a bool mask [H, W]."""
     height, width = mask_HW.shape
-    flat = mask_HW.cpu().numpy().astype(np.int8).ravel(order="F")
-    ends = np.append(np.flatnonzero(np.diff(flat, prepend=0)), flat.size)
+    flat = mask_HW.cpu().numpy().ravel(order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    ends = np.concatenate(([0] * bool(flat[:1].any()), changes, [flat.size])).astype(np.int64)
     return {"size": [height, width], "counts": to_text(np.diff(ends, prepend=0).tolist())}
 
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -294,9 +295,9 @@ class EmbeddedImage:
         return F.interpolate(inner, (self.height, self.width), mode="bilinear", align_corners=False)[0]
 
     def _mask(self, logits_UU: Tensor, iou: float, prompt: dict[str, Any]) -> Mask:
-        [logits_HW] = self.upscale(logits_UU[None])
-        rle = encode(logits_HW > MASK_THRESHOLD)
-        return Mask(rle, rle_box(rle), iou, float(stability(logits_HW)), prompt, logits_UU)
+        logits_1HW = self.upscale(logits_UU[None])
+        rle = encode(logits_1HW[0] > MASK_THRESHOLD)
+        return Mask(rle, rle_box(rle), iou, float(stability(logits_1HW)), prompt, logits_UU)
 
     def save(self, path: str | Path) -> None:
         """Write the map to a .safetensors file, for `Segmenter.open_image`."""
@@ -307,9 +308,10 @@ class EmbeddedImage:
         save_file({"map": map_DSS, "size": size, "network": self.segmenter.fingerprint}, path)
 
 
-def stability(logits: Tensor) -> Tensor:
-    """The IoU of masks [..., H, W] at thresholds above and below the usual one; 0 for an empty one."""
-    above, below = (
-        (logits > MASK_THRESHOLD + offset).sum((-2, -1)) for offset in (STABILITY_OFFSET, -STABILITY_OFFSET)
+def stability(logits_NHW: Tensor) -> Tensor:
+    """The IoU of each mask at thresholds above and below the usual one, [N]; 0 for an empty one."""
+    above_N, below_N = (
+        torch.tensor([np.count_nonzero(mask_HW) for mask_HW in (logits_NHW > MASK_THRESHOLD + offset).numpy()])
+        for offset in (STABILITY_OFFSET, -STABILITY_OFFSET)
     )
-    return above / below.clamp(min=1)
+    return above_N / below_N.clamp(min=1)
