@@ -7,8 +7,11 @@ CLIPTokenizer. As in transformers, HTML entities and damaged Unicode in a text a
 from __future__ import annotations
 
 import gzip
+import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +22,7 @@ from pentad.text.files import read_json, read_text, refusing
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["MERGES", "OPENAI", "ROLES", "VOCABULARY", "has_vocabulary", "load_openai", "load_vocabulary"]
+__all__ = ["MERGES", "OPENAI", "ROLES", "VOCABULARY", "has_vocabulary", "learn", "load_openai", "load_vocabulary"]
 
 OPENAI, VOCABULARY, MERGES = "bpe_simple_vocab_16e6.txt.gz", "vocab.json", "merges.txt"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -28,6 +31,7 @@ END_OF_WORD = "</w>"
 
 _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _OPENAI_MERGES = 49408 - 2 * 256 - 2  # the file has five times as many
+_MAX_LEARNED = 4096  # merges; each takes a pass over all words
 _MAX_TEXT = 20_000_000  # bytes; OpenAI's file has 3 million
 
 
@@ -61,9 +65,58 @@ def load_openai(file: Path) -> Tokenizer:
     if len(content) > _MAX_TEXT:
         raise BadInput(f"{file} holds more than {_MAX_TEXT} bytes; expected OpenAI's 3 million")
     pairs = _pairs(file, content)[:_OPENAI_MERGES]
+    return _build(_numbered(pairs), pairs)
+
+
+def learn(texts: Iterable[str], size: int) -> dict[str, bytes]:
+    """Learn a vocabulary: the most frequent pair is merged first. Equal texts give equal files.
+
+    Args:
+        texts: any texts.
+        size: the most ids; there are fewer where the texts have no more pairs, or after `_MAX_LEARNED` merges.
+
+    Returns:
+        Name -> content of the files of a folder.
+    """
+    pipeline = _build(_numbered([]), [])
+    counts = Counter[tuple[str, ...]]()
+    for text in texts:
+        for word, _ in pipeline.pre_tokenizer.pre_tokenize_str(pipeline.normalizer.normalize_str(text)):
+            counts[*word[:-1], word[-1] + END_OF_WORD] += 1
+    merges = list[tuple[str, str]]()
+    while len(merges) < min(size - len(_numbered([])), _MAX_LEARNED):
+        pairs = Counter[tuple[str, str]]()
+        for parts, count in counts.items():
+            for pair in pairwise(parts):
+                pairs[pair] += count
+        if not pairs:
+            break
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        counts = Counter({_merged(parts, merges[-1]): count for parts, count in counts.items()})
+    settings = {"tokenizer_class": "CLIPTokenizer", **ROLES}
+    return {
+        VOCABULARY: json.dumps(_numbered(merges), ensure_ascii=False).encode(),
+        MERGES: "\n".join(["#version: 0.2", *map(" ".join, merges), ""]).encode(),
+        "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+    }
+
+
+def _merged(parts: Sequence[str], pair: tuple[str, str]) -> tuple[str, ...]:
+    """A word's parts with a pair merged wherever it is."""
+    merged = list[str]()
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return tuple(merged)
+
+
+def _numbered(pairs: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """The ids of a vocabulary in OpenAI's order: bytes, bytes that end words, merges, control tokens."""
     characters = [*CHARACTER_OF.values()]
     words = [*characters, *(character + END_OF_WORD for character in characters), *map("".join, pairs), _START, _END]
-    return _build({word: i for i, word in enumerate(words)}, pairs)
+    return {word: i for i, word in enumerate(dict.fromkeys(words))}
 
 
 def _pairs(file: Path, text: str) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pentad.errors import BadInput
 
-IMAGE_OBJECTIVES = ("classify", "mae", "detect", "segment")
+IMAGE_OBJECTIVES = ("classify", "mae", "clip", "detect", "segment")
 """Objectives on images, of vision models."""
 
 Positive = Annotated[int, Field(ge=1)]
@@ -32,7 +32,7 @@ class Model(Table):
     Attributes:
         base: a model's name or path.
         config: path of a config.json, instead of `base`: training starts from random weights.
-        tokenizer: a name or path whose tokenizer is used with `config`.
+        tokenizer: whose tokenizer is used with `config`, a name or path; without it a new CLIP learns one from texts.
         backbone: a model to take the first layers from: a ResNet for a Mask R-CNN, a ViT or a masked autoencoder for
             Segment Anything.
         router_aux_loss_coef: factor of a mixture's load-balancing loss, with pretrain and sft.
@@ -247,6 +247,22 @@ class Segment(Table):
     words_area: Annotated[int, Field(ge=0)] | None = None
 
 
+class Clip(Table):
+    """Options of clip.
+
+    Attributes:
+        texts: "names", of the classes of objects, or "captions", of whole images in captions.jsonl.
+        templates: texts of a class, whose name replaces ``{}``; each time one at random.
+        zoom: the least and the largest side of the square around an object, by the longer side of its box.
+        alone: the share of objects whose background is removed.
+    """
+
+    texts: Literal["names", "captions"] = "names"
+    templates: Annotated[list[str], Field(min_length=1)] = ["{}", "a {}", "the {}", "a photo of a {}."]
+    zoom: list[Annotated[float, Field(ge=0.1, le=10)]] = Field(default=[1.0, 2.0], min_length=2, max_length=2)
+    alone: Fraction = 0.5
+
+
 class Lora(Table):
     """Train low-rank layers beside frozen linear layers (LoRA). Defaults are PEFT's.
 
@@ -277,6 +293,7 @@ class Recipe(Table):
         objective: a key of `pentad.train.objectives.catalog.OBJECTIVES`; or losses of pairs -> their weights.
         images: options of objectives on images.
         objects: options of detect.
+        segment, clip: options of these objectives.
         lora: if given, adapters are trained, not the weights.
     """
 
@@ -289,6 +306,7 @@ class Recipe(Table):
     images: Images = Images()
     objects: Objects = Objects()
     segment: Segment = Segment()
+    clip: Clip = Clip()
     lora: Lora | None = None
 
 

@@ -146,11 +146,12 @@ def open_run(recipe: Recipe, *, progress: Callable[[int], None] | None = None) -
     if recipe.run.batch_size < processes.world():
         raise BadInput(f"run.batch_size is {recipe.run.batch_size}; expected at least one for each process")
     if recipe.objective in IMAGE_OBJECTIVES:
+        from pentad.train.clip_run import open_clip_run
         from pentad.train.image_run import open_image_run
         from pentad.train.object_run import open_object_run
 
-        open_run_of_images = open_object_run if recipe.objective in ("detect", "segment") else open_image_run
-        return open_run_of_images(_with_dtype(recipe))
+        special = {"detect": open_object_run, "segment": open_object_run, "clip": open_clip_run}
+        return special.get(str(recipe.objective), open_image_run)(_with_dtype(recipe))
     learns = data_for(recipe.objective)
     source = weights.open(Path(recipe.model.config) if recipe.model.config else registry.locate(str(recipe.model.base)))
     named = weights.open(registry.locate(recipe.model.tokenizer)) if recipe.model.tokenizer else source

@@ -27,6 +27,17 @@ TEMPLATE = "a photo of a {}."
 TEXTS = 256  # embedded at a time
 
 
+def text_ids(tokenizer: text.Tokenizer, one: str, most: int, *, truncate: bool) -> list[int]:
+    """The ids of a text with its start and end tokens; one that is too long is cut, or raises BadInput."""
+    ids = [*tokenizer.encode(one, bos=tokenizer.adds_bos), *tokenizer.closing]
+    if len(ids) <= most:
+        return ids
+    if not truncate:
+        long = f"the text {one[:40]!r} has {len(ids)} tokens with its start and end"
+        raise BadInput(f"{long}; expected at most {most}, or truncate=True to cut it")
+    return [*ids[: most - 1], tokenizer.closing[-1]]
+
+
 class Clip(VisionModel):
     """An encoder of images and texts; `pentad.load` makes one.
 
@@ -87,16 +98,8 @@ class Clip(VisionModel):
         if isinstance(texts, str):
             raise BadInput(f"texts is {texts[:40]!r}; expected a list of texts")
         self._check("text_config", "text")
-        tokenizer, rows = self.tokenizer, []
-        for one in texts:
-            ids = [*tokenizer.encode(one, bos=tokenizer.adds_bos), *tokenizer.closing]
-            if len(ids) > self.context_length:
-                if not truncate:
-                    long = f"the text {one[:40]!r} has {len(ids)} tokens with its start and end"
-                    raise BadInput(f"{long}; expected at most {self.context_length}, or truncate=True to cut it")
-                ids = [*ids[: self.context_length - 1], tokenizer.closing[-1]]
-            rows.append(ids)
-        return rows
+        tokenizer = self.tokenizer
+        return [text_ids(tokenizer, one, self.context_length, truncate=truncate) for one in texts]
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str], *, truncate: bool = False, normalize: bool = True) -> Tensor:
