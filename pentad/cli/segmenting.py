@@ -78,6 +78,11 @@ def segment(
     out: Annotated[
         Path | None, Option(metavar="DIR", help="Write masks (PNG), a picture of them, and COCO's JSON to DIR.")
     ] = None,
+    view: Annotated[
+        bool, Option("--view", help="Open a page where clicks and boxes segment, and save to DIR or beside the image.")
+    ] = False,
+    no_browser: Annotated[bool, Option("--no-browser", help="With --view: only print the page's address.")] = False,
+    port: Annotated[int, Option(min=0, max=65535, metavar="N", help="With --view: the port; 0: a free one.")] = 0,
     *,
     loading: o.VisionLoading,
     as_json: o.Json = False,
@@ -107,9 +112,11 @@ def segment(
     settings = {name: value for name, value in settings.items() if value is not None}
     if everything and (points or boxes or mask or text):
         raise BadInput("--everything is a prompt of its own; expected no --point, --box, --mask or --text")
+    if view and (points or boxes or mask or text or everything or multimask):
+        raise BadInput("--view asks for prompts on a page; expected none of them as options")
     if settings and not everything:
         raise BadInput("--points-per-side, --crop-layers, --min-… are for --everything")
-    if not (points or boxes or mask or text or everything):
+    if not (points or boxes or mask or text or everything or view):
         raise BadInput(
             "there is no prompt; expected --point X,Y, --box X0,Y0,X1,Y1, --mask FILE, --text WORDS or --everything"
         )
@@ -119,8 +126,13 @@ def segment(
     if out is not None and out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; expected a folder")
     is_video = Path(image).suffix.lower() in VIDEOS
-    if is_video and (everything or multimask or max(len(boxes), len(text or ())) > 1):
+    if is_video and (view or everything or multimask or max(len(boxes), len(text or ())) > 1):
         raise BadInput(f"{image} is a video; expected one object: points, a box, --mask or --text, for its first frame")
+    if view:
+        from pentad.cli.viewing import view as show
+
+        show(image, model, out, loading, port=port, browser=not no_browser, as_json=as_json)
+        return
     from pentad.media.images import read_image
 
     pixels = None if is_video else read_image(image)
@@ -179,6 +191,7 @@ def _write(folder: Path, facts: dict[str, Any], pixels: Tensor, masks: Sequence[
 
     from pentad.media.drawing import draw_masks
     from pentad.media.images import write_image
+    from pentad.vision.annotations import coco_of
     from pentad.vision.masks import rle_area
 
     stem = Path(facts["image"]).stem
@@ -195,24 +208,10 @@ def _write(folder: Path, facts: dict[str, Any], pixels: Tensor, masks: Sequence[
             write_image(path, one.mask.to(torch.uint8).mul_(255).expand(3, -1, -1))
         shown = draw_masks(pixels, (one.mask for one in by_size), points_N2=points, labels_N=labels, boxes_N4=boxes)
         write_image(picture, shown)
-        annotations.write_text(json.dumps(coco(facts, masks)))
+        annotations.write_text(json.dumps(coco_of(facts, [one.to_json() for one in masks])))
     except OSError as error:
         raise PentadError(f"{folder} can't be written: {error.strerror}") from error
     return [*images, picture, annotations]
-
-
-def coco(facts: dict[str, Any], masks: Sequence[Mask]) -> dict[str, Any]:
-    """The masks as a data set in COCO's format; annotations have the masks' scores, too."""
-    from pentad.vision.masks import rle_area
-
-    rows = []
-    for index, one in enumerate(masks, 1):
-        x0, y0, x1, y1 = one.box
-        scores = {"predicted_iou": one.predicted_iou, "stability_score": one.stability_score, "prompt": one.prompt}
-        shape = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": rle_area(one.rle), "segmentation": one.rle, "iscrowd": 0}
-        rows.append({"id": index, "image_id": 1, "category_id": 1, **shape, **scores})
-    image = {"id": 1, "file_name": facts["image"], "width": facts["width"], "height": facts["height"]}
-    return {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "object"}]}
 
 
 def _numbers(text: str, option: str, counts: tuple[int, ...]) -> list[float]:

@@ -79,11 +79,11 @@ def serve(
     from pentad.weights import registry
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each text is encoded by one thread
-    names = [_named(name) for name in model or [o.DEFAULT_MODEL]]
+    names = [named(name) for name in model or [o.DEFAULT_MODEL]]
     (common, count), *_ = Counter(name for name, _ in names).most_common()
     if count > 1:
         raise BadInput(f"{count} models have the name {common!r}; use --model OTHER=NAME")
-    budget = _available() if memory is None else _size(memory)
+    budget = available() if memory is None else _size(memory)
     keys = [] if api_key_file is None else _keys(api_key_file)
     paths = [registry.locate(source, progress=output.progress()) for _, source in names]
     metrics = Metrics()
@@ -122,7 +122,7 @@ def serve(
         run(together, app, listening, ready)
 
 
-def _named(model: str) -> tuple[str, str]:
+def named(model: str) -> tuple[str, str]:
     """The name of a model in the API, and what was given to load it."""
     if not Path(model).exists():
         match = re.fullmatch(r"([\w.-]+)=(.+)", model)
@@ -131,7 +131,8 @@ def _named(model: str) -> tuple[str, str]:
     return path.name if path.is_dir() else path.stem, model
 
 
-def _available() -> int:
+def available() -> int:
+    """Bytes for models by default."""
     from pentad.memory import available_memory
 
     available = available_memory()

@@ -22,6 +22,7 @@ from pentad.serve.guard import Guard, local_hosts
 from pentad.serve.metrics import Metrics
 from pentad.serve.models import Model, Models
 from pentad.serve.openai import Body, ChatBody, CompletionBody, EmbeddingBody, ModelBody, ResponseBody
+from pentad.serve.page import View, add_page
 from pentad.serve.replies import ChatCompletion, Completion, EmbeddingList, Health, ModelList, ModelReply, ResponseReply
 from pentad.serve.responses import respond_statelessly
 from pentad.serve.vision import (
@@ -45,7 +46,13 @@ B = TypeVar("B", bound=ModelBody)
 
 
 def make_app(
-    models: Models, metrics: Metrics, *, host: str, keys: Sequence[bytes] = (), origins: Sequence[str] = ()
+    models: Models,
+    metrics: Metrics,
+    *,
+    host: str,
+    keys: Sequence[bytes] = (),
+    origins: Sequence[str] = (),
+    view: View | None = None,
 ) -> ASGIApp:
     """The ASGI application.
 
@@ -55,6 +62,7 @@ def make_app(
         host: the address that the server listens on.
         keys: accepted API keys; none accepts every request.
         origins: of web pages that may use the API.
+        view: a photo that a page shows, by `pentad segment --view`.
     """
     app = FastAPI(title="pentad", version=pentad.__version__, docs_url=None, redoc_url=None)
 
@@ -110,6 +118,8 @@ def make_app(
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         return JSONResponse(APIError(error.status_code, message).body, error.status_code, error.headers)
 
+    if view is not None:
+        add_page(app, view)
     app.openapi = documented(app, [*models.by_name])  # type: ignore[method-assign]
     guarded = Guard(app, metrics=metrics, hosts=local_hosts(host), keys=keys, origins=origins)
     return (
@@ -130,5 +140,4 @@ async def _read_body(request: Request, kind: type[B]) -> B:
 
 
 def _describe(model: Model) -> dict[str, Any]:
-    task = {} if model.task is None else {"task": model.task}
-    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "pentad", **task}
+    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "pentad", **model.abilities}

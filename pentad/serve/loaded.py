@@ -23,11 +23,13 @@ class LoadedModel:
         task: a key of `pentad.models.family.TASKS`.
         backend: what runs its steps: "by the kernels (avx2, 2 threads)".
         weights_bytes: of its weights.
+        words: whether a segmenter takes texts.
     """
 
     task: str
     backend: str
     weights_bytes: int
+    words: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,9 +102,12 @@ class Model:
         return self._loaded
 
     @property
-    def task(self) -> str | None:
-        """A key of `pentad.models.family.TASKS`; None before the model has been loaded for the first time."""
-        return None if self._loaded is None else self._loaded.task
+    def abilities(self) -> dict[str, Any]:
+        """Its task, and whether a segmenter takes words; empty before the model has been loaded for the first time."""
+        if self._loaded is None:
+            return {}
+        words = {"words": self._loaded.words} if self._loaded.task == "segment" else {}
+        return {"task": self._loaded.task, **words}
 
     @property
     def idle(self) -> bool:

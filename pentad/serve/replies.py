@@ -24,6 +24,7 @@ class ModelReply(BaseModel):
     created: int
     owned_by: str
     task: str | None = Field(None, description="What the model does: language, segment, detect, classify or embed.")
+    words: bool | None = Field(None, description="Whether a segmenter takes texts.")
 
 
 class ModelList(BaseModel):

@@ -17,7 +17,7 @@ from pentad.serve.streaming import unless_gone
 
 MAX_PROMPTS = 256
 MAX_LABELS = 1000
-TEXT_FIELDS = ("model", "image", "mask", "user")  # of a form; others are JSON
+TEXT_FIELDS = ("model", "image", "mask", "text", "user")  # of a form; others are JSON
 
 Row = Annotated[list[float], Field(max_length=4)]
 Rows = Annotated[list[Row], Field(max_length=1024)]
@@ -61,6 +61,9 @@ class SegmentBody(ImageBody):
         None, description="x0, y0, x1, y1; one for each prompt."
     )
     mask: str | RunLengths | None = Field(None, description="A mask to improve: the id of a former one, or any.")
+    text: str | Annotated[list[str], Field(max_length=MAX_PROMPTS)] | None = Field(
+        None, description="Words for an object, if the model was trained with them."
+    )
     multimask: bool | None = Field(None, description="Three masks for each prompt; by default the best one.")
     everything: bool | EverythingSettings | None = Field(None, description="All masks of the image.")
 
@@ -129,9 +132,9 @@ class ClassifyReply(BaseModel):
 
 async def segment(model: Model, body: SegmentBody, request: Request) -> Response:
     """Reply with the masks that the prompts mean."""
-    given = any(value is not None for value in (body.points, body.labels, body.boxes, body.mask))
+    given = any(value is not None for value in (body.points, body.labels, body.boxes, body.mask, body.text))
     if body.everything and given:
-        message = "everything is a prompt of its own; expected no points, boxes or mask"
+        message = "everything is a prompt of its own; expected no points, boxes, mask or text"
         raise APIError(400, message, param="everything", code="invalid_value")
     return await _answer(model, body, request, "segment")
 

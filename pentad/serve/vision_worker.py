@@ -171,7 +171,7 @@ class VisionWorker:
         if everything:
             settings = everything if isinstance(everything, dict) else {}
             found = self._model.everything(_pixels(photo.data), progress=_Watched(self, number), **settings)
-        elif mask is not None or any(prompts.get(field) is not None for field in ("points", "labels", "boxes")):
+        elif mask is not None or any(prompts.get(field) is not None for field in ("points", "labels", "boxes", "text")):
             found = embedded.masks(**prompts, mask=self._rough(mask, name))
         masks = []
         for one in found:
@@ -252,13 +252,15 @@ def measure(checkpoint: Checkpoint, dtype: str | None) -> Size:
 
 def start(checkpoint: Checkpoint, options: dict[str, Any], pipe: Pipe) -> VisionWorker:
     """Load a vision model, and tell the front process what it must know about it."""
-    model = load(checkpoint.path, **{name: options[name] for name in ("dtype", "threads")})
+    model = load(checkpoint.path, dtype=options["dtype"], threads=options["threads"], device=options.get("device"))
     assert isinstance(model, VisionModel)
     parameters = (*model.network.parameters(), *model.network.buffers())
-    ready = {
+    ready: dict[str, Any] = {
         "task": family_of(checkpoint).task,
         "backend": f"as plain torch, {torch.get_num_threads()} threads",
         "weights_bytes": sum(tensor.nbytes for tensor in parameters),
     }
+    if getattr(model.network.config, "text_embed_dim", None) is not None:
+        ready["words"] = True
     pipe.send(ready)
     return VisionWorker(model, pipe)

@@ -90,10 +90,14 @@ def test_a_rough_mask(pentad, folder: Path) -> None:
         (["--point", "1,2", "--min-area", "3"], "are for --everything"),
         (["--mask", "gone.png"], "gone.png is not there"),
         (["--point", "1,2", "--out", "sam.pth"], "--out sam.pth is a file"),
+        (["--point", "1,2", "--view"], "--view asks for prompts on a page"),
+        (["--view", "--out", "bad"], "photo-coco.json can't be continued"),
         (["--point", "1,2", "--model", "photo.png"], "photo.png: not a model but a picture"),
     ],
 )
 def test_bad_input_is_one_line(pentad, folder: Path, arguments: list[str], message: str) -> None:
+    (folder / "bad").mkdir()
+    (folder / "bad/photo-coco.json").write_text("{}")
     done = segment(pentad, *arguments)
     assert done.code == 2
     assert message in done.error

@@ -121,6 +121,7 @@ def test_classes_of_an_image(vision: Server, folder: Path, picture: str) -> None
         ({"mask": {"size": [20, 20], "counts": [-1]}}, 400, "counts"),
         ({"points": [[1, 2]], "everything": True}, 400, "everything"),
         ({"everything": {"points_per_side": 10**6}}, 400, "points_per_side"),
+        ({"text": "the dog"}, 400, "takes no words"),
         ({"nonsense": 1}, 400, "nonsense"),
         ({"model": "nobody"}, 404, "nobody"),
     ],
@@ -153,6 +154,7 @@ def test_it_is_described(vision: Server, picture: str) -> None:
     reply = vision.request("/v1/segment", {"model": "sam", "image": picture, "boxes": [1, 2, 30, 30]})
     schema = document["paths"]["/v1/segment"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
     jsonschema.validate(reply.json, {**schema, "components": document["components"]})
-    assert {one["id"]: one["task"] for one in vision.request("/v1/models").json["data"]}["sam"] == "segment"
+    listed = {one["id"]: one for one in vision.request("/v1/models").json["data"]}["sam"]
+    assert (listed["task"], listed["words"]) == ("segment", False)
     assert vision.ready["task"] == "segment"
     json.dumps(reply.json, allow_nan=False)
