@@ -1,6 +1,6 @@
 """Vision against its peers, interleaved, each with the same answers: python benchmarks/vision.py [nms …].
 
-vit, mae: processor time of one thread.
+vit, mae, mask-rcnn: processor time of one thread; mask-rcnn needs Debian's torchvision, too.
 nms: pentad's NMS and RoIAlign against torchvision's C++. They need a torchvision whose operators load in this
 interpreter, or Debian's (apt install python3-torchvision), which --peer /usr/bin/python3 runs in a process of its own.
 darknet: Darknet networks (--cfg NAME …) against OpenCV, onnxruntime (needs onnx) and ncnn (needs pnnx), if installed.
@@ -38,6 +38,36 @@ for line in sys.stdin:
     result = getattr(torchvision.ops, operator)(*arguments)
     seconds = time.perf_counter() - start
     torch.save(result, sys.argv[1] + ".result")
+    print(json.dumps(seconds), flush=True)
+"""
+
+
+# Mask R-CNN in the peer's process: its weights are saved first; each line asks for a forward pass or a training step.
+MASK_RCNN_PEER = """
+import json, sys, time, torch, torchvision
+torch.set_num_threads(1)
+torch.manual_seed(0)
+folder = sys.argv[1]
+model = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+for block in [*model.backbone.body.modules()]:
+    if hasattr(block, "bn3"):
+        block.bn3.weight.data.fill_(0.2)  # so that random activations stay small
+model.roi_heads.box_predictor.cls_score.weight.data.mul_(30)  # so that something is found
+torch.save(model.state_dict(), folder + "/rcnn.pth")
+print(json.dumps(f"torchvision {torchvision.__version__}, torch {torch.__version__}"), flush=True)
+case = torch.load(folder + "/case.pt")
+for line in sys.stdin:
+    start = time.process_time()
+    if line.strip() == "forward":
+        with torch.no_grad():
+            result = model.eval()([case["image"]])[0]
+    else:
+        losses = model.train()([case["image"]], [case["target"]])
+        sum(losses.values()).backward()
+        model.zero_grad()
+        result = {name: loss.detach() for name, loss in losses.items()}
+    seconds = time.process_time() - start
+    torch.save(result, folder + "/result.pt")
     print(json.dumps(seconds), flush=True)
 """
 
@@ -291,10 +321,70 @@ def mae_section(*_: object) -> None:
     print(f"MAE-L/16, a step of 1 image: {best}, {best['full'] / best['masked']:.2f} x as fast")
 
 
+def mask_rcnn_section(python: str, _: int) -> None:
+    """Mask R-CNN on ResNet-50 with random weights and batch norms, on a photo of 480 x 640 in its 800 x 1066 pixels."""
+    from pentad.build import build
+    from pentad.train.objectives.mask_rcnn import Truth, mask_rcnn_losses
+    from pentad.vision.mask_rcnn import DIVISOR, MaskRCNNPredictor, fit_objects
+    from pentad.vision.preprocess import pad_batch, resize_masks
+    from pentad.weights import open as open_weights
+
+    photo = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 60, 80), np.uint8))
+    photo = photo.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    boxes = torch.tensor([[40.0, 50, 300, 400], [320, 100, 600, 460], [10, 10, 90, 120]])
+    masks = torch.zeros(3, 480, 640, dtype=torch.uint8)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = 1
+    with tempfile.TemporaryDirectory() as folder:
+        target = {"boxes": boxes, "labels": torch.tensor([1, 17, 3]), "masks": masks}
+        torch.save({"image": photo / 255, "target": target}, f"{folder}/case.pt")
+        peer = subprocess.Popen(
+            [python, "-c", MASK_RCNN_PEER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        print(json.loads(peer.stdout.readline()))
+        network = build(open_weights(f"{folder}/rcnn.pth"), trainable=True).to(memory_format=torch.channels_last)
+        predict = MaskRCNNPredictor(network)
+        fitted, moved = fit_objects(photo, boxes, network.config.min_size, network.config.max_size)
+        truth = Truth(moved, target["labels"], resize_masks(masks.bool(), *fitted.shape[1:]))
+        x, sizes = pad_batch([fitted], DIVISOR)
+
+        def forward() -> object:
+            with torch.inference_mode():
+                return predict([photo], 0.05)[0]
+
+        def step() -> object:
+            losses = mask_rcnn_losses(network, x, sizes, [truth])
+            torch.stack(list(losses.values())).sum().backward()
+            network.zero_grad()
+            return losses
+
+        for name, ours in (("forward", forward), ("step", step)):
+            network.train(name == "step")
+            best = {"pentad": float("inf"), "torchvision": float("inf")}
+            for _ in range(3):
+                start = time.process_time()
+                found = ours()
+                best["pentad"] = min(best["pentad"], time.process_time() - start)
+                peer.stdin.write(name + "\n")
+                peer.stdin.flush()
+                best["torchvision"] = min(best["torchvision"], json.loads(peer.stdout.readline()))
+            theirs = torch.load(f"{folder}/result.pt")
+            if name == "forward":
+                assert torch.allclose(found.boxes_N4, theirs["boxes"], atol=0.05)
+                assert torch.equal(found.labels_N, theirs["labels"])
+                print(f"{len(found.boxes_N4)} objects")
+            else:
+                for loss, value in theirs.items():  # boxes are sampled at random
+                    assert abs(float(found[loss]) - float(value)) < 0.1 * abs(float(value)) + 0.02, loss
+            print(f"Mask R-CNN, {name}: {best}, {best['torchvision'] / best['pentad']:.2f} x as fast")
+        peer.stdin.close()
+
+
 SECTIONS = {
     "nms": nms_section,
     "vit": vit_section,
     "mae": mae_section,
+    "mask-rcnn": mask_rcnn_section,
     "scenes": scenes_section,
     "darknet": darknet_section,
 }
