@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("pentad")
 def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(_hub_home.cleanup)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and `&` make processes ignore SIGINT
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # more than the cores would wait in turns
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -47,7 +47,7 @@ def test_verdicts(tmp_path: Path, gains: tuple[float, ...], verdict: str) -> Non
 
 def test_curves_are_drawn_instead_of_rows(tmp_path: Path) -> None:
     points = {"one": [(1.0, 2.0), (1.0, 2.2), (10.0, 1.0)], "other": [(1.0, 3.0), (10.0, 0.5)]}
-    made = replace(report(1.0, 2.0), curves=Curves("compute", "loss", points))
+    made = replace(report(1.0, 2.0), curves=(Curves("compute", "loss", points),))
     made.write(tmp_path)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "report.json").read_text())["curves"]["points"]["one"][2] == [10.0, 1.0]
+    assert json.loads((tmp_path / "report.json").read_text())["curves"][0]["points"]["one"][2] == [10.0, 1.0]
