@@ -22,14 +22,14 @@ from pentad.reproduce.report import Curves, Interval, Report, Row
 from pentad.reproduce.runs import Workshop
 
 SIDE, CLASSES = 64, 10
-NFNET = {
+NFNET: dict[str, Any] = {
     "stem_size": 32,
-    "hidden_sizes": [32, 64, 128, 128],
-    "depths": [1, 1, 2, 1],
+    "hidden_sizes": (32, 64, 128, 128),
+    "depths": (1, 1, 2, 1),
     "head_size": 256,
     "group_size": 16,
 }
-VIT = {
+VIT: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 5,
     "num_attention_heads": 4,
@@ -78,12 +78,12 @@ def run(folder: Path, seeds: int, note: Callable[[str], None], size: Size | None
     models: dict[str, tuple[dict[str, str], int, dict[str, Any]]] = {
         "NFNet": (
             shop.write("nfnet.json", {"model_type": "nfnet", **NFNET}),
-            training_flops(NFNetConfig(num_labels=CLASSES, **{k: _frozen(v) for k, v in NFNET.items()})),
+            training_flops(NFNetConfig(num_labels=CLASSES, **NFNET)),
             {"lr": 2e-3, "weight_decay": 0.02, "adaptive_clip": 0.02},
         ),
         "ViT": (
             shop.write("vit.json", {"model_type": "vit", **VIT}),
-            training_flops(ViTConfig(num_labels=CLASSES, **VIT)),  # type: ignore[arg-type]
+            training_flops(ViTConfig(num_labels=CLASSES, **VIT)),
             {"lr": 1e-3, "weight_decay": 0.05},
         ),
     }
@@ -129,7 +129,3 @@ def exponent(points: list[tuple[float, float]]) -> float:
     if len(set(x)) < 2:
         return math.nan
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
