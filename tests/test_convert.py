@@ -252,6 +252,7 @@ def test_routers_of_a_quantized_mixture_are_float32(tmp_path: Path) -> None:
         ("there.gguf/b", {"to": "hf"}, "there.gguf is a file"),
         ("there.gguf/b.gguf", {"to": "gguf"}, "there.gguf is a file"),
         ("there.gguf", {"to": "gguf"}, "exists already"),
+        ("b", {"to": "tflite"}, "--to is 'tflite'; expected one of hf, mistral, gguf"),
         ("b", {"to": "onnx"}, "--to onnx is for Segment Anything"),
         ("b", {"to": "hf", "quantize": "q4_0"}, "is only for gguf"),
         ("b.gguf", {"to": "gguf", "quantize": "q2_k"}, "quantize is 'q2_k'; expected one of q4_0"),

@@ -46,18 +46,17 @@ def pairwise_iou(one_N4: Tensor, other_M4: Tensor) -> Tensor:
 
 def paired_iou(one_M4: Tensor, other_M4: Tensor, kind: str = "iou") -> Tensor:
     """IoU of pairs of boxes [M], or its variants ``giou`` (1902.09630), ``diou`` and ``ciou`` (1911.08287)."""
+    start_M2, end_M2 = one_M4[:, :2].maximum(other_M4[:, :2]), one_M4[:, 2:].minimum(other_M4[:, 2:])
+    inside = (end_M2 - start_M2).clamp(min=0).prod(1)
+    union = sum((boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (one_M4, other_M4)) - inside
+    iou: Tensor = inside / (union + 1e-16)
+    if kind == "iou":
+        return iou
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = one_M4.unbind(-1), other_M4.unbind(-1)
-    inside_w = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
-    inside_h = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
-    widths, heights = (ax1 - ax0, bx1 - bx0), (ay1 - ay0, by1 - by0)
-    union = widths[0] * heights[0] + widths[1] * heights[1] - inside_w * inside_h
-    iou = inside_w * inside_h / union.clamp(min=1e-12)
     hull_w, hull_h = (
         torch.maximum(ax1, bx1) - torch.minimum(ax0, bx0),
         torch.maximum(ay1, by1) - torch.minimum(ay0, by0),
     )
-    if kind == "iou":
-        return iou
     if kind == "giou":
         hull = (hull_w * hull_h).clamp(min=1e-12)
         return iou - (hull - union) / hull
@@ -65,7 +64,7 @@ def paired_iou(one_M4: Tensor, other_M4: Tensor, kind: str = "iou") -> Tensor:
     distance = apart / (hull_w**2 + hull_h**2).clamp(min=1e-12)
     if kind == "diou":
         return iou - distance
-    shapes = [torch.atan(w / h.clamp(min=1e-12)) for w, h in zip(widths, heights, strict=True)]
+    shapes = [torch.atan(w / h.clamp(min=1e-12)) for w, h in ((ax1 - ax0, ay1 - ay0), (bx1 - bx0, by1 - by0))]
     shape = 4 / math.pi**2 * (shapes[0] - shapes[1]) ** 2
     weight = (shape / (1 - iou + shape + 1e-6)).detach()
     return iou - distance - weight * shape

@@ -161,7 +161,7 @@ def test_weights_of_other_classes_are_continued_but_for_the_classes(tmp_path: Pa
 def test_one_image_is_learned(tmp_path: Path, scenes: Path) -> None:
     options = "images.fraction=0.1", "objects.mosaic=0.0", "objects.color=false", "run.steps=25", "run.ema=0"
     final, records = train(recipe(tmp_path, scenes, *options, "run.batch_size=2", "optimizer.warmup=0.05"))
-    assert records[-1].loss < 0.8 * records[0].loss
+    assert records[-1].loss < 0.6 * records[0].loss
     assert final.is_dir()
 
 
