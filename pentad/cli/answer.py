@@ -42,7 +42,6 @@ def answer(loading: Loading, begin: Callable[[Any], Stream], *, as_json: bool) -
     with CtrlC() as ctrl_c:
         try:
             model = loading.load()
-            ctrl_c.gently = True
             stream = begin(model)
             with nullcontext(lambda _: None) if as_json else output.generated() as write:
                 follow(stream, write, ctrl_c)

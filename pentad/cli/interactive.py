@@ -112,7 +112,7 @@ class Loop:
         conversation = self.conversation
         conversation.add("user", message)
         try:
-            with CtrlC(gently=True) as ctrl_c:
+            with CtrlC() as ctrl_c:
                 if dropped := conversation.fit():
                     output.note(f"(dropped {_turns(dropped)} to make room)")
                 with output.generated() as write:

@@ -15,15 +15,13 @@ class CtrlC:
 
     Attributes:
         pressed: true after the first SIGINT.
-        gently: the first SIGINT calls `stop`, which lets the step of the model finish; otherwise it raises
-            KeyboardInterrupt at once. A second SIGINT always raises.
-        stop: ends the present work.
+        stop: what the first SIGINT calls: it ends the present work after the model's step. Without it the first one
+            raises KeyboardInterrupt at once; a second one always does.
     """
 
-    def __init__(self, *, gently: bool = False) -> None:
+    def __init__(self) -> None:
         self.pressed = False
-        self.gently = gently
-        self.stop: Callable[[], None] = lambda: None
+        self.stop: Callable[[], None] | None = None
         self._first = 0.0
 
     def __enter__(self) -> CtrlC:
@@ -38,6 +36,6 @@ class CtrlC:
         if again and now - self._first < ECHO:
             return
         self.pressed, self._first = True, now
-        if again or not self.gently:
+        if again or self.stop is None:
             raise KeyboardInterrupt
         self.stop()

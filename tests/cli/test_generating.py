@@ -214,6 +214,15 @@ def test_ctrl_c_while_loading(pentad, monkeypatch) -> None:
     assert (done.code, done.out, done.err) == (130, "", "interrupted\n")
 
 
+def test_ctrl_c_before_the_first_step(pentad, smollm2: Path, monkeypatch) -> None:
+    def stream(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("pentad.generate.LanguageModel.stream", stream)
+    done = pentad("complete", "a", "--model", smollm2, "--json")
+    assert (done.code, done.json["finish_reason"]) == (130, "interrupted")
+
+
 def test_ctrl_c_in_a_separate_process(smollm2: Path) -> None:
     # at this temperature generation never ends by itself
     command = ["chat", "Talk.", "--model", str(smollm2), "--temperature", "50", "--top-p", "1"]
