@@ -128,19 +128,19 @@ def mask_losses(logits_PMUU: Tensor, predicted_PM: Tensor, truth_PHW: Tensor) ->
         The losses [3] and the masks' IoUs [P, M].
     """
     logits_PMHW = F.interpolate(logits_PMUU, truth_PHW.shape[1:], mode="bilinear", align_corners=False)
-    found_PMN, truth_PMN = (
-        logits_PMHW.flatten(2),
-        truth_PHW.flatten(1)[:, None].float().expand_as(logits_PMHW.flatten(2)),
-    )
-    cross = F.binary_cross_entropy_with_logits(found_PMN, truth_PMN, reduction="none")
-    share_PMN = found_PMN.sigmoid()
-    wrong = share_PMN + truth_PMN - 2 * share_PMN * truth_PMN
-    alpha = POSITIVE * truth_PMN + (1 - POSITIVE) * (1 - truth_PMN)
-    focal_PM = (alpha * wrong**FOCUS * cross).mean(2)
-    dice_PM = 1 - (2 * (share_PMN * truth_PMN).sum(2) + 1) / (share_PMN.sum(2) + truth_PMN.sum(2) + 1)
+    truth_PN1 = truth_PHW.flatten(1)[:, :, None].float()
+    area_P1 = truth_PN1.sum(1)
+    against_PMN = logits_PMHW.flatten(2) * (1 - 2 * truth_PN1).mT  # above 0 where the mask is wrong
+    wrong_PMN = against_PMN.sigmoid()  # the probability that the mask is wrong
+    focal_PMN = wrong_PMN**FOCUS * F.softplus(against_PMN)
+    inside_PM, all_PM = (focal_PMN @ truth_PN1)[..., 0], focal_PMN.sum(2)
+    focal_PM = (POSITIVE * inside_PM + (1 - POSITIVE) * (all_PM - inside_PM)) / truth_PN1.shape[1]
+    missed_PM, wrong_PM = (wrong_PMN @ truth_PN1)[..., 0], wrong_PMN.sum(2)
+    dice_PM = 1 - (2 * (area_P1 - missed_PM) + 1) / (2 * (area_P1 - missed_PM) + wrong_PM + 1)
     with torch.no_grad():
-        inside_PMN, truth = found_PMN > MASK_THRESHOLD, truth_PMN > 0
-        ious_PM = (inside_PMN & truth).sum(2) / (inside_PMN | truth).sum(2).clamp(min=1)
+        error_PMN = (logits_PMHW.flatten(2) > MASK_THRESHOLD) ^ (truth_PN1 > 0).mT
+        missed_PM = (error_PMN.float() @ truth_PN1)[..., 0]
+        ious_PM = (area_P1 - missed_PM) / (area_P1 - missed_PM + error_PMN.sum(2)).clamp(min=1)
         best_P1 = (WEIGHTS[0] * focal_PM + WEIGHTS[1] * dice_PM).argmin(1, keepdim=True)
     errors_P = (predicted_PM - ious_PM).square().mean(1)
     return torch.stack((focal_PM.gather(1, best_P1).sum(), dice_PM.gather(1, best_P1).sum(), errors_P.sum())), ious_PM
