@@ -15,7 +15,7 @@ from pentad import kernels
 from pentad.generate.guards import Guards, UnsupportedByKernels, has_hooks
 from pentad.kernels import Buffer, Norm, Program, Weight
 from pentad.nn.attention import Attention
-from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock
+from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock, rows_are_independent
 from pentad.nn.decoder import Decoder
 from pentad.nn.feedforward import GatedSwiGLU, GeluMLP, SwiGLU
 from pentad.nn.linear import HeadLinear, QuantizedEmbedding, QuantizedHead, QuantizedLinear
@@ -90,35 +90,50 @@ class Planner:
         )
         self.program.embed(self.table(embed))
         for block in blocks:
-            self._block(block)
+            self._block(block, last=block is blocks[-1])
         weight = self.linear(head)
         self._norm(norm, [weight], wanted=True)
         self.program.matmul([weight], Buffer.NORMED, Buffer.LOGITS, wanted=True)
         if not self.guards.unchanged():
             raise UnsupportedByKernels("a part has a hook")
 
-    def _block(self, block: nn.Module) -> None:
+    def _block(self, block: nn.Module, *, last: bool) -> None:
         read, matmul = self.guards.read, self.program.matmul
         attention = read(block, "attention")
+        norm = read(block, "norm" if type(block) is ParallelBlock else "attention_norm")
         qkv = self._linears(attention, "q_proj", "k_proj", "v_proj")
+        if last and rows_are_independent(block):
+            qkv = self._keys_and_values(norm, qkv, attention)
         if type(block) is ParallelBlock:
-            norm, feedforward = read(block, "norm", "feedforward")
-            up, down = self._gelu(feedforward)
+            up, down = self._gelu(read(block, "feedforward"))
             self._norm(norm, [*qkv, up])
             matmul(qkv, Buffer.NORMED, Buffer.PROJECTED)
             matmul([up], Buffer.NORMED, Buffer.GATES, gelu=True)
             self._attend(attention)
             self._add_to_residual(down, Buffer.GATES)
             return
-        self._norm(read(block, "attention_norm"), qkv)
+        self._norm(norm, qkv)
         matmul(qkv, Buffer.NORMED, Buffer.PROJECTED)
         self._attend(attention)
         self._feedforward(*read(block, "feedforward_norm", "feedforward"))
         if type(block) is ExtraFeedforwardBlock:
             self._feedforward(*read(block, "extra_norm", "extra_feedforward"))
 
+    def _keys_and_values(self, norm: nn.Module, qkv: list[Weight], attention: Attention) -> list[Weight]:
+        """Write all rows' keys and values to the cache; only the wanted rows need what follows, from queries on."""
+        queries, *others = qkv
+        self._norm(norm, others)
+        self.program.matmul(others, Buffer.NORMED, Buffer.PROJECTED)
+        self._attention(attention, queries=False)
+        self.program.narrow()
+        return [queries]
+
     def _attend(self, attention: Attention) -> None:
         """Attention from the projected queries, keys and values, and the output projection."""
+        self._attention(attention)
+        self._add_to_residual(self.linear(self.guards.read(attention, "o_proj")), Buffer.ATTENDED)
+
+    def _attention(self, attention: Attention, *, queries: bool = True) -> None:
         read, first = self.guards.read, self.first
         if read(attention, "kv_heads", "head_dim", "rope") != (first.kv_heads, first.head_dim, first.rope):
             raise UnsupportedByKernels("layers differ in their key/value heads or their RoPE")
@@ -130,10 +145,9 @@ class Planner:
         if q_norm is not None and k_norm is not None:
             options |= {"q_norm": self._norm_weights(q_norm), "k_norm": self._norm_weights(k_norm)}
         try:
-            self.program.attention(layer, heads, **options)
+            self.program.attention(layer, heads if queries else 0, **options)
         except ValueError as error:
             raise UnsupportedByKernels(str(error)) from None
-        self._add_to_residual(self.linear(read(attention, "o_proj")), Buffer.ATTENDED)
 
     def _feedforward(self, norm: nn.Module, part: nn.Module) -> None:
         if type(part) is MixtureOfExperts:

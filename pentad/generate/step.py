@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -9,9 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pentad.generate.guards import has_hooks
 from pentad.generate.requests import Request
 from pentad.nn.attention import Attention
 from pentad.nn.batch import Batch
+from pentad.nn.block import ExtraFeedforwardBlock, ParallelBlock, PreNormBlock, rows_are_independent
 from pentad.nn.cache import CachedSequence, PagedCache
 from pentad.nn.decoder import Decoder
 from pentad.nn.rope_scaling import DefaultRope
@@ -126,11 +129,28 @@ class PlainStep(Step):
 
     @torch.inference_mode()
     def __call__(self, work: Work, wanted: Sequence[int]) -> Tensor:
-        hidden_ND = self.network(*lay_out(self.cache, work))
+        ids_N, batch = lay_out(self.cache, work)
+        rows = sorted(set(wanted)) or [0]  # SDPA refuses to attend from no row
+        if len(rows) < len(ids_N) and self._can_narrow():
+            hidden_MD = self.network.forward_rows(ids_N, batch, rows)
+            wanted = [bisect_left(rows, row) for row in wanted]
+        else:
+            hidden_MD = self.network(ids_N, batch)
         for sequence, ids in work:
             self.cache.advance(sequence, len(ids))
-        if list(wanted) != list(range(len(hidden_ND))):
-            hidden_ND = hidden_ND[torch.tensor(wanted, dtype=torch.int64, device=hidden_ND.device)]
-        self._hidden_MD = hidden_ND
-        logits: Tensor = self.network.head(hidden_ND)
+        if list(wanted) != list(range(len(hidden_MD))):
+            hidden_MD = hidden_MD[torch.tensor(wanted, dtype=torch.int64, device=hidden_MD.device)]
+        self._hidden_MD = hidden_MD
+        logits: Tensor = self.network.head(hidden_MD)
         return logits.float()
+
+    def _can_narrow(self) -> bool:
+        """True if the last block may compute the wanted rows only: it is of a known type, and no hook sees its rows."""
+        network, last = self.network, self.network.layers[-1]
+        known = type(last) in (PreNormBlock, ExtraFeedforwardBlock, ParallelBlock) and type(last.attention) is Attention
+        return (
+            known
+            and type(network).forward is Decoder.forward
+            and rows_are_independent(last)
+            and not any(map(has_hooks, (network, network.norm, *last.modules())))
+        )

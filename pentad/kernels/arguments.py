@@ -1,7 +1,7 @@
 """The arguments of a step: tokens, the pools and pages of their keys and values, and RoPE tables."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,6 +82,20 @@ class Tokens:
             raise ValueError(f"pages are {min(self.pages)} to {max(self.pages)}; expected 0 to {pool_pages - 1}")
         if self.rotation.shape[0] < self.length:
             raise ValueError(f"the rotation is {tuple(self.rotation.shape)}; expected at least {self.length} positions")
+
+
+def narrowed(work: Sequence[Tokens], rows: Sequence[int]) -> list[Tokens]:
+    """Only these rows of a step, ascending indices into its tokens. Each run of consecutive tokens becomes a sequence,
+    with the tokens before it in the cache."""
+    kept: list[Tokens] = []
+    every = [(tokens, at) for tokens in work for at in range(len(tokens.ids))]
+    for previous, row in zip([-2, *rows], rows, strict=False):
+        tokens, at = every[row]
+        if row == previous + 1 and at:
+            kept[-1].ids = [*kept[-1].ids, tokens.ids[at]]
+        else:
+            kept.append(replace(tokens, ids=[tokens.ids[at]], past=tokens.past + at))
+    return kept
 
 
 def check_rotation(table: Tensor, rotary_dim: int) -> None:

@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
-from pentad.kernels.arguments import CACHE_TYPES, CachePools, Tokens, check_rotation, pool_dim
+from pentad.kernels.arguments import CACHE_TYPES, CachePools, Tokens, check_rotation, narrowed, pool_dim
 from pentad.kernels.binding import Activation, Buffer, CMatrix, COp, CStep, Flag, OpKind, isas, library, limit
 from pentad.kernels.weight import Weight, optional_vector, vector
 
@@ -96,6 +97,7 @@ class Program:
         self._rotation: Tensor | None = None  # the last table that was checked
         self._array: ctypes.Array[COp] | None = None
         self._all_rows = False  # LOGITS gets all rows, not only the wanted ones
+        self._narrowed_at: int | None = None
 
     # Writing the plan
 
@@ -114,6 +116,13 @@ class Program:
     def quantize(self, source: int) -> None:
         """Write the int8 blocks of a buffer, for the matmuls that follow."""
         self._add(OpKind.QUANTIZE, 0, source, source, self._widths[source], self._widths[source])
+
+    def narrow(self) -> None:
+        """From here on only the wanted rows of RESIDUAL are needed: a step that wants few drops the other rows.
+
+        The next operation must read RESIDUAL. The layer before has written all keys and values that are attended to.
+        """
+        self._narrowed_at = len(self._ops)
 
     def matmul(
         self,
@@ -162,12 +171,14 @@ class Program:
     ) -> None:
         """Write PROJECTED's keys and values to the cache, then ATTENDED = attention of PROJECTED's queries.
 
-        The arguments are those of `pentad.nn.attention.Attention`.
+        The arguments are those of `pentad.nn.attention.Attention`. Without queries (no `heads`) only the cache is
+        written. If PROJECTED has only queries, keys and values are in the cache already.
         """
-        dim, width = self.head_dim, (heads + 2 * self.kv_heads) * self.head_dim
-        if heads % self.kv_heads or not 0 <= layer < self.layers or self._widths[Buffer.PROJECTED] != width:
+        dim, width = self.head_dim, self._widths[Buffer.PROJECTED]
+        kv_heads = 0 if heads and width == heads * self.head_dim else self.kv_heads
+        if heads % self.kv_heads or not 0 <= layer < self.layers or width != (heads + 2 * kv_heads) * dim:
             raise ValueError(
-                f"PROJECTED has rows of {self._widths[Buffer.PROJECTED]}; expected {width} for {heads} heads, a"
+                f"PROJECTED has rows of {width}; expected {(heads + 2 * self.kv_heads) * dim} for {heads} heads, a"
                 f" multiple of {self.kv_heads}, and layer {layer} below {self.layers}"
             )
         if window is not None and window < 1:
@@ -176,9 +187,9 @@ class Program:
             raise ValueError("the norms of queries and keys differ in eps or type; expected equal ones")
         if log_scale_after and not 1 < log_scale_after <= limit("MAX_SIZE"):
             raise ValueError(f"log_scale_after is {log_scale_after}; expected 0 or at least 2")
-        fields: dict[str, Any] = {"layer": layer, "heads": heads, "kv_heads": self.kv_heads, "head_dim": dim}
-        fields["window"] = window or 0
+        fields: dict[str, Any] = {"layer": layer, "heads": heads, "head_dim": dim, "window": window or 0}
         rotation: dict[str, Any] = {"rotary_dim": self.rotary_dim, "log_scale_after": log_scale_after}
+        rotation["kv_heads"] = kv_heads
         rotation["scale"] = dim**-0.5 if scale is None else scale
         vectors: dict[str, Tensor | None] = {}
         for norm, n in ((q_norm, ""), (k_norm, "2")):
@@ -187,8 +198,8 @@ class Program:
                 rotation["eps"] = norm.eps
         centered = Flag.CENTERED * bool(q_norm and q_norm.centered)
         self._add(OpKind.ROTATE, centered, out=Buffer.PROJECTED, out_width=width, vectors=vectors, **fields, **rotation)
-        for op in (OpKind.ATTEND, OpKind.MERGE):
-            self._add(op, 0, Buffer.PROJECTED, Buffer.ATTENDED, width, heads * dim, **fields)
+        for op in (OpKind.ATTEND, OpKind.MERGE) if heads else ():
+            self._add(op, 0, Buffer.PROJECTED, Buffer.ATTENDED, width, heads * dim, kv_heads=self.kv_heads, **fields)
 
     def route(self, top_k: int, *, normalized: bool, capacity: Callable[[int], int] | None = None) -> None:
         """Route each row to `top_k` experts by the router logits in SCORES.
@@ -312,14 +323,31 @@ class Program:
         return self._buffers[Buffer.NORMED][: rows * width].view(rows, width).clone()
 
     def _run(self, work: Sequence[Tokens], wanted: Sequence[int], pools: CachePools) -> Tensor:
+        self._point_to(pools)
+        self._check(work, wanted, pools)
+        self._step.page_size = pools.page_size
+        if self._array is None:
+            self._array = (COp * len(self._ops))(*self._ops)
+        first, kept, rows = 0, sorted(set(wanted)), sum(len(tokens.ids) for tokens in work)
+        if self._narrowed_at is not None and len(kept) < rows:
+            first, width = self._narrowed_at, self._widths[Buffer.RESIDUAL]
+            logits_MV = self._execute((COp * first).from_buffer(self._array), work, ())
+            if not kept:
+                return logits_MV
+            residual_ND = self._buffers[Buffer.RESIDUAL][: rows * width].view(rows, width)
+            residual_ND[: len(kept)] = residual_ND[kept]
+            work, wanted = narrowed(work, kept), [bisect_left(kept, row) for row in wanted]
+        ops = (COp * (len(self._ops) - first)).from_buffer(self._array, first * ctypes.sizeof(COp))
+        return self._execute(ops, work, wanted)
+
+    def _execute(self, ops: ctypes.Array[COp], work: Sequence[Tokens], wanted: Sequence[int]) -> Tensor:
+        """Run operations for all tokens of `work`."""
         step = self._step
         ids, positions, cu_seqlens = array("i"), array("i"), array("i", [0])
         for tokens in work:
             ids.extend(tokens.ids)
             positions.extend(range(tokens.past, tokens.past + len(tokens.ids)))
             cu_seqlens.append(len(ids))
-        self._point_to(pools)
-        self._check(work, ids, wanted, pools)
         width = max(len(tokens.pages) for tokens in work) if work else 0
         block_tables = array("i")
         for tokens in work:
@@ -334,15 +362,13 @@ class Program:
         arrays |= {"lengths": lengths, "dropped": dropped, "block_tables": block_tables}
         for name, values in arrays.items():
             setattr(step, name, values.buffer_info()[0])
-        step.page_size = pools.page_size
         step.rotations = ctypes.addressof(rotations)
-        if self._array is None:
-            self._array = (COp * len(self._ops))(*self._ops)
-        logits_MV = self._reserve(self._array, len(rows))
-        library().pentad_run(self._array, len(self._array), step)
+        logits_MV = self._reserve(ops, len(rows))
+        library().pentad_run(ops, len(ops), step)
         return logits_MV
 
-    def _check(self, work: Sequence[Tokens], ids: array[int], wanted: Sequence[int], pools: CachePools) -> None:
+    def _check(self, work: Sequence[Tokens], wanted: Sequence[int], pools: CachePools) -> None:
+        ids = [token for tokens in work for token in tokens.ids]
         if pools.page_size < 1 or pools.page_size % limit("LANES"):
             raise ValueError(f"page_size is {pools.page_size}; expected a multiple of {limit('LANES')}")
         if max(len(ids), len(wanted)) > limit("MAX_STEP_ROWS"):

@@ -366,25 +366,30 @@ class Attention(nn.Module):
                 given, a self-attention layer attends to these rows instead of its own.
 
         Returns:
-            [N, dim].
+            [N, dim]; for a batch with wanted rows, [len(wanted), dim].
 
         Raises:
             ValueError: cross-attention without a context.
         """
         if self.context_dim is not None or context_MD is not None:
             return self._cross(x_ND, batch, context_MD)
-        q_NHD, k, v = self._heads(project(x_ND, self.q_proj, self.k_proj, self.v_proj))
+        rows = batch
+        if batch.wanted is None:
+            q_NHD, k, v = self._heads(project(x_ND, self.q_proj, self.k_proj, self.v_proj))
+        else:
+            at, rows = batch.wanted
+            q_NHD, k, v = self._heads([self.q_proj(x_ND[at]), *project(x_ND, self.k_proj, self.v_proj)])
         if self.q_norm is not None and self.k_norm is not None:
             q_NHD, k = self.q_norm(q_NHD), self.k_norm(k)
         if self.rope is not None:
-            q_NHD, k = self.rope(q_NHD, batch), self.rope(k, batch)
+            q_NHD, k = self.rope(q_NHD, rows), self.rope(k, batch)
         if self.log_scale_after is not None:
-            q_NHD = q_NHD * _log_scale(batch, self.log_scale_after).to(q_NHD.dtype)
+            q_NHD = q_NHD * _log_scale(rows, self.log_scale_after).to(q_NHD.dtype)
         keys: Keys = batch.layout
         if batch.kv is not None and self.causal:
             k, v = batch.kv.write(self.layer, k, v)
-            keys, q_NHD = batch.kv, q_NHD.to(k.dtype)  # the cache may have another dtype
-        return self._attend(q_NHD, k, v, batch, keys, x_ND.dtype)
+            keys, q_NHD = rows.kv or batch.kv, q_NHD.to(k.dtype)  # the cache may have another dtype
+        return self._attend(q_NHD, k, v, rows, keys, x_ND.dtype)
 
     def _cross(self, x_ND: Tensor, batch: Batch, context_MD: Tensor | None) -> Tensor:
         [q_NHD] = self._heads([self.q_proj(x_ND)])

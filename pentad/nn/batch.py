@@ -6,7 +6,7 @@ Legend: N rows and B sequences in the batch, P pages of S tokens in the cache, G
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TypeVar
@@ -162,6 +162,8 @@ class Batch:
         rope_lengths: the length that each sequence's RoPE is scaled for; used only by scalings that depend on the
             length. If empty, it is the sequence's length in this batch.
         context: for cross-attention, the layout of the context rows, or the pages that hold their keys and values.
+        wanted: in the last block, the rows that are needed once all keys and values are written: their indices, and
+            their batch. None for all rows.
     """
 
     layout: SequenceLayout
@@ -169,6 +171,7 @@ class Batch:
     kv: PagedKV | None = None
     rope_lengths: tuple[int, ...] = ()
     context: SequenceLayout | PagedKV | None = None
+    wanted: tuple[Tensor, Batch] | None = None
     _memo: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -187,6 +190,34 @@ class Batch:
         rows = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
         positions = rows - starts.long().repeat_interleave(lengths, output_size=len(rows))
         return cls(SequenceLayout(cu_seqlens), positions)
+
+    def want(self, rows: Sequence[int]) -> Batch:
+        """This batch, which has a cache, with `wanted`: rows with ascending indices.
+
+        In the batch of the wanted rows each run of consecutive rows is a sequence, with the tokens before it cached.
+        """
+        assert self.kv is not None
+        sequence_of = [b for b, length in enumerate(self.layout.lengths) for _ in range(length)]
+        lengths: list[int] = []
+        ends: list[int] = []  # of each run: the row after it
+        for row in rows:
+            if ends and row == ends[-1] and sequence_of[row] == sequence_of[row - 1]:
+                lengths[-1] += 1
+                ends[-1] += 1
+            else:
+                lengths.append(1)
+                ends.append(row + 1)
+        owners = [sequence_of[end - 1] for end in ends]
+        after = [self.layout.cu_seqlens[b + 1] - end for b, end in zip(owners, ends, strict=True)]
+        at = torch.tensor(rows, dtype=torch.int64).to(self.positions.device)
+        kv = replace(
+            self.kv,
+            block_tables=tuple(self.kv.block_tables[b] for b in owners),
+            lengths=tuple(self.kv.lengths[b] - count for b, count in zip(owners, after, strict=True)),
+            slot_mapping=self.kv.slot_mapping[at],
+        )
+        rope_lengths = tuple(self.rope_lengths[b] for b in owners)
+        return replace(self, wanted=(at, Batch(SequenceLayout.of(lengths), self.positions[at], kv, rope_lengths)))
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return a value that all layers share; the first layer makes it. (Inside `torch.compile` each layer makes it,

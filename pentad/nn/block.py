@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pentad.nn.batch import Batch, SequenceLayout
 from pentad.nn.moe.layer import MixtureOfExperts
-from pentad.nn.moe.routers import Routing
+from pentad.nn.moe.routers import Routing, mixtral_top_k, softmax_top_k
 
 CHECKPOINTING = ("none", "blocks")
 
@@ -71,6 +71,22 @@ def _rewound(states: Sequence[tuple[torch.Generator, Tensor]]) -> Iterator[None]
             generator.set_state(state)
 
 
+def rows_are_independent(block: nn.Module) -> bool:
+    """True if a row's experts don't depend on other rows, as they do with a capacity or where experts choose rows."""
+    mixtures = [part for part in block.modules() if isinstance(part, MixtureOfExperts)]
+    return all(
+        part.capacity is None
+        and not (part.training and part.training_capacity)
+        and part.route in (mixtral_top_k, softmax_top_k)
+        for part in mixtures
+    )
+
+
+def _wanted(x_ND: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+    """The wanted rows, and their batch."""
+    return (x_ND, batch) if batch.wanted is None else (x_ND[batch.wanted[0]], batch.wanted[1])
+
+
 def _add_feedforward(x_ND: Tensor, part: nn.Module, y_ND: Tensor, batch: Batch) -> Tensor | tuple[Tensor, Routing]:
     """x + part(y), and the routing if the part is a mixture of experts."""
     if isinstance(part, MixtureOfExperts):
@@ -93,8 +109,11 @@ class PreNormBlock(nn.Module):
         self.feedforward = feedforward
 
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor | tuple[Tensor, Routing]:
-        """[N, D] -> [N, D], and the routing if the feed-forward layer is a mixture of experts."""
-        x_ND = x_ND + self.attention(self.attention_norm(x_ND), batch)
+        """[N, D] -> [N, D] (of a batch with wanted rows, only these), and the routing if the feed-forward layer is a
+        mixture of experts."""
+        attended_ND = self.attention(self.attention_norm(x_ND), batch)
+        x_ND, batch = _wanted(x_ND, batch)
+        x_ND = x_ND + attended_ND
         return _add_feedforward(x_ND, self.feedforward, self.feedforward_norm(x_ND), batch)
 
 
@@ -183,9 +202,12 @@ class ParallelBlock(nn.Module):
         self.feedforward = feedforward
 
     def forward(self, x_ND: Tensor, batch: Batch) -> Tensor | tuple[Tensor, Routing]:
-        """[N, D] -> [N, D], and the routing if the feed-forward layer is a mixture of experts."""
+        """[N, D] -> [N, D] (of a batch with wanted rows, only these), and the routing if the feed-forward layer is a
+        mixture of experts."""
         y_ND = self.norm(x_ND)
-        return _add_feedforward(x_ND + self.attention(y_ND, batch), self.feedforward, y_ND, batch)
+        attended_ND = self.attention(y_ND, batch)
+        (x_ND, _), (y_ND, batch) = _wanted(x_ND, batch), _wanted(y_ND, batch)
+        return _add_feedforward(x_ND + attended_ND, self.feedforward, y_ND, batch)
 
 
 class CrossAttentionBlock(PreNormBlock):

@@ -3,7 +3,7 @@
 Legend: N tokens in the batch, M context rows for cross-attention, D width of the residual stream, V vocabulary size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -73,6 +73,17 @@ class Stack(nn.Module):
         arguments = (batch,) if context_MD is None else (batch, context_MD)
         x_ND, routings = run_blocks(self.layers, x_ND, *arguments, checkpointing=checkpointing)
         return self.norm(x_ND), routings
+
+    def forward_rows(self, ids_N: Tensor, batch: Batch, rows: Sequence[int]) -> Tensor:
+        """What `forward` gives for some rows of a batch with a cache, ascending indices: [len(rows), D].
+
+        The last block, one of those that know `Batch.wanted`, computes only keys and values of the others.
+        """
+        *blocks, last = self.layers
+        x_ND, _ = run_blocks(blocks, self.embed(ids_N).to(self.residual_dtype), batch)
+        x_MD, _ = run_blocks([last], x_ND, batch.want(rows))
+        hidden_MD: Tensor = self.norm(x_MD)
+        return hidden_MD
 
     @property
     def device(self) -> torch.device:

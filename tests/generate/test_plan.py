@@ -1,14 +1,14 @@
 """The plan gives plain torch's logits, for every family, quantization, chunking and batch."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pentad
 from pentad.build import build
@@ -16,7 +16,7 @@ from pentad.convert import convert
 from pentad.errors import BadInput
 from pentad.generate.guards import UnsupportedByKernels
 from pentad.generate.plan_step import PlanStep, step_for
-from pentad.generate.step import PlainStep
+from pentad.generate.step import PlainStep, Step
 from pentad.kernels import Program
 from pentad.models import families
 from pentad.nn.attention import Attention
@@ -133,6 +133,37 @@ def test_chunks_pages_threads_and_batches_do_not_change_the_bits(network: nn.Mod
             assert torch.equal(part, whole[start:stop])
 
 
+def test_the_last_layer_computes_only_the_wanted_rows(network: nn.Module) -> None:
+    ids, sizes = random_ids(90), (20, 30, 40)
+
+    def run(step: Step, wanted: Sequence[Sequence[int]]) -> list[Tensor]:
+        chunks = [ids[:20], ids[20:50], ids[50:]]
+        sequences = [step.cache.open(90) for _ in range(2)]
+        return [
+            step([(sequence, chunk) for sequence in sequences], rows)
+            for chunk, rows in zip(chunks, wanted, strict=True)
+        ]
+
+    few = [[19, 39], [], [79, 5, 6, 7, 39, 40, 79]]
+    plan, plain = PlanStep(network), PlainStep(network)
+    whole = run(plan, [range(2 * size) for size in sizes])
+    for some, logits, rows in zip(run(plan, few), whole, few, strict=True):
+        assert torch.equal(some, logits[rows])
+    assert plan._plan.program._step.rows == 6, "the rows of the last layer"
+    for some, logits, rows in zip(run(plain, few), whole, few, strict=True):
+        if rows:
+            assert_equal_logits(some, logits[rows])
+    assert_equal_logits(plan.hidden_states(), plain.hidden_states())
+
+
+def test_a_hook_in_the_last_layer_sees_all_rows(llama: nn.Module) -> None:
+    seen, step = [], PlainStep(llama)
+    step([(step.cache.open(9), random_ids(9))], [8])
+    llama.layers[-1].register_forward_hook(lambda part, x, y: seen.append(len(y)))
+    step([(step.cache.open(9), random_ids(9))], [8])
+    assert seen == [9]
+
+
 @pytest.mark.parametrize("window", [3, 20])
 def test_windows(llama: nn.Module, window: int) -> None:
     """Pages outside the window are freed."""
@@ -202,6 +233,9 @@ def test_capacities_depend_on_the_tokens_of_a_step(tmp_path: Path, sizes: list[i
             for step in (plan, plain)
         )
         assert_equal_logits(ours, theirs)
+        for step in (plan, plain):  # the last layer's routing needs all rows
+            assert_equal_logits(step([(step.cache.open(), ids)], [70]), all_logits(plain, ids)[70:71])
+        assert plan._plan.program._step.rows == 90
 
 
 def test_a_capacity_of_zero_is_refused(tmp_path: Path) -> None:
