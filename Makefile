@@ -18,8 +18,8 @@ check:   ## check lint, types, import rules and generated docs
 format:  ## format the code
 	@scripts/format
 
-bench:   ## benchmark pentad, llama.cpp and transformers
-	@scripts/bench
+bench:   ## compare with llama.cpp, transformers and others in one table of this CPU, which takes hours
+	@scripts/bench $(ARGS)
 
 parity:  ## compare with llama.cpp, which takes minutes to compile, and with TRL
 	@scripts/parity

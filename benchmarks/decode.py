@@ -1,6 +1,6 @@
 """Benchmark pentad, llama.cpp and transformers on one GGUF, with equal prompts, context and threads.
 
-    make bench                                      # SmolLM2, 2 threads
+    python benchmarks/decode.py                     # SmolLM2, 2 threads
     python benchmarks/decode.py --threads 4 --repeats 9 --model FILE.gguf
     python benchmarks/decode.py --shape mistral --type q4_k    # random weights of that model's layer sizes
 
@@ -211,13 +211,11 @@ def measure_all(names: list[str], files: Files, ids: Ids, args: argparse.Namespa
     if kernels.isas():
         single.append(Row(record.STREAM, ("stream",), 1, only=["pentad"]))
     rows = [
+        Row(record.PREFILL, ("prefill", ids.long[:512]), 512),
         *single,
         Row(record.BATCH, ("decode", ids.prompts, NEW), len(ids.prompts) * NEW),
         Row(record.AFTER, ("decode", [ids.long], NEW), NEW),
     ]
-    # In the last layer llama.cpp computes only the rows that need logits. With few layers, that would distort prefill.
-    if not args.shape:
-        rows.insert(0, Row(record.PREFILL, ("prefill", ids.long[:512]), 512))
     running = [start(name, files, args.context, args.threads) for name in names]
     checked = check(running, files, args.context, args.threads, ids.texts)
     speeds = measure(running, rows, args.repeats)
@@ -259,7 +257,7 @@ def main() -> None:
     record.print_speeds(speeds, names)
     record.print_quality(checked)
     record.print_loads(loads, processes)
-    record.print_record(speeds, loads, processes, aims=not args.shape)
+    record.print_record(speeds, loads, processes, file=files.given.stem, aims=not args.shape)
 
     from pentad import kernels
 

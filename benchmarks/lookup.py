@@ -10,6 +10,8 @@ import statistics
 import time
 from dataclasses import replace
 
+from results import report
+
 import pentad
 
 CODE = """class Account:
@@ -68,6 +70,9 @@ def main() -> None:
                     with_drafts, tokens = seconds(model, prompt, 3, temperature=temperature)
                     assert tokens == expected
                     ratios.append(without / with_drafts)
+            report(
+                f"prompt lookup: {name}, temperature {temperature}", "pentad without drafts", statistics.median(ratios)
+            )
             print(
                 f"{name}, temperature {temperature}: {statistics.median(ratios):.2f} x ({min(ratios):.2f} to"
                 f" {max(ratios):.2f})"

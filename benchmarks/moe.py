@@ -27,6 +27,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attention import dtypes, machine, name
+from results import report
 
 from pentad.nn.batch import Batch, SequenceLayout
 from pentad.nn.feedforward import SwiGLU
@@ -260,6 +261,8 @@ def main() -> None:
         for part in args.parts.split(","):
             for label, ratio in parts[part](args, layer, dtype).items():
                 print(f"\n{name(dtype)}, {label}: {ratio:.2f}")
+                if "transformers" in label:
+                    report(f"a mixture, {name(dtype)}, {part}", "transformers", ratio)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from processes import CHAT, IMPORT
+from results import report
 
 PREFILL, DECODE, BATCH, AFTER = "prefill, 512 tokens", "decode, batch 1", "decode, batch 8", "decode after 2,000 tokens"
 BESIDE, STREAM = "decode beside a busy process", "streaming the weights"
@@ -56,16 +57,21 @@ def print_loads(loads: Numbers, processes: Mapping[str, Sequence[float]]) -> Non
         print(f"  {name:32} {median(seconds):.2f} s ({min(seconds):.2f})")
 
 
-def ratios(speeds: Numbers, row: str, engine: str) -> str:
+def ratios(speeds: Numbers, row: str, engine: str, file: str) -> str:
     """The median of `engine`, divided by each peer's."""
     by_name = speeds.get(row, {})
     if engine not in by_name:
         return ""
-    return " / ".join(f"{median(by_name[engine]) / median(by_name[p]):.2f}" for p in PEERS if p in by_name)
+    found = {peer: median(by_name[engine]) / median(by_name[peer]) for peer in PEERS if peer in by_name}
+    for peer, ratio in found.items():
+        report(f"{file}, {engine}: {row}", peer, ratio)
+    return " / ".join(f"{ratio:.2f}" for ratio in found.values())
 
 
-def print_record(speeds: Numbers, loads: Numbers, processes: Mapping[str, Sequence[float]], *, aims: bool) -> None:
-    lines = [(f"{engine}: {row}", ratios(speeds, row, engine), zen5, zen4) for row, engine, zen5, zen4 in AIMS]
+def print_record(
+    speeds: Numbers, loads: Numbers, processes: Mapping[str, Sequence[float]], *, file: str, aims: bool
+) -> None:
+    lines = [(f"{engine}: {row}", ratios(speeds, row, engine, file), zen5, zen4) for row, engine, zen5, zen4 in AIMS]
     for end in ("", ALONE):
         decode, stream = (speeds.get(row + end, {}).get("pentad") for row in (DECODE, STREAM))
         if decode and stream:
@@ -76,6 +82,8 @@ def print_record(speeds: Numbers, loads: Numbers, processes: Mapping[str, Sequen
         ours = loads["pentad"]
         theirs = [median(loads[peer]["seconds"]) for peer in PEERS if peer in loads]
         ready = " / ".join(f"{median(ours['seconds']) / seconds:.2f}" for seconds in theirs)
+        if theirs:
+            report(f"{file}: from file to ready, torch imported", PEERS[0], theirs[0] / median(ours["seconds"]))
         lines.append(("pentad: from file to ready", ready, "<= 2.5", "<= 2.5"))
         peak, *parts = (median(ours[key]) / 1e6 for key in ("peak", "imported", "weights", "cache"))
         beyond = f"{peak - sum(parts):.0f} MB"

@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from hardware import CALM, machine
 from processes import Remote
+from results import report
 from servers import Message, Reply, Server, llama_server, pentad_server
 
 ROOT = Path(__file__).parent.parent
@@ -275,6 +276,9 @@ def show(run: Run, names: Sequence[str], printed: int) -> None:
         if row in results:
             ours = median(results[row][PENTAD])
             measured = " / ".join(f"{ours / median(results[row][peer]):.3g}" for peer in PEERS if peer in names)
+            for peer in set(PEERS) & set(names):
+                ratio = ours / median(results[row][peer])
+                report(f"server: {row}", peer, ratio if row.startswith("tokens") else 1 / ratio)
             print(f"{row:38}{measured:>17}{aim:>14}")
     for label, above, below, aim in RATIOS:
         if above in results:

@@ -22,6 +22,7 @@ from typing import Any
 
 from hardware import machine, memory
 from processes import Remote
+from results import report
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "text"
 LENGTH = 512
@@ -249,6 +250,8 @@ def compare(task: str, contenders: dict[str, Remote], rounds: int, same: set[str
         ratio = steps[name] / steps[first] if task == "dpo" else rates[first] / rates[name]
         line = f"| {name} | {rates[name]:.1f} | {steps[name]:.2f} | {peaks[name] / 1e6:,.0f}"
         print(f"{line} | {ratio:.2f} x | {peaks[first] / peaks[name]:.2f} |")
+        if not name.startswith("pentad"):
+            report(f"training: {task}", name, ratio)
         if name in same:
             for ours, theirs in zip(results[first], results[name], strict=True):
                 # TRL also learns the newline that the template writes after a reply.

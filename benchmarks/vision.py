@@ -22,6 +22,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from results import report
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -260,6 +261,8 @@ def darknet_section(_: str, threads: int) -> None:
                     times[peer].append(1000 * (time.perf_counter() - start))
         for peer, values in times.items():
             ratios = f"pentad: {median(values) / median(times['pentad']):.2f} x as fast"
+            if peer != "pentad":
+                report(name, peer, median(values) / median(times["pentad"]))
             print(f"{name:20} {peer:12} min {min(values):7.2f} ms   median {median(values):7.2f} ms   {ratios}")
 
 
@@ -294,6 +297,7 @@ def vit_section(*_: object) -> None:
             best = interleaved(pentad=lambda x=x: ours(x), transformers=lambda x=x: theirs(x))
             ratio = best["transformers"] / best["pentad"]
             print(f"ViT-B/16, {count} images, float32: {best}, {ratio:.2f} x as fast")
+            report(f"ViT-B/16, {count} images, float32", "transformers", ratio)
         x = torch.randn(1, 3, 224, 224)
         best = interleaved(2, pentad=lambda: ours(x), transformers=lambda: half(x.bfloat16()))
         print(f"a bfloat16 file, 1 image: {best}, {best['transformers'] / best['pentad']:.2f} x as fast")
