@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Exit, Option
 
 from pentad.cli import output
+from pentad.cli.making import train_if_missing
 from pentad.cli.options import Json
 from pentad.cli.paths import model_names
 from pentad.errors import BadInput
@@ -40,12 +41,13 @@ def models(as_json: Json = False) -> None:
 
 
 def pull(name: Name, as_json: Json = False) -> None:
-    """Download a model into the cache, and print its path.
+    """Download a model into the cache, or train one that is made on this machine, and print its path.
 
     JSON: name, path.
     """
     from pentad.weights import registry
 
+    train_if_missing(name)
     path = registry.locate(name, progress=output.progress())
     if path == Path(name).expanduser():
         output.note(f"pentad: {name} is a file or folder of this machine, which needs no pull")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 from typer import Argument, Option
 
 from pentad.cli import output
+from pentad.cli.making import train_if_missing
 from pentad.cli.paths import model_names
 from pentad.errors import BadInput
 
@@ -134,11 +135,15 @@ class VisionLoading:
     threads: Threads = None
 
     def load(self, model: str, *tasks: str) -> Any:
-        """`pentad.load`, with progress on the terminal; BadInput if the model has none of the tasks."""
-        with output.status(f"loading {model} …"):
-            from pentad.weights import registry
+        """`pentad.load`, with progress on the terminal; BadInput if the model has none of the tasks.
 
-            registry.check(model)
+        A model that is trained on this machine is trained if it isn't yet.
+        """
+        from pentad.weights import registry
+
+        registry.check(model)
+        train_if_missing(model)
+        with output.status(f"loading {model} …"):
             from pentad.loading import load
             from pentad.models.family import TASKS
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pentad.vision.segmenter import Mask
 
 
+DEFAULT_SEGMENTER = "sam-scenes"
+
+
 def segment(
     image: Annotated[
         str, Argument(metavar="IMAGE", help="An image file, or a video through which an object is followed.")
@@ -35,7 +38,7 @@ def segment(
             help="A Segment Anything: Meta's .pth, a folder, or org/name[@revision].",
             autocompletion=model_names,
         ),
-    ],
+    ] = DEFAULT_SEGMENTER,
     point: Annotated[
         list[str] | None,
         Option(metavar="X,Y[,LABEL]", help="A point in the object or, with label 0, outside; may be repeated."),
@@ -92,6 +95,9 @@ def segment(
     All points are one prompt, together with the box, the mask and the words. Coordinates are pixels, from the
     top left corner. For a single point, or words alone, the best of
     three masks is chosen. Words need a model that was trained with a CLIP.
+
+    The default model is trained on this machine at its first use, and knows drawn scenes only (see
+    pentad data scenes). Photographs want published weights.
 
     In a video the prompt is for the first frame. Each later frame is prompted from the mask before
     it, until the object is lost: its predicted IoU or its area collapses.

@@ -1,6 +1,7 @@
 """Resolve a model's name to files: pentad's own names, Hugging Face hub repositories and paths."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,21 @@ class KnownModel:
         return sum(file.nbytes for file in self.source.files)
 
 
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model that has a name of pentad's own, and is trained on this machine (see `pentad.recipes`)."""
+
+    folder: str
+    nbytes: int
+    description: str
+    license: str
+
+    @property
+    def path(self) -> Path:
+        """The folder in pentad's cache, once trained."""
+        return _folder() / self.folder
+
+
 def _folder() -> Path:
     return cache_folder() / "models"
 
@@ -46,7 +62,7 @@ def _yolo_fastest(size: str, cfg: PublishedFile, weights: PublishedFile) -> Know
     return KnownModel(Repository("dog-qiuqiu/Yolo-Fastest", commit, (cfg, weights)), description, _DARKNET)
 
 
-KNOWN: Mapping[str, KnownModel] = MappingProxyType(
+KNOWN: Mapping[str, KnownModel | TrainedModel] = MappingProxyType(
     {
         "smollm2": KnownModel(
             source=Package(
@@ -111,6 +127,9 @@ KNOWN: Mapping[str, KnownModel] = MappingProxyType(
                 "fac5fb41786c1f38f04972a658443b189f48720d7d117f9a044100e98a35b0c5",
             ),
         ),
+        "sam-scenes": TrainedModel(
+            "sam-scenes", 8_000_000, "a small Segment Anything for drawn scenes, trained on this machine", "Apache-2.0"
+        ),
     }
 )
 
@@ -143,6 +162,10 @@ def locate(name_or_path: str | os.PathLike[str], *, progress: Progress | None = 
         PentadError: a pull fails, or pentad is offline and the model isn't cached.
     """
     found, progress = _resolve(name_or_path), progress or Progress()
+    if isinstance(found, TrainedModel):
+        if not found.path.is_dir():
+            raise BadInput(f"{name_or_path} isn't trained yet; expected `pentad pull {name_or_path}` before")
+        return found.path
     if isinstance(found, KnownModel):
         published.pull(found.source, _folder(), progress)
         return found.path
@@ -154,7 +177,7 @@ def check(name_or_path: str | os.PathLike[str]) -> None:
     _resolve(name_or_path)
 
 
-def _resolve(name_or_path: str | os.PathLike[str]) -> KnownModel | Path | hub.HubName:
+def _resolve(name_or_path: str | os.PathLike[str]) -> KnownModel | TrainedModel | Path | hub.HubName:
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and (model := KNOWN.get(name)) is not None:
         return model
@@ -170,7 +193,8 @@ def known() -> list[ModelRow]:
     """pentad's own names, pulled or not, then the models in Hugging Face's cache, by name."""
     rows = []
     for name, model in KNOWN.items():
-        path = model.path if published.is_pulled(model.source, _folder()) else None
+        there = model.path.is_dir() if isinstance(model, TrainedModel) else published.is_pulled(model.source, _folder())
+        path = model.path if there else None
         rows.append(ModelRow(name, path, model.nbytes, model.description, model.license))
     return rows + [ModelRow(*repo, "in the Hugging Face cache", None) for repo in hub.cached_repos()]
 
@@ -187,13 +211,17 @@ def remove(name: str) -> int:
     """
     if (model := KNOWN.get(name)) is None:
         return hub.remove(_parse(name))
-    paths = [path for file in model.source.files if (path := _folder() / file.name).is_file()]
+    if isinstance(model, TrainedModel):
+        folders = model.path, model.path.with_name(f".{model.path.name}")  # the latter of an unfinished training
+        paths = [folder for folder in folders if folder.is_dir()]
+    else:
+        paths = [path for file in model.source.files if (path := _folder() / file.name).is_file()]
     if not paths:
         raise BadInput(f"{name} is not in the cache: nothing to remove")
     try:
-        freed = sum(path.stat().st_size for path in paths)
+        freed = sum(file.stat().st_size for path in paths for file in (path, *path.rglob("*")) if file.is_file())
         for path in paths:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise storage_error(error, _folder()) from error
     return freed

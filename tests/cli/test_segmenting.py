@@ -8,8 +8,10 @@ import torch
 
 import pentad as package
 from pentad.media.images import read_image, write_image
+from pentad.recipes import scenes_sam
 from pentad.vision.masks import decode
 from tests.helpers.sam import meta_sam
+from tests.recipes.test_scenes_sam import TINY
 from tests.vision.test_segmenter import photo
 
 
@@ -106,3 +108,17 @@ def test_bad_input_is_one_line(pentad, folder: Path, arguments: list[str], messa
 def test_other_commands_name_this_one(pentad, folder: Path) -> None:
     assert "use pentad segment" in pentad("detect", "photo.png", "--model", "sam.pth").error
     assert "use pentad segment" in pentad("chat", "hi", "--model", "sam.pth").error
+
+
+def test_the_default_model_is_trained_when_it_is_first_used(
+    pentad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENTAD_CACHE", str(tmp_path))
+    monkeypatch.setattr(scenes_sam, "Size", lambda: TINY)
+    assert pentad("data", "scenes", "--images", "1", "--out", tmp_path / "scenes").code == 0
+    photo = next((tmp_path / "scenes/images").iterdir())
+    done = pentad("segment", photo, "--point", "80,80", "--json")
+    assert (done.code, len(done.json["masks"])) == (0, 1)
+    assert "sam-scenes is trained on this machine" in done.err
+    assert pentad("pull", "sam-scenes").out == f"{tmp_path / 'models/sam-scenes'}\n"
+    assert "trained" not in pentad("segment", photo, "--box", "9,9,80,80").err
