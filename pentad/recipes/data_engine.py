@@ -203,7 +203,7 @@ def retrain(
 ) -> Path:
     """Train a segmenter further, on the annotations of stages, and return the folder of the new model.
 
-    A run that was interrupted continues from its newest checkpoint; one that is complete isn't repeated.
+    A run that was interrupted continues from its newest checkpoint, if it is called with the same arguments.
 
     Args:
         recipe: a recipe of `pentad train` with the objective segment; model, data and the run's folder are filled in.
@@ -224,8 +224,6 @@ def retrain(
     filled = read_recipe(recipe, [f"{name}={json.dumps(value)}" for name, value in values.items()])
     if filled.objective != "segment":
         raise BadInput(f"{recipe}: the objective is {filled.objective}; expected segment")
-    if (out / "final").exists():
-        return out / "final"
     return open_run(filled).train(resume=out.exists(), note=note, report=lambda _: None)
 
 

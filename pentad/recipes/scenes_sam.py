@@ -123,8 +123,6 @@ def _train(
     progress: Progress,
 ) -> Path:
     """Train a network from random weights beside the folder of scenes, or go on; the folder of the trained one."""
-    if (out / "final").exists():
-        return out / "final"
     run = {"out": str(out), "steps": steps, "batch_size": batch, "micro_batch_images": batch, "ema": 0.998}
     config = out.with_suffix(".json")
     config.write_text(json.dumps(network))

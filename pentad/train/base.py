@@ -31,6 +31,9 @@ from pentad.train.validation import Validation
 from pentad.weights.atomic import disk_errors, lock
 from pentad.weights.checkpoint import Checkpoint
 
+COMPLETE = "complete.json"
+"""Written last into the folder of a run: what it was a function of."""
+
 
 @dataclass
 class TrainingRun(ABC):
@@ -98,7 +101,7 @@ class TrainingRun(ABC):
         """Train, and return the folder of the trained model.
 
         Args:
-            resume: continue from the newest checkpoint.
+            resume: continue from the newest checkpoint; a complete run isn't repeated.
             note: receives what the user should know.
             report: receives each step's record, in the first process.
 
@@ -111,6 +114,11 @@ class TrainingRun(ABC):
         with ExitStack() as stack:
             if processes.rank() == 0:
                 self._take_folder(resume, stack)
+            complete = self.folder / COMPLETE
+            if resume and complete.exists():
+                self._check_resume(json.loads(complete.read_text()), identity, note)
+                note(f"{self.folder}: the run is complete")
+                return final
             saved = checkpoint.latest(self.folder / "checkpoints") if resume else None
             if saved is not None:
                 for line in saved.skipped:
@@ -152,6 +160,7 @@ class TrainingRun(ABC):
                 shutil.rmtree(final, ignore_errors=True)  # of a process killed after writing it
                 self.export(loop.network, final)
                 self._write("card.md", self._card(identity))
+                self._write(COMPLETE, json.dumps(identity) + "\n")
         return final
 
     def _writer(

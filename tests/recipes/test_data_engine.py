@@ -77,6 +77,8 @@ def test_the_whole_engine(tmp_path: Path, world: Path) -> None:
     stages = [tmp_path / "1", tmp_path / "2"]
     model = retrain(world / "recipe.toml", str(model), stages, tmp_path / "run-2")
     assert len(read_objects(tmp_path / "run-2-data")) == 8
+    with pytest.raises(BadInput, match="the recipe differs"):
+        retrain(world / "recipe.toml", str(world / "sam"), [tmp_path / "2"], tmp_path / "run-1")
 
     third = annotate("automatic", files, segmenter(model), tmp_path / "3", acceptance=ANYTHING)
     assert (third.images, third.clicked, third.drawn, third.clicks_per_mask) == (4, 0, 0, None)

@@ -132,6 +132,16 @@ def test_a_second_run_into_a_folder_and_another_recipe_are_refused(tmp_path: Pat
         train(recipe(tmp_path, base, "optimizer.lr=0.02"), resume=True)
 
 
+def test_a_complete_run_is_not_repeated(tmp_path: Path, base: Path) -> None:
+    given = recipe(tmp_path, base, "run.checkpoint_every=0")
+    final, _ = train(given)
+    written = (final / "model.safetensors").stat().st_mtime_ns
+    assert train(given, resume=True) == (final, [])
+    assert (final / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(BadInput, match="optimizer.lr was"):
+        train(recipe(tmp_path, base, "run.checkpoint_every=0", "optimizer.lr=0.5"), resume=True)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, base: Path) -> None:
     with pytest.raises(PentadError, match=r"step [2-6]: the loss is .*train\.jsonl:\d"):
         train(
