@@ -26,10 +26,10 @@ CLIP: dict[str, Any] = {
     "vision_config": {
         "hidden_size": 96,
         "intermediate_size": 384,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "image_size": 32,
-        "patch_size": 4,
+        "patch_size": 8,
     },
     "text_config": {
         "hidden_size": 64,
@@ -73,7 +73,7 @@ class Size:
     """
 
     scenes: int = 10_000
-    clip: int = 1000
+    clip: int = 1500
     pairs: int = 64
     steps: int = 3000
     batch: int = 8
@@ -104,7 +104,8 @@ def make(
         work.mkdir(exist_ok=True)
         if not (work / "scenes").exists():
             write_objects(Scenes(size.scenes, seed=1, size=SIDE), work / "scenes", progress=progress)
-        clip = _train(work / "clip", "clip", CLIP, size.clip, size.pairs, {}, note, progress)
+        crops = {"clip": {"alone": 0.75, "zoom": [1.0, 1.5]}}
+        clip = _train(work / "clip", "clip", CLIP, size.clip, size.pairs, crops, note, progress)
         segment = {"clip": str(clip), "words": size.words, "objects": size.objects, "clicks": size.clicks}
         final = _train(work / "sam", "segment", SAM, size.steps, size.batch, {"segment": segment}, note, progress)
         final.rename(path)

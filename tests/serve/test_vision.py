@@ -12,6 +12,7 @@ from PIL import Image
 
 import pentad
 from pentad.media.images import read_image, write_image
+from tests.helpers.clip_files import write_clip
 from tests.helpers.sam import meta_sam
 from tests.models.test_vit import saved
 from tests.serve.conftest import Server, eventually, serving
@@ -23,13 +24,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vision")
     meta_sam(folder / "sam.pth")
     saved(folder / "vit", id2label=dict(enumerate("abcde")))
+    write_clip(folder / "clip")
     write_image(folder / "photo.png", photo(40, 60))
     return folder
 
 
 @pytest.fixture(scope="module")
 def vision(folder: Path) -> Iterator[Server]:
-    with serving("--model", folder / "sam.pth", "--model", folder / "vit", "--threads", 1) as started:
+    models = [part for name in ("sam.pth", "vit", "clip") for part in ("--model", folder / name)]
+    with serving(*models, "--threads", 1) as started:
         yield started
 
 
@@ -100,6 +103,18 @@ def test_classes_of_an_image(vision: Server, folder: Path, picture: str) -> None
     assert [one["label"] for one in found] == [one.label for one in model.classify(folder / "photo.png", top_k=3)]
     refused = vision.request("/v1/classify", body | {"labels": ["a", "b"]})
     assert (refused.status, "CLIP" in refused.error["message"]) == (400, True)
+
+
+def test_clip_classifies_by_the_labels_of_the_request(vision: Server, folder: Path, picture: str) -> None:
+    body = {"model": "clip", "image": picture, "labels": ["a dog", "a cat"]}
+    eventually(lambda: vision.request("/v1/classify", body).status == 200)  # loads it first
+    model: Any = pentad.load(folder / "clip")
+    expected = model.classify(folder / "photo.png", labels=["a dog", "a cat"])
+    found = vision.request("/v1/classify", body).json["labels"]
+    assert [one["label"] for one in found] == [one.label for one in expected]
+    assert [one["score"] for one in found] == pytest.approx([one.score for one in expected], abs=1e-4)
+    refused = vision.request("/v1/classify", {"model": "clip", "image": picture})
+    assert (refused.status, "labels" in refused.error["message"]) == (400, True)
 
 
 @pytest.mark.parametrize(
