@@ -138,7 +138,7 @@ def test_a_complete_run_is_not_repeated(tmp_path: Path, base: Path) -> None:
     written = (final / "model.safetensors").stat().st_mtime_ns
     assert train(given, resume=True) == (final, [])
     assert (final / "model.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(BadInput, match="optimizer.lr was"):
+    with pytest.raises(BadInput, match=r"optimizer\.lr was"):
         train(recipe(tmp_path, base, "run.checkpoint_every=0", "optimizer.lr=0.5"), resume=True)
 
 
