@@ -59,9 +59,11 @@ constexpr Constant constants[] = {
     F(ConvOp, out_height), F(ConvOp, out_width), F(ConvOp, out_channels), F(ConvOp, size), F(ConvOp, stride),
     F(ConvOp, pad_top), F(ConvOp, pad_left), F(ConvOp, in_stride), F(ConvOp, out_stride), F(ConvOp, add_stride),
     F(ConvOp, in), F(ConvOp, add), F(ConvOp, out), F(ConvOp, weight), F(ConvOp, bias), F(ConvOp, zeros),
-    {"ConvOp", sizeof(ConvOp)}, {"LANES", LANES}, {"BLOCK", BLOCK},
+    {"ConvOp", sizeof(ConvOp)}, F(GridOp, images), F(GridOp, side), F(GridOp, window), F(GridOp, heads), F(GridOp, dim),
+    F(GridOp, offsets), F(GridOp, scale), F(GridOp, q), F(GridOp, k), F(GridOp, v), F(GridOp, out), F(GridOp, k_padding),
+    F(GridOp, v_padding), F(GridOp, positions), F(GridOp, packed), {"GridOp", sizeof(GridOp)}, {"LANES", LANES}, {"BLOCK", BLOCK},
     {"MAX_HEAD_DIM", MAX_HEAD_DIM}, {"MAX_STEP_ROWS", MAX_STEP_ROWS}, {"MAX_SIZE", MAX_SIZE},
-    {"MAX_CONV_SIZE", MAX_CONV_SIZE}, {nullptr, 0}};
+    {"MAX_CONV_SIZE", MAX_CONV_SIZE}, {"MAX_GRID_SIDE", MAX_GRID_SIDE}, {"MAX_GRID_DIM", MAX_GRID_DIM}, {nullptr, 0}};
 
 struct PlanContext {
   const Op* ops;
@@ -166,6 +168,22 @@ EXPORT void pentad_convolve(const ConvOp* ops, int count, int isa, int threads) 
     c.kernels->conv_work(c.ops[phase], chunk);
   };
   run_on_pool({count, chunks, work, nullptr, &context}, threads);
+}
+
+EXPORT void pentad_attend_grid(const GridOp* op, int isa, int threads) {
+  struct Context {
+    const GridOp* op;
+    const Kernels* kernels;
+  } context = {op, isas[isa]};
+  const auto chunks = [](const void* p, int phase) {
+    const auto& c = *(const Context*)p;
+    return c.kernels->grid_chunks(*c.op, phase);
+  };
+  const auto work = [](const void* p, int phase, int chunk) {
+    const auto& c = *(const Context*)p;
+    c.kernels->grid_work(*c.op, phase, chunk);
+  };
+  run_on_pool({2, chunks, work, nullptr, &context}, threads);
 }
 
 // The number of chunks of an operation, for benchmarks/roofline.py.

@@ -70,5 +70,6 @@ bool runs_here() {
 #include "kernels.h"
 
 namespace pentad {
-const Kernels avx2_kernels = {"avx2", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks, conv_work};
+const Kernels avx2_kernels = {"avx2", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks,
+    conv_work, grid_chunks, grid_work};
 }

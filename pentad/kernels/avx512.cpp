@@ -66,5 +66,6 @@ bool runs_here() {
 #include "kernels.h"
 
 namespace pentad {
-const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks, conv_work};
+const Kernels avx512_kernels = {"avx512-vnni", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks,
+    conv_work, grid_chunks, grid_work};
 }

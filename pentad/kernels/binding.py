@@ -30,6 +30,8 @@ LIMITS = (
     "MAX_STEP_ROWS",
     "MAX_SIZE",
     "MAX_CONV_SIZE",
+    "MAX_GRID_SIDE",
+    "MAX_GRID_DIM",
 )  # the constants that only plan.h defines
 _LIBRARY = Path(__file__).with_name("_kernels.so")
 
@@ -84,12 +86,20 @@ class CConvOp(ctypes.Structure):
     ]
 
 
+class CGridOp(ctypes.Structure):
+    _fields_ = [
+        *_fields("images side window heads dim offsets", c_int32),
+        ("scale", c_float),
+        *_fields("q k v out k_padding v_padding positions packed", c_void_p),
+    ]
+
+
 def _declared() -> Iterator[tuple[str, int]]:
     """The values that the library must match: "Enum.NAME", "Struct.field" (its offset) and "Struct" (its size)."""
     for enum in (Type, OpKind, Flag, Activation, Buffer, ConvKind, ConvActivation):
         yield from ((f"{enum.__name__}.{member.name}", member.value) for member in enum)
     structs: dict[str, type[ctypes.Structure]]
-    structs = {"Matrix": CMatrix, "Op": COp, "Step": CStep, "Draw": CDraw, "ConvOp": CConvOp}
+    structs = {"Matrix": CMatrix, "Op": COp, "Step": CStep, "Draw": CDraw, "ConvOp": CConvOp, "GridOp": CGridOp}
     for name, struct in structs.items():
         yield name, ctypes.sizeof(struct)
         yield from (
@@ -116,8 +126,11 @@ def _load() -> tuple[ctypes.CDLL, dict[str, int]] | str:
             exported[name.decode()] = value.value
     limits = {name: exported.pop(name, 0) for name in LIMITS}
     different = dict(exported.items() ^ set(_declared())).keys() | {name for name in LIMITS if not limits[name]}
-    if all("Conv" in name or name == "MAX_CONV_SIZE" for name in different):  # an older one still runs language models
-        limits["MAX_CONV_SIZE"] *= not different
+    optional = {"Conv": ("MAX_CONV_SIZE",), "Grid": ("MAX_GRID_SIDE", "MAX_GRID_DIM")}  # an older library may lack them
+    if all(name.startswith((*optional, "MAX_CONV", "MAX_GRID")) for name in different):
+        for prefix, names in optional.items():
+            if any(name.startswith((prefix, *names)) for name in different):
+                limits.update(dict.fromkeys(names, 0))
     else:
         return f"{_LIBRARY.name} is from another version of pentad ({min(different)} differs): install pentad again"
     library.pentad_isa.argtypes, library.pentad_isa.restype = [c_int32], c_char_p
@@ -131,6 +144,9 @@ def _load() -> tuple[ctypes.CDLL, dict[str, int]] | str:
     if limits["MAX_CONV_SIZE"]:
         library.pentad_convolve.argtypes = [POINTER(CConvOp), c_int32, c_int32, c_int32]
         library.pentad_convolve.restype = None
+    if limits["MAX_GRID_SIDE"]:
+        library.pentad_attend_grid.argtypes = [POINTER(CGridOp), c_int32, c_int32]
+        library.pentad_attend_grid.restype = None
     library.pentad_pack.restype = library.pentad_run.restype = library.pentad_buffer_sizes.restype = None
     return library, limits
 

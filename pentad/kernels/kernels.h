@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "convolution.h"
+#include "grid.h"
 #include "mixture.h"
 #include "sample.h"
 

@@ -23,5 +23,6 @@ bool runs_here() { return true; }
 #include "kernels.h"
 
 namespace pentad {
-const Kernels neon_kernels = {"neon", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks, conv_work};
+const Kernels neon_kernels = {"neon", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks,
+    conv_work, grid_chunks, grid_work};
 }

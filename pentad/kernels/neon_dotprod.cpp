@@ -34,5 +34,6 @@ bool runs_here() {
 #include "kernels.h"
 
 namespace pentad {
-const Kernels neon_dotprod_kernels = {"neon-dotprod", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks, conv_work};
+const Kernels neon_dotprod_kernels = {"neon-dotprod", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks,
+    conv_work, grid_chunks, grid_work};
 }

@@ -128,6 +128,22 @@ struct ConvOp {
   const float* zeros;                         // [in_channels]
 };
 
+constexpr int MAX_GRID_SIDE = 64, MAX_GRID_DIM = 128;
+
+// Attention within the windows of square images, for float32 rows [images * side * side, heads * dim]; see grid.h. Windows
+// may reach beyond an image.
+struct GridOp {
+  int32_t images, side, window, heads;  // a window's side
+  int32_t dim;                          // of a head: a multiple of LANES
+  int32_t offsets;                      // 2 * window - 1, rounded up to a multiple of LANES
+  float scale;                          // of queries times keys
+  const float *q, *k, *v;
+  float* out;
+  const float *k_padding, *v_padding;   // of cells outside of the image, [heads * dim]
+  const float* positions;               // [2][offsets / 16][dim][16]: for differences of rows and columns, last one first
+  float* packed;                        // scratch
+};
+
 // The functions of one instruction set. An operation is divided into `chunks`, which threads may run in any order;
 // the division doesn't change a bit of the results. `weight_addresses` gives the addresses (up to 3) where a chunk's
 // weights begin, so that they can be prefetched. `buffer_sizes` gives the floats that a step needs in each buffer.
@@ -142,6 +158,8 @@ struct Kernels {
   void (*sample)(Draw* draws, int rows, int vocab, float* scratch);
   int (*conv_chunks)(const ConvOp&);
   void (*conv_work)(const ConvOp&, int chunk);
+  int (*grid_chunks)(const GridOp&, int phase);
+  void (*grid_work)(const GridOp&, int phase, int chunk);
 };
 
 extern const Kernels avx512_kernels, avx2_kernels, neon_dotprod_kernels, neon_kernels, portable_kernels;

@@ -72,5 +72,6 @@ bool runs_here() { return true; }
 #include "kernels.h"
 
 namespace pentad {
-const Kernels portable_kernels = {"portable", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks, conv_work};
+const Kernels portable_kernels = {"portable", runs_here, chunks, work, weight_addresses, buffer_sizes, sample, conv_chunks,
+    conv_work, grid_chunks, grid_work};
 }

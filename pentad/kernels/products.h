@@ -59,23 +59,30 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int min(int a, int b) { return a < b ? a : b; }
 constexpr int max(int a, int b) { return a > b ? a : b; }
 
+template <class R> INLINE R multiply_add(R a, R b, R c) {  // of F, or of one native register
+  if constexpr (sizeof(R) == sizeof(F)) return Isa::fma(a, b, c);
+  else return Isa::fma_v(a, b, c);
+}
+
 // e^x to about 2 units in the last place; 0 below -87; NaN stays NaN.
-INLINE F exponential(F x) {
-  const F bounded = x < -87.0f ? broadcast(-87.0f) : x > 88.0f ? broadcast(88.0f) : x;
-  const F magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to integers
-  const F shifted = Isa::fma(bounded, broadcast(1.44269504f), magic);
-  const F n = shifted - magic;
-  F r = Isa::fma(n, broadcast(-0.693359375f), bounded);
-  r = Isa::fma(n, broadcast(2.12194440e-4f), r);
-  F p = broadcast(1.9875691500e-4f);  // Cephes' polynomial
-  p = Isa::fma(p, r, broadcast(1.3981999507e-3f));
-  p = Isa::fma(p, r, broadcast(8.3334519073e-3f));
-  p = Isa::fma(p, r, broadcast(4.1665795894e-2f));
-  p = Isa::fma(p, r, broadcast(1.6666665459e-1f));
-  p = Isa::fma(p, r, broadcast(5.0000001201e-1f));
-  p = Isa::fma(p, r * r, r + 1.0f);
-  const F power = as_floats((as_integers(shifted) - as_integers(magic) + 127) << 23);
-  return x < -87.0f ? F{} : p * power;
+template <class R> INLINE R exponential(R x) {
+  using Integers = decltype(x < x);
+  const auto all = [](float number) __attribute__((always_inline)) { return number - R{}; };
+  const R bounded = x < -87.0f ? all(-87.0f) : x > 88.0f ? all(88.0f) : x;
+  const R magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to integers
+  const R shifted = multiply_add(bounded, all(1.44269504f), magic);
+  const R n = shifted - magic;
+  R r = multiply_add(n, all(-0.693359375f), bounded);
+  r = multiply_add(n, all(2.12194440e-4f), r);
+  R p = all(1.9875691500e-4f);  // Cephes' polynomial
+  p = multiply_add(p, r, all(1.3981999507e-3f));
+  p = multiply_add(p, r, all(8.3334519073e-3f));
+  p = multiply_add(p, r, all(4.1665795894e-2f));
+  p = multiply_add(p, r, all(1.6666665459e-1f));
+  p = multiply_add(p, r, all(5.0000001201e-1f));
+  p = multiply_add(p, r * r, r + 1.0f);
+  const R power = (R)(((Integers)shifted - (Integers)magic + 127) << 23);
+  return x < -87.0f ? R{} : p * power;
 }
 
 // ---- Activations in int8 ----

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pentad.kernels import grid
 from pentad.nn.attention import Attention
 from pentad.nn.batch import Batch
 from pentad.nn.block import DropPathBlock, run_blocks
 from pentad.nn.feedforward import GeluMLP
+from pentad.nn.linear import project
 from pentad.nn.norm import LayerNorm, LayerNorm2d
 
 
@@ -99,6 +101,19 @@ class GridAttention(Attention):
 
     def forward(self, x_ND: Tensor, batch: Batch, context_MD: Tensor | None = None) -> Tensor:
         """Rows of patches [N, dim], image by image, row by row -> the same."""
+        position_bias = self.position_bias
+        assert isinstance(position_bias, DecomposedBias)
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if not traced and not torch.is_grad_enabled() and grid.supports(x_ND, position_bias.side, self.head_dim):
+            padding = project(x_ND.new_zeros(1, x_ND.shape[1]), self.k_proj, self.v_proj)
+            attended_ND = grid.attend(
+                *project(x_ND, self.q_proj, self.k_proj, self.v_proj),
+                *(position_bias.rel_pos_h, position_bias.rel_pos_w, *padding),
+                side=self.side,
+                window=position_bias.side,
+            )
+            out_ND: Tensor = self.o_proj(attended_ND)
+            return out_ND
         if not self.grid_window:
             return super().forward(x_ND, batch)
         side, window = self.side, self.grid_window
