@@ -128,7 +128,7 @@ KNOWN: Mapping[str, KnownModel | TrainedModel] = MappingProxyType(
             ),
         ),
         "sam-scenes": TrainedModel(
-            "sam-scenes", 8_000_000, "a small Segment Anything for drawn scenes, trained on this machine", "Apache-2.0"
+            "sam-scenes", 6_700_000, "a small Segment Anything for drawn scenes, trained on this machine", "Apache-2.0"
         ),
     }
 )
