@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from pentad.cli import app
+from pentad.cli import application
 
 TARGET = Path(__file__).with_name("cli.md")
 
@@ -38,7 +38,7 @@ and why.
 
 def reference() -> str:
     """The text of the page."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(application())
     return INTRODUCTION + "".join("\n" + "\n".join(section(name, c)) + "\n" for name, c in commands(group))
 
 

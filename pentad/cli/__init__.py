@@ -7,7 +7,9 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Annotated
 
 import typer
@@ -31,22 +33,31 @@ from pentad.cli.showing import show
 from pentad.cli.training import train
 from pentad.errors import BadInput, PentadError
 
-__all__ = ["app", "main"]
+__all__ = ["application", "main"]
 
-app = typer.Typer(
-    name="pentad",
-    rich_markup_mode=None,
-    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
-)
-COMMANDS = (
+_VISIBLE: tuple[Callable[..., None], ...] = (
     *(chat, complete, score, classify, detect, segment),
     *(models, pull, rm, show, convert, merge, train, serve, evaluate, reproduce, bench, env),
 )
-for command in COMMANDS:
-    app.command()(with_groups(command))
-app.add_typer(data, name="data")
-app.command("run", hidden=True)(with_groups(chat))  # as Ollama names them
-app.command("list", hidden=True)(with_groups(models))
+_HIDDEN: dict[str, Callable[..., None]] = {"run": chat, "list": models}  # as Ollama names them
+COMMANDS: dict[str, Callable[..., None]] = {command.__name__: command for command in _VISIBLE} | _HIDDEN
+
+
+@cache
+def application(only: str | None = None) -> typer.Typer:
+    """The command line; with `only`, just this command of it: to build all of them takes a tenth of a chat's start."""
+    made = typer.Typer(
+        name="pentad",
+        rich_markup_mode=None,
+        context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(_root)
+    for name, command in COMMANDS.items():
+        if only in (None, name):
+            made.command(name, hidden=name in _HIDDEN)(with_groups(command))
+    if only in (None, "data"):
+        made.add_typer(data, name="data")
+    return made
 
 
 def _version(wanted: bool) -> None:
@@ -55,7 +66,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
@@ -69,7 +79,7 @@ def _root(
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
     if "_PENTAD_COMPLETE" in os.environ:  # the shell asks for completions
-        typer.main.get_command(app)(prog_name="pentad")
+        typer.main.get_command(application())(prog_name="pentad")
     arguments = sys.argv[1:] or ["--help"]
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options
@@ -112,8 +122,11 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _invoke(arguments: list[str]) -> int:
+    known = arguments[0] in (*COMMANDS, "data")
     try:
-        with typer.main.get_command(app).make_context("pentad", arguments) as context:
+        with typer.main.get_command(application(arguments[0] if known else None)).make_context(
+            "pentad", arguments
+        ) as context:
             context.command.invoke(context)
     except typer.Exit as end:
         return end.exit_code

@@ -10,10 +10,10 @@ import pytest
 import typer
 
 import pentad as package
-from pentad.cli import app, output
+from pentad.cli import application, output
 from pentad.weights import registry
 
-COMMANDS: Any = typer.main.get_command(app)
+COMMANDS: Any = typer.main.get_command(application())
 
 
 def test_version(pentad) -> None:
@@ -227,3 +227,11 @@ def test_progress_bars_are_on_standard_error(capsys, monkeypatch) -> None:
     written = capsys.readouterr()
     assert written.out == ""
     assert "fetching [x]" in written.err
+
+
+def test_a_command_alone_is_the_one_of_the_whole_command_line() -> None:
+    for name, command in COMMANDS.commands.items():
+        alone = typer.main.get_command(application(name)).commands
+        assert list(alone) == [name]
+        assert [p.opts for p in alone[name].params] == [p.opts for p in command.params]
+        assert alone[name].hidden == command.hidden

@@ -11,7 +11,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import pentad
-from pentad.cli import app
+from pentad.cli import application
 from pentad.errors import BadInput
 from pentad.generate import EncoderDecoderModel, encoder_decoder_step
 from pentad.generate.encoder_decoder_step import EncoderDecoderStep
@@ -311,7 +311,7 @@ def test_an_empty_prompt_is_refused(model: EncoderDecoderModel) -> None:
 
 def test_complete_on_the_command_line(folder: Path, model: EncoderDecoderModel) -> None:
     options = ["--model", str(folder), "--special", "--temperature", "0", "--max-tokens", "5", "--json"]
-    result = CliRunner().invoke(app, ["complete", PROMPT, *options])
+    result = CliRunner().invoke(application(), ["complete", PROMPT, *options])
     assert result.exit_code == 0
     answer = json.loads(result.stdout)
     assert answer["token_ids"] == model.complete(PROMPT, special=True, temperature=0.0, max_tokens=5).token_ids
@@ -323,6 +323,6 @@ def test_complete_on_the_command_line(folder: Path, model: EncoderDecoderModel) 
     [(["chat", "hi"], "encoder-decoder"), (["score", "-"], "encoder-decoder"), (["bench"], "encoder-decoder")],
 )
 def test_commands_for_other_models_are_refused(folder: Path, command: list[str], message: str) -> None:
-    result = CliRunner().invoke(app, [*command, "--model", str(folder)], input="some text")
+    result = CliRunner().invoke(application(), [*command, "--model", str(folder)], input="some text")
     assert isinstance(result.exception, BadInput)
     assert message in str(result.exception)
