@@ -40,6 +40,27 @@ struct Isa : AnyLanes {
     std::memcpy(&sum, s, 64);
     return sum;
   }
+  // as AnyLanes' sums: lanes i and i + 8 are added, then i and i + 4, ...
+  static inline __m128 four_sums(F v) {
+    __m256 x[2];
+    std::memcpy(x, &v, 64);
+    const __m256 a = _mm256_add_ps(x[0], x[1]);
+    return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  }
+  static inline float sum_lanes(F v) {
+    const __m128 a = four_sums(v), b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
+  }
+  static inline int32_t sum_lanes(I v) { return AnyLanes::sum_lanes(v); }
+  template <int N> static inline void sum_lanes_of(const F (&v)[N], float* sums) {
+    static_assert(N % 4 == 0);
+    for (int i = 0; i < N; i += 4) {
+      const __m128 a = four_sums(v[i]), b = four_sums(v[i + 1]), c = four_sums(v[i + 2]), d = four_sums(v[i + 3]);
+      const __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+      const __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+      _mm_storeu_ps(sums + i, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+    }
+  }
   template <int N> static inline B shift_right(B v) { return v >> N; }
   template <int N> static inline B shift_left(B v) { return v << N; }
   static inline F half(const void* p) {

@@ -16,7 +16,6 @@
 namespace pentad {
 namespace {
 
-using V = typename Isa::V;                       // one native register
 constexpr int WIDTH = sizeof(V) / sizeof(float);
 constexpr int REGISTERS = LANES / WIDTH;         // of a tile
 constexpr int PIXELS = Isa::PIXELS;              // a block's; REGISTERS * PIXELS sums stay in registers

@@ -34,6 +34,8 @@ using I = int32_t __attribute__((vector_size(64)));
 using B = uint8_t __attribute__((vector_size(64)));
 using S16 = int8_t __attribute__((vector_size(16)));
 using H16 = uint16_t __attribute__((vector_size(32)));
+using V = typename Isa::V;                       // one native register
+constexpr int PARTS = sizeof(F) / sizeof(V);     // registers in an F, which GCC keeps in memory if there are several
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")  // keeps small arrays in registers
@@ -283,39 +285,58 @@ template <int T> INLINE F floats_part(const uint8_t* p, int count) {
   return floats<T>(whole);
 }
 
-// The same for up to 16 `rows` of a float weight. Each result is a sum over a register's lanes; as many pairs of rows as
-// fit in the registers are computed at once.
+// Native registers of 16 floats.
+INLINE V part_of(const F& x, int part) { return load<V>((const uint8_t*)&x + part * sizeof(V)); }
+template <int T> INLINE V floats_at(const uint8_t* p, int part) {
+  if constexpr (T == F32) return load<V>(p + part * sizeof(V));
+  using Short = uint16_t __attribute__((vector_size(sizeof(V) / 2)));
+  using Int = int32_t __attribute__((vector_size(sizeof(V))));
+  if constexpr (T == BF16) return (V)(__builtin_convertvector(load<Short>(p + part * sizeof(Short)), Int) << 16);
+  return part_of(floats<T>(p), part);
+}
+
+// The same for up to 16 `rows` of a float weight. Each result is a sum over 16 lanes; as many pairs of rows are computed at
+// once as there are registers for sums: if there are too few for whole F, the loop over columns runs once for each part.
 template <int T, int R>
 INLINE void multiply_rows(const uint8_t* w, int rows, int columns, const float* x, ptrdiff_t stride, F* out) {
-  constexpr int AT_ONCE = R >= 8 ? 2 : 4;
+  constexpr int AT_ONCE = R >= 8 || (R >= 4 && PARTS == 2) ? 2 : 4;
+  constexpr int PARTS_AT_ONCE = R * AT_ONCE * PARTS <= 8 ? PARTS : 1;
   const ptrdiff_t row_bytes = ptrdiff_t(columns) * size_of(T);
   const int whole = columns / LANES * LANES;
   float results[R][LANES] = {};
   for (int first = 0; first < rows; first += AT_ONCE) {
     const uint8_t* from[AT_ONCE];
-    F sums[AT_ONCE * R];
     UNROLL
     for (int j = 0; j < AT_ONCE; j++) from[j] = w + min(first + j, rows - 1) * row_bytes;
-    UNROLL
-    for (int i = 0; i < AT_ONCE * R; i++) sums[i] = F{};
-    const auto add = [&](auto weights, auto activations) __attribute__((always_inline)) {
-      F wk[AT_ONCE];
-      UNROLL
-      for (int j = 0; j < AT_ONCE; j++) wk[j] = weights(from[j]);
-      UNROLL
-      for (int r = 0; r < R; r++) {
-        const F xk = activations(x + r * stride);
+    F totals[AT_ONCE * R];
+    for (int part = 0; part < PARTS; part += PARTS_AT_ONCE) {
+      V sums[PARTS_AT_ONCE][AT_ONCE * R] = {};
+      const auto add = [&](auto weights, auto activations) __attribute__((always_inline)) {
         UNROLL
-        for (int j = 0; j < AT_ONCE; j++) sums[r * AT_ONCE + j] = Isa::fma(wk[j], xk, sums[r * AT_ONCE + j]);
-      }
-    };
-    for (int k = 0; k < whole; k += LANES)
-      add([&](const uint8_t* p) { return floats<T>(p + ptrdiff_t(k) * size_of(T)); }, [&](const float* p) { return load<F>(p + k); });
-    if (whole < columns)
-      add([&](const uint8_t* p) { return floats_part<T>(p + ptrdiff_t(whole) * size_of(T), columns - whole); },
-          [&](const float* p) { return load_part(p + whole, columns - whole); });
+        for (int p = 0; p < PARTS_AT_ONCE; p++) {
+          V wk[AT_ONCE];
+          UNROLL
+          for (int j = 0; j < AT_ONCE; j++) wk[j] = weights(from[j], part + p);
+          UNROLL
+          for (int r = 0; r < R; r++) {
+            const V xk = activations(x + r * stride, part + p);
+            UNROLL
+            for (int j = 0; j < AT_ONCE; j++) sums[p][r * AT_ONCE + j] = Isa::fma_v(wk[j], xk, sums[p][r * AT_ONCE + j]);
+          }
+        }
+      };
+      for (int k = 0; k < whole; k += LANES)
+        add([&](const uint8_t* p, int i) { return floats_at<T>(p + ptrdiff_t(k) * size_of(T), i); },
+            [&](const float* p, int i) { return load<V>((const uint8_t*)(p + k) + i * sizeof(V)); });
+      if (whole < columns)
+        add([&](const uint8_t* p, int i) { return part_of(floats_part<T>(p + ptrdiff_t(whole) * size_of(T), columns - whole), i); },
+            [&](const float* p, int i) { return part_of(load_part(p + whole, columns - whole), i); });
+      UNROLL
+      for (int p = 0; p < PARTS_AT_ONCE; p++)
+        for (int i = 0; i < AT_ONCE * R; i++) store((uint8_t*)&totals[i] + (part + p) * sizeof(V), sums[p][i]);
+    }
     float each[AT_ONCE * R];
-    Isa::sum_lanes_of<AT_ONCE * R>(sums, each);
+    Isa::template sum_lanes_of<AT_ONCE * R>(totals, each);
     for (int r = 0; r < R; r++)
       for (int j = 0; j < AT_ONCE && first + j < rows; j++) results[r][first + j] = each[r * AT_ONCE + j];
   }
