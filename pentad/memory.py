@@ -112,7 +112,7 @@ def physical_memory() -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: otherwise each large tensor of a training step lies in new pages, which the system
+    """Let glibc keep what is freed: otherwise each large tensor of a step lies in new pages, which the system
     fills with zeros first. Other C libraries do as they do.
     """
     with suppress(AttributeError, OSError):

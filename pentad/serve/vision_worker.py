@@ -19,6 +19,7 @@ from torch import Tensor
 from pentad import build
 from pentad.errors import BadInput, PentadError
 from pentad.loading import load
+from pentad.memory import keep_freed_memory
 from pentad.models import family_of
 from pentad.serve.budget import Size
 from pentad.serve.pipe import Pipe
@@ -92,7 +93,7 @@ class Cancelled(Exception):
 
 
 class VisionWorker:
-    """Runs the requests of the front process, one after the other.
+    """Runs the requests of the front process, one after the other; short ones pass those for everything.
 
     A request is a line such as ``{"id": 7, "image": "img-…", "points": [[9, 9]]}``, with the fields of the HTTP
     request. ``{"cancel": 7}`` ends it.
@@ -120,12 +121,15 @@ class VisionWorker:
         self._pipe.send({"events": [], "open": 0})
         while self._read(None):
             while self._waiting:
-                number = next(iter(self._waiting))
-                event = self._run(number, **self._waiting[number])
-                self._waiting.pop(number, None)
-                self._pipe.send({"events": [{"id": number, **event}], "open": len(self._waiting)})
+                self._serve(next(iter(self._waiting)))
                 if not self._read(0):
                     return
+
+    def _serve(self, number: int) -> None:
+        """Run a request that waits, and send its event."""
+        event = self._run(number, **self._waiting[number])
+        self._waiting.pop(number, None)
+        self._pipe.send({"events": [{"id": number, **event}], "open": len(self._waiting)})
 
     def _read(self, seconds: float | None) -> bool:
         """Take what the front process has sent; False at the end."""
@@ -169,7 +173,7 @@ class VisionWorker:
         ready = time.perf_counter()
         found: list[Mask] = []
         if everything:
-            settings = everything if isinstance(everything, dict) else {}
+            settings = {"points_per_batch": 1} | (everything if isinstance(everything, dict) else {})
             found = self._model.everything(_pixels(photo.data), progress=_Watched(self, number), **settings)
         elif mask is not None or any(prompts.get(field) is not None for field in ("points", "labels", "boxes", "text")):
             found = embedded.masks(**prompts, mask=self._rough(mask, name))
@@ -211,13 +215,15 @@ class VisionWorker:
         return {"image": name, "labels": [asdict(one) for one in found]}
 
     def check(self, number: int) -> None:
-        """Raise Cancelled if the client of a request has gone."""
+        """Raise Cancelled if the client of a long request has gone; serve the short ones that have come meanwhile."""
         if not self._read(0) or number not in self._waiting:
             raise Cancelled
+        for other in [other for other, request in self._waiting.items() if not request.get("everything")]:
+            self._serve(other)
 
 
 class _Watched(Progress):
-    """Ends work whose client has gone."""
+    """Ends work whose client has gone, and lets clicks through."""
 
     def __init__(self, worker: VisionWorker, number: int) -> None:
         self._worker, self._number = worker, number
@@ -252,6 +258,7 @@ def measure(checkpoint: Checkpoint, dtype: str | None) -> Size:
 
 def start(checkpoint: Checkpoint, options: dict[str, Any], pipe: Pipe) -> VisionWorker:
     """Load a vision model, and tell the front process what it must know about it."""
+    keep_freed_memory()
     model = load(checkpoint.path, dtype=options["dtype"], threads=options["threads"], device=options.get("device"))
     assert isinstance(model, VisionModel)
     parameters = (*model.network.parameters(), *model.network.buffers())

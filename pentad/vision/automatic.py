@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from pentad.errors import BadInput
-from pentad.models.vision.sam.sam import MASK_THRESHOLD
 from pentad.nn.boxes import nms
 from pentad.vision.masks import RLE, encode, rle_box
 from pentad.vision.prompts import Request
-from pentad.vision.segmenter import EmbeddedImage, Mask, Segmenter, stability
+from pentad.vision.segmenter import Mask, Segmenter
+from pentad.vision.thresholding import Thresholder
 from pentad.weights.cache import Progress, task
 
 NEAR = 20.0  # pixels from a crop's edge within which a mask counts as cut off
-UPSCALED_PIXELS = 2**23  # of logits that are upscaled together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +173,7 @@ def _in_crop(segmenter: Segmenter, image_3HW: Tensor, crop: Crop, how: Everythin
     points_P12 = (how.grid(crop.layer) * size)[:, None]
     request = Request(points_P12, torch.ones(len(points_P12), 1, dtype=torch.int64), None, None)
     whole = (image_3HW.shape[1], image_3HW.shape[2])
+    threshold = Thresholder(embedded.fitted, 4 * segmenter.sam.config.side, whole, crop.y0, crop.x0)
     found = list[Candidates]()
     for start in range(0, len(points_P12), how.points_per_batch):
         chosen = slice(start, start + how.points_per_batch)
@@ -182,34 +182,28 @@ def _in_crop(segmenter: Segmenter, image_3HW: Tensor, crop: Crop, how: Everythin
         iou_N = iou.flatten()
         kept_N = iou_N > how.pred_iou_thresh if how.pred_iou_thresh > 0 else torch.ones_like(iou_N, dtype=torch.bool)
         kept = Decoded(logits.flatten(0, 1)[kept_N], iou_N[kept_N], points_N2[kept_N])
-        found += _candidates(embedded, kept, crop, whole, how)
+        found.append(_candidates(threshold, kept, crop, whole, how))
         progress.advance(len(points_P12[chosen]))
     joined = _joined(found)
     return joined.chosen(nms(joined.boxes_N4, joined.scores_N, how.box_nms_thresh))
 
 
 def _candidates(
-    embedded: EmbeddedImage, decoded: Decoded, crop: Crop, whole: tuple[int, int], how: Everything
-) -> Iterator[Candidates]:
+    threshold: Thresholder, decoded: Decoded, crop: Crop, whole: tuple[int, int], how: Everything
+) -> Candidates:
     """The stable masks that aren't cut off by a crop's edge."""
-    offset = torch.tensor([crop.x0, crop.y0])
-    at_once = max(1, UPSCALED_PIXELS // max(embedded.height * embedded.width, embedded.fitted.pixels**2))
-    for start in range(0, len(decoded.iou_N), at_once):
-        logits, iou, points = (part[start : start + at_once] for part in decoded)
-        upscaled_NHW = embedded.upscale(logits)
-        scores_N = stability(upscaled_NHW)
-        stable_N = scores_N >= how.stability_score_thresh if how.stability_score_thresh > 0 else scores_N >= 0
-        masks = []
-        for index in stable_N.nonzero()[:, 0].tolist():
-            mask_HW = torch.zeros(whole, dtype=torch.bool)
-            mask_HW[crop.y0 : crop.y1, crop.x0 : crop.x1] = upscaled_NHW[index] > MASK_THRESHOLD
-            rle = encode(mask_HW)
-            prompt = {"points": [(points[index] + offset).tolist()], "labels": [1]}
-            prompt |= {"crop": [*crop[:4]]} if crop.layer else {}
-            masks.append(Mask(rle, rle_box(rle), float(iou[index]), float(scores_N[index]), prompt))
-        boxes_N4 = edges(masks, offset)
-        kept_N = ~_is_cut_off(boxes_N4, crop, whole)
-        yield Candidates(boxes_N4, iou[stable_N], masks).chosen(kept_N.nonzero()[:, 0])
+    offset, kept = torch.tensor([crop.x0, crop.y0]), list[Mask]()
+    for logits_UU, iou, point_2 in zip(*decoded, strict=True):
+        found = threshold(logits_UU)
+        if how.stability_score_thresh > 0 and found.stability_score < how.stability_score_thresh:
+            continue
+        prompt = {"points": [(point_2 + offset).tolist()], "labels": [1]}
+        prompt |= {"crop": [*crop[:4]]} if crop.layer else {}
+        rle = found.rle
+        kept.append(Mask(rle, rle_box(rle), float(iou), found.stability_score, prompt))
+    boxes_N4 = edges(kept, offset)
+    scores_N = torch.tensor([mask.predicted_iou for mask in kept])
+    return Candidates(boxes_N4, scores_N, kept).chosen((~_is_cut_off(boxes_N4, crop, whole)).nonzero()[:, 0])
 
 
 def edges(masks: Sequence[Mask], start_2: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 MAX_MASK_PIXELS = 89_478_485  # as for images
+_CHARACTERS = 9  # of a number in a code
 _UPSAMPLED = 5  # COCO draws polygons on a grid so much finer than pixels
 
 
@@ -40,13 +41,21 @@ class RLE(TypedDict):
     counts: str | list[int]
 
 
-def encode(mask_HW: Tensor) -> RLE:
-    """The compressed code of a bool mask [H, W]."""
-    height, width = mask_HW.shape
-    flat = mask_HW.cpu().numpy().ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    ends = np.concatenate(([0] * bool(flat[:1].any()), changes, [flat.size])).astype(np.int64)
-    return {"size": [height, width], "counts": to_text(np.diff(ends, prepend=0).tolist())}
+def encode(mask_HW: Tensor, left: int = 0, width: int | None = None) -> RLE:
+    """The compressed code of a bool mask [H, W].
+
+    Args:
+        mask_HW: all columns of an image, or some.
+        left: the first one.
+        width: the image's; there is nothing in the columns that aren't given.
+    """
+    height, columns = mask_HW.shape
+    width = columns if width is None else width
+    flat, start = mask_HW.cpu().numpy().ravel(order="F"), left * height
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1 + start
+    first, last = [start] * bool(flat[:1].any()), [start + flat.size] * bool(flat[-1:].any() and left + columns < width)
+    ends = np.concatenate((first, changes, last, [height * width])).astype(np.int64)
+    return {"size": [height, width], "counts": to_text(np.diff(ends, prepend=0))}
 
 
 def decode(rle: RLE | dict[str, Any]) -> Tensor:
@@ -76,35 +85,34 @@ def rle_counts(rle: RLE | dict[str, Any]) -> list[int]:
     return counts
 
 
-def to_text(counts: Sequence[int]) -> str:
+def to_text(counts: Sequence[int] | NDArray[np.int64]) -> str:
     """Write counts as COCO's string: differences to the count before the last, 5 bits a character."""
-    characters = bytearray()
-    for index, count in enumerate(counts):
-        value = count - counts[index - 2] if index > 2 else count
-        while True:
-            bits, value = value & 31, value >> 5
-            done = value == (-1 if bits & 16 else 0)
-            characters.append(48 + (bits if done else bits | 32))
-            if done:
-                break
-    return characters.decode()
+    values_N = np.array(counts, np.int64)
+    values_N[3:] -= np.asarray(counts, np.int64)[1:-2]
+    shifted_NK = values_N[:, None] >> np.arange(0, 5 * _CHARACTERS, 5)
+    rest_NK, bits_NK = shifted_NK >> 5, shifted_NK & 31
+    done_NK = rest_NK == -(bits_NK >> 4)  # what is left is the sign
+    before_NK = np.cumsum(done_NK, 1) - done_NK
+    characters_NK = 48 + bits_NK + 32 * ~done_NK
+    return characters_NK[before_NK == 0].astype(np.uint8).tobytes().decode()
 
 
 def _from_text(text: str | bytes) -> list[int]:
-    counts = list[int]()
-    value = shift = 0
-    for character in text.encode() if isinstance(text, str) else text:
-        bits = character - 48
-        if not 0 <= bits < 64 or shift > 40:
-            raise BadInput("an RLE's counts are not a string that COCO's tools write")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (bits & 16) << (shift - 4)  # the sign
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
+    bits = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(bits & 32 == 0)
+    starts = np.concatenate(([0], ends[:-1] + 1)).astype(np.int64)
+    lengths = ends + 1 - starts[: len(ends)]
+    if ((bits < 0) | (bits >= 64)).any() or (lengths > _CHARACTERS).any():
+        raise BadInput("an RLE's counts are not a string that COCO's tools write")
+    if len(bits) and bits[-1] & 32:
         raise BadInput("an RLE's counts end within a number")
+    if not len(bits):
+        return []
+    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, lengths))
+    values = np.add.reduceat((bits & 31) << shifts, starts) - ((bits[ends] & 16) << shifts[ends] + 1)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    counts: list[int] = values.tolist()
     return counts
 
 

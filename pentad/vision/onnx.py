@@ -16,6 +16,7 @@ from pentad.build import build
 from pentad.errors import BadInput
 from pentad.models import family_of
 from pentad.models.family import TASKS
+from pentad.models.vision.sam.mask_decoder import ImageRows
 from pentad.models.vision.sam.sam import Sam
 from pentad.weights.atomic import new_folder
 from pentad.weights.checkpoint import Checkpoint
@@ -63,8 +64,9 @@ class OnnxDecoder(nn.Module):
         sparse_1TD = encoder.encode_points(points_1K2, labels_1K)
         mask_1ND = encoder.mask_downscaling(mask_11UU).flatten(2).transpose(1, 2)
         dense_1ND = has_mask_1 * mask_1ND + (1 - has_mask_1) * encoder.no_mask_embed.weight
-        image_ND = map_1DSS[0].flatten(1).T
-        logits, iou = self.sam.mask_decoder(image_ND, encoder.grid(), sparse_1TD, dense_1ND, multimask=None)
+        positions_ND = encoder.grid()
+        image = ImageRows.of(map_1DSS[0].flatten(1).T + dense_1ND, positions_ND)
+        logits, iou = self.sam.mask_decoder(image, positions_ND, sparse_1TD, multimask=None)
         first_M = torch.eye(iou.shape[1])[0] * 1000
         best_1 = (iou + (points_1K2.shape[1] - AMBIGUOUS) * first_M).argmax(1)
         logits, iou = logits[:, best_1], iou[:, best_1]

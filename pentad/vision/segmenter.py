@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,11 +21,12 @@ from torch.nn import functional as F
 from pentad import build, weights
 from pentad.errors import BadInput
 from pentad.models.vision.sam.prompt_encoder import Prompts
-from pentad.models.vision.sam.sam import MASK_THRESHOLD, Sam
-from pentad.vision.masks import RLE, decode, encode, rle_box
+from pentad.models.vision.sam.sam import Sam
+from pentad.vision.masks import RLE, decode, rle_box
 from pentad.vision.preprocess import resize_pillow
 from pentad.vision.prompts import Fitted, Numbers, Request, read_prompts
 from pentad.vision.runner import VisionModel, pixels_of
+from pentad.vision.thresholding import Thresholder
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.safetensors import read_safetensors
 
@@ -40,7 +40,6 @@ CACHED = 16  # maps of images; one of a published model has 4 MiB
 PROMPTS_AT_ONCE = 4  # so that their activations stay in the third-level cache
 CLIP_FOLDER = "clip"
 """The folder in a model's folder with the CLIP that its words go through."""
-STABILITY_OFFSET = 1.0
 
 
 def fit_image(image_3HW: Tensor, pixels: int) -> Tensor:
@@ -286,18 +285,15 @@ class EmbeddedImage:
         logits, iou = (torch.cat(parts).float().cpu() for parts in zip(*found, strict=True))
         return logits, iou
 
-    @torch.inference_mode()
-    def upscale(self, logits_MUU: Tensor) -> Tensor:
-        """Logits in the image's size, [M, H, W]."""
-        side = self.fitted.pixels
-        square = F.interpolate(logits_MUU[None], (side, side), mode="bilinear", align_corners=False)
-        inner = square[..., : self.fitted.inner[0], : self.fitted.inner[1]]
-        return F.interpolate(inner, (self.height, self.width), mode="bilinear", align_corners=False)[0]
+    @cached_property
+    def threshold(self) -> Thresholder:
+        """Logits [U, U] -> a mask of the image's size."""
+        return Thresholder(self.fitted, 4 * self.segmenter.sam.config.side)
 
     def _mask(self, logits_UU: Tensor, iou: float, prompt: dict[str, Any]) -> Mask:
-        logits_1HW = self.upscale(logits_UU[None])
-        rle = encode(logits_1HW[0] > MASK_THRESHOLD)
-        return Mask(rle, rle_box(rle), iou, float(stability(logits_1HW)), prompt, logits_UU)
+        found = self.threshold(logits_UU)
+        rle = found.rle
+        return Mask(rle, rle_box(rle), iou, found.stability_score, prompt, logits_UU)
 
     def save(self, path: str | Path) -> None:
         """Write the map to a .safetensors file, for `Segmenter.open_image`."""
@@ -306,12 +302,3 @@ class EmbeddedImage:
         size = torch.tensor([self.height, self.width])
         map_DSS = self.map_DSS.detach().cpu().contiguous()
         save_file({"map": map_DSS, "size": size, "network": self.segmenter.fingerprint}, path)
-
-
-def stability(logits_NHW: Tensor) -> Tensor:
-    """The IoU of each mask at thresholds above and below the usual one, [N]; 0 for an empty one."""
-    above_N, below_N = (
-        torch.tensor([np.count_nonzero(mask_HW) for mask_HW in (logits_NHW > MASK_THRESHOLD + offset).numpy()])
-        for offset in (STABILITY_OFFSET, -STABILITY_OFFSET)
-    )
-    return above_N / below_N.clamp(min=1)

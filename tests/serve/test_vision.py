@@ -12,6 +12,7 @@ from PIL import Image
 
 import pentad
 from pentad.media.images import read_image, write_image
+from pentad.serve.vision_worker import VisionWorker
 from tests.helpers.clip_files import write_clip
 from tests.helpers.sam import meta_sam
 from tests.models.test_vit import saved
@@ -80,6 +81,32 @@ def test_one_upload_serves_many_prompts(vision: Server, folder: Path, picture: s
     found = embedded.segmenter.everything(read_image(folder / "photo.png"), **settings)
     assert everything
     assert same(everything, found)
+
+
+class Lines:
+    """A pipe to a worker: what the front process sends by the worker's next look at it, and the events."""
+
+    def __init__(self, *sent: list[dict[str, Any]]) -> None:
+        self.sent, self.events = list(sent), list[dict[str, Any]]()
+
+    def receive(self, seconds: float | None) -> list[str] | None:
+        if self.sent:
+            return [json.dumps(message) for message in self.sent.pop(0)]
+        return None if seconds is None else []
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.events += message["events"]
+
+
+def test_a_click_does_not_wait_for_everything(folder: Path, picture: str) -> None:
+    long = {"id": 1, "image": picture, "everything": {"points_per_side": 2, "pred_iou_thresh": 0}}
+    click = {"id": 3, "image": picture, "points": [[30, 20]]}
+    gone = {"id": 4, "image": picture, "everything": True}
+    pipe: Any = Lines([long], [{**long, "id": 2}, click], [], [gone], [{"cancel": 4}])
+    VisionWorker(pentad.load(folder / "sam.pth"), pipe).run()  # type: ignore[arg-type]
+    assert [event["id"] for event in pipe.events] == [3, 1, 2]
+    assert len(pipe.events[0]["result"]["masks"]) == 1
+    assert pipe.events[1]["result"]["masks"] == pipe.events[2]["result"]["masks"] != []
 
 
 def test_a_file_of_a_form(vision: Server, folder: Path, picture: str) -> None:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 import pentad
 from pentad.vision import segmenter as module
+from pentad.vision.masks import decode, encode
+from pentad.vision.prompts import Fitted
 from pentad.vision.segmenter import Segmenter
+from pentad.vision.thresholding import Thresholder
 from tests.helpers.sam import SIDE, meta_sam, segment_anything
 
 
@@ -100,6 +103,25 @@ def test_a_mask_of_the_image_is_a_prompt(sam: Segmenter) -> None:
     assert logits is not None
     assert (F_area := float((logits > 0).sum())) == pytest.approx(20 * 30 * (4 * SIDE / 60) ** 2, rel=0.15), F_area
     assert len(embedded.masks(mask=rough)) == len(embedded.masks(mask=logits)) == 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (300, 200), (47, 131), (1, 90)], ids=str)
+def test_thresholding_is_that_of_the_whole_image_upscaled_twice(size: tuple[int, int]) -> None:
+    fitted = Fitted.of(*size, 64)
+    threshold = Thresholder(fitted, 32)
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    spot = 4 - ((y - 9) ** 2 + (x - 13) ** 2).sqrt()
+    for logits in (spot, -spot, torch.randn(32, 32, generator=torch.Generator().manual_seed(0)), -1 - spot.abs()):
+        square = torch.nn.functional.interpolate(logits[None, None], (64, 64), mode="bilinear")
+        inner = square[..., : fitted.inner[0], : fitted.inner[1]]
+        whole = torch.nn.functional.interpolate(inner, size, mode="bilinear")[0, 0]
+        found = threshold(logits)
+        assert found.rle == encode(whole > 0)
+        stability = (whole > 1).sum() / (whole > -1).sum().clamp(min=1)
+        assert found.stability_score == pytest.approx(float(stability), abs=1e-6)
+        assert found.columns_WH.shape[0] <= size[1]
+    part = Thresholder(fitted, 32, (size[0] + 9, size[1] + 7), 4, 3)(spot).rle
+    assert torch.equal(decode(part), torch.nn.functional.pad(decode(threshold(spot).rle), (3, 4, 4, 5)))
 
 
 def test_an_image_is_embedded_once_and_the_cache_is_bounded(sam: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pentad.datasets.object_batches import ObjectBatch
+from pentad.models.vision.sam.mask_decoder import ImageRows
 from pentad.models.vision.sam.prompt_encoder import BACKGROUND, FOREGROUND, Prompts
 from pentad.models.vision.sam.sam import MASK_THRESHOLD, Sam
 from pentad.train.objectives.loss import Loss
@@ -79,10 +80,11 @@ class SegmentObjective:
         """All rounds of objects with prompts of one kind; a share of the mean over `objects`."""
         at_P = torch.arange(len(truth_PHW), device=truth_PHW.device)
         rounds, losses, ious = self._rounds(), list[Tensor](), list[Tensor]()
+        positions_ND = network.prompt_encoder.grid()
         for number, click in enumerate([*rounds, False]):
-            logits_PMUU, predicted_PM = network.mask_decoder(
-                image_PND, network.prompt_encoder.grid(), *network.prompt_encoder(prompts), multimask=number == 0
-            )
+            sparse_PTD, dense = network.prompt_encoder(prompts)
+            image = ImageRows.of(image_PND + dense, positions_ND)
+            logits_PMUU, predicted_PM = network.mask_decoder(image, positions_ND, sparse_PTD, multimask=number == 0)
             predicted_PM, logits_PMUU = predicted_PM.float(), logits_PMUU.float()
             losses_3, ious_PM = mask_losses(logits_PMUU, predicted_PM, truth_PHW)
             losses.append(losses_3)

@@ -5,6 +5,7 @@ Legend: P prompts, T rows (tokens) of a prompt, N = S * S rows of an image, D wi
 
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,26 @@ from torch.nn import functional as F
 from pentad.nn.attention import attention
 from pentad.nn.batch import SequenceLayout
 from pentad.nn.norm import LayerNorm
+
+
+class ImageRows(NamedTuple):
+    """An image's map as a layer of the transformer reads it; X is P, or 1 if it is the same for all prompts.
+
+    Attributes:
+        rows_XND, placed_XND: without and with positions.
+        keys_XNI, values_XNI: the projections of the layer's attention from tokens; None to save them, where the image
+            is another one for each prompt.
+    """
+
+    rows_XND: Tensor
+    placed_XND: Tensor
+    keys_XNI: Tensor | None = None
+    values_XNI: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows_XND: Tensor, positions_ND: Tensor) -> "ImageRows":
+        """Without projections."""
+        return cls(rows_XND, rows_XND + positions_ND)
 
 
 class MaskDecoder(nn.Module):
@@ -55,32 +76,37 @@ class MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(MLP(width, width, width // 8, 3) for _ in range(masks + 1))
         self.iou_prediction_head = MLP(width, iou_hidden, masks + 1, iou_depth)
 
+    def project(self, image: ImageRows) -> ImageRows:
+        """Add the first layer's projections, which many prompts for one image share."""
+        attention = self.transformer.layers[0].cross_attn_token_to_image
+        return image._replace(keys_XNI=attention.k_proj(image.placed_XND), values_XNI=attention.v_proj(image.rows_XND))
+
     def forward(
-        self, image_ND: Tensor, positions_ND: Tensor, sparse_PTD: Tensor, dense: Tensor, *, multimask: bool | None
+        self, image: ImageRows, positions_ND: Tensor, sparse_PTD: Tensor, *, multimask: bool | None
     ) -> tuple[Tensor, Tensor]:
         """Predict the masks of each prompt.
 
         Args:
-            image_ND: the image's map, or each prompt's own, [P, N, D].
+            image: its map plus what the prompt encoder returns for it; of all prompts, or one for each.
             positions_ND: of its patches.
-            sparse_PTD, dense: what the prompt encoder returns.
+            sparse_PTD: the prompts' rows.
             multimask: True for the masks of an ambiguous prompt, False for the one of a clear prompt, None for all,
                 the latter first.
 
         Returns:
             Logits [P, M, U, U], and each mask's predicted IoU [P, M].
         """
-        chosen = slice(int(multimask or 0), 1 if multimask is False else None)
+        chosen = slice(int(multimask or 0), 1 if multimask is False else len(self.output_hypernetworks_mlps))
         own_XD = torch.cat((self.iou_token.weight, self.mask_tokens.weight))
         tokens_PTD = torch.cat((own_XD.expand(len(sparse_PTD), -1, -1), sparse_PTD), 1)
-        tokens_PTD, image_PND = self.transformer(tokens_PTD, image_ND + dense, positions_ND)
+        tokens_PTD, image_PND = self.transformer(tokens_PTD, image, positions_ND, answers=1 + chosen.stop)
         iou_PM: Tensor = self.iou_prediction_head(tokens_PTD[:, 0])[:, chosen]
-        side = math.isqrt(image_ND.shape[-2])
+        side = math.isqrt(image_PND.shape[1])
         networks = list(enumerate(self.output_hypernetworks_mlps, 1))[chosen]
-        weights_PCM = torch.stack([network(tokens_PTD[:, index]) for index, network in networks], 2)
-        logits_PRM = self._upscaled(image_PND) @ weights_PCM
-        parts = logits_PRM.view(-1, side, side, 2, 2, 2, 2, weights_PCM.shape[2])
-        return parts.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(len(parts), -1, 4 * side, 4 * side), iou_PM
+        weights_PMC = torch.stack([network(tokens_PTD[:, index]) for index, network in networks], 1)
+        logits_PMR = weights_PMC @ self._upscaled(image_PND).transpose(1, 2)
+        parts = logits_PMR.view(*weights_PMC.shape[:2], side, side, 2, 2, 2, 2)
+        return parts.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*weights_PMC.shape[:2], 4 * side, 4 * side), iou_PM
 
     def _upscaled(self, image_PND: Tensor) -> Tensor:
         """Each row of the image becomes 16 rows, of 2 by 2 parts with 2 by 2 parts each, [P, 16 * N, D / 8]."""
@@ -107,20 +133,23 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = CrossAttention(width, width // downsample, heads)
         self.norm_final_attn = LayerNorm(width, 1e-5)
 
-    def forward(self, tokens_PTD: Tensor, image_XND: Tensor, positions_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens and the image after all layers, [P, T, D] and [P, N, D].
+    def forward(
+        self, tokens_PTD: Tensor, image: ImageRows, positions_ND: Tensor, *, answers: int
+    ) -> tuple[Tensor, Tensor]:
+        """The first tokens and the image after all layers, [P, answers, D] and [P, N, D].
 
         Args:
             tokens_PTD: the tokens, which are also their own positions.
-            image_XND: X is P, or 1 if all prompts begin with the same image: the first layer's keys and values are
-                then computed once.
+            image: for the first layer.
             positions_ND: of the image.
+            answers: how many tokens are needed.
         """
-        positions_PTD, image = tokens_PTD, image_XND
+        positions_PTD = tokens_PTD
         for layer in self.layers:
             tokens_PTD, image = layer(tokens_PTD, image, positions_PTD, positions_ND)
-        seen_PTD = self.final_attn_token_to_image(tokens_PTD + positions_PTD, image + positions_ND, image)
-        return self.norm_final_attn(tokens_PTD + seen_PTD), image
+        tokens_PTD, positions_PTD = tokens_PTD[:, :answers], positions_PTD[:, :answers]
+        seen_PTD = self.final_attn_token_to_image(tokens_PTD + positions_PTD, image.placed_XND, image.rows_XND)
+        return self.norm_final_attn(tokens_PTD + seen_PTD), image.rows_XND
 
 
 class TwoWayBlock(nn.Module):
@@ -144,19 +173,26 @@ class TwoWayBlock(nn.Module):
         self.cross_attn_image_to_token = CrossAttention(width, width // downsample, heads)
 
     def forward(
-        self, x_PTD: Tensor, image_XND: Tensor, positions_PTD: Tensor, positions_ND: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, x_PTD: Tensor, image: ImageRows, positions_PTD: Tensor, positions_ND: Tensor
+    ) -> tuple[Tensor, ImageRows]:
         if self.positions:
             q_PTD = x_PTD + positions_PTD
             x_PTD = x_PTD + self.self_attn(q_PTD, q_PTD, x_PTD)
         else:
             x_PTD = self.self_attn(x_PTD, x_PTD, x_PTD)
         x_PTD = self.norm1(x_PTD)
-        placed_XND = image_XND + positions_ND
-        x_PTD = self.norm2(x_PTD + self.cross_attn_token_to_image(x_PTD + positions_PTD, placed_XND, image_XND))
+        x_PTD = self.norm2(x_PTD + self._look(x_PTD + positions_PTD, image))
         x_PTD = self.norm3(x_PTD + self.mlp["lin2"](F.relu(self.mlp["lin1"](x_PTD))))
-        seen_PND = self.cross_attn_image_to_token(placed_XND, x_PTD + positions_PTD, x_PTD)
-        return x_PTD, self.norm4(image_XND + seen_PND)
+        seen_PND = self.cross_attn_image_to_token(image.placed_XND, x_PTD + positions_PTD, x_PTD)
+        rows_PND = self.norm4(image.rows_XND + seen_PND)
+        return x_PTD, ImageRows.of(rows_PND, positions_ND)
+
+    def _look(self, q_PTD: Tensor, image: ImageRows) -> Tensor:
+        """The tokens' attention to the image."""
+        attention = self.cross_attn_token_to_image
+        if image.keys_XNI is None or image.values_XNI is None:
+            return attention(q_PTD, image.placed_XND, image.rows_XND)
+        return attention.attend(attention.q_proj(q_PTD), image.keys_XNI, image.values_XNI)
 
 
 class CrossAttention(nn.Module):
@@ -185,9 +221,12 @@ class CrossAttention(nn.Module):
             return self._from_tokens(q, k, v)
         if few and q.shape[1] > k.shape[1]:
             return self._from_image(q, k, v)
-        q, k, v = self._split(self.q_proj(q)), self._split(self.k_proj(k)), self._split(self.v_proj(v))
+        return self.attend(self.q_proj(q), self.k_proj(k), self.v_proj(v))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`forward` of inputs that are projected."""
         prompts = max(len(q), len(k))
-        out = self._attend(q.expand(prompts, -1, -1, -1), k, v)
+        out = self._attend(self._split(q).expand(prompts, -1, -1, -1), self._split(k), self._split(v))
         projected: Tensor = self.out_proj(out.reshape(prompts, q.shape[1], -1))
         return projected
 
@@ -209,11 +248,12 @@ class CrossAttention(nn.Module):
         q_HdD, o_DHd = self.q_proj.weight.view(*k_PTHd.shape[2:], -1), self._split(self.out_proj.weight)
         keys_PDY = torch.einsum("pthd,hdD->pDth", k_PTHd, q_HdD).flatten(2)
         bias_P1Y = torch.einsum("pthd,hd->pth", k_PTHd, self._split(self.q_proj.bias)).flatten(1)[:, None]
-        values_PYD = torch.einsum("pthd,Dhd->pthD", v_PTHd, o_DHd).flatten(1, 2)
+        values_PTHD = torch.einsum("pthd,Dhd->pthD", v_PTHd, o_DHd)
+        values_PYD = (values_PTHD + self.out_proj.bias / self.heads).flatten(1, 2)  # a head's shares add up to 1
         scale, q_PND = self.head_dim**-0.5, q_XND.expand(len(k_PTD), -1, -1)
         scores_PNY = torch.baddbmm(bias_P1Y, q_PND, keys_PDY, beta=scale, alpha=scale)
         shares_PNTH = scores_PNY.view(*scores_PNY.shape[:2], -1, self.heads).softmax(2)
-        return torch.baddbmm(self.out_proj.bias, shares_PNTH.flatten(2), values_PYD)
+        return shares_PNTH.flatten(2) @ values_PYD
 
     def _split(self, x: Tensor) -> Tensor:
         """[..., H * d] -> [..., H, d]."""

@@ -15,9 +15,10 @@ from pentad.errors import BadInput
 from pentad.models.family import ArchitectureNames, Family, ModelConfig
 from pentad.models.vision.config import count_layers, sizes
 from pentad.models.vision.sam.image_encoder import ImageEncoder
-from pentad.models.vision.sam.mask_decoder import MaskDecoder
+from pentad.models.vision.sam.mask_decoder import ImageRows, MaskDecoder
 from pentad.models.vision.sam.prompt_encoder import FourierPositions, PromptEncoder, Prompts
 from pentad.models.vision.vit import check_encoder
+from pentad.nn.linear import Derived
 from pentad.weights.checkpoint import Checkpoint
 from pentad.weights.keytable import Concat, KeyTable, Rule
 
@@ -163,18 +164,31 @@ class Sam(nn.Module):
             iou_depth=c.iou_head_depth,
             iou_hidden=c.iou_head_hidden_dim,
         )
+        self._image = Derived()
 
     def forward(self, image_3HW: Tensor, prompts: Prompts, *, multimask: bool = True) -> tuple[Tensor, Tensor]:
         """The masks' logits [P, M, U, U] and predicted IoU [P, M] for prompts in one normalized, padded image."""
         return self.decode(self.image_encoder(image_3HW[None])[0], prompts, multimask=multimask)
 
     def decode(self, map_DSS: Tensor, prompts: Prompts, *, multimask: bool = True) -> tuple[Tensor, Tensor]:
-        """`forward` from the image encoder's map of an image."""
+        """`forward` from the image encoder's map of an image.
+
+        What doesn't depend on the prompts is kept until another image is asked.
+        """
         sparse_PTD, dense = self.prompt_encoder(prompts)
-        image_ND = map_DSS.flatten(1).T.contiguous()  # no copy of what the image encoder returns
-        found: tuple[Tensor, Tensor] = self.mask_decoder(
-            image_ND, self.prompt_encoder.grid(), sparse_PTD, dense, multimask=multimask
-        )
+        positions_ND = self.prompt_encoder.grid()
+
+        def read() -> ImageRows:
+            rows_ND = map_DSS.flatten(1).T.contiguous()  # no copy of what the image encoder returns
+            return ImageRows.of(rows_ND + dense, positions_ND)
+
+        if prompts.masks_P1MM is not None or torch.is_grad_enabled():
+            image = read()
+        else:
+            first = self.mask_decoder.transformer.layers[0].cross_attn_token_to_image
+            sources = map_DSS, self.prompt_encoder.no_mask_embed.weight, positions_ND, *first.parameters()
+            image = self._image.get(sources, lambda: self.mask_decoder.project(read()))
+        found: tuple[Tensor, Tensor] = self.mask_decoder(image, positions_ND, sparse_PTD, multimask=multimask)
         return found
 
 
