@@ -63,6 +63,11 @@ def annotate(
     max_overlap: Annotated[
         float, Option(min=0, max=1, metavar="X", help="Drop a mask whose IoU with an earlier one is above X.")
     ] = 0.7,
+    view: Annotated[
+        bool, Option("--view", help="A person annotates at a page, where the model proposes: accept, correct or skip.")
+    ] = False,
+    no_browser: Annotated[bool, Option("--no-browser", help="With --view: only print the page's address.")] = False,
+    port: Annotated[int, Option(min=0, max=65535, metavar="N", help="With --view: the port; 0: a free one.")] = 0,
     train: Annotated[
         Path | None,
         Option(metavar="RECIPE", help="Then train the model on the annotations by this recipe, in DIR/training."),
@@ -80,6 +85,8 @@ def annotate(
     propose masks, confident ones are kept, and the annotator adds what is missing. automatic: the
     confident and stable masks of everything are kept.
 
+    The annotator is a person at a page (--view) or simulated (--simulate).
+
     DIR is a data set in COCO's format. The same command continues what was interrupted.
 
     JSON: path, stage, images, masks, masks_per_image, proposed (masks kept without an annotator),
@@ -90,15 +97,14 @@ def annotate(
         raise BadInput("--stage semi needs --detector NAME, whose boxes propose masks")
     if stage != Stage.semi and detector is not None:
         raise BadInput(f"--detector is for --stage semi; leave it out of {stage}")
-    if stage == Stage.automatic and simulate:
-        raise BadInput("--stage automatic has no annotator; leave --simulate out")
+    if stage == Stage.automatic and (simulate or view):
+        raise BadInput(f"--stage automatic has no annotator; leave {'--simulate' if simulate else '--view'} out")
+    if simulate and view:
+        raise BadInput("--simulate and --view are two annotators; expected one")
     if also and train is None:
         raise BadInput("--also is for --train RECIPE")
-    if stage == Stage.assisted and not simulate:
-        raise BadInput(
-            "--stage assisted needs an annotator: --simulate, or from Python one that shows pages to a person"
-            " (pentad.recipes.annotation.Annotator)"
-        )
+    if stage == Stage.assisted and not (simulate or view):
+        raise BadInput("--stage assisted needs an annotator: --view for a person at a page, or --simulate")
     if train is not None and not train.is_file():
         raise BadInput(f"{train} is not there; expected a recipe of pentad train")
     from pentad.datasets.object_folders import read_objects
@@ -116,8 +122,6 @@ def annotate(
         dataset = read_objects(source)
         images = [image.path for image in dataset.images]
         annotator = SimulatedAnnotator.of(dataset, enough, max_clicks)
-    segmenter = loading.load(model, "segment")
-    boxes = None if detector is None else loading.load(detector, "detect")
     acceptance = data_engine.Acceptance(
         min_iou=min_iou,
         min_stability=min_stability,
@@ -125,16 +129,34 @@ def annotate(
         threshold=threshold,
         points_per_side=points_per_side,
     )
-    report = data_engine.annotate(
-        stage.value,
-        images,
-        segmenter,
-        out,
-        annotator=annotator,
-        detector=boxes,
-        acceptance=acceptance,
-        progress=output.progress("images"),
-    )
+    report = None
+    if not view or stage == Stage.semi:
+        report = data_engine.annotate(
+            stage.value,
+            images,
+            loading.load(model, "segment"),
+            out,
+            annotator=annotator,
+            detector=None if detector is None else loading.load(detector, "detect"),
+            acceptance=acceptance,
+            done=not view,
+            progress=output.progress("images"),
+        )
+    if view:
+        from pentad.cli.viewing import view_stage
+        from pentad.recipes.annotation_folder import open_annotations
+
+        skipped = [] if report is None else report.skipped
+        with open_annotations(out, data_engine.stage_settings(stage, model, detector, acceptance)) as written:
+            readable = [path for path in images if stage == Stage.assisted or str(path) in written.records]
+            if written.left(readable):
+                view_stage(written, readable, model, loading, port=port, browser=not no_browser, as_json=as_json)
+            written.finish(readable)
+            report = data_engine.report(written, skipped)
+            if left := len(written.left(readable)):
+                output.note(f"pentad: {left} images are left; the same command continues")
+                train = None
+    assert report is not None
     for line in report.skipped:
         output.fail(line)
     trained = None

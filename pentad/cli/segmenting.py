@@ -135,9 +135,9 @@ def segment(
     if is_video and (view or everything or multimask or max(len(boxes), len(text or ())) > 1):
         raise BadInput(f"{image} is a video; expected one object: points, a box, --mask or --text, for its first frame")
     if view:
-        from pentad.cli.viewing import view as show
+        from pentad.cli.viewing import view_image
 
-        show(image, model, out, loading, port=port, browser=not no_browser, as_json=as_json)
+        view_image(image, model, out, loading, port=port, browser=not no_browser, as_json=as_json)
         return
     from pentad.media.images import read_image
 
@@ -214,7 +214,7 @@ def _write(folder: Path, facts: dict[str, Any], pixels: Tensor, masks: Sequence[
             write_image(path, one.mask.to(torch.uint8).mul_(255).expand(3, -1, -1))
         shown = draw_masks(pixels, (one.mask for one in by_size), points_N2=points, labels_N=labels, boxes_N4=boxes)
         write_image(picture, shown)
-        annotations.write_text(json.dumps(coco_of(facts, [one.to_json() for one in masks])))
+        annotations.write_text(json.dumps(coco_of([{**facts, "masks": [one.to_json() for one in masks]}])))
     except OSError as error:
         raise PentadError(f"{folder} can't be written: {error.strerror}") from error
     return [*images, picture, annotations]

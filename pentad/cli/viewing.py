@@ -1,10 +1,12 @@
-"""``pentad segment --view``: the page where a click segments."""
+"""``--view``: a page where a person segments, for one image or for those of a stage of annotation."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,43 +15,91 @@ from pentad.cli import output
 from pentad.errors import BadInput
 
 if TYPE_CHECKING:
+    from pentad.recipes.annotation_folder import AnnotationFolder
     from pentad.serve.loaded import LoadedModel
     from pentad.serve.models import Model
+    from pentad.serve.page import Shown
 
-SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp")
 
-
-def view(
+def view_image(
     image: str, name: str, out: Path | None, loading: o.VisionLoading, *, port: int, browser: bool, as_json: bool
 ) -> None:
-    """Serve one image and the page until Ctrl-C, and open a browser if there is one."""
+    """Serve one image and the page until Ctrl-C."""
+    from pentad.media.images import image_size
+    from pentad.vision.annotations import read_masks
+
+    path = Path(image)
+    height, width = image_size(path)
+    file = (path.parent if out is None else out) / f"{path.stem}-coco.json"
+    masks = read_masks(file, height, width) if file.exists() else []
+
+    def shown(model: str) -> Shown:
+        from pentad.serve.page import View
+
+        return View(path, width, height, model, file, masks)
+
+    serve_page(name, shown, path.name, loading, port=port, browser=browser, as_json=as_json)
+
+
+def view_stage(
+    written: AnnotationFolder,
+    images: Sequence[Path],
+    name: str,
+    loading: o.VisionLoading,
+    *,
+    port: int,
+    browser: bool,
+    as_json: bool,
+) -> None:
+    """Serve images one after the other, until all are done or Ctrl-C."""
+
+    def shown(model: str) -> Shown:
+        from pentad.serve.annotating import Stage
+
+        return Stage(written, images, model, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    left = f"{len(written.left(images))} of {len(images)} images"
+    serve_page(name, shown, left, loading, port=port, browser=browser, as_json=as_json)
+
+
+def serve_page(
+    name: str,
+    make_view: Callable[[str], Shown],
+    what: str,
+    loading: o.VisionLoading,
+    *,
+    port: int,
+    browser: bool,
+    as_json: bool,
+) -> None:
+    """Serve the page until Ctrl-C, and open a browser if there is one.
+
+    Args:
+        name: the model, as the user calls it.
+        make_view: what the page shows, by the model's name in the API.
+        what: that, for the user.
+        loading: how the model is loaded.
+        port, browser, as_json: options of the command.
+    """
     from pentad.cli.serving import available, named
 
     try:
         from pentad.serve.app import make_app
         from pentad.serve.metrics import Metrics
         from pentad.serve.models import Model, Models
-        from pentad.serve.page import View
         from pentad.serve.server import listen, serve
     except ModuleNotFoundError as error:
         raise BadInput(f"--view needs {error.name}; install it: pip install 'pentad[serve]'") from error
-    from pentad.media.images import image_size
     from pentad.models.family import TASKS
-    from pentad.vision.annotations import read_masks
     from pentad.weights import registry
 
-    path = Path(image)
-    height, width = image_size(path)
-    file = (path.parent if out is None else out) / f"{path.stem}-coco.json"
-    masks = read_masks(file, height, width) if file.exists() else []
     shown, source = named(name)
     located = registry.locate(source, progress=output.progress())
     metrics, key = Metrics(), secrets.token_urlsafe(16)
     options = {"dtype": loading.dtype, "threads": loading.threads, "device": loading.device, "quantize": None}
     model = Model(shown, located, options, max_queue=64, metrics=metrics)
-    models = Models([model], available(), lambda: None)
-    page = View(path.name, _content(path), width, height, shown, file, masks)
-    app = make_app(models, metrics, host="127.0.0.1", keys=[key.encode()], view=page)
+    models, view = Models([model], available(), lambda: None), make_view(shown)
+    app = make_app(models, metrics, host="127.0.0.1", keys=[key.encode()], view=view)
     listening = listen("127.0.0.1", port)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/#{key}"
 
@@ -57,9 +107,9 @@ def view(
         if loaded.task != "segment":
             raise BadInput(f"{name} is {TASKS[loaded.task]}")
         if as_json:
-            output.write_json({"url": url, "model": shown, "file": str(file)})
+            output.write_json({"url": url, "model": shown, "file": str(view.file)})
         else:
-            output.note(f"pentad: {path.name} is at {url}; masks are saved to {file}; Ctrl-C ends")
+            output.note(f"pentad: {what} at {url}; masks are saved to {view.file}; Ctrl-C ends")
         if browser and _has_browser():
             import webbrowser
 
@@ -72,16 +122,3 @@ def view(
 def _has_browser() -> bool:
     """False on a machine without a screen, where Python would start a browser for terminals."""
     return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
-
-
-def _content(path: Path) -> bytes:
-    """The file, or a PNG of it if browsers can't show its format."""
-    if path.suffix.lower() in SHOWN_BY_BROWSERS:
-        return path.read_bytes()
-    from io import BytesIO
-
-    from pentad.media.images import read_image, to_pil
-
-    content = BytesIO()
-    to_pil(read_image(path)).save(content, "PNG")
-    return content.getvalue()

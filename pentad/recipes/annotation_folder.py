@@ -1,26 +1,24 @@
 """The folder of annotations that are being made: after each image it can be continued.
 
-It has stage.json (the settings), images/, annotations.jsonl (a line for each image that is done) and, when all are
-done, annotations.json, which makes it a data set in COCO's format.
+It has stage.json (the settings), images/, annotations.jsonl (a line for each image that is done; the last one counts)
+and annotations.json, which makes it a data set in COCO's format.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pentad.datasets.coco import coco_json
 from pentad.datasets.object_folders import place_image
-from pentad.datasets.objects import LabeledImage, Object
 from pentad.errors import BadInput
-from pentad.recipes.annotation import Annotation, Canvas
-from pentad.vision.masks import rle_area, rle_box
-from pentad.weights.atomic import disk_errors, lock
+from pentad.recipes.annotation import Canvas
+from pentad.vision.annotations import coco_of
+from pentad.weights.atomic import disk_errors, lock, replace_text
 
 SETTINGS, LINES, FINISHED = "stage.json", "annotations.jsonl", "annotations.json"
 
@@ -51,7 +49,7 @@ def open_annotations(folder: Path, settings: dict[str, Any]) -> Iterator[Annotat
         elif any(folder.glob("[!.]*")):
             raise BadInput(f"{folder} exists already, and no annotation was begun in it; choose another --out")
         else:
-            _replace(file, json.dumps(settings, indent=2) + "\n")
+            replace_text(file, json.dumps(settings, indent=2) + "\n")
         yield AnnotationFolder(folder)
 
 
@@ -62,17 +60,11 @@ def _check(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
             raise BadInput(f"{folder} was begun with {values}; use the same to continue, or another --out")
 
 
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.part")
-    partial.write_text(text)
-    os.replace(partial, file)
-
-
 class AnnotationFolder:
     """See `open_annotations`.
 
     Attributes:
-        records: the images that are done, by their files.
+        records: the images that are done or begun, by their files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,35 +72,51 @@ class AnnotationFolder:
         self._lines = folder / LINES
         content = self._lines.read_bytes() if self._lines.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]  # a killed process may leave a part of a line
-        if whole != content:
-            os.truncate(self._lines, len(whole))
         records = [json.loads(line) for line in whole.splitlines()]
         self.records: dict[str, dict[str, Any]] = {record["source"]: record for record in records}
+        if whole != content or len(records) > len(self.records):
+            replace_text(self._lines, "".join(json.dumps(record) + "\n" for record in self.records.values()))
 
-    def add(self, canvas: Canvas, **facts: Any) -> None:
+    def left(self, images: Sequence[Path]) -> list[Path]:
+        """The images that aren't done."""
+        return [path for path in images if not self.records.get(str(path), {}).get("done")]
+
+    def add(self, canvas: Canvas, *, done: bool = True, **facts: Any) -> None:
         """Keep an image and its annotations.
 
         Args:
             canvas: the image.
+            done: False if the annotator will go on with it.
             facts: of how it was annotated, for the report.
         """
-        used = {record["image"] for record in self.records.values()}
-        name = canvas.path.name if canvas.path.name not in used else f"{len(used):06}-{canvas.path.name}"
         height, width = canvas.pixels.shape[1:]
         objects = [asdict(one) for one in canvas.annotations]
+        self.put(canvas.path, height, width, objects, done=done, clicks=canvas.clicks, **facts)
+
+    def put(self, path: Path, height: int, width: int, objects: Sequence[Mapping[str, Any]], **facts: Any) -> None:
+        """`add`, also for an image that was added before.
+
+        Args:
+            path: the image.
+            height, width: its size.
+            objects: the fields of `Annotation`, and those of `pentad.vision.annotations.FACTS`.
+            facts: see `add`.
+
+        Raises:
+            BadInput: a mask is malformed, or of another size.
+        """
+        known = self.records.get(str(path))
+        used = {record["image"] for record in self.records.values()}
+        name = path.name if path.name not in used else f"{len(used):06}-{path.name}"
+        name = known["image"] if known else name
         size = {"height": height, "width": width}
-        record = {
-            "image": name,
-            "source": str(canvas.path),
-            **size,
-            "objects": objects,
-            "clicks": canvas.clicks,
-            **facts,
-        }
+        record = {"image": name, "source": str(path), **size, "objects": [*objects], **facts}
+        coco_of([_described(record)])
         images = self.folder / "images"
         images.mkdir(exist_ok=True)
-        (images / name).unlink(missing_ok=True)
-        place_image(canvas.path, images / name)
+        if not known:
+            (images / name).unlink(missing_ok=True)
+            place_image(path, images / name)
         with self._lines.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -118,25 +126,9 @@ class AnnotationFolder:
     def finish(self, sources: Sequence[Path]) -> None:
         """Write COCO's annotations of some images, in their order, with the masks' scores and sources."""
         records = [self.records[str(source)] for source in sources if str(source) in self.records]
-        found = [[Annotation(**one) for one in record["objects"]] for record in records]
-        names = list(dict.fromkeys(one.label for objects in found for one in objects)) or ["object"]
-        images = [
-            LabeledImage(
-                self.folder / "images" / record["image"],
-                record["height"],
-                record["width"],
-                tuple(_object(one, names) for one in objects),
-                number,
-            )
-            for number, (record, objects) in enumerate(zip(records, found, strict=True), 1)
-        ]
-        content = coco_json(names, images, self.folder)
-        flat = [one for objects in found for one in objects]
-        for row, one in zip(content["annotations"], flat, strict=True):
-            scores = {"predicted_iou": one.predicted_iou, "stability_score": one.stability_score}
-            row |= {"source": one.source, **{name: score for name, score in scores.items() if score is not None}}
-        _replace(self.folder / FINISHED, json.dumps(content))
+        content = coco_of([_described(record) for record in records if not record.get("skipped")])
+        replace_text(self.folder / FINISHED, json.dumps(content))
 
 
-def _object(one: Annotation, names: list[str]) -> Object:
-    return Object(rle_box(one.rle), names.index(one.label), one.rle, area=float(rle_area(one.rle)))
+def _described(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record, "image": f"images/{record['image']}", "masks": record["objects"]}

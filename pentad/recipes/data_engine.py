@@ -86,6 +86,7 @@ def annotate(
     annotator: Annotator | None = None,
     detector: Detector | None = None,
     acceptance: Acceptance | None = None,
+    done: bool = True,
     progress: Progress | None = None,
 ) -> StageReport:
     """Annotate images, and write them as a data set in COCO's format.
@@ -100,6 +101,7 @@ def annotate(
         annotator: needed by "assisted"; in "semi" adds what is missing.
         detector: needed by "semi".
         acceptance: which proposed masks are kept.
+        done: False if an annotator will go on with the images later.
         progress: counts images.
 
     Raises:
@@ -115,12 +117,10 @@ def annotate(
         raise BadInput("the semi-automatic stage has no detector; expected one whose boxes propose masks")
     if stage == "automatic":
         annotator = None
-    settings: dict[str, Any] = {"stage": stage, "model": segmenter.name}
-    settings |= {"detector": detector.name} if detector is not None and stage == "semi" else {}
-    settings |= {} if stage == "assisted" else asdict(accepted)
+    settings = stage_settings(stage, segmenter.name, detector.name if detector is not None else None, accepted)
     skipped = list[str]()
     with open_annotations(folder, settings) as written:
-        left = [path for path in images if str(path) not in written.records]
+        left = written.left(images) if done else [path for path in images if str(path) not in written.records]
         with task(progress or Progress(), "Annotating", len(left)):
             for path in left:
                 started = time.perf_counter()
@@ -134,11 +134,18 @@ def annotate(
                 if annotator is not None:
                     annotator.annotate(canvas)
                 ended = time.perf_counter()
-                written.add(canvas, computing_seconds=proposed - started, annotator_seconds=ended - proposed)
+                seconds = {"computing_seconds": proposed - started, "annotator_seconds": ended - proposed}
+                written.add(canvas, done=done, **seconds)
                 if progress is not None:
                     progress.advance(1)
         written.finish(images)
-        return _report(written, skipped)
+        return report(written, skipped)
+
+
+def stage_settings(stage: str, model: str, detector: str | None, acceptance: Acceptance) -> dict[str, Any]:
+    """What a run must be continued with."""
+    settings = {"stage": stage, "model": model} | ({"detector": detector} if stage == "semi" else {})
+    return settings if stage == "assisted" else settings | asdict(acceptance)
 
 
 def propose(stage: str, canvas: Canvas, detector: Detector | None, acceptance: Acceptance) -> None:
@@ -176,8 +183,9 @@ def _pixels(path: Path) -> Any:
     return read_image(path)
 
 
-def _report(written: AnnotationFolder, skipped: list[str]) -> StageReport:
-    records = [*written.records.values()]
+def report(written: AnnotationFolder, skipped: list[str]) -> StageReport:
+    """What a folder has; images that the annotator has skipped don't count."""
+    records = [record for record in written.records.values() if not record.get("skipped")]
     sources = [one["source"] for record in records for one in record["objects"]]
     clicked, drawn = sources.count("clicks"), sources.count("brush")
     own, images = clicked + drawn, max(1, len(records))

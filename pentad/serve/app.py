@@ -22,7 +22,7 @@ from pentad.serve.guard import Guard, local_hosts
 from pentad.serve.metrics import Metrics
 from pentad.serve.models import Model, Models
 from pentad.serve.openai import Body, ChatBody, CompletionBody, EmbeddingBody, ModelBody, ResponseBody
-from pentad.serve.page import View, add_page
+from pentad.serve.page import Shown, add_page
 from pentad.serve.replies import ChatCompletion, Completion, EmbeddingList, Health, ModelList, ModelReply, ResponseReply
 from pentad.serve.responses import respond_statelessly
 from pentad.serve.vision import (
@@ -52,7 +52,7 @@ def make_app(
     host: str,
     keys: Sequence[bytes] = (),
     origins: Sequence[str] = (),
-    view: View | None = None,
+    view: Shown | None = None,
 ) -> ASGIApp:
     """The ASGI application.
 
@@ -62,7 +62,7 @@ def make_app(
         host: the address that the server listens on.
         keys: accepted API keys; none accepts every request.
         origins: of web pages that may use the API.
-        view: a photo that a page shows, by `pentad segment --view`.
+        view: photos that a page shows, by `pentad segment --view` or `pentad data annotate --view`.
     """
     app = FastAPI(title="pentad", version=pentad.__version__, docs_url=None, redoc_url=None)
 

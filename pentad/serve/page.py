@@ -1,17 +1,17 @@
-"""The page of `pentad segment --view`: a photo, and the masks that a person accepts."""
+"""The page of `pentad segment --view` and `pentad data annotate --view`: photos, and masks that a person accepts."""
 
 import asyncio
 import base64
 import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
@@ -21,42 +21,11 @@ from pentad.errors import BadInput
 from pentad.serve.errors import APIError, refused_body
 from pentad.serve.openai import Body
 from pentad.serve.vision import RunLengths
+from pentad.weights.atomic import replace_text
 
 MAX_MASKS = 10_000
-
-
-@dataclass
-class View:
-    """What the page shows, and where it saves.
-
-    Attributes:
-        name: of the photo's file.
-        photo: its content, which browsers can show.
-        width, height: in pixels.
-        model: its name in the API.
-        file: where the masks are saved, in COCO's format.
-        masks: those that the file has.
-    """
-
-    name: str
-    photo: bytes
-    width: int
-    height: int
-    model: str
-    file: Path
-    masks: list[dict[str, Any]] = field(default_factory=list)
-
-    def save(self, masks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Write the masks; the file is replaced at once, or not at all."""
-        from pentad.vision.annotations import coco_of
-
-        coco = coco_of({"image": self.name, "width": self.width, "height": self.height}, masks)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(f".{self.file.name}.part")
-        temporary.write_text(json.dumps(coco))
-        os.replace(temporary, self.file)
-        self.masks = [*masks]
-        return coco
+SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp")
+T = TypeVar("T")
 
 
 class Accepted(Body):
@@ -65,10 +34,88 @@ class Accepted(Body):
     predicted_iou: float | None = None
     stability_score: float | None = None
     prompt: dict[str, Any] | None = None
+    source: Literal["clicks", "brush", "detector", "everything"] = "clicks"
 
 
 class AcceptedBody(Body):
+    """What the page has of an image: all of its masks, and what they have cost."""
+
     masks: Annotated[list[Accepted], Field(max_length=MAX_MASKS)]
+    number: Annotated[int, Field(ge=0)] = 0
+    clicks: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    annotator_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    computing_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    done: bool = False
+    skipped: bool = False
+
+
+class Shown(Protocol):
+    """What the page shows, and where it saves.
+
+    Attributes:
+        file: where masks are saved, in COCO's format.
+    """
+
+    file: Path
+
+    def describe(self) -> dict[str, Any]:
+        """The image at hand: its number and name, and its masks."""
+        ...
+
+    def photo(self, number: int) -> bytes:
+        """A file of an image that browsers can show."""
+        ...
+
+    def save(self, number: int, masks: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any] | None:
+        """Write the masks of an image, at once or not at all; returns what a photo's file has."""
+        ...
+
+
+@dataclass
+class View:
+    """One photo, whose masks are saved beside it.
+
+    Attributes:
+        path: the photo.
+        width, height: in pixels.
+        model: its name in the API.
+        file: where the masks are saved.
+        masks: those that the file has.
+    """
+
+    path: Path
+    width: int
+    height: int
+    model: str
+    file: Path
+    masks: list[dict[str, Any]] = field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        return {"number": 0, "name": self.path.name, "model": self.model, "file": str(self.file), "masks": self.masks}
+
+    def photo(self, number: int) -> bytes:
+        return for_browsers(self.path)
+
+    def save(self, number: int, masks: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+        from pentad.vision.annotations import coco_of
+
+        size = {"width": self.width, "height": self.height}
+        coco = coco_of([{"image": self.path.name, **size, "masks": masks}])
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self.file, json.dumps(coco))
+        self.masks = [*masks]
+        return coco
+
+
+def for_browsers(path: Path) -> bytes:
+    """The file, or a PNG of it if browsers can't show its format."""
+    if path.suffix.lower() in SHOWN_BY_BROWSERS:
+        return path.read_bytes()
+    from pentad.media.images import read_image, to_pil
+
+    content = BytesIO()
+    to_pil(read_image(path)).save(content, "PNG")
+    return content.getvalue()
 
 
 @cache
@@ -84,7 +131,7 @@ def page() -> tuple[str, str]:
     return text, "; ".join(["default-src 'none'", *hashes, own])
 
 
-def add_page(app: FastAPI, view: View) -> None:
+def add_page(app: FastAPI, view: Shown) -> None:
     """Add the page, and the routes that it uses; those below /v1 ask for the API key."""
 
     @app.get("/", include_in_schema=False)
@@ -95,26 +142,34 @@ def add_page(app: FastAPI, view: View) -> None:
 
     @app.get("/v1/view", include_in_schema=False)
     def describe() -> dict[str, Any]:
-        return {"name": view.name, "model": view.model, "file": str(view.file), "masks": view.masks}
+        return view.describe()
 
-    @app.get("/v1/view/photo", include_in_schema=False)
-    def photo() -> Response:
-        return Response(view.photo, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
+    @app.get("/v1/view/photo/{number}", include_in_schema=False)
+    def photo(number: int) -> Response:
+        content = _answered(lambda: view.photo(number))
+        return Response(content, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
 
     lock = asyncio.Lock()
 
     @app.post("/v1/view/annotations", include_in_schema=False)
     async def annotate(request: Request) -> dict[str, Any]:
-        fields = frozenset({*Accepted.model_fields, "masks", "size", "counts"})
+        fields = frozenset({*Accepted.model_fields, *AcceptedBody.model_fields, "size", "counts"})
         try:
             body = AcceptedBody.model_validate_json(await request.body())
         except ValidationError as error:
             raise refused_body(error, fields) from None
-        try:
-            async with lock:  # the last of several saves wins
-                coco = await asyncio.to_thread(view.save, [one.model_dump(exclude_none=True) for one in body.masks])
-        except BadInput as error:
-            raise APIError(400, str(error), param="masks", code="invalid_value") from None
-        except OSError as error:
-            raise APIError(500, f"{view.file} can't be written: {error.strerror}") from error
-        return {"file": str(view.file), "coco": coco}
+        masks = [one.model_dump(exclude_none=True) for one in body.masks]
+        facts = body.model_dump(exclude={"masks", "number"})
+        async with lock:  # the last of several saves wins
+            coco = await asyncio.to_thread(_answered, lambda: view.save(body.number, masks, facts))
+        return {"file": str(view.file), "coco": coco, "next": view.describe() if body.done else None}
+
+
+def _answered(action: Callable[[], T]) -> T:
+    """What an action returns; its errors are the client's or the disk's."""
+    try:
+        return action()
+    except BadInput as error:
+        raise APIError(400, str(error), code="invalid_value") from None
+    except OSError as error:
+        raise APIError(500, f"{error.filename} can't be read or written: {error.strerror}") from error

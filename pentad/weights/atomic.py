@@ -237,3 +237,10 @@ def _check_new(destination: Path, target: Path) -> None:
         raise BadInput(f"{destination} exists already and is not empty: {_RENAME}")
     if target.exists() and not target.is_dir():
         raise BadInput(f"{destination} exists already and is a file: {_RENAME}")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file, or replace it by one that is complete."""
+    partial = file.with_name(f".{file.name}.part")
+    partial.write_text(text)
+    os.replace(partial, file)

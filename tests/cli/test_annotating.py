@@ -32,7 +32,9 @@ def test_a_simulated_annotator_and_training(pentad, world: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stage", "assisted"], "--stage assisted needs an annotator: --simulate"),
+        (["--stage", "assisted"], "--stage assisted needs an annotator: --view"),
+        (["--stage", "assisted", "--simulate", "--view"], "two annotators"),
+        (["--view"], "leave --view out"),
         (["--stage", "semi"], "--stage semi needs --detector NAME"),
         (["--stage", "automatic", "--simulate"], "has no annotator"),
         (["--stage", "automatic", "--detector", "x"], "--detector is for --stage semi"),

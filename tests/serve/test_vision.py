@@ -99,7 +99,8 @@ class Lines:
 
 
 def test_a_click_does_not_wait_for_everything(folder: Path, picture: str) -> None:
-    long = {"id": 1, "image": picture, "everything": {"points_per_side": 2, "pred_iou_thresh": 0}}
+    settings = {"points_per_side": 2, "pred_iou_thresh": 0, "stability_score_thresh": 0}
+    long = {"id": 1, "image": picture, "everything": settings}
     click = {"id": 3, "image": picture, "points": [[30, 20]]}
     gone = {"id": 4, "image": picture, "everything": True}
     pipe: Any = Lines([long], [{**long, "id": 2}, click], [], [gone], [{"cancel": 4}])
