@@ -94,7 +94,7 @@ def to_text(counts: Sequence[int] | NDArray[np.int64]) -> str:
     done_NK = rest_NK == -(bits_NK >> 4)  # what is left is the sign
     before_NK = np.cumsum(done_NK, 1) - done_NK
     characters_NK = 48 + bits_NK + 32 * ~done_NK
-    return characters_NK[before_NK == 0].astype(np.uint8).tobytes().decode()
+    return bytes(characters_NK[before_NK == 0].astype(np.uint8)).decode()
 
 
 def _from_text(text: str | bytes) -> list[int]:

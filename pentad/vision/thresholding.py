@@ -68,9 +68,9 @@ class Axis(NamedTuple):
         used_LU = weights_LU.numpy() != 0
         return cls(weights_LU, used_LU.argmax(1), side - 1 - used_LU[:, ::-1].argmax(1))
 
-    def near(self, logits: NDArray[np.bool_]) -> slice:
-        """The pixels that depend on any of some logits."""
-        [index] = np.nonzero(logits)
+    def near(self, chosen_UU: NDArray[np.bool_], other: int) -> slice:
+        """The pixels that depend on any of the chosen logits, of which `other` is the other axis."""
+        index = np.flatnonzero(chosen_UU.any(axis=other))
         return slice(
             int(np.searchsorted(self.last_L, index[0])), int(np.searchsorted(self.first_L, index[-1], "right"))
         )
@@ -106,7 +106,7 @@ class Thresholder:
         near_UU = near_UU[: self._rows.last_L[-1] + 1, : self._columns.last_L[-1] + 1]
         if not near_UU.any():
             return Thresholded(np.zeros((0, self._height), np.bool_), 0, self._width, 0.0)
-        rows, columns = self._rows.near(near_UU.any(1)), self._columns.near(near_UU.any(0))
+        rows, columns = self._rows.near(near_UU, 1), self._columns.near(near_UU, 0)
         used = self._rows.used(rows)
         upscaled_Uh = logits_UU[used].T @ self._rows.weights_LU[rows, used].T
         mask_WH = np.zeros((columns.stop - columns.start, self._height), np.bool_)
@@ -117,6 +117,6 @@ class Thresholder:
             used = self._columns.used(some)
             part_Wh = (self._columns.weights_LU[some, used] @ upscaled_Uh[used]).numpy()
             np.greater(part_Wh, MASK_THRESHOLD, out=inside_Wh[start - columns.start :][: len(part_Wh)])
-            above += np.count_nonzero(part_Wh > MASK_THRESHOLD + STABILITY_OFFSET)
-            below += np.count_nonzero(part_Wh > MASK_THRESHOLD - STABILITY_OFFSET)
+            above += int(np.count_nonzero(part_Wh > MASK_THRESHOLD + STABILITY_OFFSET))
+            below += int(np.count_nonzero(part_Wh > MASK_THRESHOLD - STABILITY_OFFSET))
         return Thresholded(mask_WH, self._left + columns.start, self._width, above / max(1, below))

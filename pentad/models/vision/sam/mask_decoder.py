@@ -76,9 +76,16 @@ class MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(MLP(width, width, width // 8, 3) for _ in range(masks + 1))
         self.iou_prediction_head = MLP(width, iou_hidden, masks + 1, iou_depth)
 
+    @property
+    def first_attention(self) -> "CrossAttention":
+        """The first one from tokens to the image."""
+        layer = self.transformer.layers[0]
+        assert isinstance(layer, TwoWayBlock)
+        return layer.cross_attn_token_to_image
+
     def project(self, image: ImageRows) -> ImageRows:
         """Add the first layer's projections, which many prompts for one image share."""
-        attention = self.transformer.layers[0].cross_attn_token_to_image
+        attention = self.first_attention
         return image._replace(keys_XNI=attention.k_proj(image.placed_XND), values_XNI=attention.v_proj(image.rows_XND))
 
     def forward(
@@ -191,7 +198,8 @@ class TwoWayBlock(nn.Module):
         """The tokens' attention to the image."""
         attention = self.cross_attn_token_to_image
         if image.keys_XNI is None or image.values_XNI is None:
-            return attention(q_PTD, image.placed_XND, image.rows_XND)
+            seen_PTD: Tensor = attention(q_PTD, image.placed_XND, image.rows_XND)
+            return seen_PTD
         return attention.attend(attention.q_proj(q_PTD), image.keys_XNI, image.values_XNI)
 
 

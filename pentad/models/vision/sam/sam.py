@@ -185,7 +185,7 @@ class Sam(nn.Module):
         if prompts.masks_P1MM is not None or torch.is_grad_enabled():
             image = read()
         else:
-            first = self.mask_decoder.transformer.layers[0].cross_attn_token_to_image
+            first = self.mask_decoder.first_attention
             sources = map_DSS, self.prompt_encoder.no_mask_embed.weight, positions_ND, *first.parameters()
             image = self._image.get(sources, lambda: self.mask_decoder.project(read()))
         found: tuple[Tensor, Tensor] = self.mask_decoder(image, positions_ND, sparse_PTD, multimask=multimask)
