@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import pentad
-from pentad.vision import automatic
 from pentad.vision.automatic import Everything, remove_small_regions
 from pentad.vision.prompts import Request
 from pentad.vision.segmenter import EmbeddedImage, Mask, Segmenter
@@ -109,12 +108,11 @@ def test_masks_of_random_weights_equal_those_of_meta(sam: Segmenter) -> None:
     assert_equal_masks(sam.everything(image, **settings), expected, 3)
 
 
-def test_memory_is_bounded_by_batches_that_change_nothing(sam: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_batches_that_change_nothing(sam: Segmenter) -> None:
     image, watcher = photo(90, 130), Watcher()
     settings = {"points_per_side": 5, "pred_iou_thresh": 0.1, "stability_score_thresh": 0.0, "box_nms_thresh": 0.99}
     together = sam.everything(image, **settings, progress=watcher)
     assert len(together) > 2
-    monkeypatch.setattr(automatic, "UPSCALED_PIXELS", 1)
     alone = sam.everything(image, **settings, points_per_batch=1)
     assert [one.prompt for one in alone] == [one.prompt for one in together]
     assert all((one.mask != other.mask).sum() < 5 for one, other in zip(alone, together, strict=True))
