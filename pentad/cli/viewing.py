@@ -109,7 +109,7 @@ def serve_page(
         if as_json:
             output.write_json({"url": url, "model": shown, "file": str(view.file)})
         else:
-            output.note(f"pentad: {what} at {url}; masks are saved to {view.file}; Ctrl-C ends")
+            output.note(f"pentad: {what}: masks are saved to {view.file}; Ctrl-C ends; the page is {url}")
         if browser and _has_browser():
             import webbrowser
 
