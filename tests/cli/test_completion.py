@@ -36,7 +36,7 @@ def completions(words: str, tmp_path: Path) -> list[str]:
         ("pentad chat --mod", ["--model"]),
         ("pentad chat --model sm", ["smollm2"]),
         ("pentad chat -m org/", ["org/smol--chat"]),
-        ("pentad rm s", ["smollm2"]),
+        ("pentad rm s", ["sam-scenes", "smollm2"]),
         ("pentad rm yolo-", ["yolo-fastest-1.1", "yolo-fastest-1.1-xl"]),
         ("pentad chat --model ./", []),
     ],
