@@ -9,7 +9,7 @@ from pentad.kernels.binding import CGridOp, isas, library, limit
 
 
 def supports(q_ND: Tensor, window: int, head_dim: int) -> bool:
-    """Whether there is a kernel for such queries, and windows of so many cells a side."""
+    """True if a kernel supports these queries, and windows with `window` cells a side."""
     if q_ND.device.type != "cpu" or q_ND.dtype != torch.float32 or not isas():
         return False
     return window <= limit("MAX_GRID_SIDE") and head_dim <= limit("MAX_GRID_DIM") and not head_dim % limit("LANES")

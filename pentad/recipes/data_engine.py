@@ -143,7 +143,7 @@ def annotate(
 
 
 def stage_settings(stage: str, model: str, detector: str | None, acceptance: Acceptance) -> dict[str, Any]:
-    """What a run must be continued with."""
+    """The settings of a run; an interrupted one continues only with the same."""
     settings = {"stage": stage, "model": model} | ({"detector": detector} if stage == "semi" else {})
     return settings if stage == "assisted" else settings | asdict(acceptance)
 
@@ -184,7 +184,7 @@ def _pixels(path: Path) -> Any:
 
 
 def report(written: AnnotationFolder, skipped: list[str]) -> StageReport:
-    """What a folder has; images that the annotator has skipped don't count."""
+    """Count what a folder holds, without the images that the annotator has skipped."""
     records = [record for record in written.records.values() if not record.get("skipped")]
     sources = [one["source"] for record in records for one in record["objects"]]
     clicked, drawn = sources.count("clicks"), sources.count("brush")

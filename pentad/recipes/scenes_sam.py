@@ -64,9 +64,8 @@ class Size:
 
     Attributes:
         scenes: the number of scenes.
-        clip: steps of CLIP, of `pairs` objects each.
-        steps: of the network, of `batch` scenes each.
-        pairs, batch: see above.
+        clip, pairs: steps of CLIP, and objects in each.
+        steps, batch: steps of the network, and scenes in each.
         objects: the most of a scene.
         clicks: after the first prompt of an object.
         words: the share of objects that begin with words.
