@@ -122,11 +122,10 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _invoke(arguments: list[str]) -> int:
-    known = arguments[0] in (*COMMANDS, "data")
+    only = arguments[0] if arguments[0] in (*COMMANDS, "data") else None
+    group = typer.main.get_command(application(only))
     try:
-        with typer.main.get_command(application(arguments[0] if known else None)).make_context(
-            "pentad", arguments
-        ) as context:
+        with group.make_context("pentad", arguments) as context:
             context.command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
