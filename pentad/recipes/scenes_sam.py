@@ -13,9 +13,8 @@ from typing import Any
 
 from pentad.datasets.object_folders import write_objects
 from pentad.datasets.scenes import Scenes
+from pentad.recipes.images import train_on_images
 from pentad.train.loop import StepRecord
-from pentad.train.recipe import Recipe
-from pentad.train.run import open_run
 from pentad.weights.atomic import cache_entry
 from pentad.weights.cache import Progress, task
 
@@ -123,17 +122,10 @@ def _train(
     progress: Progress,
 ) -> Path:
     """Train a network from random weights beside the folder of scenes, or go on; the folder of the trained one."""
-    run = {"out": str(out), "steps": steps, "batch_size": batch, "micro_batch_images": batch, "ema": 0.998}
     config = out.with_suffix(".json")
     config.write_text(json.dumps(network))
-    recipe = {
-        "objective": objective,
-        "model": {"config": str(config)},
-        "data": {"train": str(out.with_name("scenes"))},
-        "run": {**run, "checkpoint_every": min(100, steps)},
-        "optimizer": OPTIMIZER,
-        **tables,
-    }
+    model, scenes = {"config": str(config)}, out.with_name("scenes")
+    tables = {"optimizer": OPTIMIZER, "run": {"ema": 0.998, "checkpoint_every": min(100, steps)}, **tables}
     with task(progress, f"Training {objective}", steps):
         seen = 0
 
@@ -142,4 +134,5 @@ def _train(
             progress.advance(record.step - seen)
             seen = record.step
 
-        return open_run(Recipe.model_validate(recipe)).train(resume=out.exists(), note=note, report=report)
+        settings: dict[str, Any] = {"note": note, "report": report, "resume": out.exists()}
+        return train_on_images(out, objective, model, scenes, steps, batch, **settings, **tables)

@@ -13,8 +13,7 @@ from pentad.datasets.object_folders import read_objects, write_objects
 from pentad.datasets.scenes import Scenes
 from pentad.evaluate.detectors import DetectorReport, evaluate_detector
 from pentad.loading import load
-from pentad.train.recipe import Recipe
-from pentad.train.run import open_run
+from pentad.recipes.images import train_on_images
 from pentad.vision.detector import Detector
 
 
@@ -55,15 +54,9 @@ class Workshop:
             tables: other tables of the recipe.
         """
         self.note(f"{name}: {steps} steps")
-        run = {"out": str(self.folder / name), "steps": steps, "batch_size": batch, "micro_batch_images": batch}
-        recipe = {
-            "objective": objective,
-            "model": model,
-            **tables,
-            "data": {"train": str(self.folder / "train"), **tables.get("data", {})},
-            "run": {**run, "seed": seed, **tables.get("run", {})},
-        }
-        open_run(Recipe.model_validate(recipe)).train(note=self.note, report=lambda _: None)
+        tables["run"] = {"seed": seed, **tables.get("run", {})}
+        data = self.folder / "train"
+        train_on_images(self.folder / name, objective, model, data, steps, batch, note=self.note, **tables)
         return self.folder / name
 
     def held_out(self, run: Path) -> dict[str, float]:
